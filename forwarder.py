@@ -1,0 +1,360 @@
+"""The publisher's workers: reserve from the ring, store through a sink, commit.
+
+Each worker is a thread, `forward-N`, with a sink of its own: a WebSocket link to the consumer, or
+the local store. The first worker starts with the forwarder; more start when one has taken its batch,
+values are left and no worker is idle, up to the maximum, and retire after IDLE_SECONDS without work.
+
+While the sink fails, the breaker lets one worker at a time through, each time after a longer
+pause, and the others wait for its success: no storm of reconnects.
+
+`Forwarder._lock` guards the workers and the count of reconnects, `Breaker._lock` the breaker's
+state. Nothing is stored or sent under either.
+"""
+
+import logging
+import random
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import NamedTuple, Protocol
+
+from ringbuffer import Batch, Closed, Ring
+from store import Store, StoreError
+from websock import ClientConnection, HandshakeError
+from wire import SUBPROTOCOL, WireError, decode_ack, encode_batch
+
+log = logging.getLogger("ringoexp.forward")
+
+BATCH_RECORDS = 65_536
+"""Most records in a batch: with a run for each it still is below wire.MAX_MESSAGE."""
+IDLE_SECONDS = 10.0
+ACK_TIMEOUT = 30.0
+"""Seconds a consumer has to take a batch, and to ack it, before the link is given up."""
+BACKOFF_FIRST = 0.1
+BACKOFF_MOST = 5.0
+
+
+class SinkError(Exception):
+    """A batch may not be stored: it has to be stored again. The text says why."""
+
+
+class Sink(Protocol):
+    """Where a worker stores. `store` returns when the batch is on disk, or raises SinkError.
+
+    `abort` is for other threads and makes a `store` that waits for a peer fail.
+    """
+
+    def store(self, batch: Batch) -> None: ...
+    def abort(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class StoreSink:
+    """The local store as a sink."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def store(self, batch: Batch) -> None:
+        """Returns when the batch is on disk. Raises SinkError when the commit failed."""
+        try:
+            self._store.append(batch.runs, batch.values)
+        except StoreError as error:
+            raise SinkError(str(error)) from error
+
+    def abort(self) -> None:
+        """Does nothing: a commit waits for nobody."""
+
+    def close(self) -> None:
+        """Does nothing: the store is the server's."""
+
+
+class LinkSink:
+    """A WebSocket link to the consumer, connected when a batch needs it. `connected` is called each time."""
+
+    def __init__(self, host: str, port: int, connected: Callable[[], None]) -> None:
+        self._host = host
+        self._port = port
+        self._connected = connected
+        self._link: ClientConnection | None = None
+        self._sent = 0  # records sent on this link, all acked unless a store is under way
+        self._aborted = False
+
+    def store(self, batch: Batch) -> None:
+        """Returns when the consumer has acked the batch. Raises SinkError when it has not; the link is closed then."""
+        try:
+            if self._link is None:
+                self._connect()
+            assert self._link is not None
+            self._link.send_bytes(encode_batch(batch.runs, batch.values))
+            self._sent += len(batch)
+            self._await_ack(self._link)
+            if self._link.ending:  # acked, and then it said goodbye
+                self.close()
+        except (OSError, HandshakeError, WireError) as error:
+            self._drop()
+            raise SinkError(f"{self._host}:{self._port}: {error}") from error
+
+    def abort(self) -> None:
+        """Makes a `store` under way, and every later one, fail. For other threads."""
+        self._aborted = True
+        if link := self._link:
+            link.abort()
+
+    def close(self) -> None:
+        """Says goodbye to the consumer, if connected."""
+        if self._link:
+            self._link.finish(1000, "")
+            self._link = None
+
+    def _connect(self) -> None:
+        self._link = ClientConnection(self._host, self._port, "/v1.0/ingest", SUBPROTOCOL)
+        self._link.sock.settimeout(ACK_TIMEOUT)
+        self._sent = 0
+        if self._aborted:  # while it connected: `abort` did not see the link
+            raise OSError("the server is stopping")
+        self._connected()
+
+    def _await_ack(self, link: ClientConnection) -> None:
+        """Reads until everything sent is acked. Raises OSError when the link ends before, or at ACK_TIMEOUT."""
+        deadline = monotonic() + ACK_TIMEOUT
+        acked = -1
+        while acked < self._sent:
+            if monotonic() > deadline:
+                raise TimeoutError(f"no ack within {ACK_TIMEOUT:.0f} s")
+            data = link.read()
+            for message in link.parse(data or b""):
+                acked = decode_ack(message)
+                if acked > self._sent:
+                    raise WireError(f"acked {acked} records of {self._sent} sent")
+            if acked < self._sent:
+                if link.ending:
+                    code, reason = link.ending
+                    raise ConnectionResetError(f"the consumer closed with {code:d} {reason}")
+                if not data:
+                    raise ConnectionResetError("the consumer closed the connection")
+
+    def _drop(self) -> None:
+        """Closes the link without ceremony."""
+        link, self._link = self._link, None
+        if link:
+            link.abort()
+            link.sock.close()
+
+
+class Breaker:
+    """Lets every worker through while the sink works; after a failure one at a time, after a pause.
+
+    The pauses are exponential with full jitter. A worker that `enter`ed says how it went: `succeeded`,
+    `failed`, or `left` when it had nothing to try. `_changed` is notified when the state a waiter
+    depends on may have changed.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._failures = 0  # of probes in a row; 0: the sink works
+        self._probe: threading.Thread | None = None  # who has the probe
+        self._stopped = False
+
+    @property
+    def away(self) -> bool:
+        """True while the sink fails."""
+        return self._failures > 0  # one read of an int: no lock needed
+
+    def enter(self) -> bool:
+        """Returns True when the calling thread may try, False once stopped."""
+        me = threading.current_thread()
+        with self._lock:
+            while not self._stopped:
+                if not self._failures:
+                    return True
+                if self._probe is None:
+                    self._probe = me
+                    pause = random.uniform(0, min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(self._failures, 16)))
+                    until = monotonic() + pause
+                    while not self._stopped and self._failures and (left := until - monotonic()) > 0:
+                        self._changed.wait(left)
+                    continue
+                if self._probe is me:
+                    return True
+                self._changed.wait()
+            return False
+
+    def succeeded(self) -> bool:
+        """The sink works. True when it did not before."""
+        with self._lock:
+            was_away = self._failures > 0
+            self._failures = 0
+            self._probe = None
+            if was_away:
+                self._changed.notify_all()
+            return was_away
+
+    def failed(self) -> bool:
+        """The sink does not work. True when it did before."""
+        with self._lock:
+            was_there = self._failures == 0
+            if was_there or self._probe is threading.current_thread():
+                self._failures += 1
+            self._release()
+            return was_there
+
+    def left(self) -> None:
+        """The calling thread had nothing to try: another may have the probe."""
+        with self._lock:
+            self._release()
+
+    def stop(self) -> None:
+        """Ends every wait; `enter` returns False from now on."""
+        with self._lock:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _release(self) -> None:
+        assert self._lock.locked()
+        if self._probe is threading.current_thread():
+            self._probe = None
+            self._changed.notify_all()
+
+
+class ForwarderStats(NamedTuple):
+    """A snapshot of the workers and their links."""
+
+    workers: int
+    most_workers: int  # the most there were at once
+    reconnects: int  # links made beyond each worker's first
+
+
+class Forwarder:
+    """Workers that drain `ring` into sinks that `make_sink` makes, at most `most` at once. Starts at once.
+
+    `make_sink` gets a callback, to be called when a link is made.
+    """
+
+    def __init__(self, ring: Ring, make_sink: Callable[[Callable[[], None]], Sink], most: int) -> None:
+        self._ring = ring
+        self._make_sink = make_sink
+        self._most = most
+        # Half a ring at the most, so that producers fill the other half meanwhile.
+        self._limit = min(BATCH_RECORDS, max(1, ring.capacity // 2))
+        self._breaker = Breaker()
+
+        self._lock = threading.Lock()
+        # Guarded by _lock.
+        self._workers: dict[threading.Thread, Sink] = {}  # all whose thread runs
+        self._working = 0  # those of them that are not retiring
+        self._started = 0
+        self._most_workers = 0
+        self._reconnects = 0
+        self._stopping = False
+
+        self._start_worker(first=True)
+
+    def stats(self) -> ForwarderStats:
+        """The workers now and the totals since the start."""
+        with self._lock:
+            return ForwarderStats(self._working, self._most_workers, self._reconnects)
+
+    def stop(self, timeout: float) -> bool:
+        """Ends all workers, giving up what is under way, and joins them. True when all ended within `timeout` seconds.
+
+        Before it, the ring must be closed and drained, or aborted.
+        """
+        deadline = monotonic() + timeout
+        with self._lock:
+            self._stopping = True
+            workers = dict(self._workers)
+        self._breaker.stop()
+        if not self._ring.join(0):
+            for sink in workers.values():
+                sink.abort()
+        for thread in workers:
+            thread.join(max(0.0, deadline - monotonic()))
+        return not any(thread.is_alive() for thread in workers)
+
+    def step(self, sink: Sink) -> bool:
+        """One turn of a worker: takes a batch, stores it, and commits or requeues it. False when it should retire."""
+        if not self._breaker.enter():
+            return False
+        try:
+            batch = self._ring.reserve(self._limit, IDLE_SECONDS)
+        except TimeoutError:
+            self._breaker.left()
+            return not self._retire()
+        except Closed:
+            self._breaker.left()
+            return False
+        self._start_worker()
+        try:
+            sink.store(batch)
+        except SinkError as error:
+            self._ring.requeue(batch)
+            if self._breaker.failed():
+                log.warning("event=sink_down reason=%r", str(error))
+            else:
+                log.debug("event=sink_still_down reason=%r", str(error))
+        except BaseException:
+            self._ring.requeue(batch)
+            self._breaker.failed()
+            raise
+        else:
+            self._ring.commit(batch)
+            if self._breaker.succeeded():
+                log.info("event=sink_up")
+        return True
+
+    def _run(self, sink: Sink) -> None:
+        """A worker's thread: `step` until it should retire. Logs what it did not expect, and goes on."""
+        going = True
+        while going:
+            try:
+                going = self.step(sink)
+            except Exception as error:
+                log.error(
+                    "event=worker_error error=%r",
+                    str(error),
+                    exc_info=log.isEnabledFor(logging.DEBUG),
+                )
+        sink.close()
+        with self._lock:
+            self._workers.pop(threading.current_thread(), None)
+
+    def _start_worker(self, first: bool = False) -> None:
+        """Starts one more worker if values wait, nobody is there to take them, and there may be one more."""
+        if not first and (self._breaker.away or not self._ring.wants_workers):
+            return
+        with self._lock:
+            if self._stopping or self._working >= self._most:
+                return
+            self._started += 1
+            links = 0
+
+            def connected() -> None:
+                nonlocal links
+                links += 1
+                if links > 1:
+                    with self._lock:
+                        self._reconnects += 1
+
+            sink = self._make_sink(connected)
+            # Daemon: a second signal ends the process at once, whatever a worker waits for.
+            thread = threading.Thread(target=self._run, args=(sink,), name=f"forward-{self._started}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads to be had: those that run go on
+                log.error("event=no_thread error=%r workers=%d", str(error), len(self._workers))
+                if first:
+                    raise
+                return
+            self._workers[thread] = sink
+            self._working += 1
+            self._most_workers = max(self._most_workers, self._working)
+
+    def _retire(self) -> bool:
+        """Counts the calling worker out, unless it is the last. True when it should end."""
+        with self._lock:
+            if self._working < 2:
+                return False
+            self._working -= 1
+            return True

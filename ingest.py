@@ -1,0 +1,238 @@
+"""From what a client sends to the ack it gets: the job behind `/v1.0/ingest`, without HTTP.
+
+An *intake* is where records go: a publisher's ring, or straight to a consumer's store. A `Session`
+is one WebSocket client, run by its connection's own thread from the first byte to the last.
+Nothing here is shared between threads but the intake and the totals, which lock for themselves.
+"""
+
+import uuid
+from array import array
+from collections import deque
+from threading import Event
+from time import monotonic
+from typing import NamedTuple, Protocol
+
+from ringbuffer import Closed, Full, Ring
+from stats import Totals
+from store import Store, StoreError
+from websock import Connection
+from wire import (
+    SUBPROTOCOL,
+    Block,
+    Run,
+    WireError,
+    decode_batch_messages,
+    decode_plain_messages,
+    encode_ack,
+)
+
+PATIENCE = 1.0
+"""Seconds a session waits, for the ring or the disk, before it looks at its socket again."""
+GOING_AWAY = (1001, "the server is stopping")
+
+
+class Intake(Protocol):
+    """Takes blocks and tells when they are stored. A *ticket* stands for a block that was put.
+
+    `put` returns how many records were taken within `timeout` seconds, and the ticket for those; fewer
+    than all when there was no room, or when `closed`. Raises StoreError when nothing was stored.
+    Everything up to the ticket `stored()` is stored; `wait` returns True once `ticket` is.
+    """
+
+    @property
+    def closed(self) -> bool: ...
+    def put(self, block: Block, timeout: float) -> tuple[int, int]: ...
+    def stored(self) -> int: ...
+    def wait(self, ticket: int, timeout: float) -> bool: ...
+
+
+class RingIntake:
+    """A publisher's intake: a ring that workers drain. Tickets are ring sequences.
+
+    With `ack_in_ring` a record counts as stored as soon as it is in the ring (`-A ring`).
+    """
+
+    def __init__(self, ring: Ring, ack_in_ring: bool = False) -> None:
+        self._ring = ring
+        self._ack_in_ring = ack_in_ring
+
+    @property
+    def closed(self) -> bool:
+        """True when nothing more is taken, nor will be stored."""
+        return self._ring.closed
+
+    def put(self, block: Block, timeout: float) -> tuple[int, int]:
+        """How many records are in the ring after at most `timeout` seconds, and their ticket."""
+        deadline = monotonic() + timeout
+        accepted = 0
+        with memoryview(block.values) as values:
+            for run in block.runs:
+                part = values[accepted : accepted + run.count]
+                left = max(0.0, deadline - monotonic())
+                try:
+                    self._ring.put(part, run.source, run.first, left)
+                except (Full, Closed) as stop:
+                    accepted += stop.accepted
+                    break
+                finally:
+                    part.release()
+                accepted += run.count
+        # Not what `put` returned: after Full or Closed there is no such thing, and later is safe.
+        return accepted, self._ring.cursor
+
+    def stored(self) -> int:
+        """Everything before this ring sequence may be acked."""
+        return self._ring.cursor if self._ack_in_ring else self._ring.committed
+
+    def wait(self, ticket: int, timeout: float) -> bool:
+        """True once everything before `ticket` may be acked; False after `timeout` seconds or on abort."""
+        return self._ack_in_ring or self._ring.wait_committed(ticket, timeout)
+
+
+class StoreIntake:
+    """A consumer's intake: `put` is a commit, so that there is nothing to wait for afterwards."""
+
+    closed = False
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def put(self, block: Block, timeout: float) -> tuple[int, int]:
+        """Returns when the block is on disk, however long that takes. Raises StoreError if it is not."""
+        self._store.append(block.runs, block.values)
+        return len(block.values), 0
+
+    def stored(self) -> int:
+        """What was put is stored."""
+        return 0
+
+    def wait(self, ticket: int, timeout: float) -> bool:
+        """What was put is stored."""
+        return True
+
+
+def plain_block(values: "array[int]", source: bytes, first: int) -> Block:
+    """Values that came without a source of their own, as records `first`, ... of `source`."""
+    return Block([Run(source, first, len(values))] if values else [], values)
+
+
+class _Mark(NamedTuple):
+    """When everything up to `ticket` is stored, the connection's first `records` records are."""
+
+    ticket: int
+    records: int
+    read_at: float  # monotonic seconds
+
+
+class Session:
+    """One WebSocket client: reads, decodes, puts, waits for stored, acks. `run` it once.
+
+    `stopping` makes it read no more, finish what it has read, and close with 1001.
+    """
+
+    def __init__(self, connection: Connection, intake: Intake, totals: Totals, stopping: Event) -> None:
+        self._connection = connection
+        self._intake = intake
+        self._totals = totals
+        self._stopping = stopping
+        self._batches = connection.subprotocol == SUBPROTOCOL
+        self._source = uuid.uuid4().bytes  # of plain messages
+        self._put = 0  # records of this connection put into the intake
+        self.acked = 0  # and those of them the client knows to be stored
+        self._marks: deque[_Mark] = deque()
+
+    def run(self, rest: bytes) -> tuple[int, str]:
+        """Serves the client until either side ends, closes, and returns the code and reason.
+
+        `rest` is what came right behind the handshake. What was read is put and acked before the
+        close. Never raises OSError: a lost connection ends with 1006.
+        """
+        ending: tuple[int, str] | None = None
+        data: bytes | None = rest
+        try:
+            while ending is None:
+                if data:
+                    ending = self._take(data)
+                self._ack()
+                if ending is None and self._stopping.is_set():
+                    ending = GOING_AWAY
+                if ending is None:
+                    data = self._connection.read(wait=not self._marks)
+                    if data is None:  # nothing to read now: wait for the disk
+                        self._intake.wait(self._marks[-1].ticket, PATIENCE)
+                    elif not data:
+                        ending = GOING_AWAY if self._stopping.is_set() else (1006, "connection lost")
+            self._settle(peer_is_there=ending[0] != 1006)
+        except OSError as error:
+            ending = (1006, f"connection lost: {error}")
+        if ending[0] == 1006:
+            self._connection.abort()
+        self._connection.finish(*ending)
+        return ending
+
+    def _take(self, data: bytes) -> tuple[int, str] | None:
+        """Puts the records of `data`; the code and reason to close with, if that is the end."""
+        read_at = monotonic()
+        self._totals.read(len(data))
+        messages = self._connection.parse(data)
+        ending = self._connection.ending
+        error: WireError | None = None
+        if messages:
+            if self._batches:
+                block, error = decode_batch_messages(messages)
+            else:
+                values, error = decode_plain_messages(messages)
+                block = plain_block(values, self._source, self._put)
+            self._totals.received(len(block.values))
+            try:
+                if not self._put_all(block, read_at):
+                    ending = GOING_AWAY
+                    error = None
+            except StoreError as trouble:
+                return 1011, f"not stored: {trouble}"
+        if error:
+            ending = (error.close_code, str(error))
+        if ending and ending[0] in (1002, 1003, 1007, 1009):
+            self._totals.refused()
+        return ending
+
+    def _put_all(self, block: Block, read_at: float) -> bool:
+        """Puts the block, however long the ring is full. False when the intake closed before all was in."""
+        while block.values:
+            accepted, ticket = self._intake.put(block, PATIENCE)
+            if accepted:
+                self._put += accepted
+                self._marks.append(_Mark(ticket, self._put, read_at))
+            if accepted == len(block.values):
+                return True
+            if self._intake.closed:
+                self._totals.refused(len(block.values) - accepted)
+                return False
+            block = block.after(accepted)
+            self._ack()
+        return True
+
+    def _ack(self) -> None:
+        """Tells the client how many of its records are stored, if more are than it knows."""
+        stored = self._intake.stored()
+        covered = []
+        while self._marks and self._marks[0].ticket <= stored:
+            covered.append(self._marks.popleft())
+        if covered:
+            self._connection.send_bytes(encode_ack(covered[-1].records))
+            self.acked = covered[-1].records
+            now = monotonic()
+            self._totals.acked(now - mark.read_at for mark in covered)
+
+    def _settle(self, peer_is_there: bool) -> None:
+        """Waits until all that was put is stored, and acks it; gives up when the peer is gone or the intake aborts."""
+        while self._marks:
+            stored = self._intake.wait(self._marks[-1].ticket, PATIENCE)
+            self._ack()
+            if stored or not peer_is_there:
+                return
+            if self._stopping.is_set():
+                if self._intake.closed:
+                    return
+            elif self._connection.read(wait=False) == b"":
+                return

@@ -1,0 +1,351 @@
+"""The ring: a bounded buffer of 64-bit integers between many producers and many workers.
+
+It lives in one `array('q')` and knows nothing of sockets or databases. Producers (connection
+threads) `put`, workers `reserve` a batch, store it elsewhere and `commit` it, or `requeue` it.
+A reserved slot is not free until it is committed: the ring is its own retry buffer.
+
+Vocabulary (LMAX Disruptor, Linux kfifo): a *sequence* numbers what was ever put, from 0, and is
+never reused; its *slot* is `sequence % capacity`; *cursor* counts what was ever put, *reserved*
+what was ever handed out, and everything before *committed* is stored. At every release of the lock
+
+    committed <= reserved <= cursor <= committed + capacity
+
+One `Lock` guards everything; three conditions share it, one for each kind of waiter:
+
+- `_not_full`, producers in `put`: notified when slots are freed, and on close.
+- `_not_empty`, workers in `reserve`: notified when there is something to reserve, and when there
+  never will be (closed and drained).
+- `_advanced`, in `wait_committed` and `join`: notified when `committed` grows, and on abort.
+
+No thread runs here and nothing is done under the lock but copying.
+"""
+
+import bisect
+import threading
+from array import array
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import NamedTuple, TypeAlias
+
+from wire import Run
+
+Values: TypeAlias = "array[int] | memoryview[int]"
+
+
+class Closed(Exception):
+    """The ring takes no more values, or (`reserve`) has no more to give.
+
+    `accepted` is how many values of a `put` are in the ring all the same.
+    """
+
+    def __init__(self, accepted: int = 0) -> None:
+        super().__init__(f"the ring is closed; {accepted} values were accepted")
+        self.accepted = accepted
+
+
+class Full(TimeoutError):
+    """The ring stayed full until `put`'s timeout. `accepted` values are in, and stay in."""
+
+    def __init__(self, accepted: int) -> None:
+        super().__init__(f"the ring is full; {accepted} values were accepted")
+        self.accepted = accepted
+
+
+class Batch:
+    """One worker's contiguous range of the ring, `[start, end)`: a token, compared by identity.
+
+    `values` is a copy, so it outlives the slots; `runs` says whose the values are, in order.
+    """
+
+    __slots__ = ("start", "end", "runs", "values", "reserved_at")
+
+    def __init__(self, start: int, end: int, runs: list[Run], reserved_at: float) -> None:
+        self.start = start
+        self.end = end
+        self.runs = runs
+        self.values = array("q")
+        self.reserved_at = reserved_at  # monotonic seconds
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+class RingStats(NamedTuple):
+    """A snapshot under one hold of the lock, so that its numbers agree. Counts are of values."""
+
+    capacity: int
+    cursor: int  # ever put
+    committed: int  # ever stored, in order
+    depth: int  # slots taken: cursor - committed
+    backlog: int  # could be reserved now
+    in_flight: int  # reserved, neither committed nor requeued
+    high_water: int  # the largest depth ever
+    times_full: int  # how often a put found no free slot
+    oldest_in_flight: float  # seconds since the oldest batch in flight was reserved, 0 if none
+
+
+class Ring:
+    """A ring of `capacity` slots. Raises ValueError when `capacity` is below 1."""
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"a ring has at least 1 slot, not {capacity}")
+        self.capacity = capacity
+
+        self._lock = threading.Lock()
+        self._not_full = threading.Condition(self._lock)
+        self._not_empty = threading.Condition(self._lock)
+        self._advanced = threading.Condition(self._lock)
+
+        # All below is guarded by _lock.
+        self._slots = array("q", bytes(8 * capacity))
+        self._cursor = 0
+        self._reserved = 0
+        self._committed = 0
+        self._runs: deque[Run] = deque()  # who owns [reserved, cursor)
+        self._in_flight: dict[Batch, None] = {}  # oldest first
+        self._requeued: list[Batch] = []  # ordered by start
+        self._finished: dict[int, int] = {}  # start -> end of ranges committed beyond a gap
+        self._idle = 0  # workers waiting in reserve
+        self._closed = False
+        self._aborted = False
+        self._high_water = 0
+        self._times_full = 0
+
+    def put(self, values: Values, source: bytes, first: int, timeout: float | None = None) -> int:
+        """Copies `values` in, as records `first`, ... of `source`, and returns the sequence after the last.
+
+        Blocks while the ring is full; more values than fit go in piece by piece, so that pieces of
+        other producers may come between. Raises Full after `timeout` seconds and Closed once the ring
+        is closed; both carry how many values are in.
+        """
+        deadline = _deadline(timeout)
+        total, done = len(values), 0
+        with memoryview(values) as view, self._lock:
+            while True:
+                if self._closed:
+                    raise Closed(done)
+                free = self._committed + self.capacity - self._cursor
+                if done < total and not free:
+                    self._times_full += 1
+                    if not _wait_until(self._not_full, lambda: self._closed or self._free() > 0, deadline):
+                        raise Full(done)
+                    continue
+                piece = min(free, total - done)
+                if piece:
+                    self._write(view[done : done + piece])
+                    self._own(Run(source, first + done, piece))
+                    self._not_empty.notify()
+                done += piece
+                if done == total:
+                    return self._cursor
+
+    def reserve(self, limit: int, timeout: float | None = None) -> Batch:
+        """Hands out the oldest requeued batch, unchanged, or else up to `limit` of the next values.
+
+        Blocks while there is nothing. Raises TimeoutError after `timeout` seconds, and Closed when the
+        ring is closed and everything is committed: until then a batch in flight may come back.
+        """
+        deadline = _deadline(timeout)
+        with self._lock:
+            self._idle += 1
+            try:
+                if not _wait_until(self._not_empty, self._reservable_or_over, deadline):
+                    raise TimeoutError("nothing to reserve")
+            finally:
+                self._idle -= 1
+            if self._aborted or not self._backlog():
+                raise Closed
+            now = monotonic()
+            if self._requeued:
+                batch = self._requeued.pop(0)
+                batch.reserved_at = now
+                self._in_flight[batch] = None
+                return batch
+            end = min(self._cursor, self._reserved + limit)
+            batch = Batch(self._reserved, end, self._disown(end - self._reserved), now)
+            self._reserved = end
+            self._in_flight[batch] = None
+            if self._backlog():
+                self._not_empty.notify()
+        # Not under the lock: nobody writes these slots before this batch is committed.
+        batch.values = self._read(batch.start, batch.end)
+        return batch
+
+    def commit(self, batch: Batch) -> None:
+        """`batch` is stored. Frees the slots of the gapless prefix that is stored now, and wakes who waits for it.
+
+        Raises ValueError unless `batch` is in flight (committed twice, or requeued).
+        """
+        with self._lock:
+            self._land(batch)
+            if batch.start != self._committed:
+                self._finished[batch.start] = batch.end
+                return
+            self._committed = batch.end
+            while self._committed in self._finished:
+                self._committed = self._finished.pop(self._committed)
+            # Producers fill whatever is free, each what it has: all of them may go on.
+            self._not_full.notify_all()
+            self._advanced.notify_all()
+            if self._drained():
+                self._not_empty.notify_all()
+
+    def requeue(self, batch: Batch) -> None:
+        """`batch` is not stored: hands it out again, before newer ones. Raises ValueError as `commit` does."""
+        with self._lock:
+            self._land(batch)
+            bisect.insort(self._requeued, batch, key=lambda other: other.start)
+            self._not_empty.notify()
+
+    def wait_committed(self, sequence: int, timeout: float | None = None) -> bool:
+        """True once everything before `sequence` is stored; False after `timeout` seconds or on abort."""
+        deadline = _deadline(timeout)
+        with self._lock:
+            _wait_until(self._advanced, lambda: self._committed >= sequence or self._aborted, deadline)
+            return self._committed >= sequence
+
+    def close(self) -> None:
+        """Takes no more puts; what is in is still handed out, and `reserve` ends when all is committed."""
+        with self._lock:
+            self._closed = True
+            self._not_full.notify_all()
+            self._not_empty.notify_all()
+
+    def abort(self) -> None:
+        """Closes, and ends every wait at once: nobody waits any longer for what is not stored."""
+        with self._lock:
+            self._closed = self._aborted = True
+            self._not_full.notify_all()
+            self._not_empty.notify_all()
+            self._advanced.notify_all()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """True once everything put is committed; False after `timeout` seconds or on abort."""
+        deadline = _deadline(timeout)
+        with self._lock:
+            _wait_until(self._advanced, lambda: self._committed == self._cursor or self._aborted, deadline)
+            return self._committed == self._cursor
+
+    @property
+    def committed(self) -> int:
+        """Everything before this sequence is stored."""
+        return self._committed  # one read of an int: no lock needed
+
+    @property
+    def cursor(self) -> int:
+        """How many values were ever put."""
+        return self._cursor
+
+    @property
+    def closed(self) -> bool:
+        """True when the ring takes no more values."""
+        return self._closed
+
+    @property
+    def aborted(self) -> bool:
+        """True when nobody shall wait any longer for what is not stored."""
+        return self._aborted
+
+    @property
+    def wants_workers(self) -> bool:
+        """True when values could be reserved and no worker is waiting to do it."""
+        with self._lock:
+            return self._backlog() > 0 and self._idle == 0
+
+    def stats(self) -> RingStats:
+        """What the ring holds now."""
+        with self._lock:
+            depth = self._cursor - self._committed
+            in_flight = sum(map(len, self._in_flight))
+            oldest = next(iter(self._in_flight), None)
+            return RingStats(
+                capacity=self.capacity,
+                cursor=self._cursor,
+                committed=self._committed,
+                depth=depth,
+                backlog=self._backlog(),
+                in_flight=in_flight,
+                high_water=self._high_water,
+                times_full=self._times_full,
+                oldest_in_flight=monotonic() - oldest.reserved_at if oldest else 0.0,
+            )
+
+    # Helpers. All but _read want the lock held.
+
+    def _free(self) -> int:
+        return self._committed + self.capacity - self._cursor
+
+    def _backlog(self) -> int:
+        return self._cursor - self._reserved + sum(map(len, self._requeued))
+
+    def _drained(self) -> bool:
+        return self._closed and self._committed == self._cursor
+
+    def _reservable_or_over(self) -> bool:
+        return self._backlog() > 0 or self._drained() or self._aborted
+
+    def _write(self, values: "memoryview[int]") -> None:
+        """Copies `values`, which fit, to the slots at the cursor and moves it."""
+        assert self._lock.locked()
+        slot = self._cursor % self.capacity
+        size = len(values)
+        head = min(size, self.capacity - slot)
+        with memoryview(self._slots) as slots:
+            slots[slot : slot + head] = values[:head]
+            slots[: size - head] = values[head:]
+        self._cursor += size
+        self._high_water = max(self._high_water, self._cursor - self._committed)
+
+    def _read(self, start: int, end: int) -> "array[int]":
+        """A copy of the values `[start, end)`, which must be reserved and not yet committed."""
+        slot = start % self.capacity
+        head = min(end - start, self.capacity - slot)
+        values = self._slots[slot : slot + head]
+        values.extend(self._slots[: end - start - head])
+        return values
+
+    def _own(self, run: Run) -> None:
+        """Notes whose the newest values are; a run that continues its neighbour becomes one with it."""
+        assert self._lock.locked()
+        if self._runs:
+            last = self._runs[-1]
+            if last.source == run.source and last.first + last.count == run.first:
+                self._runs[-1] = last._replace(count=last.count + run.count)
+                return
+        self._runs.append(run)
+
+    def _disown(self, count: int) -> list[Run]:
+        """Takes the runs of the oldest `count` unreserved values, cutting the last one where they end."""
+        assert self._lock.locked()
+        taken = []
+        while count:
+            run = self._runs.popleft()
+            if run.count > count:
+                self._runs.appendleft(Run(run.source, run.first + count, run.count - count))
+                run = run._replace(count=count)
+            taken.append(run)
+            count -= run.count
+        return taken
+
+    def _land(self, batch: Batch) -> None:
+        """Takes `batch` out of flight. Raises ValueError if it is not there."""
+        assert self._lock.locked()
+        if batch not in self._in_flight:
+            raise ValueError(f"batch {batch.start}..{batch.end} is not in flight")
+        del self._in_flight[batch]
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else monotonic() + timeout
+
+
+def _wait_until(condition: threading.Condition, predicate: Callable[[], bool], deadline: float | None) -> bool:
+    """Waits on `condition`, whose lock is held, until `predicate()` or the deadline; the predicate's last value."""
+    while not predicate():
+        left = None if deadline is None else deadline - monotonic()
+        if left is not None and left <= 0:
+            return False
+        condition.wait(left)
+    return True

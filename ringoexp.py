@@ -1,0 +1,477 @@
+"""Ringo Exp: integers over WebSocket, through a ring buffer, into SQLite. This room is the command line.
+
+It parses the flags, builds the servers' parts and runs them. The main thread only waits for a
+signal; SIGINT or SIGTERM starts the ordered stop, which it does itself: connections first, then the
+ring, the workers and the store. A second signal has its default effect and ends the process.
+"""
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the imports run: end, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import datetime
+import logging
+import os
+import socket
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from time import monotonic
+from typing import Any, NamedTuple, NoReturn
+
+from forwarder import Forwarder, LinkSink, Sink, StoreSink
+from ingest import Intake, RingIntake, StoreIntake
+from ringbuffer import Ring
+from stats import Totals, memory
+from store import Store, StoreError
+from wsserver import Server
+
+__version__ = "0.1.0"
+
+DRAIN_SECONDS = 30.0
+"""How long a stopping server tries to store what it has accepted."""
+MAX_RING = 2**31
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNSTORED = 0, 1, 2, 3
+
+
+class CannotRun(Exception):
+    """The server cannot start. The text says what happened and what to do."""
+
+
+# Options: one table. argparse, --help, `Settings` and the README's table follow it (tests see to it).
+
+
+class Option(NamedTuple):
+    """A flag: `-short` and `--long`, its default, how its text is read, and what help says of it."""
+
+    short: str
+    long: str
+    default: Any
+    read: Callable[[str], Any]
+    group: str
+    help: str
+
+
+def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A reader of whole numbers from `low` to `high`."""
+
+    def read(text: str) -> int:
+        digits = text.removeprefix("-")
+        value = int(text) if digits.isascii() and digits.isdigit() and len(digits) < 20 else None
+        if value is None or value < low or (high is not None and value > high):
+            span = f"{low} or more" if high is None else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a whole number, {span}")
+        return value
+
+    return read
+
+
+def _at_will(text: str) -> int:
+    """A whole number; 0 or less means no change, and is read as 0."""
+    try:
+        return max(0, _whole(-(10**18), 10**9)(text))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not accepted: a whole number up to 1000000000, 0 or less for no change"
+        ) from None
+
+
+def _boolean(text: str) -> bool:
+    """true or false, in any case, also t/f and 1/0."""
+    value = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}.get(text.lower())
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: true or false, t or f, 1 or 0")
+    return value
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    """A reader of one of these words."""
+
+    def read(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is not accepted: {' or '.join(choices)}")
+        return text
+
+    return read
+
+
+def _header_text(text: str) -> str:
+    """Text that can stand in an HTTP header."""
+    if not all(" " <= c <= "~" for c in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: printable ASCII, on one line")
+    return text
+
+
+def _not_empty(text: str) -> str:
+    """Any text but none, and no NUL."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: it must not be empty")
+    return text
+
+
+OPTIONS = (
+    Option("N", "name", "", _header_text, "basic", "the server's name, sent as the Server header"),
+    Option("H", "hostname", "localhost", _not_empty, "basic", "address to listen on"),
+    Option("p", "port", 6660, _whole(0, 65535), "basic", "port to listen on; 0: any free one, printed at start"),
+    Option(
+        "n",
+        "connections",
+        0,
+        _at_will,
+        "basic",
+        "most incoming connections, WebSocket and HTTP together; 0: no limit",
+    ),
+    Option(
+        "I",
+        "is_publisher",
+        True,
+        _boolean,
+        "basic",
+        "true: a publisher; false: a consumer. Also t/f and 1/0; the bare flag means true",
+    ),
+    Option("r", "ring_size", 4096, _whole(1, MAX_RING), "publisher", "slots in the ring, 8 bytes each"),
+    Option("U", "consumer_hostname", "localhost", _not_empty, "publisher", "the consumer's host"),
+    Option("T", "consumer_port", 6660, _whole(0, 65535), "publisher", "the consumer's port"),
+    Option("W", "workers", 1024, _whole(1, 65536), "publisher", "most worker connections to the consumer"),
+    Option(
+        "A",
+        "ack",
+        "stored",
+        _choice("stored", "ring"),
+        "publisher",
+        "stored: ack what is on the consumer's disk; ring: ack what is in the ring, lost if this process is killed",
+    ),
+    Option(
+        "D",
+        "database",
+        "ringoexp.db",
+        _not_empty,
+        "consumer",
+        "SQLite file to store in; a publisher that is its own consumer has one too",
+    ),
+    Option("X", "procs", 0, _at_will, "system", "processor cores to use; 0: all the system gives"),
+    Option("L", "profiler_port", 0, _at_will, "system", "port of the profiler; 0: off"),
+    Option("d", "debug", False, _boolean, "common", "log in detail"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The value of every option, in the table's units."""
+
+    name: str
+    hostname: str
+    port: int
+    connections: int
+    is_publisher: bool
+    ring_size: int
+    consumer_hostname: str
+    consumer_port: int
+    workers: int
+    ack: str
+    database: str
+    procs: int
+    profiler_port: int
+    debug: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, and where to find more; no usage text in between."""
+        self.exit(EXIT_USAGE, f"ringoexp: error: {message} (ringoexp --help lists the flags)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser, made from OPTIONS."""
+    made = _Parser(
+        prog="ringoexp",
+        usage="ringoexp [flags] | help | version",
+        description="Takes integers over WebSocket or HTTP, buffers them in a ring and stores them in SQLite.\n"
+        "With no flags: a complete system on localhost:6660.",
+        epilog="examples:\n"
+        "  a consumer that stores in numbers.db:\n"
+        "    ringoexp -I false -p 6661 -D numbers.db\n"
+        "  a publisher in front of it, with a larger ring:\n"
+        "    ringoexp -p 6660 -T 6661 -r 65536",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for option in OPTIONS:
+        group = groups.setdefault(option.group, None) or made.add_argument_group(option.group)
+        groups[option.group] = group
+        names = [f"-{option.short}", f"--{option.long}"]
+        if "_" in option.long:
+            names.append(f"--{option.long.replace('_', '-')}")
+        shown = option.help if option.default == "" else f"{option.help} (default {_shown(option.default)})"
+        if option.long == "debug":
+            group.add_argument(*names, action="store_true", help=option.help)
+        elif isinstance(option.default, bool):
+            group.add_argument(
+                *names, type=option.read, nargs="?", const=True, default=option.default, metavar="BOOL", help=shown
+            )
+        else:
+            metavar = "N" if isinstance(option.default, int) else "TEXT"
+            group.add_argument(*names, type=option.read, default=option.default, metavar=metavar, help=shown)
+    common = groups["common"]
+    common.add_argument("-h", "--help", action="help", help="print this and exit; so does the word help")
+    common.add_argument(
+        "-V", "--version", action="version", version=f"ringoexp {__version__}", help="print the version and exit"
+    )
+    return made
+
+
+def _shown(default: Any) -> str:
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def read_arguments(argv: Sequence[str]) -> Settings:
+    """The settings that `argv` gives. Prints and raises SystemExit for help, version (0) and bad values (2)."""
+    made = parser()
+    words = [word for word in argv if word in ("help", "version")]
+    if len(argv) == 1 and words:
+        argv = [f"--{words[0]}"]
+    values, rest = made.parse_known_args(argv)
+    if rest:
+        made.error(f"{rest[0]!r} is not a flag")
+    settings = Settings(**vars(values))
+    if settings.profiler_port:
+        made.error(
+            f"argument -L/--profiler_port: {settings.profiler_port} is not accepted: "
+            "the profiler is not part of this version; 0 (off)"
+        )
+    if settings.ack == "ring" and not settings.is_publisher:
+        made.error("argument -A/--ack: 'ring' is not accepted with -I false: a consumer has no ring; stored")
+    if settings.procs:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        if settings.procs > cores:
+            most = f"at most {cores}, the cores there are" if cores else "0, this system cannot choose"
+            made.error(f"argument -X/--procs: {settings.procs} is not accepted: {most}")
+    return settings
+
+
+# The servers.
+
+
+def resolve(flag: str, host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
+    """The addresses of a host, IPv4 first. Raises CannotRun when there is none."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise CannotRun(f"{flag} {host}: the host's name cannot be resolved ({error})") from error
+    addresses = [(info[0], info[4]) for info in found if info[0] in (socket.AF_INET, socket.AF_INET6)]
+    if not addresses:
+        raise CannotRun(f"{flag} {host}: the host has no IP address")
+    return sorted(addresses, key=lambda address: address[0] != socket.AF_INET)
+
+
+def is_own_consumer(settings: Settings) -> bool:
+    """True when the consumer's address is this publisher's own. Raises CannotRun for names that do not resolve."""
+    if settings.port != settings.consumer_port:
+        resolve("-U", settings.consumer_hostname, settings.consumer_port)
+        return False
+    own = [address[0] for _, address in resolve("-H", settings.hostname, settings.port)]
+    theirs = resolve("-U", settings.consumer_hostname, settings.consumer_port)
+    if any(address[0] in own for _, address in theirs):
+        return True
+    if not {"0.0.0.0", "::"} & set(own):
+        return False
+    return any(_is_local(family, address[0]) for family, address in theirs)
+
+
+def _is_local(family: socket.AddressFamily, host: str) -> bool:
+    """True when `host` is an address of this machine: only then can a socket be bound to it."""
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+        return True
+
+
+class Parts:
+    """A server put together: what there is of store, ring and forwarder, and the HTTP server before them.
+
+    Raises CannotRun, StoreError or OSError when one of them cannot be had; nothing is left open then.
+    """
+
+    def __init__(self, settings: Settings, argv: Sequence[str]) -> None:
+        self.settings = settings
+        self.argv = list(argv)
+        self.uuid = str(uuid.uuid4()).upper()
+        self.started = datetime.datetime.now(datetime.timezone.utc)
+        self.totals = Totals()
+        self.store: Store | None = None
+        self.ring: Ring | None = None
+        self.forwarder: Forwarder | None = None
+        own = not settings.is_publisher or is_own_consumer(settings)
+        family, address = resolve("-H", settings.hostname, settings.port)[0]
+        intake: Intake
+        try:
+            if own:
+                self.store = Store(settings.database)
+            if settings.is_publisher:
+                try:
+                    self.ring = Ring(settings.ring_size)
+                except MemoryError:
+                    raise CannotRun(f"-r {settings.ring_size}: not that much memory to be had") from None
+                intake = RingIntake(self.ring, settings.ack == "ring")
+            else:
+                assert self.store is not None
+                intake = StoreIntake(self.store)
+            try:
+                self.server = Server(
+                    family, address, settings.name, settings.connections, intake, self.totals, self.report
+                )
+            except OSError as error:
+                raise CannotRun(
+                    f"cannot listen on {settings.hostname}:{settings.port}: {error.strerror} "
+                    "(-H and -p name another address)"
+                ) from error
+            if self.ring:
+                self.forwarder = Forwarder(self.ring, self._make_sink, settings.workers)
+        except BaseException:
+            if self.store:
+                self.store.close()
+            raise
+
+    def _make_sink(self, connected: Callable[[], None]) -> Sink:
+        if self.store:
+            return StoreSink(self.store)
+        return LinkSink(self.settings.consumer_hostname, self.settings.consumer_port, connected)
+
+    def stored(self) -> int:
+        """Records stored since the start: new ones in the own database, or else those the consumer has acked."""
+        if self.store:
+            return self.store.stats().stored
+        assert self.ring
+        return self.ring.committed
+
+    def unstored(self) -> int:
+        """Records that were taken and are not stored."""
+        return self.ring.cursor - self.ring.committed if self.ring else 0
+
+    def stop(self) -> None:
+        """The ordered stop: returns within DRAIN_SECONDS and a little, with everything ended."""
+        deadline = monotonic() + DRAIN_SECONDS
+        self.server.stop()
+        ended = self.server.wait_ended(DRAIN_SECONDS)
+        if self.ring:
+            if ended:
+                self.ring.close()
+                self.ring.join(max(0.0, deadline - monotonic()))
+            if not ended or self.unstored():
+                self.ring.abort()  # from here on nobody waits for what is not stored
+        if not ended and not self.server.wait_ended(5):
+            self.server.abort()
+            self.server.wait_ended(5)
+        if self.forwarder:
+            self.forwarder.stop(5)
+        if self.store:
+            self.store.close()
+
+    def report(self) -> dict[str, Any]:
+        """What `/v1.0/stats` says. The README explains each key."""
+        settings = {_camel(key): value for key, value in asdict(self.settings).items()}
+        settings["port"] = self.server.port
+        totals, connections = self.totals.snapshot(), self.server.stats()
+        ring = self.ring.stats() if self.ring else None
+        forwarder = self.forwarder.stats() if self.forwarder else None
+        store = self.store.stats() if self.store else None
+        return {
+            "info": {"version": __version__, "uuid": self.uuid, **settings},
+            "options": self.argv,
+            "stats": {
+                "startTime": self.started.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+                "recordsReceived": totals.received,
+                "recordsStored": store.stored if store else ring.committed if ring else 0,
+                "recordsDuplicate": store.duplicates if store else 0,
+                "recordsRefused": totals.refused,
+                "bytesReceived": totals.bytes_received,
+                "connections": connections.now,
+                "totalConnections": connections.total,
+                "refusedConnections": connections.refused,
+                "ringSize": ring.capacity if ring else 0,
+                "ringDepth": ring.depth if ring else 0,
+                "ringInFlight": ring.in_flight if ring else 0,
+                "ringHighWater": ring.high_water if ring else 0,
+                "ringTimesFull": ring.times_full if ring else 0,
+                "ringOldestInFlightMs": round(ring.oldest_in_flight * 1000, 3) if ring else 0,
+                "workers": forwarder.workers if forwarder else 0,
+                "mostWorkers": forwarder.most_workers if forwarder else 0,
+                "linkReconnects": forwarder.reconnects if forwarder else 0,
+                "ackLatencyP50Ms": totals.ack_latency_p50_ms,
+                "ackLatencyP99Ms": totals.ack_latency_p99_ms,
+            },
+            "memStats": memory(),
+        }
+
+
+def _camel(name: str) -> str:
+    head, *tail = name.split("_")
+    return head + "".join(word.capitalize() for word in tail)
+
+
+def serve(settings: Settings, argv: Sequence[str]) -> int:
+    """Runs a server until a signal comes, and returns the exit status. Raises what `Parts` raises."""
+    if settings.procs:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.procs])
+    # Not an Event: setting one in a handler can deadlock with the main thread's wait for it.
+    woken, wake = socket.socketpair()
+    wake.setblocking(False)
+
+    def end(number: int, frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)  # the second one ends at once
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, end)
+    signal.set_wakeup_fd(wake.fileno())
+    with woken, wake:
+        parts = Parts(settings, argv)
+        parts.server.start()
+        print(_greeting(parts), flush=True)
+        woken.recv(1)
+        signal.set_wakeup_fd(-1)
+        parts.stop()
+    stored, unstored = parts.stored(), parts.unstored()
+    print(f"ringoexp: stopped, {stored} stored, {unstored} unstored", flush=True)
+    return EXIT_UNSTORED if unstored else EXIT_OK
+
+
+def _greeting(parts: Parts) -> str:
+    settings = parts.settings
+    host = f"[{settings.hostname}]" if ":" in settings.hostname else settings.hostname
+    role = "publisher" if settings.is_publisher else "consumer"
+    where = (
+        f"storing in {settings.database}"
+        if parts.store
+        else f"forwarding to {settings.consumer_hostname}:{settings.consumer_port}"
+    )
+    return f"ringoexp {__version__}: {role} on {host}:{parts.server.port}, {where}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program: returns its exit status. 0 ended well, 1 could not run, 2 bad usage, 3 something stayed unstored."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    settings = read_arguments(arguments)
+    logging.basicConfig(
+        level=logging.DEBUG if settings.debug else logging.INFO,
+        format="%(asctime)s level=%(levelname)s thread=%(threadName)s logger=%(name)s %(message)s",
+    )
+    try:
+        return serve(settings, arguments)
+    except (CannotRun, StoreError) as error:
+        logging.getLogger("ringoexp").debug("event=cannot_run", exc_info=True)
+        print(f"ringoexp: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

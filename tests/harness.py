@@ -1,0 +1,262 @@
+"""What the whole-process and socket tests share: servers as processes, raw sockets, and waiting for conditions."""
+
+import base64
+import http.client
+import json
+import os
+import signal
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE = 30.0
+"""Seconds after which a test that waits for something fails."""
+
+
+def eventually(predicate: Callable[[], Any], what: str = "", deadline: float = DEADLINE) -> Any:
+    """The first true value of `predicate`, which is tried until `deadline` seconds have passed."""
+    end = time.monotonic() + deadline
+    while not (value := predicate()):
+        assert time.monotonic() < end, f"did not happen within {deadline} s: {what or predicate}"
+        time.sleep(0.01)
+    return value
+
+
+class Blocked:
+    """A call in a thread of its own, to show that it blocks and what it returns once it does not."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:
+            self._error = error
+
+    def still(self, seconds: float = 0.1) -> bool:
+        """True when the call has not returned after `seconds`."""
+        self._thread.join(seconds)
+        return self._thread.is_alive()
+
+    def result(self, deadline: float = DEADLINE) -> Any:
+        """What the call returns or raises; fails when it does neither within `deadline` seconds."""
+        self._thread.join(deadline)
+        assert not self._thread.is_alive(), "still blocked"
+        if self._error:
+            raise self._error
+        return self._value
+
+
+class ServerProcess:
+    """`python ringoexp.py` with these flags, in `directory`, from its first line of output to its exit."""
+
+    def __init__(self, directory: Path, *flags: str) -> None:
+        self.errors = directory / f"stderr-{time.monotonic_ns()}"
+        with open(self.errors, "wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "ringoexp.py"), *flags],
+                cwd=directory,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        assert self.process.stdout
+        self.greeting = self.process.stdout.readline()
+        if not self.greeting:
+            self.process.wait(DEADLINE)
+            raise AssertionError(f"did not start: {self.errors.read_text()}")
+        self.port = int(self.greeting.split(",")[0].rsplit(":", 1)[1])
+        self.tally = ""
+
+    @property
+    def url(self) -> str:
+        return f"ws://localhost:{self.port}/v1.0/ingest"
+
+    def get(self, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of a GET."""
+        return request(self.port, "GET", path, headers=headers)
+
+    def stats(self) -> dict[str, Any]:
+        """The `stats` of `/v1.0/stats`."""
+        return dict(json.loads(self.get("/v1.0/stats")[2])["stats"])
+
+    def resident(self) -> int:
+        """Resident size in bytes."""
+        with open(f"/proc/{self.process.pid}/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def stop(self, number: int = signal.SIGTERM, deadline: float = 45.0) -> int:
+        """Ends the server with a signal; its exit status. Its last line is in `tally`."""
+        self.process.send_signal(number)
+        return self.wait(deadline)
+
+    def wait(self, deadline: float = 45.0) -> int:
+        out, _ = self.process.communicate(timeout=deadline)
+        self.tally = out.strip()
+        return self.process.returncode
+
+    def kill(self) -> None:
+        """SIGKILL, at once."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+@contextmanager
+def server(directory: Path, *flags: str) -> Iterator[ServerProcess]:
+    """A running server, killed at the end if it still runs. Its stderr must hold no traceback."""
+    running = ServerProcess(directory, *flags)
+    try:
+        yield running
+    finally:
+        running.kill()
+    assert "Traceback" not in running.errors.read_text()
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def request(
+    port: int, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of one HTTP request."""
+    connection = http.client.HTTPConnection("localhost", port, timeout=DEADLINE)
+    try:
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        return response.status, dict(response.getheaders()), response.read()
+    finally:
+        connection.close()
+
+
+def rows(database: Path) -> list[tuple[str, int, int]]:
+    """Every stored record as (source, sequence, value), in the order of its id."""
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as reader:
+        found = reader.execute("SELECT source, sequence, value FROM records ORDER BY id").fetchall()
+    reader.close()
+    return found
+
+
+HANDSHAKE = {
+    "Host": "localhost",
+    "Upgrade": "websocket",
+    "Connection": "Upgrade",
+    "Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(),
+    "Sec-WebSocket-Version": "13",
+}
+
+
+def frame(
+    opcode: int, payload: bytes, fin: bool = True, mask: bytes | None = b"\x01\x02\x03\x04", rsv: int = 0
+) -> bytes:
+    """One WebSocket frame as a client sends it; `mask` None leaves it unmasked, which is an error."""
+    head = bytes([fin << 7 | rsv << 4 | opcode])
+    bit = 128 if mask is not None else 0
+    size = len(payload)
+    if size < 126:
+        head += bytes([bit | size])
+    elif size < 65536:
+        head += bytes([bit | 126]) + struct.pack(">H", size)
+    else:
+        head += bytes([bit | 127]) + struct.pack(">Q", size)
+    if mask is None:
+        return head + payload
+    key = (mask * (size // 4 + 1))[:size]
+    masked = (int.from_bytes(payload, "big") ^ int.from_bytes(key, "big")).to_bytes(size, "big")
+    return head + mask + masked
+
+
+class RawClient:
+    """A WebSocket client that does as it is told, right or wrong: bytes out, frames in."""
+
+    def __init__(self, port: int, headers: dict[str, str | None] | None = None, behind: bytes = b"") -> None:
+        """Connects, sends the handshake with these headers changed (None: left out), and `behind` in the same segment."""
+        self.sock = socket.create_connection(("localhost", port), DEADLINE)
+        self._buffer = b""
+        fields = {**HANDSHAKE, **(headers or {})}
+        lines = [f"{name}: {value}" for name, value in fields.items() if value is not None]
+        self.sock.sendall(("GET /v1.0/ingest HTTP/1.1\r\n" + "\r\n".join(lines) + "\r\n\r\n").encode() + behind)
+        while b"\r\n\r\n" not in self._buffer:
+            data = self.sock.recv(65536)
+            assert data, f"closed during the handshake: {self._buffer!r}"
+            self._buffer += data
+        head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
+        self.status = int(head.split()[1])
+        self.head = head.decode()
+
+    def __enter__(self) -> "RawClient":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.sock.close()
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def read(self) -> tuple[int, bytes] | None:
+        """Opcode and payload of the next frame; None at the end of the stream."""
+
+        def take(size: int) -> bytes | None:
+            while len(self._buffer) < size:
+                try:
+                    data = self.sock.recv(65536)
+                except ConnectionResetError:
+                    return None
+                if not data:
+                    return None
+                self._buffer += data
+            taken, self._buffer = self._buffer[:size], self._buffer[size:]
+            return taken
+
+        head = take(2)
+        if head is None:
+            return None
+        size = head[1]
+        if size == 126:
+            size = struct.unpack(">H", take(2) or b"")[0]
+        payload = take(size)
+        assert payload is not None, "the stream ended within a frame"
+        return head[0] & 15, payload
+
+    def acked(self, count: int) -> int:
+        """Reads until `count` records are acked; the last ack. Fails when the connection ends before."""
+        last = -1
+        while last < count:
+            found = self.read()
+            assert found and found[0] == 2, f"expected an ack, got {found}"
+            assert struct.unpack(">Q", found[1])[0] > last, "acks grow"
+            (last,) = struct.unpack(">Q", found[1])
+        return last
+
+    def closed(self) -> tuple[int, str, int]:
+        """Reads to the end: close code, reason, and the last ack before (0 if none). 1006 without a Close frame."""
+        acked = 0
+        while found := self.read():
+            opcode, payload = found
+            if opcode == 2:
+                (acked,) = struct.unpack(">Q", payload)
+            elif opcode == 8:
+                code = struct.unpack(">H", payload[:2])[0] if payload else 1005
+                return code, payload[2:].decode(), acked
+        return 1006, "", acked

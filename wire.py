@@ -1,0 +1,178 @@
+"""Bytes <-> integers: the formats of `/v1.0/ingest`. Pure functions, no I/O, no threads, no locks.
+
+All numbers are big-endian. A *run* says which source a stretch of values belongs to; a *block* is
+what one or more messages decode to: its runs, in order, and all their values in one `array('q')`.
+"""
+
+import sys
+from array import array
+from collections.abc import Sequence
+from struct import Struct
+from typing import NamedTuple
+
+Buffer = bytes | bytearray | memoryview
+
+SUBPROTOCOL = "ringoexp.batch.v1"
+MAX_MESSAGE = 8 * 1024 * 1024
+"""Most bytes in one message or HTTP body."""
+MAX_SEQUENCE = 2**63
+"""A run ends at or before it: sequences are kept as SQLite's signed 64-bit integers."""
+
+_RUNS = Struct(">I")
+_RUN = Struct(">16sQI")
+_ACK = Struct(">Q")
+_SWAP = sys.byteorder == "little"
+_INT32 = "i" if array("i").itemsize == 4 else "l"
+
+
+class Run(NamedTuple):
+    """`count` records of `source` (16 bytes of UUID), numbered `first`, `first + 1`, ..."""
+
+    source: bytes
+    first: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody wants here
+
+
+class Block(NamedTuple):
+    """Runs, in order, and their values: `sum(run.count for run in runs) == len(values)`."""
+
+    runs: list[Run]
+    values: "array[int]"
+
+    def after(self, count: int) -> "Block":
+        """What is left of the block without its first `count` records."""
+        runs, skip = [], count
+        for run in self.runs:
+            cut = min(skip, run.count)
+            skip -= cut
+            if cut < run.count:
+                runs.append(Run(run.source, run.first + cut, run.count - cut))
+        return Block(runs, self.values[count:])
+
+
+class WireError(ValueError):
+    """A message is not in the agreed format. The text tells the sender what to change.
+
+    `close_code` answers it on a WebSocket (RFC 6455 section 7.4.1), `status` over HTTP.
+    """
+
+    def __init__(self, reason: str, close_code: int = 1007, status: int = 400) -> None:
+        super().__init__(reason)
+        self.close_code = close_code
+        self.status = status
+
+
+def decode_plain(payload: Buffer) -> "array[int]":
+    """The integers of one plain message: 4 bytes are one int32, any other multiple of 8 are int64s.
+
+    Raises WireError for every other length, 0 included.
+    """
+    size = len(payload)
+    if size != 4 and (size == 0 or size % 8):
+        raise WireError(f"{size} bytes: a plain message has 4 bytes, or a multiple of 8")
+    values = array(_INT32 if size == 4 else "q")
+    values.frombytes(payload)
+    if _SWAP:
+        values.byteswap()
+    return array("q", values) if size == 4 else values
+
+
+def decode_plain_messages(messages: Sequence[bytes]) -> tuple["array[int]", WireError | None]:
+    """The integers of many plain messages in order, up to the first bad one, and what is wrong with that.
+
+    Messages of one kind are decoded as one block, without a step per message.
+    """
+    sizes = set(map(len, messages))
+    if len(messages) > 1:
+        if sizes == {4}:
+            narrow = array(_INT32)
+            narrow.frombytes(b"".join(messages))
+            if _SWAP:
+                narrow.byteswap()
+            return array("q", narrow), None
+        if 0 not in sizes and not any(size % 8 for size in sizes):
+            return decode_plain(b"".join(messages)), None
+    values = array("q")
+    for message in messages:
+        try:
+            values += decode_plain(message)
+        except WireError as error:
+            return values, error
+    return values, None
+
+
+def encode_plain(values: Sequence[int]) -> bytes:
+    """The plain message of `values` as 64-bit integers. Raises OverflowError beyond 64 bits."""
+    return _swapped(array("q", values)).tobytes()
+
+
+def decode_batch(payload: Buffer) -> Block:
+    """The runs and values of one batch message (subprotocol `ringoexp.batch.v1`).
+
+    Raises WireError when the runs do not add up to the payload, byte for byte.
+    """
+    size = len(payload)
+    if size < _RUNS.size:
+        raise WireError(f"{size} bytes: a batch message begins with a 4-byte count of runs")
+    (count,) = _RUNS.unpack_from(payload)
+    start = _RUNS.size + count * _RUN.size
+    if count == 0:
+        raise WireError("a batch of 0 runs: send at least one")
+    if start > size:
+        raise WireError(f"{count} runs need {start} bytes before the values, the message has {size}")
+    runs = [Run(*fields) for fields in _RUN.iter_unpack(memoryview(payload)[_RUNS.size : start])]
+    total = 0
+    for number, run in enumerate(runs):
+        if run.count == 0:
+            raise WireError(f"run {number} has no records: leave it out")
+        if run.first + run.count > MAX_SEQUENCE:
+            raise WireError(f"run {number} ends at {run.first + run.count}: sequences end at 2**63")
+        total += run.count
+    if size - start != total * 8:
+        raise WireError(f"the runs name {total} values of 8 bytes, {size - start} bytes follow them, not {total * 8}")
+    values = array("q")
+    values.frombytes(memoryview(payload)[start:])
+    return Block(runs, _swapped(values))
+
+
+def decode_batch_messages(messages: Sequence[bytes]) -> tuple[Block, WireError | None]:
+    """The blocks of many batch messages joined, up to the first bad one, and what is wrong with that."""
+    joined = Block([], array("q"))
+    for message in messages:
+        try:
+            block = decode_batch(message)
+        except WireError as error:
+            return joined, error
+        if len(messages) == 1:
+            return block, None
+        joined.runs.extend(block.runs)
+        joined.values.extend(block.values)
+    return joined, None
+
+
+def encode_batch(runs: Sequence[Run], values: "array[int]") -> bytes:
+    """The batch message of a block. `values` is left as it was."""
+    head = [_RUNS.pack(len(runs))]
+    head += [_RUN.pack(*run) for run in runs]
+    body = _swapped(values[:])
+    return b"".join((*head, memoryview(body)))
+
+
+def encode_ack(count: int) -> bytes:
+    """The ack for `count` records stored since the connection began: 8 bytes, unsigned."""
+    return _ACK.pack(count)
+
+
+def decode_ack(payload: Buffer) -> int:
+    """How many records of the connection are stored. Raises WireError unless it has 8 bytes."""
+    if len(payload) != _ACK.size:
+        raise WireError(f"{len(payload)} bytes: an ack has {_ACK.size}")
+    (count,) = _ACK.unpack(payload)
+    return int(count)
+
+
+def _swapped(values: "array[int]") -> "array[int]":
+    """`values`, turned in place between this machine's byte order and the wire's."""
+    if _SWAP:
+        values.byteswap()
+    return values
