@@ -181,6 +181,11 @@ class Breaker:
                 self._changed.wait()
             return False
 
+    def admits(self) -> bool:
+        """True when the calling thread may still try: what let it `enter` may have changed while it waited for work."""
+        with self._lock:
+            return not self._failures or self._probe is threading.current_thread()
+
     def succeeded(self) -> bool:
         """The sink works. True when it did not before."""
         with self._lock:
@@ -285,6 +290,9 @@ class Forwarder:
         except Closed:
             self._breaker.left()
             return False
+        if not self._breaker.admits():
+            self._ring.requeue(batch)
+            return True
         self._start_worker()
         try:
             sink.store(batch)

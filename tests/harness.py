@@ -99,7 +99,7 @@ class ServerProcess:
         with open(f"/proc/{self.process.pid}/statm") as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    def signal(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         self.process.send_signal(number)
 
     def stop(self, number: int = signal.SIGTERM, deadline: float = 45.0) -> int:
@@ -191,7 +191,7 @@ class RawClient:
     """A WebSocket client that does as it is told, right or wrong: bytes out, frames in."""
 
     def __init__(self, port: int, headers: dict[str, str | None] | None = None, behind: bytes = b"") -> None:
-        """Connects, sends the handshake with these headers changed (None: left out), and `behind` in the same segment."""
+        """Sends the handshake with these headers changed (None: left out), and `behind` in the same segment."""
         self.sock = socket.create_connection(("localhost", port), DEADLINE)
         self._buffer = b""
         fields = {**HANDSHAKE, **(headers or {})}
