@@ -190,6 +190,15 @@ class ServerConnection(Connection):
         self.sock.sendall(self.ws.send(accept))
         self.connected = True
 
+    def send_bytes(self, payload: bytes) -> None:
+        """Sends one binary message of at most 125 bytes, also after the peer's Close frame.
+
+        RFC 6455 section 5.5.1 lets an endpoint finish what it has to say before it answers a Close;
+        wsproto does not. Raises OSError when the connection is lost.
+        """
+        assert len(payload) < 126
+        self.sock.sendall(bytes((0x82, len(payload))) + payload)
+
 
 class ClientConnection(Connection):
     """The client's end of `ws://host:port/path`, connected. Speaks `subprotocol` or does not connect at all.
