@@ -4,7 +4,6 @@ import struct
 import uuid
 from array import array
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from harness import RawClient, ServerProcess, eventually, frame, rows, server
@@ -47,9 +46,7 @@ def lying_batch(runs: int, tail: bytes = b"") -> bytes:
         pytest.param(frame(1, b"42"), 1003, id="text"),
         *(pytest.param(frame(2, bytes(size)), 1007, id=f"{size} bytes") for size in (0, 3, 5, 12)),
         pytest.param(frame(2, bytes(MAX_MESSAGE + 8)), 1009, id="oversize"),
-        pytest.param(
-            frame(2, bytes(MAX_MESSAGE), fin=False) + frame(0, bytes(8)), 1009, id="oversize in fragments"
-        ),
+        pytest.param(frame(2, bytes(MAX_MESSAGE), fin=False) + frame(0, bytes(8)), 1009, id="oversize in fragments"),
         pytest.param(frame(2, bytes(4), mask=None), 1002, id="unmasked"),
         pytest.param(frame(2, bytes(4), rsv=4), 1002, id="reserved bit"),
         pytest.param(frame(3, bytes(4)), 1002, id="reserved opcode"),
