@@ -15,8 +15,8 @@ Buffer = bytes | bytearray | memoryview
 SUBPROTOCOL = "ringoexp.batch.v1"
 MAX_MESSAGE = 8 * 1024 * 1024
 """Most bytes in one message or HTTP body."""
-MAX_SEQUENCE = 2**63
-"""A run ends at or before it: sequences are kept as SQLite's signed 64-bit integers."""
+MAX_SEQUENCE = 2**63 - 1
+"""A run ends at or before it: a sequence, and the end of a run, are SQLite's signed 64-bit integers."""
 
 _RUNS = Struct(">I")
 _RUN = Struct(">16sQI")
@@ -126,7 +126,7 @@ def decode_batch(payload: Buffer) -> Block:
         if run.count == 0:
             raise WireError(f"run {number} has no records: leave it out")
         if run.first + run.count > MAX_SEQUENCE:
-            raise WireError(f"run {number} ends at {run.first + run.count}: sequences end at 2**63")
+            raise WireError(f"run {number} ends at {run.first + run.count}: sequences end at 2**63 - 1")
         total += run.count
     if size - start != total * 8:
         raise WireError(f"the runs name {total} values of 8 bytes, {size - start} bytes follow them, not {total * 8}")

@@ -1,0 +1,369 @@
+"""The ring: what it guarantees to producers and workers, each rule by itself and all of them under load."""
+
+import random
+import threading
+from array import array
+
+import pytest
+from harness import Blocked
+
+from ringbuffer import Batch, Closed, Full, Ring
+from wire import Run
+
+A, B = b"a" * 16, b"b" * 16
+
+
+def ints(*values: int) -> "array[int]":
+    return array("q", values)
+
+
+def ring_of(capacity: int, *values: int) -> Ring:
+    """A ring that holds these values of source A."""
+    ring = Ring(capacity)
+    ring.put(ints(*values), A, 0, 0)
+    return ring
+
+
+def check(ring: Ring) -> None:
+    """The ring's invariant, from its snapshot."""
+    stats = ring.stats()
+    assert 0 <= stats.committed <= stats.cursor
+    assert stats.depth == stats.cursor - stats.committed <= stats.capacity
+    assert stats.backlog + stats.in_flight <= stats.depth <= stats.high_water
+
+
+@pytest.mark.parametrize("capacity", [0, -1])
+def test_a_ring_has_at_least_one_slot(capacity: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        Ring(capacity)
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 7])
+def test_values_come_out_as_they_went_in_whatever_the_wrap(capacity: int) -> None:
+    ring = Ring(capacity)
+    out: list[int] = []
+    for first in range(0, 60, 3):
+        call = Blocked(lambda first=first: ring.put(ints(first, first + 1, -first - 2), A, first))
+        taken = 0
+        while taken < 3:
+            batch = ring.reserve(2)
+            taken += len(batch)
+            out += batch.values
+            ring.commit(batch)
+        assert call.result() == first + 3
+        check(ring)
+    assert out == [value for first in range(0, 60, 3) for value in (first, first + 1, -first - 2)]
+
+
+def test_put_returns_the_sequence_after_the_last_and_no_values_are_no_change() -> None:
+    ring = ring_of(4, 1, 2, 3)
+    assert ring.put(ints(), A, 3) == 3
+    assert ring.put(ints(4), A, 3) == 4
+    assert ring.cursor == 4
+
+
+def test_put_copies_and_takes_views() -> None:
+    values = ints(1, 2, 3)
+    ring = Ring(4)
+    with memoryview(values)[1:] as view:
+        ring.put(view, A, 0)
+    values[1] = 99
+    assert list(ring.reserve(4).values) == [2, 3]
+
+
+def test_extremes_of_64_bits_pass() -> None:
+    ring = ring_of(2, 2**63 - 1, -(2**63))
+    assert list(ring.reserve(2).values) == [2**63 - 1, -(2**63)]
+
+
+def test_put_blocks_while_full_and_a_reserved_slot_is_not_free() -> None:
+    ring = ring_of(2, 1, 2)
+    call = Blocked(lambda: ring.put(ints(3), A, 2))
+    assert call.still()
+    batch = ring.reserve(1)
+    assert call.still()
+    ring.commit(batch)
+    assert call.result() == 3
+    assert ring.stats().times_full == 1
+
+
+def test_more_than_fits_goes_in_piece_by_piece() -> None:
+    ring = Ring(2)
+    call = Blocked(lambda: ring.put(ints(*range(5)), A, 0))
+    out: list[int] = []
+    while len(out) < 5:
+        batch = ring.reserve(9)
+        assert len(batch) <= 2
+        out += batch.values
+        ring.commit(batch)
+    assert call.result() == 5
+    assert out == list(range(5))
+
+
+def test_full_says_how_many_are_in_and_a_timed_out_put_leaves_no_trace() -> None:
+    ring = Ring(3)
+    with pytest.raises(Full) as full:
+        ring.put(ints(*range(5)), A, 0, 0.01)
+    assert full.value.accepted == 3
+    with pytest.raises(Full) as full:
+        ring.put(ints(7), A, 5, 0)
+    assert full.value.accepted == 0
+    batch = ring.reserve(9)
+    assert (list(batch.values), batch.runs) == ([0, 1, 2], [Run(A, 0, 3)])
+    ring.commit(batch)
+    ring.put(ints(8), B, 0, 0)
+    assert list(ring.reserve(9).values) == [8]
+    assert ring.cursor == 4
+
+
+def test_a_commit_wakes_every_producer_whatever_the_size_of_its_block() -> None:
+    ring = ring_of(4, 1, 2, 3, 4)
+    calls = [Blocked(lambda n=n: ring.put(ints(*range(n)), A, 0)) for n in (1, 2, 1)]
+    assert all(call.still(0.02) for call in calls)
+    ring.commit(ring.reserve(4))
+    for call in calls:
+        call.result()
+
+
+def test_batches_finish_in_any_order_but_only_the_gapless_prefix_is_free() -> None:
+    ring = ring_of(6, *range(6))
+    first, second, third = (ring.reserve(2) for _ in range(3))
+    ring.commit(third)
+    ring.commit(second)
+    assert ring.committed == 0
+    with pytest.raises(Full):
+        ring.put(ints(9), A, 6, 0)
+    assert not ring.wait_committed(1, 0)
+    ring.commit(first)
+    assert ring.committed == 6
+    assert ring.wait_committed(6, 0)
+    assert ring.stats().depth == 0
+
+
+def test_a_requeued_batch_comes_first_unchanged_and_the_oldest_before_the_others() -> None:
+    ring = ring_of(6, *range(6))
+    first, second, third = (ring.reserve(2) for _ in range(3))
+    ring.requeue(third)
+    ring.requeue(first)
+    assert ring.reserve(1) is first  # whole, whatever the limit
+    assert ring.reserve(9) is third
+    assert list(first.values) == [0, 1]
+    for batch in (second, third, first):
+        ring.commit(batch)
+    assert ring.committed == 6
+
+
+def test_a_batch_lands_once() -> None:
+    ring = ring_of(2, 1, 2)
+    batch, other = ring.reserve(1), ring.reserve(1)
+    ring.commit(batch)
+    for operation in (ring.commit, ring.requeue):
+        with pytest.raises(ValueError, match="not in flight"):
+            operation(batch)
+    ring.requeue(other)
+    for operation in (ring.commit, ring.requeue):
+        with pytest.raises(ValueError, match="not in flight"):
+            operation(other)
+    with pytest.raises(ValueError, match="not in flight"):
+        ring.commit(Batch(1, 2, [], 0))  # equal is not identical
+
+
+def test_reserve_blocks_until_there_is_something_or_its_time_is_over() -> None:
+    ring = Ring(2)
+    with pytest.raises(TimeoutError):
+        ring.reserve(1, 0.01)
+    call = Blocked(lambda: ring.reserve(1))
+    assert call.still()
+    ring.put(ints(5), A, 0)
+    assert list(call.result().values) == [5]
+
+
+def test_two_waiting_workers_share_what_one_put_brought() -> None:
+    ring = Ring(4)
+    calls = [Blocked(lambda: ring.reserve(1)) for _ in range(2)]
+    assert all(call.still(0.02) for call in calls)
+    ring.put(ints(1, 2), A, 0)
+    assert sorted(call.result().values[0] for call in calls) == [1, 2]
+
+
+def test_runs_merge_where_they_continue_and_are_cut_where_a_batch_ends() -> None:
+    ring = Ring(20)
+    ring.put(ints(0, 1), A, 0)
+    ring.put(ints(2), A, 2)
+    ring.put(ints(9), B, 7)
+    ring.put(ints(5), A, 5)
+    ring.put(ints(6), A, 6)
+    ring.put(ints(6), A, 6)  # the same again does not continue
+    assert ring.reserve(2).runs == [Run(A, 0, 2)]
+    assert ring.reserve(4).runs == [Run(A, 2, 1), Run(B, 7, 1), Run(A, 5, 2)]
+    assert ring.reserve(9).runs == [Run(A, 6, 1)]
+
+
+def test_after_close_nothing_goes_in_but_all_comes_out() -> None:
+    ring = ring_of(3, 1, 2)
+    ring.close()
+    with pytest.raises(Closed) as closed:
+        ring.put(ints(3), A, 2)
+    assert closed.value.accepted == 0
+    batch = ring.reserve(9)
+    assert not ring.join(0)
+    ring.commit(batch)
+    assert ring.join(0)
+    with pytest.raises(Closed):
+        ring.reserve(1)
+
+
+def test_close_wakes_a_blocked_put_which_says_how_many_are_in() -> None:
+    ring = Ring(2)
+    call = Blocked(lambda: ring.put(ints(1, 2, 3), A, 0))
+    assert call.still()
+    ring.close()
+    with pytest.raises(Closed) as closed:
+        call.result()
+    assert closed.value.accepted == 2
+
+
+def test_after_close_a_worker_waits_for_what_is_in_flight_and_may_come_back() -> None:
+    for come_back in (True, False):
+        ring = ring_of(2, 1)
+        batch = ring.reserve(1)
+        ring.close()
+        call = Blocked(lambda ring=ring: ring.reserve(1))
+        assert call.still()
+        if come_back:
+            ring.requeue(batch)
+            assert call.result() is batch
+        else:
+            ring.commit(batch)
+            with pytest.raises(Closed):
+                call.result()
+
+
+def test_close_wakes_every_idle_worker_of_an_empty_ring() -> None:
+    ring = Ring(1)
+    calls = [Blocked(lambda: ring.reserve(1)) for _ in range(3)]
+    assert all(call.still(0.02) for call in calls)
+    ring.close()
+    for call in calls:
+        with pytest.raises(Closed):
+            call.result()
+
+
+def test_abort_ends_every_wait() -> None:
+    ring = ring_of(1, 1)
+    batch = ring.reserve(1)
+    calls = [
+        Blocked(lambda: ring.put(ints(2), A, 1)),
+        Blocked(lambda: ring.reserve(1)),
+        Blocked(lambda: ring.wait_committed(1)),
+        Blocked(lambda: ring.join()),
+    ]
+    assert all(call.still(0.02) for call in calls)
+    ring.abort()
+    for call in calls[:2]:
+        with pytest.raises(Closed):
+            call.result()
+    assert calls[2].result() is False
+    assert calls[3].result() is False
+    ring.commit(batch)  # what was under way may still land
+    assert ring.wait_committed(1, 0) and ring.join(0)
+
+
+def test_wait_committed_blocks_until_everything_before_is_stored() -> None:
+    ring = ring_of(3, 1, 2, 3)
+    first, second = ring.reserve(1), ring.reserve(2)
+    call = Blocked(lambda: ring.wait_committed(2))
+    ring.commit(first)
+    assert call.still()
+    ring.commit(second)
+    assert call.result() is True
+    assert ring.wait_committed(4, 0.01) is False
+
+
+def test_workers_are_wanted_when_something_waits_and_nobody_does() -> None:
+    ring = Ring(4)
+    assert not ring.wants_workers
+    ring.put(ints(1), A, 0)
+    assert ring.wants_workers
+    batch = ring.reserve(4)
+    assert not ring.wants_workers
+    ring.requeue(batch)
+    assert ring.wants_workers
+
+
+def test_stats_agree_and_show_the_age_of_the_oldest_in_flight() -> None:
+    ring = ring_of(5, 1, 2, 3, 4)
+    assert ring.stats().oldest_in_flight == 0
+    batch = ring.reserve(3)
+    stats = ring.stats()
+    assert stats[:8] == (5, 4, 0, 4, 1, 3, 4, 0)
+    assert 0 <= stats.oldest_in_flight < 60
+    ring.commit(batch)
+    assert (ring.stats().depth, ring.stats().high_water, ring.stats().oldest_in_flight) == (1, 4, 0)
+
+
+def test_many_producers_and_failing_workers_lose_and_double_nothing() -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    ring = Ring(37)
+    sources = [bytes([number]) * 16 for number in range(6)]
+    stored: dict[tuple[bytes, int], int] = {}
+    errors: list[BaseException] = []
+    lock = threading.Lock()
+
+    def produce(number: int) -> None:
+        rng, first = random.Random(seed + number), 0
+        while first < 4000:
+            size = min(rng.choice((1, 1, 2, 5, 36, 37, 90)), 4000 - first)
+            block = array("q", range(number * 10_000 + first, number * 10_000 + first + size))
+            timeout = rng.choice((None, 0.001))
+            try:
+                end = ring.put(block, sources[number], first, timeout)
+                first += size
+            except Full as full:
+                first += full.accepted
+                continue
+            if rng.random() < 0.02:
+                assert ring.wait_committed(end, 20)
+
+    def work(number: int) -> None:
+        rng = random.Random(-seed - number)
+        while True:
+            try:
+                batch = ring.reserve(rng.randrange(1, 40), rng.choice((None, 0.001)))
+            except Closed:
+                return
+            except TimeoutError:
+                continue
+            if rng.random() < 0.3:
+                ring.requeue(batch)
+                continue
+            with lock:
+                values = iter(batch.values)
+                for run in batch.runs:
+                    for sequence in range(run.first, run.first + run.count):
+                        assert (run.source, sequence) not in stored
+                        stored[run.source, sequence] = next(values)
+            check(ring)
+            ring.commit(batch)
+
+    def guarded(job: object, number: int) -> None:
+        try:
+            job(number)  # type: ignore[operator]
+        except BaseException as error:
+            errors.append(error)
+            ring.abort()
+
+    producers = [threading.Thread(target=guarded, args=(produce, n), daemon=True) for n in range(6)]
+    workers = [threading.Thread(target=guarded, args=(work, n), daemon=True) for n in range(5)]
+    for thread in producers + workers:
+        thread.start()
+    for thread in producers:
+        thread.join(40)
+    ring.close()
+    assert ring.join(20)
+    for thread in workers:
+        thread.join(20)
+    assert not errors and not any(thread.is_alive() for thread in producers + workers)
+    assert stored == {(sources[n], k): n * 10_000 + k for n in range(6) for k in range(4000)}
+    assert ring.stats().high_water <= 37

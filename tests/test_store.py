@@ -1,0 +1,351 @@
+"""The store: on disk or an error, each (source, sequence) at most once, and no file of somebody else's touched."""
+
+import os
+import random
+import sqlite3
+import stat
+import threading
+from array import array
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from harness import Blocked, eventually, rows
+
+import store
+from store import APPLICATION_ID, Store, StoreError
+from wire import Run
+
+A, B = b"a" * 16, b"b" * 16
+A_TEXT = "61616161-6161-6161-6161-616161616161"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "numbers.db"
+
+
+@pytest.fixture
+def opened(path: Path) -> Iterator[Store]:
+    opened = Store(str(path))
+    yield opened
+    opened.close()
+
+
+def block(source: bytes, first: int, end: int) -> tuple[list[Run], "array[int]"]:
+    """Records `first` to `end`, with values that tell their sequence."""
+    return [Run(source, first, end - first)], array("q", range(first * 10, end * 10, 10))
+
+
+def found(path: Path) -> dict[tuple[str, int], int]:
+    """What is stored; fails when something is there twice."""
+    records = rows(path)
+    known = {(source, sequence): value for source, sequence, value in records}
+    assert len(known) == len(records), "a record is there twice"
+    return known
+
+
+def query(path: Path, sql: str) -> list[tuple[object, ...]]:
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as reader:
+        return reader.execute(sql).fetchall()
+
+
+def test_a_new_database_is_marked_and_safe_against_power_loss(opened: Store, path: Path) -> None:
+    assert query(path, "PRAGMA application_id") == [(APPLICATION_ID,)]
+    assert query(path, "PRAGMA user_version") == [(1,)]
+    assert query(path, "PRAGMA journal_mode") == [("wal",)]
+    assert opened._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+
+
+def test_ids_are_dense_and_the_view_joins_everything(opened: Store, path: Path) -> None:
+    opened.append([Run(A, 0, 2), Run(B, 7, 1)], array("q", [2**63 - 1, -(2**63), 5]))
+    opened.append([Run(A, 2, 1)], array("q", [6]))
+    assert query(path, "SELECT id, source, sequence, value FROM records WHERE source LIKE '61%'") == [
+        (1, A_TEXT, 0, 2**63 - 1),
+        (2, A_TEXT, 1, -(2**63)),
+        (4, A_TEXT, 2, 6),
+    ]
+    assert query(path, "SELECT first_id, count, sequence FROM batch") == [(1, 2, 0), (3, 1, 7), (4, 1, 2)]
+    assert query(path, "SELECT min(received_at_ms) > 1600000000000 FROM records") == [(1,)]
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 127, 128, 1023, 1024, 1025, 2048 + 128 + 16 + 1, 100_000])
+def test_blocks_of_every_size_are_stored_whole(opened: Store, path: Path, size: int) -> None:
+    opened.append(*block(A, 0, size))
+    assert query(path, "SELECT count(*), sum(value = sequence * 10), max(id) FROM records") == [(size, size, size)]
+
+
+@pytest.mark.parametrize(
+    ("runs", "new"),
+    [
+        ([(10, 20)], 0),
+        ([(12, 18)], 0),
+        ([(5, 10)], 5),
+        ([(5, 12)], 5),
+        ([(18, 30)], 10),
+        ([(20, 30)], 10),
+        ([(5, 30)], 15),
+        ([(0, 60)], 40),
+        ([(0, 5), (3, 8), (0, 8)], 8),
+        ([(38, 42), (19, 41)], 12),
+        ([(50, 51), (49, 50), (48, 52)], 4),
+    ],
+)
+@pytest.mark.parametrize("reopened", [False, True])
+def test_only_what_is_not_covered_yet_is_stored(
+    path: Path, runs: list[tuple[int, int]], new: int, reopened: bool
+) -> None:
+    """Stored already: 10..19 and 30..39."""
+    opened = Store(str(path))
+    opened.append(*block(A, 30, 40))
+    opened.append(*block(A, 10, 20))
+    if reopened:
+        opened.close()
+        opened = Store(str(path))
+    before = opened.stats().stored
+    blocks = [block(A, *run) for run in runs]
+    opened.append([run for each, _ in blocks for run in each], sum((values for _, values in blocks), array("q")))
+    assert opened.stats().stored - before == new
+    assert opened.stats().duplicates == sum(end - first for first, end in runs) - new
+    opened.close()
+    expected = set(range(10, 20)) | set(range(30, 40)) | {n for run in runs for n in range(*run)}
+    assert found(path) == {(A_TEXT, n): n * 10 for n in expected}
+
+
+def test_random_runs_store_the_first_value_of_each_sequence(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    monkeypatch.setattr(store, "_MOST_SOURCES_CACHED", 2)  # so that sources leave the cache and come back
+    model: dict[tuple[bytes, int], int] = {}
+    opened = Store(str(path))
+    sent = 0
+    for turn in range(300):
+        runs, values = [], array("q")
+        for _ in range(rng.randrange(1, 5)):
+            run = Run(rng.choice((A, B, b"c" * 16)), rng.randrange(300), rng.randrange(1, 30))
+            runs.append(run)
+            for sequence in range(run.first, run.first + run.count):
+                values.append(rng.randrange(-(2**63), 2**63))
+                model.setdefault((run.source, sequence), values[-1])
+        opened.append(runs, values)
+        sent += len(values)
+        if turn % 100 == 50:
+            opened.close()
+            opened = Store(str(path))
+    opened.close()
+    expected = {(source.hex(), sequence): value for (source, sequence), value in model.items()}
+    assert {(source.replace("-", ""), sequence): value for (source, sequence), value in found(path).items()} == expected
+
+
+def test_the_last_sequence_there_is(opened: Store, path: Path) -> None:
+    run = [Run(A, 2**63 - 3, 2)]
+    for _ in range(2):
+        opened.append(run, array("q", [1, 2]))
+    assert found(path) == {(A_TEXT, 2**63 - 3): 1, (A_TEXT, 2**63 - 2): 2}
+
+
+def test_who_comes_while_a_commit_runs_is_committed_together_by_the_next(
+    opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, groups, write = threading.Event(), [], opened._write
+
+    def slow(group: list[store._Waiting]) -> tuple[int, int]:
+        groups.append(len(group))
+        assert gate.wait(30)
+        return write(group)
+
+    monkeypatch.setattr(opened, "_write", slow)
+    calls = [Blocked(lambda: opened.append(*block(A, 0, 1)))]
+    eventually(lambda: groups == [1])
+    calls += [Blocked(lambda n=n: opened.append(*block(A, n, n + 2))) for n in range(5)]
+    eventually(lambda: len(opened._queue) == 5)
+    assert all(call.still(0.01) for call in calls)
+    gate.set()
+    for call in calls:
+        call.result()
+    assert groups == [1, 5]
+    assert opened.stats() == (6, 5, 2)
+    assert len(found(path)) == 6
+
+
+def test_a_failed_commit_fails_exactly_its_batches_and_the_next_starts_clean(
+    opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, write, groups = threading.Event(), opened._write, []
+
+    def failing(group: list[store._Waiting]) -> tuple[int, int]:
+        groups.append(len(group))
+        if len(groups) == 1:
+            assert gate.wait(30)
+        if len(groups) == 2:
+            with opened._transaction():
+                opened._source(A)
+                raise sqlite3.OperationalError("disk I/O error")
+        return write(group)
+
+    monkeypatch.setattr(opened, "_write", failing)
+    good = Blocked(lambda: opened.append(*block(A, 0, 1)))
+    eventually(lambda: groups == [1])
+    bad = [Blocked(lambda n=n: opened.append(*block(A, n, n + 1))) for n in (1, 2)]
+    eventually(lambda: len(opened._queue) == 2)
+    gate.set()
+    good.result()
+    for call in bad:
+        with pytest.raises(StoreError, match="numbers.db: disk I/O error"):
+            call.result()
+    opened.append(*block(A, 1, 2))
+    assert found(path) == {(A_TEXT, 0): 0, (A_TEXT, 1): 10}
+    assert opened.stats() == (2, 0, 2)
+
+
+def test_a_full_disk_fails_the_commit_and_goes_on_when_there_is_room(opened: Store, path: Path) -> None:
+    opened.append(*block(A, 0, 10))
+    (pages,) = opened._db.execute("PRAGMA page_count").fetchone()
+    opened._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StoreError, match="full.*make room"):
+        opened.append(*block(A, 10, 10_000))
+    assert len(found(path)) == 10
+    opened._db.execute("PRAGMA max_page_count = 1000000")
+    opened.append(*block(A, 10, 10_000))
+    assert len(found(path)) == 10_000
+
+
+def test_a_commit_that_happened_but_reported_an_error_is_not_doubled(
+    opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened.append(*block(A, 0, 5))
+    write = opened._write
+
+    def lying(group: list[store._Waiting]) -> tuple[int, int]:
+        write(group)
+        monkeypatch.setattr(opened, "_write", write)
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(opened, "_write", lying)
+    with pytest.raises(StoreError):
+        opened.append(*block(A, 5, 10))
+    opened.append(*block(A, 5, 10))
+    opened.append(*block(A, 4, 11))
+    assert found(path) == {(A_TEXT, n): n * 10 for n in range(11)}
+
+
+def test_many_threads_store_everything_once(opened: Store, path: Path) -> None:
+    calls = [
+        Blocked(lambda n=n: [opened.append(*block(bytes([n]) * 16, k, k + 3)) for k in range(0, 200, 2)])
+        for n in range(8)
+    ]
+    for call in calls:
+        call.result()
+    assert len(found(path)) == 8 * 201
+    assert opened.stats().stored == 8 * 201
+
+
+def test_close_waits_for_the_commit_that_runs_and_ends_the_store(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, gate = Store(str(path)), threading.Event()
+    write, started = opened._write, threading.Event()
+
+    def slow(group: list[store._Waiting]) -> tuple[int, int]:
+        started.set()
+        assert gate.wait(30)
+        return write(group)
+
+    monkeypatch.setattr(opened, "_write", slow)
+    call = Blocked(lambda: opened.append(*block(A, 0, 3)))
+    assert started.wait(30)
+    closing_call = Blocked(opened.close)
+    assert closing_call.still()
+    gate.set()
+    call.result()
+    closing_call.result()
+    opened.close()
+    with pytest.raises(StoreError, match="closed"):
+        opened.append(*block(A, 3, 4))
+    assert not path.with_name("numbers.db-wal").exists()
+    assert len(found(path)) == 3
+
+
+def test_a_second_server_is_kept_off_the_file_until_the_first_closes(path: Path) -> None:
+    first = Store(str(path))
+    with pytest.raises(StoreError, match="in use by another ringoexp"):
+        Store(str(path))
+    first.close()
+    Store(str(path)).close()
+
+
+def other_database(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE theirs(x)")
+
+
+def newer_database(path: Path) -> None:
+    Store(str(path)).close()
+    with closing(sqlite3.connect(path)) as ours:
+        ours.execute("PRAGMA user_version = 2")
+
+
+def corrupt_database(path: Path) -> None:
+    Store(str(path)).close()
+    content = bytearray(path.read_bytes())
+    content[100:4096] = b"\xff" * 3996
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        pytest.param(lambda path: path.mkdir(), "is a directory", id="directory"),
+        pytest.param(lambda path: path.write_text("not a database\n" * 100), "not a SQLite file", id="text file"),
+        pytest.param(other_database, "another application's", id="another application's"),
+        pytest.param(newer_database, "schema version 2", id="newer"),
+        pytest.param(corrupt_database, "corrupt", id="corrupt"),
+    ],
+)
+def test_a_file_that_is_not_ours_is_refused_in_one_line_and_left_as_it_was(path: Path, make: object, said: str) -> None:
+    make(path)  # type: ignore[operator]
+    before = path.read_bytes() if path.is_file() else b""
+    with pytest.raises(StoreError, match=said) as refused:
+        Store(str(path))
+    assert "\n" not in str(refused.value) and str(path) in str(refused.value)
+    assert (path.read_bytes() if path.is_file() else b"") == before
+
+
+def test_a_missing_directory_is_said(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="No such file or directory"):
+        Store(str(tmp_path / "nowhere" / "numbers.db"))
+
+
+@pytest.mark.parametrize("what", ["directory", "file"])
+def test_what_may_not_be_written_is_refused(path: Path, what: str) -> None:
+    """In a child process, as a user without rights where the tests run as root."""
+    Store(str(path)).close()
+    path.with_name("numbers.db-lock").chmod(0o666)
+    path.chmod(0o444)
+    if what == "directory":
+        path.unlink()
+        path.with_name("numbers.db-lock").unlink()
+        path.parent.chmod(0o555)
+    for parent in path.parents[1:4]:  # pytest's own directories keep others out
+        if parent.stat().st_uid == os.getuid() and "pytest" in parent.name:
+            parent.chmod(parent.stat().st_mode | stat.S_IXOTH)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setgid(65534)
+                os.setuid(65534)
+            try:
+                Store(str(path))
+                os.write(writing, b"opened")
+            except StoreError as error:
+                os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with open(reading, "rb") as pipe:
+        said = pipe.read().decode()
+    path.parent.chmod(0o755)
+    assert str(path) in said and ("Permission denied" in said or "permissions" in said), said
