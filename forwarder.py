@@ -118,21 +118,22 @@ class LinkSink:
     def _await_ack(self, link: ClientConnection) -> None:
         """Reads until everything sent is acked. Raises OSError when the link ends before, or at ACK_TIMEOUT."""
         deadline = monotonic() + ACK_TIMEOUT
-        acked = -1
-        while acked < self._sent:
-            if monotonic() > deadline:
-                raise TimeoutError(f"no ack within {ACK_TIMEOUT:.0f} s")
-            data = link.read()
-            for message in link.parse(data or b""):
+        data = b""  # first, what came right behind the handshake
+        while True:
+            for message in link.parse(data):
                 acked = decode_ack(message)
                 if acked > self._sent:
                     raise WireError(f"acked {acked} records of {self._sent} sent")
-            if acked < self._sent:
-                if link.ending:
-                    code, reason = link.ending
-                    raise ConnectionResetError(f"the consumer closed with {code:d} {reason}")
-                if not data:
-                    raise ConnectionResetError("the consumer closed the connection")
+                if acked == self._sent:
+                    return
+            if link.ending:
+                code, reason = link.ending
+                raise ConnectionResetError(f"the consumer closed with {code:d} {reason}")
+            if monotonic() > deadline:
+                raise TimeoutError(f"no ack within {ACK_TIMEOUT:.0f} s")
+            data = link.read() or b""
+            if not data:
+                raise ConnectionResetError("the consumer closed the connection")
 
     def _drop(self) -> None:
         """Closes the link without ceremony."""

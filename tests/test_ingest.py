@@ -24,7 +24,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     with server(directory, *flags) as process:
         process.database = directory / "ringoexp.db"  # type: ignore[attr-defined]
         yield process
-        assert process.stats()["connections"] <= 1, "every connection has ended"
+        eventually(lambda: process.stats()["connections"] <= 1, "every connection has ended")
 
 
 def stored_by(running: ServerProcess, before: int) -> list[tuple[str, int, int]]:

@@ -1,0 +1,387 @@
+"""Workers, the breaker and the links, each against peers that fail in every way."""
+
+import logging
+import random
+import socket
+import struct
+import threading
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from harness import Blocked, eventually, free_port, rows
+from websockets.sync.server import ServerConnection as Peer
+from websockets.sync.server import serve
+
+import forwarder
+import websock
+from forwarder import Breaker, Forwarder, LinkSink, SinkError, StoreSink
+from ringbuffer import Batch, Closed, Ring
+from store import Store
+from wire import SUBPROTOCOL, Run, decode_batch, encode_ack
+
+SOURCE = b"s" * 16
+
+
+class FakeSink:
+    """Stores in a list, once `gate` is open; fails as long as `error` is set."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: Exception | None = None
+        self.stored: list[int] = []
+        self.calls = 0
+        self.busy = 0
+        self.most_busy = 0
+        self.lock = threading.Lock()
+
+    def store(self, batch: Batch) -> None:
+        with self.lock:
+            self.calls += 1
+            self.busy += 1
+            self.most_busy = max(self.most_busy, self.busy)
+        try:
+            assert self.gate.wait(30)
+            if self.error:
+                raise self.error
+            with self.lock:
+                self.stored += batch.values
+        finally:
+            with self.lock:
+                self.busy -= 1
+
+    def abort(self) -> None:
+        self.error = SinkError("aborted")
+        self.gate.set()
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwarder, "BACKOFF_FIRST", 0.001)
+    monkeypatch.setattr(forwarder, "BACKOFF_MOST", 0.01)
+    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
+
+
+@contextmanager
+def forwarding(ring: Ring, sink: FakeSink, most: int = 8) -> Iterator[Forwarder]:
+    running = Forwarder(ring, lambda connected: sink, most)
+    try:
+        yield running
+    finally:
+        ring.abort()
+        assert running.stop(20)
+        assert running.stats().workers == 0 or not threads()
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("forward-")]
+
+
+def put(ring: Ring, *values: int) -> int:
+    return ring.put(array("q", values), SOURCE, ring.cursor, 20)
+
+
+def test_what_is_put_is_stored_and_committed() -> None:
+    ring, sink = Ring(10), FakeSink()
+    with forwarding(ring, sink):
+        assert ring.wait_committed(put(ring, 1, 2, 3), 20)
+        assert sink.stored == [1, 2, 3]
+        ring.close()
+        assert ring.join(20)
+        eventually(lambda: not threads(), "the workers end when the ring is drained")
+
+
+def test_what_a_failing_sink_refuses_is_requeued_until_it_is_stored(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    ring, sink = Ring(10), FakeSink()
+    sink.error = SinkError("the consumer is away")
+    with forwarding(ring, sink):
+        end = put(ring, *range(10))
+        eventually(lambda: sink.calls > 5)
+        assert ring.committed == 0
+        sink.error = None
+        assert ring.wait_committed(end, 20)
+        assert sorted(sink.stored) == list(range(10))
+    said = [record.getMessage().split()[0] for record in caplog.records]
+    assert said.count("event=sink_down") == said.count("event=sink_up") == 1, "once per change, not once a try"
+
+
+def test_a_worker_lives_on_after_an_error_nobody_expected(caplog: pytest.LogCaptureFixture) -> None:
+    ring, sink = Ring(10), FakeSink()
+    sink.error = ZeroDivisionError("a bug")
+    with forwarding(ring, sink):
+        end = put(ring, 1)
+        eventually(lambda: sink.calls > 1)
+        sink.error = None
+        assert ring.wait_committed(end, 20)
+        assert threads() == ["forward-1"]
+    assert "event=worker_error error='a bug'" in caplog.text
+
+
+def test_workers_start_while_others_are_busy_up_to_the_most_and_retire_when_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forwarder, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(forwarder, "BATCH_RECORDS", 1)
+    ring, sink = Ring(20), FakeSink()
+    sink.gate.clear()
+    with forwarding(ring, sink, most=3) as running:
+        end = put(ring, *range(20))
+        eventually(lambda: sink.busy == 3)
+        assert len(threads()) == 3
+        sink.gate.set()
+        assert ring.wait_committed(end, 20)
+        eventually(lambda: threads() != [] and len(threads()) == 1, "all but one retire")
+        assert running.stats()[:2] == (1, 3)
+        assert ring.wait_committed(put(ring, 5), 20)
+
+
+def test_one_worker_probes_while_the_sink_fails_and_no_more_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwarder, "BATCH_RECORDS", 1)
+    ring, sink = Ring(20), FakeSink()
+    sink.gate.clear()
+    with forwarding(ring, sink, most=4) as running:
+        end = put(ring, *range(20))
+        eventually(lambda: sink.busy == 4)
+        sink.error = SinkError("away")
+        sink.gate.set()
+        eventually(lambda: sink.calls > 8 and sink.busy <= 1)
+        sink.most_busy, calls = 0, sink.calls
+        eventually(lambda: sink.calls > calls + 10)
+        assert sink.most_busy == 1
+        assert running.stats().workers == 4
+        sink.error = None
+        assert ring.wait_committed(end, 20)
+
+
+def test_idle_workers_do_not_try_when_the_sink_has_failed_meanwhile() -> None:
+    """They passed the breaker long ago: a requeued batch must not wake them all into trying."""
+    ring, sink = Ring(4), FakeSink()
+    with forwarding(ring, sink) as running:
+        running._breaker.failed()
+        running._breaker._probe = threading.main_thread()  # somebody else has the probe
+        put(ring, 1)
+        eventually(lambda: ring.stats().backlog == 1 and ring.wants_workers, "the idle worker has put it back")
+        assert sink.calls == 0
+        running._breaker.succeeded()
+        assert ring.wait_committed(1, 20)
+
+
+def test_the_breaker_pauses_longer_and_longer_with_full_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwarder, "BACKOFF_FIRST", 0.1)
+    monkeypatch.setattr(forwarder, "BACKOFF_MOST", 5.0)
+    pauses: list[tuple[float, float]] = []
+    monkeypatch.setattr(random, "uniform", lambda low, high: pauses.append((low, high)) or 0)
+    breaker = Breaker()
+    assert breaker.enter() and not pauses
+    assert breaker.failed() is True
+    for _ in range(8):
+        assert breaker.enter()
+        assert breaker.failed() is False
+    assert pauses == [(0, most) for most in (0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5)]
+    assert breaker.enter() and breaker.succeeded() is True
+    assert breaker.enter() and breaker.succeeded() is False
+
+
+def test_the_others_wait_for_the_probe_and_go_on_with_its_success_or_take_its_place() -> None:
+    breaker = Breaker()
+    breaker.failed()
+    assert breaker.enter() and breaker.admits()  # this thread has the probe
+    others = [Blocked(breaker.enter) for _ in range(3)]
+    assert all(other.still(0.02) for other in others)
+    breaker.left()  # with nothing to try: exactly one takes over
+    eventually(lambda: sum(not other.still(0) for other in others) == 1)
+    assert not breaker.admits()
+    breaker.succeeded()
+    assert all(other.result() for other in others)
+    breaker.failed()
+    assert breaker.enter()
+    last = Blocked(breaker.enter)
+    assert last.still()
+    breaker.stop()
+    assert last.result() is False
+    assert breaker.enter() is False
+
+
+def test_stop_ends_a_worker_that_waits_for_its_sink() -> None:
+    ring, sink = Ring(4), FakeSink()
+    sink.gate.clear()
+    running = Forwarder(ring, lambda connected: sink, 1)
+    put(ring, 1)
+    eventually(lambda: sink.busy == 1)
+    ring.abort()
+    assert running.stop(20)
+    assert not threads() and ring.committed == 0
+    with pytest.raises(Closed):
+        ring.reserve(1)
+
+
+def test_the_store_sink_stores_and_says_why_it_cannot(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "s.db"))
+    sink, batch = StoreSink(store), a_batch(1, 2)
+    sink.store(batch)
+    assert [row[1:] for row in rows(tmp_path / "s.db")] == [(0, 1), (1, 2)]
+    store.close()
+    with pytest.raises(SinkError, match="s.db is closed"):
+        sink.store(batch)
+
+
+# Links.
+
+
+def a_batch(*values: int) -> Batch:
+    batch = Batch(0, len(values), [Run(SOURCE, 0, len(values))], 0.0)
+    batch.values = array("q", values)
+    return batch
+
+
+@contextmanager
+def consumer(answer: Callable[[Peer], None]) -> Iterator[int]:
+    """A consumer that nobody here wrote, with `answer` for each link; its port."""
+    with serve(answer, "localhost", 0, subprotocols=[SUBPROTOCOL]) as peer:  # type: ignore[list-item]
+        thread = threading.Thread(target=peer.serve_forever)
+        thread.start()
+        try:
+            yield peer.socket.getsockname()[1]
+        finally:
+            peer.shutdown()
+            thread.join(20)
+
+
+def test_a_link_sends_batches_and_returns_with_their_cumulative_acks() -> None:
+    got, links = [], []
+
+    def answer(peer: Peer) -> None:
+        total = 0
+        for message in peer:
+            block = decode_batch(message)  # type: ignore[arg-type]
+            got.append((block.runs, list(block.values)))
+            peer.ping()  # a ping between message and acks is answered and does not disturb
+            for _ in block.values:
+                total += 1
+                peer.send(encode_ack(total))
+
+    with consumer(answer) as port:
+        sink = LinkSink("localhost", port, lambda: links.append(1))
+        sink.store(a_batch(1, 2, 3))
+        sink.store(a_batch(-1))
+        sink.close()
+    assert got == [([Run(SOURCE, 0, 3)], [1, 2, 3]), ([Run(SOURCE, 0, 1)], [-1])]
+    assert links == [1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        pytest.param(lambda peer: peer.recv(), "closed with 1000", id="closes without an ack"),
+        pytest.param(lambda peer: peer.close(1011, "disk full"), "closed with 1011 disk full", id="cannot store"),
+        pytest.param(lambda peer: peer.socket.shutdown(2), "localhost", id="drops the connection"),
+        pytest.param(lambda peer: (peer.send(b"1234"), peer.recv(), peer.recv()), "an ack has 8", id="no ack"),
+        pytest.param(lambda peer: (peer.send(encode_ack(9)), peer.recv(), peer.recv()), "acked 9", id="acks too much"),
+        pytest.param(lambda peer: (peer.send("text"), peer.recv(), peer.recv()), "1003", id="text"),
+        pytest.param(lambda peer: (peer.recv(), peer.recv()), "no ack within|timed out", id="says nothing"),
+    ],
+)
+def test_a_link_that_is_not_acked_fails_and_the_next_store_makes_a_new_one(
+    answer: Callable[[Peer], None], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarder, "ACK_TIMEOUT", 0.3)
+    links: list[int] = []
+    served: list[int] = []
+
+    def first_bad_then_good(peer: Peer) -> None:
+        served.append(1)
+        if len(served) == 1:
+            answer(peer)
+        else:
+            peer.recv()
+            peer.send(encode_ack(2))
+
+    with consumer(first_bad_then_good) as port:
+        sink = LinkSink("localhost", port, lambda: links.append(1))
+        with pytest.raises(SinkError, match=said):
+            sink.store(a_batch(1, 2))
+        sink.store(a_batch(1, 2))
+        sink.close()
+    assert links == [1, 1]
+
+
+def test_a_consumer_that_refuses_the_link_is_told_apart() -> None:
+    with pytest.raises(SinkError, match="refused"):
+        LinkSink("localhost", free_port(), lambda: None).store(a_batch(1))
+    with serve(lambda peer: None, "localhost", 0) as peer:  # does not speak the subprotocol
+        thread = threading.Thread(target=peer.serve_forever)
+        thread.start()
+        with pytest.raises(SinkError, match="does not speak"):
+            LinkSink("localhost", peer.socket.getsockname()[1], lambda: None).store(a_batch(1))
+        peer.shutdown()
+        thread.join(20)
+    for answer, said in [
+        (b"HTTP/1.1 503 Full\r\nContent-Length: 0\r\n\r\n", "HTTP status 503"),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", "not a WebSocket server"),
+        (b"", "closed the connection"),
+    ]:
+        with socket.create_server(("127.0.0.1", 0)) as fake:
+            sink = LinkSink("127.0.0.1", fake.getsockname()[1], lambda: None)
+            call = Blocked(lambda sink=sink: sink.store(a_batch(1)))
+            accepted, _ = fake.accept()
+            with accepted:
+                accepted.recv(65536)
+                accepted.sendall(answer)
+                accepted.shutdown(socket.SHUT_WR)
+                with pytest.raises(SinkError, match=said):
+                    call.result()
+
+
+def test_abort_from_another_thread_ends_a_store_that_waits() -> None:
+    waiting = threading.Event()
+
+    def answer(peer: Peer) -> None:
+        peer.recv()
+        waiting.set()
+        for _ in peer:
+            pass
+
+    with consumer(answer) as port:
+        sink = LinkSink("localhost", port, lambda: None)
+        call = Blocked(lambda: sink.store(a_batch(1)))
+        assert waiting.wait(20) and call.still()
+        sink.abort()
+        with pytest.raises(SinkError):
+            call.result()
+        with pytest.raises(SinkError, match="stopping"):
+            sink.store(a_batch(1))
+
+
+def test_reconnects_are_counted_and_nothing_is_lost_over_a_link_that_keeps_failing() -> None:
+    rng = random.Random(1)
+    stored: dict[tuple[bytes, int], int] = {}
+
+    def answer(peer: Peer) -> None:
+        total = 0
+        for message in peer:
+            if rng.random() < 0.3:
+                return
+            block = decode_batch(message)  # type: ignore[arg-type]
+            values = iter(block.values)
+            for run in block.runs:
+                for sequence in range(run.first, run.first + run.count):
+                    stored[run.source, sequence] = next(values)
+            if rng.random() < 0.3:
+                return  # stored, but nobody knows
+            total += len(block.values)
+            peer.send(struct.pack(">Q", total))
+
+    ring = Ring(16)
+    with consumer(answer) as port:
+        running = Forwarder(ring, lambda connected: LinkSink("localhost", port, connected), 4)
+        assert ring.wait_committed(put(ring, *range(400)), 30)
+        ring.close()
+        assert ring.join(20) and running.stop(20)
+    assert stored == {(SOURCE, n): n for n in range(400)}
+    assert running.stats().reconnects > 3
