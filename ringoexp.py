@@ -18,6 +18,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Any, NamedTuple, NoReturn
@@ -238,6 +239,9 @@ def read_arguments(argv: Sequence[str]) -> Settings:
     values, rest = made.parse_known_args(argv)
     if rest:
         made.error(f"{rest[0]!r} is not a flag")
+    for option in OPTIONS:
+        if getattr(values, option.long) == []:  # what argparse before 3.13 makes of --flag=--
+            made.error(f"argument -{option.short}/--{option.long}: '--' is not accepted: name a value")
     settings = Settings(**vars(values))
     if settings.profiler_port:
         made.error(
@@ -296,7 +300,7 @@ def _is_local(family: socket.AddressFamily, host: str) -> bool:
 class Parts:
     """A server put together: what there is of store, ring and forwarder, and the HTTP server before them.
 
-    Raises CannotRun, StoreError or OSError when one of them cannot be had; nothing is left open then.
+    Raises CannotRun or StoreError when one of them cannot be had; nothing is left open then.
     """
 
     def __init__(self, settings: Settings, argv: Sequence[str]) -> None:
@@ -311,9 +315,10 @@ class Parts:
         own = not settings.is_publisher or is_own_consumer(settings)
         family, address = resolve("-H", settings.hostname, settings.port)[0]
         intake: Intake
-        try:
+        with ExitStack() as undo:
             if own:
                 self.store = Store(settings.database)
+                undo.callback(self.store.close)
             if settings.is_publisher:
                 try:
                     self.ring = Ring(settings.ring_size)
@@ -332,12 +337,13 @@ class Parts:
                     f"cannot listen on {settings.hostname}:{settings.port}: {error.strerror} "
                     "(-H and -p name another address)"
                 ) from error
+            undo.callback(self.server.stop)
             if self.ring:
-                self.forwarder = Forwarder(self.ring, self._make_sink, settings.workers)
-        except BaseException:
-            if self.store:
-                self.store.close()
-            raise
+                try:
+                    self.forwarder = Forwarder(self.ring, self._make_sink, settings.workers)
+                except RuntimeError as error:
+                    raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
+            undo.pop_all()
 
     def _make_sink(self, connected: Callable[[], None]) -> Sink:
         if self.store:

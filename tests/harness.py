@@ -64,11 +64,11 @@ class Blocked:
 class ServerProcess:
     """`python ringoexp.py` with these flags, in `directory`, from its first line of output to its exit."""
 
-    def __init__(self, directory: Path, *flags: str) -> None:
+    def __init__(self, directory: Path, *flags: str, script: Path = ROOT / "ringoexp.py") -> None:
         self.errors = directory / f"stderr-{time.monotonic_ns()}"
         with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "ringoexp.py"), *flags],
+                [sys.executable, str(script), *flags],
                 cwd=directory,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -1,0 +1,353 @@
+"""The command line: every flag right and wrong, what a user sees when it cannot run, signals, the README's tables."""
+
+import json
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import DEADLINE, ROOT, Blocked, RawClient, ServerProcess, eventually, frame, free_port, server
+
+import ringoexp
+from ringoexp import OPTIONS, CannotRun, Parts, Settings, is_own_consumer, main, read_arguments
+from store import Store
+
+README = (ROOT / "README.md").read_text()
+
+
+def run(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """`python ringoexp.py` with these flags, to its end."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "ringoexp.py"), *flags],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+
+
+def usage_error(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """The one line that these flags are refused with."""
+    with pytest.raises(SystemExit) as ended:
+        read_arguments(flags)
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
+    assert said.err.startswith("ringoexp: error: ") and said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.mark.parametrize("word", ["help", "--help", "-h"])
+def test_help_shows_every_option_with_its_default_in_groups(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([word])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.err) == (0, "")
+    shown = " ".join(said.out.split())
+    for option in OPTIONS:
+        assert f"-{option.short}" in shown and f"--{option.long}" in shown and option.help in shown
+        if option.default != "" and option.long != "debug":
+            assert f"{option.help} (default {str(option.default).lower()})" in shown or str(option.default) in shown
+    for group in ("basic:", "publisher:", "consumer:", "system:", "common:", "examples:"):
+        assert f"\n{group}\n" in said.out
+    for example in re.findall(r"^    ringoexp (.*)$", said.out, re.MULTILINE):
+        read_arguments(example.split())
+    assert len(re.findall(r"^    ringoexp ", said.out, re.MULTILINE)) == 2
+
+
+@pytest.mark.parametrize("word", ["version", "--version", "-V"])
+def test_version(word: str, tmp_path: Path) -> None:
+    done = run(tmp_path, word)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"ringoexp {ringoexp.__version__}\n", "")
+
+
+def test_the_table_and_the_settings_are_the_same_in_the_same_order() -> None:
+    assert [option.long for option in OPTIONS] == [field.name for field in fields(Settings)]
+    assert read_arguments([]) == Settings(**{option.long: option.default for option in OPTIONS})
+
+
+GOOD: dict[str, list[tuple[str, Any]]] = {
+    "name": [("Ringo", "Ringo"), ("", "")],
+    "hostname": [("0.0.0.0", "0.0.0.0"), ("::1", "::1")],
+    "port": [("0", 0), ("65535", 65535)],
+    "connections": [("5", 5), ("0", 0), ("-3", 0)],
+    "is_publisher": [("true", True), ("false", False)],
+    "ring_size": [("1", 1), ("65536", 65536)],
+    "consumer_hostname": [("db.example", "db.example")],
+    "consumer_port": [("0", 0), ("1", 1)],
+    "workers": [("1", 1), ("65536", 65536)],
+    "ack": [("stored", "stored"), ("ring", "ring")],
+    "database": [("a b.db", "a b.db")],
+    "procs": [("1", 1), ("0", 0), ("-1", 0)],
+    "profiler_port": [("0", 0), ("-1", 0)],
+}
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.long != "debug"], ids=lambda o: o.long)
+def test_every_flag_in_every_spelling(option: ringoexp.Option) -> None:
+    for text, value in GOOD[option.long]:
+        for flag in {f"--{option.long}", f"--{option.long.replace('_', '-')}"}:
+            assert getattr(read_arguments([flag, text]), option.long) == value
+            assert getattr(read_arguments([f"{flag}={text}"]), option.long) == value
+        assert getattr(read_arguments([f"-{option.short}", text]), option.long) == value
+
+
+def test_debug_has_no_value() -> None:
+    assert read_arguments(["-d"]).debug and read_arguments(["--debug"]).debug
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["-I"], True),
+        (["--is_publisher"], True),
+        (["-I", "-d"], True),
+        (["-I", "false"], False),
+        (["-I=false"], False),
+        (["-Ifalse"], False),
+        (["--is_publisher=false"], False),
+        (["--is-publisher", "FALSE"], False),
+        (["-I", "0"], False),
+        (["-I", "F"], False),
+        (["-I=1"], True),
+        (["-I", "True"], True),
+        (["-I", "t"], True),
+        (["-I", "false", "-I", "true"], True),
+    ],
+)
+def test_is_publisher_in_every_form(words: list[str], value: bool) -> None:
+    assert read_arguments(words).is_publisher is value
+
+
+NUMBERS = ["x", "", "1.5", "1e3", "0x10", "--", "٣", "9" * 30]
+BAD: dict[str, list[str]] = {
+    "name": ["a\nb", "caf\xe9", "\0"],
+    "hostname": ["", "  "],
+    "port": ["-1", "65536", *NUMBERS],
+    "connections": NUMBERS,
+    "is_publisher": ["yes", "2", ""],
+    "ring_size": ["0", "-1", "2147483649", *NUMBERS],
+    "consumer_hostname": ["", " "],
+    "consumer_port": ["-1", "65536", *NUMBERS],
+    "workers": ["0", "65537", *NUMBERS],
+    "ack": ["disk", "", "STORED"],
+    "database": ["", "a\0b"],
+    "procs": ["100000", *NUMBERS],
+    "profiler_port": ["6000", *NUMBERS],
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        pytest.param(option, text, id=f"{option.long} {text!r}")
+        for option in OPTIONS
+        for text in BAD.get(option.long, ())
+    ],
+)
+def test_a_bad_value_is_one_line_with_flag_value_and_what_is_accepted(
+    option: ringoexp.Option, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = usage_error(capsys, f"--{option.long}={text}")
+    assert f"-{option.short}/--{option.long}" in said
+    assert repr(text) in said or f" {text} " in said
+    assert "not accepted: " in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--no_such_flag"], "'--no_such_flag' is not a flag"),
+        (["stray"], "'stray' is not a flag"),
+        (["-S", "spool.db"], "'-S' is not a flag"),
+        (["--ring", "5"], "'--ring' is not a flag"),
+        (["-p"], "-p/--port: expected one argument"),
+        (["-A", "ring", "-I", "false"], "a consumer has no ring"),
+        (["-L", "6000"], "the profiler is not part of this version"),
+    ],
+)
+def test_other_bad_usage_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in usage_error(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        ([], True),
+        (["-p", "7000"], False),
+        (["-p", "7000", "-T", "7000"], True),
+        (["-U", "127.0.0.1"], True),
+        (["-U", "LOCALHOST"], True),
+        (["-H", "127.0.0.1", "-U", "127.0.0.2"], False),
+        (["-H", "0.0.0.0"], True),
+        (["-H", "0.0.0.0", "-U", "127.0.0.2"], True),
+        (["-H", "0.0.0.0", "-U", "192.0.2.1"], False),
+    ],
+)
+def test_a_publisher_whose_consumer_has_its_own_address_is_its_own(words: list[str], own: bool) -> None:
+    assert is_own_consumer(read_arguments(words)) is own
+
+
+def cannot_run(directory: Path, *flags: str) -> str:
+    """The one line that a server which cannot start ends with."""
+    done = run(directory, *flags)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("ringoexp: error: ") and done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert f"cannot listen on localhost:{port}: " in cannot_run(tmp_path, "-p", str(port))
+
+
+@pytest.mark.parametrize("flag", ["-H", "-U"])
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 70, "a..b"])
+def test_a_host_that_does_not_resolve_is_one_line(tmp_path: Path, flag: str, host: str) -> None:
+    assert f"{flag} {host}: " in cannot_run(tmp_path, "-p", "0", flag, host)
+
+
+def test_an_address_of_another_machine_is_one_line(tmp_path: Path) -> None:
+    assert "cannot listen on 192.0.2.1:" in cannot_run(tmp_path, "-p", "0", "-H", "192.0.2.1")
+
+
+@pytest.mark.parametrize("consumer", [True, False])
+def test_a_database_that_cannot_be_opened_is_one_line(tmp_path: Path, consumer: bool) -> None:
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "text").write_text("some text, and not a little of it\n" * 50)
+    with closing(sqlite3.connect(tmp_path / "other")) as other:
+        other.execute("CREATE TABLE theirs(x)")
+    flags = ["-p", "0", *(["-I", "false"] if consumer else ["-T", "0"])]
+    for name, said in [
+        ("directory", "is a directory"),
+        ("text", "not a SQLite file"),
+        ("other", "another application"),
+        ("missing/file", "No such file or directory"),
+    ]:
+        line = cannot_run(tmp_path, *flags, "-D", name)
+        assert name in line and said in line
+    with server(tmp_path, *flags, "-D", "used"):
+        assert "in use by another ringoexp" in cannot_run(tmp_path, *flags, "-D", "used")
+
+
+def test_when_no_thread_is_to_be_had_it_says_so_and_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(*unused: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(ringoexp, "Forwarder", no_thread)
+    port, database = free_port(), str(tmp_path / "d")
+    flags = ["-p", str(port), "-T", str(port), "-D", database]
+    with pytest.raises(CannotRun, match="no thread to be had"):
+        Parts(read_arguments(flags), flags)
+    assert not accepts(port)
+    Store(database).close()
+
+
+def test_debug_shows_the_cause(tmp_path: Path) -> None:
+    done = run(tmp_path, "-p", "0", "-d", "-U", "no-such-host.invalid")
+    assert "gaierror" in done.stderr and done.stderr.splitlines()[-1].startswith("ringoexp: error: ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("role", [["-T", "0"], ["-I", "false"]])
+def test_a_signal_ends_an_idle_server_at_once(tmp_path: Path, number: int, role: list[str]) -> None:
+    with server(tmp_path, "-p", "0", *role) as running:
+        assert running.stop(number) == 0
+        assert running.tally == "ringoexp: stopped, 0 stored, 0 unstored"
+
+
+def draining(directory: Path, seconds: float) -> ServerProcess:
+    """A publisher whose consumer is away, which gives up draining after `seconds`."""
+    wrapper = directory / "wrapper"
+    wrapper.mkdir()
+    (wrapper / "ringoexp.py").write_text(
+        f"import sys; sys.path[0] = {str(ROOT)!r}; import ringoexp; ringoexp.DRAIN_SECONDS = {seconds}\n"
+        "sys.exit(ringoexp.main())\n"
+    )
+    return ServerProcess(directory, "-p", "0", "-T", str(free_port()), "-r", "10", script=wrapper / "ringoexp.py")
+
+
+@pytest.mark.parametrize("records", [5, 50])
+def test_what_cannot_be_stored_is_counted_and_ends_with_3(tmp_path: Path, records: int) -> None:
+    """With 50 records the session is blocked in the full ring; with 5 it waits for their ack."""
+    running = draining(tmp_path, 0.5)
+    try:
+        with RawClient(running.port) as client:
+            client.send(frame(2, bytes(8)) * records)
+            held = min(records, 10)
+            eventually(lambda: running.stats()["ringDepth"] == held)
+            assert running.stop() == 3
+            assert running.tally == f"ringoexp: stopped, 0 stored, {held} unstored"
+            assert client.closed() == (1001, "the server is stopping", 0)
+    finally:
+        running.kill()
+    assert "Traceback" not in running.errors.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_draining_server_at_once(tmp_path: Path, number: int) -> None:
+    running = draining(tmp_path, 600)
+    try:
+        with RawClient(running.port) as client:
+            client.send(frame(2, bytes(4)))
+            eventually(lambda: running.stats()["ringDepth"] == 1)
+            running.send_signal(number)
+            eventually(lambda: not accepts(running.port), "it has stopped accepting")
+            ended = Blocked(running.process.wait)
+            assert ended.still()
+            running.send_signal(number)
+            assert ended.result() == -number
+    finally:
+        running.kill()
+    assert "Traceback" not in running.errors.read_text()
+
+
+def accepts(port: int) -> bool:
+    try:
+        socket.create_connection(("localhost", port)).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_procs_limits_the_cores(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0", "-X", "1") as running:
+        status = Path(f"/proc/{running.process.pid}/status").read_text()
+        assert re.search(r"^Cpus_allowed_list:\s*\d+$", status, re.MULTILINE)
+
+
+def test_the_readmes_flags_are_the_tables() -> None:
+    found = re.findall(r"^\| `-(\w)` \| `--(\w+)` \| (.*?) \|", README, re.MULTILINE)
+    expected = [
+        (option.short, option.long, f"`{str(option.default).lower()}`" if option.default != "" else "empty")
+        for option in OPTIONS
+    ]
+    assert [row for row in found if row[1] not in ("help", "version")] == expected
+
+
+@pytest.mark.parametrize("role", [["-T", "0"], ["-I", "false"]])
+def test_the_readme_explains_every_key_of_the_stats(tmp_path: Path, role: list[str]) -> None:
+    with server(tmp_path, "-p", "0", *role) as running:
+        report = json.loads(running.get("/v1.0/stats")[2])
+    assert report["options"] == ["-p", "0", *role]
+    for section in ("info", "stats", "memStats"):
+        missing = [key for key in report[section] if f"`{key}`" not in README]
+        assert not missing, f"{section}: {missing}"
+
+
+def test_the_readmes_byte_example_and_python_client_work(tmp_path: Path) -> None:
+    (client,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(client.strip().splitlines()) <= 10
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        script = client.replace("6660", str(running.port))
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=DEADLINE)
+        assert done.stdout == "1000 stored\n", done.stderr
