@@ -77,7 +77,7 @@ class ServerProcess:
         assert self.process.stdout
         self.greeting = self.process.stdout.readline()
         if not self.greeting:
-            self.process.wait(DEADLINE)
+            self.kill()
             raise AssertionError(f"did not start: {self.errors.read_text()}")
         self.port = int(self.greeting.split(",")[0].rsplit(":", 1)[1])
         self.tally = ""
@@ -113,10 +113,11 @@ class ServerProcess:
         return self.process.returncode
 
     def kill(self) -> None:
-        """SIGKILL, at once."""
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate()
+        """SIGKILL, at once, if it still runs."""
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout
+        self.process.stdout.close()
 
 
 @contextmanager
