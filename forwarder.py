@@ -121,7 +121,7 @@ class LinkSink:
         data = b""  # first, what came right behind the handshake
         while True:
             for message in link.parse(data):
-                acked = decode_ack(message)
+                acked = decode_ack(message.payloads)
                 if acked > self._sent:
                     raise WireError(f"acked {acked} records of {self._sent} sent")
                 if acked == self._sent:

@@ -29,7 +29,7 @@ from wsproto.events import (
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import LocalProtocolError, RemoteProtocolError
 
-from wire import MAX_MESSAGE
+from wire import MAX_MESSAGE, Messages, frame_head, take_frames
 
 READ_SIZE = 256 * 1024
 CLOSE_TIMEOUT = 2.0
@@ -66,9 +66,16 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
 
     def __init__(self, sock: socket.socket, role: ConnectionType) -> None:
         self.ending: tuple[int, str] | None = None
-        self._parts: list[bytes] = []  # of the message that is coming in
+        self._masked = role is ConnectionType.SERVER  # clients mask what they send
+        # What has arrived and is not parsed yet: less than _needed bytes, the start of a frame.
+        self._pieces: list[bytes] = []
+        self._arrived = 0
+        self._needed = 1
+        # What wsproto is in the middle of: bytes left of a frame, and a message in fragments.
+        self._judged = 0
+        self._fragments = False
+        self._parts: list[bytes] = []  # of the message it has begun
         self._size = 0
-        self._broken = False  # the peer broke the protocol: its bytes can't be followed any more
         super().__init__(sock, connection_type=role, thread_class=_NoThread)
 
     def read(self, wait: bool = True) -> bytes | None:
@@ -83,16 +90,54 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
             return None
         return data
 
-    def parse(self, data: bytes) -> list[bytes]:
+    def parse(self, data: bytes) -> list[Messages]:
         """The binary messages that `data` completes, in order; pings in it are answered before it returns.
 
-        Sets `ending` when the peer closes, sends text or too large a message, or breaks the protocol;
-        what stood before that is returned, what comes after is ignored. Raises OSError when the
-        answer to a ping cannot be sent.
+        Frames that are a whole message each are taken out here, those of one size together; all others
+        go to wsproto, frame by frame. Sets `ending` when the peer closes, sends text or too large a
+        message, or breaks the protocol; what stood before that is returned, what comes after is
+        ignored. Raises OSError when the answer to a ping cannot be sent.
         """
-        messages: list[bytes] = []
+        messages: list[Messages] = []
         if self.ending:
             return messages
+        self._pieces.append(data)
+        self._arrived += len(data)
+        if self._arrived < self._needed:
+            return messages
+        if len(self._pieces) > 1:
+            data = b"".join(self._pieces)
+        at, end, needed = 0, len(data), 1
+        replies = b""
+        while at < end and not self.ending:
+            if self._judged:  # within a frame that wsproto has the head of
+                part = data[at : at + self._judged]
+                self._judged -= len(part)
+                at += len(part)
+                replies += self._judge(part, messages)
+                continue
+            head = frame_head(data, at)
+            if head is None:
+                needed = end - at + 1
+                break
+            size = head.head + head.payload
+            if not head.simple or self._fragments or not self._masked:
+                if data[at] & 0x0F < 8:
+                    self._fragments = data[at] < 0x80
+                self._judged = size
+            elif size > end - at:
+                needed = size
+                break
+            else:
+                found, at = take_frames(data, at, head)
+                messages.append(found)
+        self._pieces, self._arrived, self._needed = [data[at:]], end - at, needed
+        if replies:
+            self.sock.sendall(replies)
+        return messages
+
+    def _judge(self, data: bytes, messages: list[Messages]) -> bytes:
+        """Gives `data` to wsproto, adds the messages it completes, and returns what is to be sent back."""
         replies = b""
         try:
             self.ws.receive_data(data)
@@ -100,14 +145,11 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
                 if isinstance(event, BytesMessage):
                     self._size += len(event.data)
                     if self._size > MAX_MESSAGE:
-                        self._end(
-                            CloseReason.MESSAGE_TOO_BIG,
-                            f"a message has at most {MAX_MESSAGE} bytes",
-                        )
+                        self._end(CloseReason.MESSAGE_TOO_BIG, f"a message has at most {MAX_MESSAGE} bytes")
                         break
                     self._parts.append(bytes(event.data))
                     if event.message_finished:
-                        messages.append(self._parts[0] if len(self._parts) == 1 else b"".join(self._parts))
+                        messages.append(Messages(b"".join(self._parts), self._size))
                         self._parts, self._size = [], 0
                 elif isinstance(event, Ping):
                     replies += self.ws.send(event.response())
@@ -118,12 +160,9 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
                     self._end(event.code, event.reason or "")
                     break
         except RemoteProtocolError as error:
-            self._broken = True
             hint = getattr(error, "event_hint", None)
             self._end(getattr(hint, "code", CloseReason.PROTOCOL_ERROR), str(error))
-        if replies:
-            self.sock.sendall(replies)
-        return messages
+        return replies
 
     def send_bytes(self, payload: bytes) -> None:
         """Sends one binary message, whole. Raises OSError when the connection is lost."""

@@ -62,42 +62,54 @@ class WireError(ValueError):
         self.status = status
 
 
+class Messages(NamedTuple):
+    """One or more messages of `size` bytes each, end to end in `payloads`."""
+
+    payloads: bytes
+    size: int
+
+    def each(self) -> list[bytes]:
+        """The messages one by one. An empty message stands alone."""
+        return [self.payloads[i : i + self.size] for i in range(0, len(self.payloads) or 1, self.size or 1)]
+
+
 def decode_plain(payload: Buffer) -> "array[int]":
     """The integers of one plain message: 4 bytes are one int32, any other multiple of 8 are int64s.
 
     Raises WireError for every other length, 0 included.
     """
     size = len(payload)
-    if size != 4 and (size == 0 or size % 8):
-        raise WireError(f"{size} bytes: a plain message has 4 bytes, or a multiple of 8")
-    values = array(_INT32 if size == 4 else "q")
-    values.frombytes(payload)
-    if _SWAP:
-        values.byteswap()
-    return array("q", values) if size == 4 else values
-
-
-def decode_plain_messages(messages: Sequence[bytes]) -> tuple["array[int]", WireError | None]:
-    """The integers of many plain messages in order, up to the first bad one, and what is wrong with that.
-
-    Messages of one kind are decoded as one block, without a step per message.
-    """
-    sizes = set(map(len, messages))
-    if len(messages) > 1:
-        if sizes == {4}:
-            narrow = array(_INT32)
-            narrow.frombytes(b"".join(messages))
-            if _SWAP:
-                narrow.byteswap()
-            return array("q", narrow), None
-        if 0 not in sizes and not any(size % 8 for size in sizes):
-            return decode_plain(b"".join(messages)), None
+    if size == 4:
+        return _int32s(payload)
+    if size == 0 or size % 8:
+        raise _plain_error(size)
     values = array("q")
-    for message in messages:
-        try:
-            values += decode_plain(message)
-        except WireError as error:
-            return values, error
+    values.frombytes(payload)
+    return _swapped(values)
+
+
+def decode_plain_messages(groups: Sequence[Messages]) -> tuple["array[int]", WireError | None]:
+    """The integers of plain messages in order, up to the first bad one, and what is wrong with that.
+
+    A group is decoded as one block, without a step per message.
+    """
+    values = array("q")
+    for group in groups:
+        size = group.size
+        if len(group.payloads) == size:
+            try:
+                decoded = decode_plain(group.payloads)
+            except WireError as error:
+                return values, error
+        elif size == 4:
+            decoded = _int32s(group.payloads)
+        elif size % 8 == 0:
+            decoded = decode_plain(group.payloads)
+        else:
+            return values, _plain_error(size)
+        if len(groups) == 1:
+            return decoded, None
+        values += decoded
     return values, None
 
 
@@ -135,18 +147,19 @@ def decode_batch(payload: Buffer) -> Block:
     return Block(runs, _swapped(values))
 
 
-def decode_batch_messages(messages: Sequence[bytes]) -> tuple[Block, WireError | None]:
-    """The blocks of many batch messages joined, up to the first bad one, and what is wrong with that."""
+def decode_batch_messages(groups: Sequence[Messages]) -> tuple[Block, WireError | None]:
+    """The blocks of batch messages joined, up to the first bad one, and what is wrong with that."""
     joined = Block([], array("q"))
-    for message in messages:
-        try:
-            block = decode_batch(message)
-        except WireError as error:
-            return joined, error
-        if len(messages) == 1:
-            return block, None
-        joined.runs.extend(block.runs)
-        joined.values.extend(block.values)
+    for group in groups:
+        for message in group.each():
+            try:
+                block = decode_batch(message)
+            except WireError as error:
+                return joined, error
+            if len(groups) == 1 and len(message) == len(group.payloads):
+                return block, None
+            joined.runs.extend(block.runs)
+            joined.values.extend(block.values)
     return joined, None
 
 
@@ -169,6 +182,103 @@ def decode_ack(payload: Buffer) -> int:
         raise WireError(f"{len(payload)} bytes: an ack has {_ACK.size}")
     (count,) = _ACK.unpack(payload)
     return int(count)
+
+
+# Frames. What most clients send most of the time is one frame like the other: binary, masked, final,
+# of one size. Those are taken out of the receive buffer together, without a step per frame.
+
+
+class FrameHead(NamedTuple):
+    """The head of a frame (RFC 6455 section 5.2), sizes in bytes.
+
+    `simple` is a frame that is a whole message: binary, masked, neither empty nor too large.
+    """
+
+    head: int  # with the mask
+    payload: int
+    simple: bool
+
+
+def frame_head(data: bytes, start: int) -> FrameHead | None:
+    """The head of the frame that begins at `start`; None when `data` ends within it."""
+    left = len(data) - start
+    if left < 2:
+        return None
+    size = data[start + 1] & 0x7F
+    masked = data[start + 1] > 0x7F
+    extended = 2 if size == 126 else 8 if size == 127 else 0
+    head = 2 + extended + 4 * masked
+    if left < head:
+        return None
+    least = 1
+    if extended:
+        least = 126 if extended == 2 else 65_536  # a length has its shortest form
+        size = int.from_bytes(data[start + 2 : start + 2 + extended], "big")
+    return FrameHead(head, size, masked and data[start] == 0x82 and least <= size <= MAX_MESSAGE)
+
+
+def take_frames(data: bytes, start: int, first: FrameHead) -> tuple[Messages, int]:
+    """The messages of the frame at `start`, whole and simple, and of those like it behind it; and where they end.
+
+    `first` is the frame's head.
+    """
+    head, size = first.head, first.payload
+    step = head + size
+    count = _alike(data, start, step, head - 4)
+    end = start + count * step
+    if size % 4 == 0 and size <= 64 and count > 4:
+        return Messages(_unmask_columns(data, start + head - 4, step, end, size, count), size), end
+    payloads = [_unmask(data[at - 4 : at], data[at : at + size]) for at in range(start + head, end, step)]
+    return Messages(payloads[0] if count == 1 else b"".join(payloads), size), end
+
+
+def _alike(data: bytes, start: int, step: int, length: int) -> int:
+    """How many whole frames of `step` bytes from `start` on begin with the same `length` bytes."""
+    most = (len(data) - start) // step
+    count, window = 1, 16
+    while count < most:
+        planned = end = min(most, count + window)
+        for i in range(start, start + length):
+            column = data[i + count * step : start + end * step : step]
+            end = count + len(column) - len(column.lstrip(data[i : i + 1]))
+        count = end
+        if end < planned:
+            break
+        window *= 4  # so that frames of many sizes cost no more than their number
+    return count
+
+
+def _unmask_columns(data: bytes, mask: int, step: int, end: int, size: int, count: int) -> bytes:
+    """The payloads of `count` frames, `step` bytes apart, the first one's mask at `mask`: a slice for each byte of it."""
+    masks, masked = bytearray(size * count), bytearray(size * count)
+    for i in range(4):
+        column = data[mask + i : end : step]
+        for j in range(i, size, 4):
+            masks[j::size] = column
+    for j in range(size):
+        masked[j::size] = data[mask + 4 + j : end : step]
+    return _xor(masks, masked)
+
+
+def _unmask(mask: bytes, payload: bytes) -> bytes:
+    """`payload`, masked or unmasked with the four bytes of `mask` (RFC 6455 section 5.3)."""
+    size = len(payload)
+    return _xor((mask * (size // 4 + 1))[:size], payload)
+
+
+def _xor(left: bytes | bytearray, right: bytes | bytearray) -> bytes:
+    return (int.from_bytes(left, "little") ^ int.from_bytes(right, "little")).to_bytes(len(left), "little")
+
+
+def _int32s(payloads: Buffer) -> "array[int]":
+    """The 32-bit integers of `payloads`, widened."""
+    values = array(_INT32)
+    values.frombytes(payloads)
+    return array("q", _swapped(values))
+
+
+def _plain_error(size: int) -> WireError:
+    return WireError(f"{size} bytes: a plain message has 4 bytes, or a multiple of 8")
 
 
 def _swapped(values: "array[int]") -> "array[int]":

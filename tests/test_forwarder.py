@@ -283,6 +283,11 @@ def test_a_link_sends_batches_and_returns_with_their_cumulative_acks() -> None:
         pytest.param(lambda peer: peer.socket.shutdown(2), "localhost", id="drops the connection"),
         pytest.param(lambda peer: (peer.send(b"1234"), peer.recv(), peer.recv()), "an ack has 8", id="no ack"),
         pytest.param(lambda peer: (peer.send(encode_ack(9)), peer.recv(), peer.recv()), "acked 9", id="acks too much"),
+        pytest.param(
+            lambda peer: (peer.socket.sendall(b"\x82\x88" + bytes(4) + encode_ack(2)), peer.recv(), peer.recv()),
+            "masked",
+            id="masks",
+        ),
         pytest.param(lambda peer: (peer.send("text"), peer.recv(), peer.recv()), "1003", id="text"),
         pytest.param(lambda peer: (peer.recv(), peer.recv()), "no ack within|timed out", id="says nothing"),
     ],

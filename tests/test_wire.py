@@ -9,6 +9,7 @@ import pytest
 from wire import (
     MAX_MESSAGE,
     Block,
+    Messages,
     Run,
     WireError,
     decode_ack,
@@ -57,6 +58,18 @@ def test_a_plain_message_of_another_length_is_refused(size: int) -> None:
     assert (refused.value.close_code, refused.value.status) == (1007, 400)
 
 
+def grouped(messages: list[bytes], rng: random.Random | None = None) -> list[Messages]:
+    """Messages as a connection gives them: those of one size together, or, at random, only some of them."""
+    groups: list[Messages] = []
+    for message in messages:
+        size = len(message)
+        if groups and size and groups[-1].size == size and (rng is None or rng.randrange(4)):
+            groups[-1] = Messages(groups[-1].payloads + message, size)
+        else:
+            groups.append(Messages(message, size))
+    return groups
+
+
 def test_plain_messages_of_all_kinds_decode_as_they_do_one_by_one() -> None:
     seed = random.randrange(2**32)
     print("seed", seed)
@@ -65,14 +78,14 @@ def test_plain_messages_of_all_kinds_decode_as_they_do_one_by_one() -> None:
         for count in (0, 1, 2, 50):
             messages = [rng.randbytes(rng.choice(sizes)) for _ in range(count)]
             expected = [value for message in messages for value in decode_plain(message)]
-            values, error = decode_plain_messages(messages)
+            values, error = decode_plain_messages(grouped(messages, rng))
             assert (list(values), values.typecode, error) == (expected, "q", None)
 
 
 @pytest.mark.parametrize("good", [[bytes(4)], [bytes(8)] * 2, [bytes(4), bytes(8)]])
 def test_plain_messages_before_a_bad_one_count(good: list[bytes]) -> None:
     for bad in (b"", bytes(12)):
-        values, error = decode_plain_messages([*good, bad, bytes(4)])
+        values, error = decode_plain_messages(grouped([*good, bad, bytes(4)]))
         assert len(values) == len(good)
         assert error and error.close_code == 1007
 
@@ -127,10 +140,10 @@ def test_a_malformed_batch_is_refused(payload: bytes, reason: str) -> None:
 def test_batches_in_a_row_are_one_block_up_to_the_first_bad_one() -> None:
     one, two = Block([Run(UUID, 0, 1)], array("q", [1])), Block([Run(UUID, 1, 2)], array("q", [2, 3]))
     messages = [encode_batch(*one), encode_batch(*two)]
-    assert decode_batch_messages(messages) == (Block(one.runs + two.runs, array("q", [1, 2, 3])), None)
-    block, error = decode_batch_messages([messages[0], b"", messages[1]])
+    assert decode_batch_messages(grouped(messages)) == (Block(one.runs + two.runs, array("q", [1, 2, 3])), None)
+    block, error = decode_batch_messages(grouped([messages[0], b"", messages[1]]))
     assert block == one and error is not None
-    assert decode_batch_messages(messages[:1]) == (one, None)
+    assert decode_batch_messages(grouped(messages[:1])) == (one, None)
 
 
 def test_what_is_left_of_a_block_after_some_records() -> None:

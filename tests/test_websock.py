@@ -1,0 +1,208 @@
+"""The fast decoder and wsproto must be one: the same bytes give the same records, answers and close codes."""
+
+import random
+import socket
+import struct
+import threading
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from harness import DEADLINE, HANDSHAKE, Blocked, frame
+
+from ingest import Session
+from stats import Totals
+from websock import ServerConnection
+from wire import SUBPROTOCOL, Block, Messages, Run, encode_batch, encode_plain, frame_head, take_frames
+
+
+class Judged(ServerConnection):
+    """A connection on which wsproto parses every byte, as it comes."""
+
+    def parse(self, data: bytes) -> list[Messages]:
+        messages: list[Messages] = []
+        if not self.ending and (replies := self._judge(data, messages)):
+            self.sock.sendall(replies)
+        return messages
+
+
+class Memory:
+    """An intake that keeps what is put, and has it stored at once."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[int, int]] = []
+        self.values = array("q")
+
+    def put(self, block: Block, timeout: float) -> tuple[int, int]:
+        # The source of plain messages is random, but their numbers are not.
+        self.runs += [(run.first, run.count) for run in block.runs]
+        self.values += block.values
+        return len(block.values), 0
+
+    def stored(self) -> int:
+        return 0
+
+    def wait(self, ticket: int, timeout: float) -> bool:
+        return True
+
+
+@contextmanager
+def connected(kind: type[ServerConnection], subprotocol: str = "") -> Iterator[tuple[ServerConnection, socket.socket]]:
+    """A server's end of that kind, and the client's socket behind the handshake."""
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(DEADLINE)
+    headers = {**HANDSHAKE, **({"Sec-WebSocket-Protocol": subprotocol} if subprotocol else {})}
+    with ours, theirs:
+        connection = kind(ours, headers, {}, (SUBPROTOCOL,))
+        while not theirs.recv(65536).endswith(b"\r\n\r\n"):
+            pass
+        yield connection, theirs
+
+
+def outcome(
+    kind: type[ServerConnection], subprotocol: str, pieces: list[bytes]
+) -> tuple[list[int], int, tuple[int, str], int, list[tuple[int, bytes]]]:
+    """What a session makes of `pieces`, each of them one read: the values, how many records the runs have, the
+    ending, the records acked, and the frames it sent but for acks.
+    """
+    waiting = iter(pieces)
+
+    class Cut(kind):  # type: ignore[misc,valid-type]
+        def read(self, wait: bool = True) -> bytes | None:
+            return next(waiting, b"")
+
+    with connected(Cut, subprotocol) as (connection, theirs):
+        intake = Memory()
+        session = Session(connection, intake, Totals(), threading.Event())
+        run = Blocked(lambda: session.run(b""))
+        sent = b""
+        theirs.shutdown(socket.SHUT_WR)
+        while data := theirs.recv(65536):
+            sent += data
+        ending = run.result()
+    frames = []
+    while sent:
+        size = sent[1]
+        frames.append((sent[0] & 15, sent[2 : 2 + size]))
+        sent = sent[2 + size :]
+    acks = [struct.unpack(">Q", payload)[0] for opcode, payload in frames if opcode == 2]
+    assert acks == sorted(set(acks)) and (acks or [0])[-1] == session.acked
+    others = [each for each in frames if each[0] != 2]
+    return list(intake.values), sum(count for _, count in intake.runs), ending, session.acked, others
+
+
+def random_mask(rng: random.Random) -> bytes:
+    return rng.choice([rng.randbytes(4), rng.randbytes(4), bytes(4)])
+
+
+def plain_stream(rng: random.Random) -> Iterator[bytes]:
+    """Frames a client of plain messages may send, mostly right ones."""
+    for _ in range(rng.randrange(1, 12)):
+        kind = rng.randrange(40)
+        if kind < 24:  # some of one size
+            size = rng.choice([4, 4, 4, 8, 8, 16, 64, 72, 120, 128, 800, 65_536])
+            for _ in range(rng.choice([1, 2, 5, 20, 300]) if size < 1000 else 1):
+                yield frame(2, rng.randbytes(size), mask=random_mask(rng))
+        elif kind < 28:  # of two sizes, mixed
+            for _ in range(rng.randrange(50)):
+                yield frame(2, rng.randbytes(rng.choice([4, 8])), mask=random_mask(rng))
+        else:
+            yield from oddity(rng, rng.randbytes(8 * rng.randrange(1, 30)))
+
+
+def batch_stream(rng: random.Random) -> Iterator[bytes]:
+    """Frames a client of batch messages may send, mostly right ones."""
+    for _ in range(rng.randrange(1, 8)):
+        runs = [Run(rng.randbytes(16), rng.randrange(2**40), rng.randrange(1, 40)) for _ in range(rng.randrange(1, 5))]
+        message = encode_batch(runs, array("q", rng.randbytes(8 * sum(run.count for run in runs))))
+        if rng.randrange(3):
+            yield from [frame(2, message, mask=random_mask(rng))] * rng.choice([1, 1, 7])
+        else:
+            yield from oddity(rng, message)
+
+
+def oddity(rng: random.Random, message: bytes) -> Iterator[bytes]:
+    """What the fast decoder leaves to wsproto: legal rarities, and now and then an error."""
+    kind = rng.randrange(24)
+    cut = rng.randrange(len(message))
+    if kind < 6:
+        yield frame(9, rng.randbytes(rng.randrange(125)))
+    elif kind < 8:
+        yield frame(10, b"")
+    elif kind < 14:  # fragments, with a ping between them
+        yield frame(2, message[:cut], fin=False, mask=random_mask(rng))
+        yield frame(9, b"between")
+        yield frame(0, message[cut:], mask=random_mask(rng))
+    elif kind == 14:  # a message within a fragmented one
+        yield frame(2, message[:4], fin=False) + frame(2, bytes(4))
+    elif kind == 15:
+        yield frame(1, "text é".encode())
+    elif kind == 16:
+        yield frame(8, struct.pack(">H", rng.choice([1000, 1001, 3000])) + b"bye")
+    elif kind == 17:
+        yield frame(2, rng.randbytes(rng.choice([0, 3, 5, 12, 20])))
+    elif kind == 18:
+        yield frame(2, message, mask=None)
+    elif kind == 19:
+        yield frame(rng.choice([2, 3, 11]), message, rsv=rng.randrange(8))
+    elif kind == 20:  # a length not in its shortest form
+        yield bytes([0x82, 0xFE]) + struct.pack(">H", 8) + bytes(12)
+    elif kind == 21:
+        yield bytes([0x82, 0xFF]) + struct.pack(">Q", rng.choice([8, 2**16 - 1, 2**63, 2**64 - 1])) + bytes(12)
+    elif kind == 22:
+        yield rng.randbytes(rng.randrange(1, 60))
+    else:
+        yield frame(0, b"") + frame(2, b"")
+
+
+def cuts(rng: random.Random, stream: bytes) -> list[bytes]:
+    """`stream` as it may arrive: whole, in a few pieces, or in many."""
+    many = rng.choice([0, 1, 5, 50, len(stream)])
+    at = sorted({0, len(stream), *(rng.randrange(len(stream) + 1) for _ in range(min(many, 3000)))})
+    return [stream[start:end] for start, end in zip(at, at[1:], strict=False)]
+
+
+@pytest.mark.parametrize("subprotocol", ["", SUBPROTOCOL])
+def test_the_fast_decoder_and_wsproto_agree_on_random_streams(subprotocol: str) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    endings = set()
+    for _ in range(150):
+        frames = batch_stream(rng) if subprotocol else plain_stream(rng)
+        pieces = cuts(rng, b"".join(frames))
+        fast, judged = outcome(ServerConnection, subprotocol, pieces), outcome(Judged, subprotocol, pieces)
+        assert fast == judged
+        endings.add(fast[2][0])
+    assert {1002, 1006, 1007} <= endings, "streams of many kinds were tried"
+
+
+@pytest.mark.parametrize("size", [4, 8, 16, 64, 68, 800, 65_536])
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 17, 18, 81, 500])
+def test_frames_of_one_size_are_taken_together(size: int, count: int) -> None:
+    rng = random.Random(size * count)
+    count = min(count, 20) if size > 800 else count
+    payloads = [rng.randbytes(size) for _ in range(count)]
+    stream = b"".join(frame(2, payload, mask=rng.randbytes(4)) for payload in payloads)
+    for tail in (b"", stream[:1], stream[: len(stream) // count - 1], frame(9, b""), frame(2, bytes(size + 4))):
+        data = b"xyz" + stream + tail
+        head = frame_head(data, 3)
+        assert head and head.simple
+        taken, end = take_frames(data, 3, head)
+        assert (end, taken.size, taken.payloads) == (3 + len(stream), size, b"".join(payloads))
+        assert taken.each() == payloads
+
+
+def test_a_large_message_in_small_reads_is_joined_once() -> None:
+    """What waits for its end is neither copied nor looked at again with each read."""
+    message = encode_plain(range(200_000))
+    stream = frame(2, message)
+    with connected(ServerConnection) as (connection, _):
+        for start in range(0, len(stream) - 4096, 4096):
+            assert connection.parse(stream[start : start + 4096]) == []
+            assert len(connection._pieces) == start // 4096 + 1 or start == 0
+        rest = len(stream) - (len(stream) - 1) // 4096 * 4096
+        assert connection.parse(stream[-rest:]) == [Messages(message, len(message))]
