@@ -23,6 +23,13 @@ from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Any, NamedTuple, NoReturn
 
+try:
+    import simple_websocket  # noqa: F401  # only to see that it is there
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"ringoexp: error: the package {missing.name} is missing: python3 -m pip install simple-websocket")
+
 from forwarder import Forwarder, LinkSink, Sink, StoreSink
 from ingest import Intake, RingIntake, StoreIntake
 from ringbuffer import Ring
@@ -32,9 +39,12 @@ from wsserver import Server
 
 __version__ = "0.1.0"
 
+log = logging.getLogger("ringoexp")
+
 DRAIN_SECONDS = 30.0
 """How long a stopping server tries to store what it has accepted."""
 MAX_RING = 2**31
+DATABASE = "ringoexp.db"
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNSTORED = 0, 1, 2, 3
 
 
@@ -135,7 +145,14 @@ OPTIONS = (
     ),
     Option("r", "ring_size", 4096, _whole(1, MAX_RING), "publisher", "slots in the ring, 8 bytes each"),
     Option("U", "consumer_hostname", "localhost", _not_empty, "publisher", "the consumer's host"),
-    Option("T", "consumer_port", 6660, _whole(0, 65535), "publisher", "the consumer's port"),
+    Option(
+        "T",
+        "consumer_port",
+        6660,
+        _whole(0, 65535),
+        "publisher",
+        "the consumer's port; where host and port are the publisher's own, it stores in a database of its own",
+    ),
     Option("W", "workers", 1024, _whole(1, 65536), "publisher", "most worker connections to the consumer"),
     Option(
         "A",
@@ -148,10 +165,10 @@ OPTIONS = (
     Option(
         "D",
         "database",
-        "ringoexp.db",
+        DATABASE,
         _not_empty,
         "consumer",
-        "SQLite file to store in; a publisher that is its own consumer has one too",
+        "SQLite file to store in; a publisher that is its own consumer has one too, no other has",
     ),
     Option("X", "procs", 0, _at_will, "system", "processor cores to use; 0: all the system gives"),
     Option("L", "profiler_port", 0, _at_will, "system", "port of the profiler; 0: off"),
@@ -196,7 +213,8 @@ def parser() -> argparse.ArgumentParser:
         "  a consumer that stores in numbers.db:\n"
         "    ringoexp -I false -p 6661 -D numbers.db\n"
         "  a publisher in front of it, with a larger ring:\n"
-        "    ringoexp -p 6660 -T 6661 -r 65536",
+        "    ringoexp -p 6660 -T 6661 -r 65536\n"
+        "  a complete system on another port needs both: -p 7000 -T 7000",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
         allow_abbrev=False,
@@ -314,8 +332,20 @@ class Parts:
         self.forwarder: Forwarder | None = None
         own = not settings.is_publisher or is_own_consumer(settings)
         family, address = resolve("-H", settings.hostname, settings.port)[0]
-        intake: Intake
+        if not own and settings.database != DATABASE:
+            raise CannotRun(
+                f"-D {settings.database}: this publisher has no database, it forwards to "
+                f"{settings.consumer_hostname}:{settings.consumer_port} (-T {settings.port} makes it its own consumer)"
+            )
         with ExitStack() as undo:
+            try:
+                self.server = Server(family, address, settings.name, settings.connections, self.totals, self.report)
+            except OSError as error:
+                raise CannotRun(
+                    f"cannot listen on {settings.hostname}:{settings.port}: {error.strerror} "
+                    "(-H and -p name another address; a complete system there needs -T too, the same as -p)"
+                ) from error
+            undo.callback(self.server.stop)
             if own:
                 self.store = Store(settings.database)
                 undo.callback(self.store.close)
@@ -324,26 +354,21 @@ class Parts:
                     self.ring = Ring(settings.ring_size)
                 except MemoryError:
                     raise CannotRun(f"-r {settings.ring_size}: not that much memory to be had") from None
-                intake = RingIntake(self.ring, settings.ack == "ring")
-            else:
-                assert self.store is not None
-                intake = StoreIntake(self.store)
-            try:
-                self.server = Server(
-                    family, address, settings.name, settings.connections, intake, self.totals, self.report
-                )
-            except OSError as error:
-                raise CannotRun(
-                    f"cannot listen on {settings.hostname}:{settings.port}: {error.strerror} "
-                    "(-H and -p name another address)"
-                ) from error
-            undo.callback(self.server.stop)
-            if self.ring:
                 try:
                     self.forwarder = Forwarder(self.ring, self._make_sink, settings.workers)
                 except RuntimeError as error:
                     raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
             undo.pop_all()
+
+    def start(self) -> None:
+        """Begins to serve."""
+        intake: Intake
+        if self.ring:
+            intake = RingIntake(self.ring, self.settings.ack == "ring")
+        else:
+            assert self.store
+            intake = StoreIntake(self.store)
+        self.server.start(intake)
 
     def _make_sink(self, connected: Callable[[], None]) -> Sink:
         if self.store:
@@ -364,6 +389,10 @@ class Parts:
     def stop(self) -> None:
         """The ordered stop: returns within DRAIN_SECONDS and a little, with everything ended."""
         deadline = monotonic() + DRAIN_SECONDS
+        if unstored := self.unstored():
+            log.warning(
+                "event=draining unstored=%d seconds=%.0f a second signal gives them up", unstored, DRAIN_SECONDS
+            )
         self.server.stop()
         ended = self.server.wait_ended(DRAIN_SECONDS)
         if self.ring:
@@ -439,7 +468,7 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
     signal.set_wakeup_fd(wake.fileno())
     with woken, wake:
         parts = Parts(settings, argv)
-        parts.server.start()
+        parts.start()
         print(_greeting(parts), flush=True)
         woken.recv(1)
         signal.set_wakeup_fd(-1)
@@ -472,7 +501,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return serve(settings, arguments)
     except (CannotRun, StoreError) as error:
-        logging.getLogger("ringoexp").debug("event=cannot_run", exc_info=True)
+        log.debug("event=cannot_run", exc_info=True)
         print(f"ringoexp: error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:

@@ -76,7 +76,7 @@ def memory() -> dict[str, Any]:
         "peakBytes": peak,
         "threads": threading.active_count(),
         "gcCollections": [generation["collections"] for generation in gc.get_stats()],
-        "gcObjects": list(gc.get_count()),
+        "gcCounts": list(gc.get_count()),
     }
 
 

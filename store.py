@@ -63,6 +63,7 @@ CREATE VIEW records AS
 """
 # Fixed texts, so that sqlite3's statement cache holds them; one statement carries many rows.
 _INSERT_RECORDS = {size: "INSERT INTO record(value) VALUES " + ",".join(["(?)"] * size) for size in (1024, 128, 16, 1)}
+_MAGIC = b"SQLite format 3\0"  # https://www.sqlite.org/fileformat.html#the_database_header
 _OLDEST_SQLITE = (3, 32, 0)  # the first to take 1024 parameters by default (up to 32,766)
 _MOST_SOURCES_CACHED = 10_000
 
@@ -119,6 +120,7 @@ class Store:
 
         # The leader's.
         self._sources: dict[bytes, _Source] = {}
+        _check_file(path)
         self._guard = _lock_file(path)
         try:
             self._db = _connect(path)
@@ -187,13 +189,12 @@ class Store:
 
     def _write(self, group: list[_Waiting]) -> tuple[int, int]:
         """Stores what is new of `group` and returns how many records were stored and how many known."""
-        new: list[int] = []
+        new = array("q")
         arrived = 0
         now = time.time_ns() // 1_000_000
         with self._transaction():
             (last_id,) = self._db.execute("SELECT coalesce(max(id), 0) FROM record").fetchone()
             for waiting in group:
-                values = waiting.values.tolist()
                 offset = 0
                 for run in waiting.runs:
                     source = self._source(run.source)
@@ -202,19 +203,19 @@ class Store:
                         row = (last_id + 1 + len(new), end - first, source.id, first, now)
                         # At once: the next run of this group may overlap it.
                         self._db.execute("INSERT INTO batch VALUES (?,?,?,?,?)", row)
-                        new += values[start : start + end - first]
+                        new += waiting.values[start : start + end - first]
                         source.end = max(source.end, end)
                     offset += run.count
                 arrived += offset
             self._insert(new)
         return len(new), arrived - len(new)
 
-    def _insert(self, values: list[int]) -> None:
+    def _insert(self, values: "array[int]") -> None:
         """Appends records with the next ids, in order."""
         start = 0
         for size, statement in _INSERT_RECORDS.items():
             while len(values) - start >= size:
-                self._db.execute(statement, values[start : start + size])
+                self._db.execute(statement, values[start : start + size].tolist())
                 start += size
 
     def _source(self, uuid: bytes) -> _Source:
@@ -279,8 +280,6 @@ def _connect(path: str) -> sqlite3.Connection:
     """Opens the file for writing, checks that it is ours before anything is changed, and makes the schema."""
     if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
         raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: use a Python built with 3.32 or newer")
-    if os.path.isdir(path):
-        raise StoreError(f"{path} is a directory: name a file in it")
     db = None
     try:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
@@ -317,9 +316,26 @@ def _connect(path: str) -> sqlite3.Connection:
         raise
 
 
+def _check_file(path: str) -> None:
+    """Raises StoreError when what is there cannot be a database, before anything is made or locked."""
+    if os.path.isdir(path):
+        raise StoreError(f"{path} is a directory: name a file in it")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise StoreError(f"{path} is not a file: name another one")
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(len(_MAGIC))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}") from error
+    if begin and begin != _MAGIC:
+        raise StoreError(f"{path} is not a SQLite file: name another one")
+
+
 def _lock_file(path: str) -> "IO[bytes] | None":
     """Holds `path`-lock for this process as long as it stays open. Raises StoreError if another one holds it."""
-    if fcntl is None or os.path.isdir(path):
+    if fcntl is None:
         return None
     try:
         guard = open(f"{path}-lock", "ab")
@@ -337,7 +353,7 @@ def _explain(path: str, cause: BaseException) -> str:
     """One line for a person: what SQLite said, and what may help."""
     said = str(cause)
     hint = {
-        "file is not a database": "it is not a SQLite file: name another one",
+        "file is not a database": "its head is damaged: restore it from a backup",
         "database disk image is malformed": "it is corrupt: restore it from a backup",
         "database or disk is full": "make room; what is waiting is stored then",
         "unable to open database file": "check that its directory exists and may be written",

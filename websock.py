@@ -267,18 +267,20 @@ class ClientConnection(Connection):
         while answer is None:
             data = self.sock.recv(READ_SIZE)
             if not data:
-                raise HandshakeError(f"{self._host} closed the connection during the handshake")
+                raise HandshakeError("closed the connection during the handshake")
             if monotonic() > deadline:
-                raise HandshakeError(f"{self._host} did not finish the handshake")
+                raise HandshakeError(f"did not finish the handshake within {CONNECT_TIMEOUT:.0f} s")
             try:
                 self.ws.receive_data(data)
                 answer = next(self.ws.events(), None)
             except (RemoteProtocolError, LocalProtocolError) as error:
-                raise HandshakeError(f"{self._host} is not a WebSocket server: {error}") from error
+                raise HandshakeError(f"is not a WebSocket server: {error}") from error
         if isinstance(answer, RejectConnection):
-            raise HandshakeError(f"{self._host} refused with HTTP status {answer.status_code}", answer.status_code)
+            raise HandshakeError(
+                f"refused with HTTP status {answer.status_code}: is it a consumer?", answer.status_code
+            )
         if not isinstance(answer, AcceptConnection) or answer.subprotocol != self._wanted:
-            raise HandshakeError(f"{self._host} does not speak {self._wanted}")
+            raise HandshakeError(f"does not speak {self._wanted}")
         self.subprotocol = answer.subprotocol
         self.connected = True
 

@@ -21,6 +21,7 @@ MAX_SEQUENCE = 2**63 - 1
 _RUNS = Struct(">I")
 _RUN = Struct(">16sQI")
 _ACK = Struct(">Q")
+_ALL_BYTES = bytes(range(256))
 _SWAP = sys.byteorder == "little"
 _INT32 = "i" if array("i").itemsize == 4 else "l"
 
@@ -249,7 +250,7 @@ def _alike(data: bytes, start: int, step: int, length: int) -> int:
 
 
 def _unmask_columns(data: bytes, mask: int, step: int, end: int, size: int, count: int) -> bytes:
-    """The payloads of `count` frames, `step` bytes apart, the first one's mask at `mask`: a slice for each byte of it."""
+    """The payloads of `count` frames, `step` bytes apart, the first one's mask at `mask`: a slice for each byte."""
     masks, masked = bytearray(size * count), bytearray(size * count)
     for i in range(4):
         column = data[mask + i : end : step]
@@ -263,7 +264,12 @@ def _unmask_columns(data: bytes, mask: int, step: int, end: int, size: int, coun
 def _unmask(mask: bytes, payload: bytes) -> bytes:
     """`payload`, masked or unmasked with the four bytes of `mask` (RFC 6455 section 5.3)."""
     size = len(payload)
-    return _xor((mask * (size // 4 + 1))[:size], payload)
+    if size < 1024:
+        return _xor((mask * (size // 4 + 1))[:size], payload)
+    done = bytearray(payload)
+    for i in range(4):
+        done[i::4] = done[i::4].translate(_xor(mask[i : i + 1] * 256, _ALL_BYTES))
+    return bytes(done)
 
 
 def _xor(left: bytes | bytearray, right: bytes | bytearray) -> bytes:

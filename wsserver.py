@@ -57,7 +57,7 @@ class _Entry(NamedTuple):
 
 
 class Server(ThreadingHTTPServer):
-    """Listens on `address` from the start, serves once `start` is called.
+    """Listens on `address` from the start, takes connections for an intake once `start` is called.
 
     At most `limit` connections are admitted at once (0: any number); more are answered 503, but for
     alive and stats. `report` makes what `/v1.0/stats` says. Raises OSError when it cannot listen.
@@ -72,17 +72,16 @@ class Server(ThreadingHTTPServer):
         address: tuple[Any, ...],
         name: str,
         limit: int,
-        intake: Intake,
         totals: Totals,
         report: Callable[[], dict[str, Any]],
     ) -> None:
         self.address_family = family
         self.name = name
         self.limit = limit
-        self.intake = intake
         self.totals = totals
         self.report = report
         self.stopping = threading.Event()
+        self.intake: Intake  # from `start` on, before any connection is taken
 
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)
@@ -111,8 +110,9 @@ class Server(ThreadingHTTPServer):
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
 
-    def start(self) -> None:
-        """Starts to accept."""
+    def start(self, intake: Intake) -> None:
+        """Starts to accept; records go to `intake`."""
+        self.intake = intake
         self._acceptor.start()
 
     def serve_forever(self, poll_interval: float = 0.0) -> None:
@@ -462,7 +462,7 @@ class Handler(BaseHTTPRequestHandler):
         """The body, whole."""
         lengths = set(self.headers.get_all("Content-Length", []))
         if "Transfer-Encoding" in self.headers or not lengths:
-            raise Refusal(411, "send a Content-Length: a body in chunks is not accepted")
+            raise Refusal(411, "send the integers as a body with a Content-Length; chunks are not accepted")
         text = lengths.pop()
         if lengths or not (text.isascii() and text.isdigit()):
             raise Refusal(400, "Content-Length is not one whole number")

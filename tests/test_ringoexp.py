@@ -237,6 +237,35 @@ def test_a_database_that_cannot_be_opened_is_one_line(tmp_path: Path, consumer: 
         assert "in use by another ringoexp" in cannot_run(tmp_path, *flags, "-D", "used")
 
 
+def test_a_start_that_fails_makes_no_file(tmp_path: Path) -> None:
+    """Its port is taken, or what -D names cannot be a database."""
+    (tmp_path / "text").write_text("precious\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        cannot_run(tmp_path, "-p", port, "-T", port)
+        cannot_run(tmp_path, "-p", port, "-I", "false")
+    cannot_run(tmp_path, "-p", "0", "-T", "0", "-D", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_database_for_a_publisher_that_has_none_is_refused(tmp_path: Path) -> None:
+    said = cannot_run(tmp_path, "-p", "0", "-D", "mine.db")
+    assert "-D mine.db: this publisher has no database, it forwards to localhost:6660" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_its_package_it_says_what_to_install(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", "-E", str(ROOT / "ringoexp.py"), "-p", "0"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "pip install simple-websocket" in done.stderr
+
+
 def test_when_no_thread_is_to_be_had_it_says_so_and_leaves_nothing_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +315,7 @@ def test_what_cannot_be_stored_is_counted_and_ends_with_3(tmp_path: Path, record
             held = min(records, 10)
             eventually(lambda: running.stats()["ringDepth"] == held)
             assert running.stop() == 3
+            assert f"event=draining unstored={held} " in running.errors.read_text()
             assert running.tally == f"ringoexp: stopped, 0 stored, {held} unstored"
             assert client.closed() == (1001, "the server is stopping", 0)
     finally:
@@ -327,9 +357,9 @@ def test_procs_limits_the_cores(tmp_path: Path) -> None:
 
 def test_the_readmes_flags_are_the_tables() -> None:
     found = re.findall(r"^\| `-(\w)` \| `--(\w+)` \| (.*?) \|", README, re.MULTILINE)
+    shown = {"name": "empty", "debug": "off"}
     expected = [
-        (option.short, option.long, f"`{str(option.default).lower()}`" if option.default != "" else "empty")
-        for option in OPTIONS
+        (option.short, option.long, shown.get(option.long, f"`{str(option.default).lower()}`")) for option in OPTIONS
     ]
     assert [row for row in found if row[1] not in ("help", "version")] == expected
 

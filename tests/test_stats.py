@@ -52,7 +52,7 @@ def test_memory_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None
     now = memory()
     assert 5e6 < now["residentBytes"] <= now["peakBytes"]
     assert now["threads"] == threading.active_count()
-    assert len(now["gcCollections"]) == len(now["gcObjects"]) == 3
+    assert len(now["gcCollections"]) == len(now["gcCounts"]) == 3
 
     def no_proc(*unused: object, **also: object) -> None:
         raise FileNotFoundError

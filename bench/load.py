@@ -1,0 +1,146 @@
+"""The load generator: many WebSocket messages from one process, built before the clock starts.
+
+`python bench/load.py PORT CONNECTIONS MESSAGES PAYLOAD` sends MESSAGES messages of PAYLOAD bytes on each
+of CONNECTIONS connections, as fast as the server takes them, and prints one line of JSON when all are
+acked. `--in-flight-1` sends each message only when the one before it is acked, and prints latencies.
+"""
+
+import argparse
+import base64
+import json
+import os
+import selectors
+import socket
+import statistics
+import struct
+import sys
+import time
+
+BLOCK_BYTES = 1 << 20
+SEND_BYTES = 256 * 1024
+
+
+def connect(port: int) -> socket.socket:
+    """A socket behind the WebSocket handshake."""
+    sock = socket.create_connection(("127.0.0.1", port), 30)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    key = base64.b64encode(os.urandom(16)).decode()
+    sock.sendall(
+        f"GET /v1.0/ingest HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+    )
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n"):
+        data = sock.recv(1)
+        if not data:
+            raise ConnectionError("closed during the handshake")
+        answer += data
+    if b" 101 " not in answer.partition(b"\r\n")[0]:
+        raise ConnectionError(answer.decode())
+    return sock
+
+
+def frames(payload: int, count: int) -> bytes:
+    """`count` frames of random payload and mask, end to end."""
+    if payload < 126:
+        head = bytes([0x82, 0x80 | payload])
+    elif payload < 65536:
+        head = bytes([0x82, 0xFE]) + struct.pack(">H", payload)
+    else:
+        head = bytes([0x82, 0xFF]) + struct.pack(">Q", payload)
+    random = os.urandom(count * (4 + payload))
+    return b"".join(head + random[i : i + 4 + payload] for i in range(0, len(random), 4 + payload))
+
+
+class Sender:
+    """One connection: what it still has to send, and what is acked."""
+
+    def __init__(self, sock: socket.socket, block: memoryview, size: int, records: int) -> None:
+        self.sock, self.block, self.left, self.records = sock, block, size, records
+        self.at = 0
+        self.acked = 0
+        self.tail = b""
+
+    def send(self) -> bool:
+        """Sends what the socket takes at once. True when all is sent."""
+        part = self.block[self.at : self.at + min(SEND_BYTES, self.left)]
+        try:
+            sent = self.sock.send(part)
+        except BlockingIOError:
+            return False
+        self.left -= sent
+        self.at = (self.at + sent) % len(self.block)
+        return not self.left
+
+    def read(self) -> bool:
+        """Reads acks. True when everything is acked."""
+        data = self.sock.recv(65536)
+        if not data:
+            raise ConnectionError(f"closed with {self.acked} of {self.records} acked")
+        data = self.tail + data
+        whole = len(data) // 10 * 10
+        self.tail = data[whole:]
+        if whole:
+            head, self.acked = struct.unpack(">HQ", data[whole - 10 : whole])
+            if head != 0x8208:
+                raise ConnectionError(f"not an ack: {data[whole - 10 : whole]!r}")
+        return self.acked == self.records
+
+
+def stream(port: int, connections: int, messages: int, payload: int) -> dict[str, float]:
+    """Sends everything, as fast as it is taken, and waits for the last ack."""
+    frame = len(frames(payload, 1))
+    records = max(1, payload // 8) * messages
+    block = memoryview(frames(payload, max(1, BLOCK_BYTES // frame)))
+    selector = selectors.DefaultSelector()
+    senders = [Sender(connect(port), block, messages * frame, records) for _ in range(connections)]
+    for sender in senders:
+        sender.sock.setblocking(False)
+        selector.register(sender.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, sender)
+    started, cpu = time.perf_counter(), time.process_time()
+    waiting = connections
+    while waiting:
+        for key, events in selector.select():
+            sender = key.data
+            if events & selectors.EVENT_READ and sender.read():
+                selector.unregister(sender.sock)
+                sender.sock.close()
+                waiting -= 1
+            elif events & selectors.EVENT_WRITE and sender.send():
+                selector.modify(sender.sock, selectors.EVENT_READ, sender)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    return {"seconds": seconds, "cpuSeconds": cpu, "records": records * connections}
+
+
+def ping_pong(port: int, messages: int, payload: int) -> dict[str, float]:
+    """One message in flight: the time from each send to its ack, in milliseconds."""
+    sock = connect(port)
+    blocks = frames(payload, messages)
+    frame = len(blocks) // messages
+    latencies = []
+    for start in range(0, len(blocks), frame):
+        begun = time.perf_counter()
+        sock.sendall(blocks[start : start + frame])
+        got = 0
+        while got < 10:
+            got += len(sock.recv(10 - got)) or sys.exit("closed before the ack")
+        latencies.append((time.perf_counter() - begun) * 1000)
+    sock.close()
+    cuts = statistics.quantiles(latencies, n=1000)
+    return {"p50": cuts[499], "p99": cuts[989], "p999": cuts[998], "most": max(latencies)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="sends WebSocket messages and waits for their acks")
+    for name in ("port", "connections", "messages", "payload"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("--in-flight-1", action="store_true", help="wait for each ack; CONNECTIONS must be 1")
+    given = parser.parse_args()
+    if given.in_flight_1:
+        print(json.dumps(ping_pong(given.port, given.messages, given.payload)))
+    else:
+        print(json.dumps(stream(given.port, given.connections, given.messages, given.payload)))
+
+
+if __name__ == "__main__":
+    main()
