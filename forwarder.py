@@ -4,11 +4,12 @@ Each worker is a thread, `forward-N`, with a sink of its own: a WebSocket link t
 the local store. The first worker starts with the forwarder; more start when one has taken its batch,
 values are left and no worker is idle, up to the maximum, and retire after IDLE_SECONDS without work.
 
-While the sink fails, the breaker lets one worker at a time through, each time after a longer
-pause, and the others wait for its success: no storm of reconnects.
+When a sink fails, its worker becomes the prober: it tries again, each time after a longer pause. Until it
+succeeds no worker is started and none makes a link but the prober, and whoever fails too retires: no storm
+of reconnects. Workers whose own links work go on with what the prober gave back.
 
-`Forwarder._lock` guards the workers and the count of reconnects, `Breaker._lock` the breaker's
-state. Nothing is stored or sent under either.
+`Forwarder._lock` guards the workers and the count of reconnects, `Breaker._lock` who probes.
+Nothing is stored or sent under either.
 """
 
 import logging
@@ -41,9 +42,12 @@ class SinkError(Exception):
 class Sink(Protocol):
     """Where a worker stores. `store` returns when the batch is on disk, or raises SinkError.
 
-    `abort` is for other threads and makes a `store` that waits for a peer fail.
+    `ready` says that it would not have to connect first. `abort` is for other threads and makes a
+    `store` that waits for a peer fail.
     """
 
+    @property
+    def ready(self) -> bool: ...
     def store(self, batch: Batch) -> None: ...
     def abort(self) -> None: ...
     def close(self) -> None: ...
@@ -51,6 +55,8 @@ class Sink(Protocol):
 
 class StoreSink:
     """The local store as a sink."""
+
+    ready = True
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -80,12 +86,18 @@ class LinkSink:
         self._sent = 0  # records sent on this link, all acked unless a store is under way
         self._aborted = False
 
+    @property
+    def ready(self) -> bool:
+        """True while there is a link."""
+        return self._link is not None
+
     def store(self, batch: Batch) -> None:
         """Returns when the consumer has acked the batch. Raises SinkError when it has not; the link is closed then."""
         try:
             if self._link is None:
                 self._connect()
             assert self._link is not None
+            self._link.sock.settimeout(ACK_TIMEOUT)
             self._link.send_bytes(encode_batch(batch.runs, batch.values))
             self._sent += len(batch)
             self._await_ack(self._link)
@@ -109,7 +121,6 @@ class LinkSink:
 
     def _connect(self) -> None:
         self._link = ClientConnection(self._host, self._port, "/v1.0/ingest", SUBPROTOCOL)
-        self._link.sock.settimeout(ACK_TIMEOUT)
         self._sent = 0
         if self._aborted:  # while it connected: `abort` did not see the link
             raise OSError("the server is stopping")
@@ -129,8 +140,10 @@ class LinkSink:
             if link.ending:
                 code, reason = link.ending
                 raise ConnectionResetError(f"the consumer closed with {code:d} {reason}")
-            if monotonic() > deadline:
+            left = deadline - monotonic()
+            if left <= 0:
                 raise TimeoutError(f"no ack within {ACK_TIMEOUT:.0f} s")
+            link.sock.settimeout(left)
             data = link.read() or b""
             if not data:
                 raise ConnectionResetError("the consumer closed the connection")
@@ -144,84 +157,72 @@ class LinkSink:
 
 
 class Breaker:
-    """Lets every worker through while the sink works; after a failure one at a time, after a pause.
+    """Remembers that a sink failed, and which one worker, the *prober*, is to try again, after a pause.
 
-    The pauses are exponential with full jitter. A worker that `enter`ed says how it went: `succeeded`,
-    `failed`, or `left` when it had nothing to try. `_changed` is notified when the state a waiter
-    depends on may have changed.
+    The first worker to fail is the prober until it succeeds or retires; the pauses are exponential with full
+    jitter. `_lock` guards everything, `_stopped` shares it and is notified by `stop`.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._failures = 0  # of probes in a row; 0: the sink works
-        self._probe: threading.Thread | None = None  # who has the probe
-        self._stopped = False
+        self._stopped = threading.Condition(self._lock)
+        self._failures = 0  # of the prober, in a row
+        self._prober: threading.Thread | None = None
+        self._stopping = False
 
     @property
     def away(self) -> bool:
-        """True while the sink fails."""
-        return self._failures > 0  # one read of an int: no lock needed
+        """True while there is a prober."""
+        return self._prober is not None  # one read: no lock needed
 
-    def enter(self) -> bool:
-        """Returns True when the calling thread may try, False once stopped."""
-        me = threading.current_thread()
-        with self._lock:
-            while not self._stopped:
-                if not self._failures:
-                    return True
-                if self._probe is None:
-                    self._probe = me
-                    pause = random.uniform(0, min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(self._failures, 16)))
-                    until = monotonic() + pause
-                    while not self._stopped and self._failures and (left := until - monotonic()) > 0:
-                        self._changed.wait(left)
-                    continue
-                if self._probe is me:
-                    return True
-                self._changed.wait()
-            return False
+    @property
+    def probed_by_another(self) -> bool:
+        """True while another thread than the calling one is the prober."""
+        prober = self._prober
+        return prober is not None and prober is not threading.current_thread()
 
-    def admits(self) -> bool:
-        """True when the calling thread may still try: what let it `enter` may have changed while it waited for work."""
+    def failed(self) -> int:
+        """The calling thread's sink failed. How often in a row, if it is now the prober; 0 if another one is."""
         with self._lock:
-            return not self._failures or self._probe is threading.current_thread()
+            if self._prober is None:
+                self._prober = threading.current_thread()
+            if self._prober is not threading.current_thread():
+                return 0
+            self._failures += 1
+            return self._failures
 
     def succeeded(self) -> bool:
-        """The sink works. True when it did not before."""
+        """The calling thread's sink works. True when it was the prober, and is no more."""
         with self._lock:
-            was_away = self._failures > 0
-            self._failures = 0
-            self._probe = None
-            if was_away:
-                self._changed.notify_all()
-            return was_away
-
-    def failed(self) -> bool:
-        """The sink does not work. True when it did before."""
-        with self._lock:
-            was_there = self._failures == 0
-            if was_there or self._probe is threading.current_thread():
-                self._failures += 1
-            self._release()
-            return was_there
+            return self._leave()
 
     def left(self) -> None:
-        """The calling thread had nothing to try: another may have the probe."""
+        """The calling thread retires: it probes no more."""
         with self._lock:
-            self._release()
+            self._leave()
+
+    def pause(self) -> bool:
+        """Returns after the prober's pause, and to others at once: True, or False once stopped."""
+        with self._lock:
+            if self._prober is threading.current_thread() and self._failures:
+                longest = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(self._failures, 16))
+                until = monotonic() + random.uniform(0, longest)
+                while not self._stopping and (left := until - monotonic()) > 0:
+                    self._stopped.wait(left)
+            return not self._stopping
 
     def stop(self) -> None:
-        """Ends every wait; `enter` returns False from now on."""
+        """Ends the pause; there are no more."""
         with self._lock:
-            self._stopped = True
-            self._changed.notify_all()
+            self._stopping = True
+            self._stopped.notify_all()
 
-    def _release(self) -> None:
+    def _leave(self) -> bool:
         assert self._lock.locked()
-        if self._probe is threading.current_thread():
-            self._probe = None
-            self._changed.notify_all()
+        if self._prober is not threading.current_thread():
+            return False
+        self._prober, self._failures = None, 0
+        return True
 
 
 class ForwarderStats(NamedTuple):
@@ -249,7 +250,7 @@ class Forwarder:
         self._lock = threading.Lock()
         # Guarded by _lock.
         self._workers: dict[threading.Thread, Sink] = {}  # all whose thread runs
-        self._working = 0  # those of them that are not retiring
+        self._working: set[threading.Thread] = set()  # those of them that are not retiring
         self._started = 0
         self._most_workers = 0
         self._reconnects = 0
@@ -260,7 +261,7 @@ class Forwarder:
     def stats(self) -> ForwarderStats:
         """The workers now and the totals since the start."""
         with self._lock:
-            return ForwarderStats(self._working, self._most_workers, self._reconnects)
+            return ForwarderStats(len(self._working), self._most_workers, self._reconnects)
 
     def stop(self, timeout: float) -> bool:
         """Ends all workers, giving up what is under way, and joins them. True when all ended within `timeout` seconds.
@@ -280,37 +281,32 @@ class Forwarder:
         return not any(thread.is_alive() for thread in workers)
 
     def step(self, sink: Sink) -> bool:
-        """One turn of a worker: takes a batch, stores it, and commits or requeues it. False when it should retire."""
-        if not self._breaker.enter():
+        """One turn of a worker: takes a batch, stores it, and commits or requeues it. False when it should end."""
+        if not self._breaker.pause():
             return False
         try:
             batch = self._ring.reserve(self._limit, IDLE_SECONDS)
         except TimeoutError:
-            self._breaker.left()
             return not self._retire()
         except Closed:
-            self._breaker.left()
             return False
-        if not self._breaker.admits():
+        if self._breaker.probed_by_another and not sink.ready:
             self._ring.requeue(batch)
-            return True
-        self._start_worker()
+            return not self._retire()
         try:
+            self._start_worker()
             sink.store(batch)
-        except SinkError as error:
+        except BaseException as error:
             self._ring.requeue(batch)
-            if self._breaker.failed():
-                log.warning("event=sink_down reason=%r", str(error))
-            else:
-                log.debug("event=sink_still_down reason=%r", str(error))
-        except BaseException:
-            self._ring.requeue(batch)
-            self._breaker.failed()
-            raise
-        else:
-            self._ring.commit(batch)
-            if self._breaker.succeeded():
-                log.info("event=sink_up")
+            failures = self._breaker.failed()
+            if not isinstance(error, SinkError):
+                raise
+            level = logging.WARNING if failures == 1 else logging.DEBUG
+            log.log(level, "event=sink_down failures=%d reason=%r", failures, str(error))
+            return failures > 0 or not self._retire()
+        self._ring.commit(batch)
+        if self._breaker.succeeded():
+            log.info("event=sink_up")
         return True
 
     def _run(self, sink: Sink) -> None:
@@ -328,13 +324,14 @@ class Forwarder:
         sink.close()
         with self._lock:
             self._workers.pop(threading.current_thread(), None)
+            self._working.discard(threading.current_thread())
 
     def _start_worker(self, first: bool = False) -> None:
         """Starts one more worker if values wait, nobody is there to take them, and there may be one more."""
         if not first and (self._breaker.away or not self._ring.wants_workers):
             return
         with self._lock:
-            if self._stopping or self._working >= self._most:
+            if self._stopping or len(self._working) >= self._most:
                 return
             self._started += 1
             links = 0
@@ -357,13 +354,14 @@ class Forwarder:
                     raise
                 return
             self._workers[thread] = sink
-            self._working += 1
-            self._most_workers = max(self._most_workers, self._working)
+            self._working.add(thread)
+            self._most_workers = max(self._most_workers, len(self._working))
 
     def _retire(self) -> bool:
         """Counts the calling worker out, unless it is the last. True when it should end."""
         with self._lock:
-            if self._working < 2:
+            if len(self._working) < 2:
                 return False
-            self._working -= 1
-            return True
+            self._working.discard(threading.current_thread())
+        self._breaker.left()
+        return True

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 from ringbuffer import Closed, Full, Ring
 from stats import Totals
 from store import Store, StoreError
-from websock import Connection
+from websock import ServerConnection
 from wire import (
     SUBPROTOCOL,
     Block,
@@ -29,6 +29,7 @@ from wire import (
 PATIENCE = 1.0
 """Seconds a session waits, for the ring or the disk, before it looks at its socket again."""
 GOING_AWAY = (1001, "the server is stopping")
+LOST = (1006, "connection lost")
 
 
 class Intake(Protocol):
@@ -130,22 +131,25 @@ class Session:
     `stopping` makes it read no more, finish what it has read, and close with 1001.
     """
 
-    def __init__(self, connection: Connection, intake: Intake, totals: Totals, stopping: Event) -> None:
+    def __init__(self, connection: ServerConnection, intake: Intake, totals: Totals, stopping: Event) -> None:
         self._connection = connection
         self._intake = intake
         self._totals = totals
         self._stopping = stopping
         self._batches = connection.subprotocol == SUBPROTOCOL
         self._source = uuid.uuid4().bytes  # of plain messages
-        self._put = 0  # records of this connection put into the intake
-        self.acked = 0  # and those of them the client knows to be stored
+        # Records of this connection:
+        self._put = 0  # put into the intake
+        self._stored = 0  # of those, stored
+        self.acked = 0  # and of those, acked
         self._marks: deque[_Mark] = deque()
 
     def run(self, rest: bytes) -> tuple[int, str]:
         """Serves the client until either side ends, closes, and returns the code and reason.
 
         `rest` is what came right behind the handshake. What was read is put and acked before the
-        close. Never raises OSError: a lost connection ends with 1006.
+        close, unless the client leaves while there is no room for it. Never raises OSError: a lost
+        connection ends with 1006.
         """
         ending: tuple[int, str] | None = None
         data: bytes | None = rest
@@ -157,17 +161,23 @@ class Session:
                 if ending is None and self._stopping.is_set():
                     ending = GOING_AWAY
                 if ending is None:
-                    data = self._connection.read(wait=not self._marks)
-                    if data is None:  # nothing to read now: wait for the disk
-                        self._intake.wait(self._marks[-1].ticket, PATIENCE)
-                    elif not data:
-                        ending = GOING_AWAY if self._stopping.is_set() else (1006, "connection lost")
-            self._settle(peer_is_there=ending[0] != 1006)
+                    data = self._connection.read(wait=False)
+                    if data == b"":
+                        ending = LOST
+                    elif data is None and self._marks:
+                        self._intake.wait(self._marks[0].ticket, PATIENCE)
+                    elif data is None:
+                        self._connection.wait(writable=self._stored > self.acked)
+            if ending[0] != LOST[0]:
+                self._settle()
         except OSError as error:
-            ending = (1006, f"connection lost: {error}")
-        if ending[0] == 1006:
+            ending = (LOST[0], f"{LOST[1]}: {error}")
+        if ending[0] == LOST[0]:
             self._connection.abort()
-        self._connection.finish(*ending)
+        last = b""
+        if self._stored > self.acked:  # the client has not read the acks before it
+            last, self.acked = encode_ack(self._stored), self._stored
+        self._connection.finish(*ending, last)
         return ending
 
     def _take(self, data: bytes) -> tuple[int, str] | None:
@@ -184,33 +194,34 @@ class Session:
                 values, error = decode_plain_messages(messages)
                 block = plain_block(values, self._source, self._put)
             self._totals.received(len(block.values))
-            try:
-                if not self._put_all(block, read_at):
-                    ending = GOING_AWAY
-                    error = None
-            except StoreError as trouble:
-                return 1011, f"not stored: {trouble}"
+            stop = self._put_all(block, read_at)
+            if stop:
+                return stop
         if error:
             ending = (error.close_code, str(error))
-        if ending and ending[0] in (1002, 1003, 1007, 1009):
+        if error or self._connection.at_fault:
             self._totals.refused()
         return ending
 
-    def _put_all(self, block: Block, read_at: float) -> bool:
-        """Puts the block, however long the ring is full. False when the intake closed before all was in."""
+    def _put_all(self, block: Block, read_at: float) -> tuple[int, str] | None:
+        """Puts the block, however long there is no room for it; the code and reason to close with, if not all is in."""
         while block.values:
-            accepted, ticket = self._intake.put(block, PATIENCE)
+            try:
+                accepted, ticket = self._intake.put(block, PATIENCE)
+            except StoreError as error:
+                self._totals.refused(len(block.values))
+                return 1011, f"not stored: {error}"
             if accepted:
                 self._put += accepted
                 self._marks.append(_Mark(ticket, self._put, read_at))
             if accepted == len(block.values):
-                return True
-            if self._intake.closed:
-                self._totals.refused(len(block.values) - accepted)
-                return False
+                return None
             block = block.after(accepted)
+            if self._intake.closed or self._connection.is_gone():
+                self._totals.refused(len(block.values))
+                return GOING_AWAY if self._intake.closed else LOST
             self._ack()
-        return True
+        return None
 
     def _ack(self) -> None:
         """Tells the client how many of its records are stored, if more are than it knows."""
@@ -219,20 +230,16 @@ class Session:
         while self._marks and self._marks[0].ticket <= stored:
             covered.append(self._marks.popleft())
         if covered:
-            self._connection.send_bytes(encode_ack(covered[-1].records))
-            self.acked = covered[-1].records
+            self._stored = covered[-1].records
             now = monotonic()
             self._totals.acked(now - mark.read_at for mark in covered)
+        if self._stored > self.acked and self._connection.send_ack(encode_ack(self._stored)):
+            self.acked = self._stored
 
-    def _settle(self, peer_is_there: bool) -> None:
-        """Waits until all that was put is stored, and acks it; gives up when the peer is gone or the intake aborts."""
+    def _settle(self) -> None:
+        """Waits until all that was put is stored, and acks it; gives up when the client is gone or nothing will be."""
         while self._marks:
             stored = self._intake.wait(self._marks[-1].ticket, PATIENCE)
             self._ack()
-            if stored or not peer_is_there:
-                return
-            if self._stopping.is_set():
-                if self._intake.closed:
-                    return
-            elif self._connection.read(wait=False) == b"":
+            if stored or self._connection.is_gone() or (self._stopping.is_set() and self._intake.closed):
                 return

@@ -76,7 +76,8 @@ class RingStats(NamedTuple):
 
     capacity: int
     cursor: int  # ever put
-    committed: int  # ever stored, in order
+    committed: int  # everything before it is stored
+    stored: int  # ever committed, those beyond a gap among them
     depth: int  # slots taken: cursor - committed
     backlog: int  # could be reserved now
     in_flight: int  # reserved, neither committed nor requeued
@@ -99,7 +100,7 @@ class Ring:
         self._advanced = threading.Condition(self._lock)
 
         # All below is guarded by _lock.
-        self._slots = array("q", bytes(8 * capacity))
+        self._slots = array("q", [0]) * capacity
         self._cursor = 0
         self._reserved = 0
         self._committed = 0
@@ -161,16 +162,21 @@ class Ring:
             if self._requeued:
                 batch = self._requeued.pop(0)
                 batch.reserved_at = now
-                self._in_flight[batch] = None
-                return batch
-            end = min(self._cursor, self._reserved + limit)
-            batch = Batch(self._reserved, end, self._disown(end - self._reserved), now)
-            self._reserved = end
+            else:
+                end = min(self._cursor, self._reserved + limit)
+                batch = Batch(self._reserved, end, self._disown(end - self._reserved), now)
+                self._reserved = end
             self._in_flight[batch] = None
+            if batch.values:
+                return batch
             if self._backlog():
                 self._not_empty.notify()
         # Not under the lock: nobody writes these slots before this batch is committed.
-        batch.values = self._read(batch.start, batch.end)
+        try:
+            batch.values = self._read(batch.start, batch.end)
+        except BaseException:  # no memory: whoever has it next reads again
+            self.requeue(batch)
+            raise
         return batch
 
     def commit(self, batch: Batch) -> None:
@@ -264,6 +270,7 @@ class Ring:
                 capacity=self.capacity,
                 cursor=self._cursor,
                 committed=self._committed,
+                stored=self._committed + sum(end - start for start, end in self._finished.items()),
                 depth=depth,
                 backlog=self._backlog(),
                 in_flight=in_flight,

@@ -6,16 +6,16 @@ ring, the workers and the store. A second signal has its default effect and ends
 """
 
 import signal
+import sys
 
-if __name__ == "__main__":  # Ctrl-C while the imports run: end, without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" or sys.argv[0].endswith("ringoexp"):  # the program, also by its installed script
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: end, without a traceback
 
 import argparse
 import datetime
 import logging
 import os
 import socket
-import sys
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -266,6 +266,8 @@ def read_arguments(argv: Sequence[str]) -> Settings:
             f"argument -L/--profiler_port: {settings.profiler_port} is not accepted: "
             "the profiler is not part of this version; 0 (off)"
         )
+    if settings.is_publisher and not settings.consumer_port and settings.port:
+        made.error("argument -T/--consumer_port: 0 is not accepted: 1 to 65535 (0 only with -p 0: its own)")
     if settings.ack == "ring" and not settings.is_publisher:
         made.error("argument -A/--ack: 'ring' is not accepted with -I false: a consumer has no ring; stored")
     if settings.procs:
@@ -345,7 +347,7 @@ class Parts:
                     f"cannot listen on {settings.hostname}:{settings.port}: {error.strerror} "
                     "(-H and -p name another address; a complete system there needs -T too, the same as -p)"
                 ) from error
-            undo.callback(self.server.stop)
+            undo.callback(self.server.close)
             if own:
                 self.store = Store(settings.database)
                 undo.callback(self.store.close)
@@ -380,11 +382,14 @@ class Parts:
         if self.store:
             return self.store.stats().stored
         assert self.ring
-        return self.ring.committed
+        return self.ring.stats().stored
 
     def unstored(self) -> int:
         """Records that were taken and are not stored."""
-        return self.ring.cursor - self.ring.committed if self.ring else 0
+        if not self.ring:
+            return 0
+        ring = self.ring.stats()
+        return ring.cursor - ring.stored
 
     def stop(self) -> None:
         """The ordered stop: returns within DRAIN_SECONDS and a little, with everything ended."""
@@ -408,6 +413,7 @@ class Parts:
             self.forwarder.stop(5)
         if self.store:
             self.store.close()
+        self.server.close()
 
     def report(self) -> dict[str, Any]:
         """What `/v1.0/stats` says. The README explains each key."""
@@ -423,7 +429,7 @@ class Parts:
             "stats": {
                 "startTime": self.started.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
                 "recordsReceived": totals.received,
-                "recordsStored": store.stored if store else ring.committed if ring else 0,
+                "recordsStored": store.stored if store else ring.stored if ring else 0,
                 "recordsDuplicate": store.duplicates if store else 0,
                 "recordsRefused": totals.refused,
                 "bytesReceived": totals.bytes_received,
@@ -463,19 +469,35 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)  # the second one ends at once
 
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, end)
-    signal.set_wakeup_fd(wake.fileno())
     with woken, wake:
-        parts = Parts(settings, argv)
-        parts.start()
-        print(_greeting(parts), flush=True)
-        woken.recv(1)
-        signal.set_wakeup_fd(-1)
-        parts.stop()
+        signal.set_wakeup_fd(wake.fileno())
+        try:
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, end)
+            parts = Parts(settings, argv)
+            try:
+                parts.start()
+                _say(_greeting(parts))
+                woken.recv(1)
+            finally:
+                parts.stop()
+        finally:
+            signal.set_wakeup_fd(-1)
     stored, unstored = parts.stored(), parts.unstored()
-    print(f"ringoexp: stopped, {stored} stored, {unstored} unstored", flush=True)
+    _say(f"ringoexp: stopped, {stored} stored, {unstored} unstored")
     return EXIT_UNSTORED if unstored else EXIT_OK
+
+
+def _say(line: str, error: bool = False) -> None:
+    """Prints a line, whatever became of who should read it."""
+    stream = sys.stderr if error else sys.stdout
+    if stream is None:  # closed from the start
+        return
+    try:
+        encoding = stream.encoding or "ascii"
+        print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python complains once more at its end
 
 
 def _greeting(parts: Parts) -> str:
@@ -502,7 +524,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(settings, arguments)
     except (CannotRun, StoreError) as error:
         log.debug("event=cannot_run", exc_info=True)
-        print(f"ringoexp: error: {error}", file=sys.stderr)
+        _say(f"ringoexp: error: {error}", error=True)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

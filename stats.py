@@ -5,16 +5,12 @@ record. No thread runs here.
 """
 
 import gc
+import resource
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 LATENCIES_KEPT = 4096
 
@@ -95,8 +91,6 @@ def _resident() -> tuple[int, int]:
             fields = dict(line.split(":", 1) for line in status)
         return tuple(int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
     except (OSError, KeyError, ValueError):
-        if resource is None:
-            return 0, 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak *= 1 if sys.platform == "darwin" else 1024
         return peak, peak

@@ -15,6 +15,7 @@ The batches of one source are disjoint intervals of its sequence; of an arriving
 do not cover yet is stored.
 """
 
+import fcntl
 import os
 import sqlite3
 import threading
@@ -25,11 +26,6 @@ from contextlib import contextmanager
 from typing import IO, NamedTuple
 
 from wire import Run
-
-try:
-    import fcntl
-except ImportError:  # Windows: no advisory lock there
-    fcntl = None  # type: ignore[assignment]
 
 APPLICATION_ID = 0x52494E47  # "RING", https://www.sqlite.org/pragma.html#pragma_application_id
 SCHEMA_VERSION = 1
@@ -66,6 +62,8 @@ _INSERT_RECORDS = {size: "INSERT INTO record(value) VALUES " + ",".join(["(?)"] 
 _MAGIC = b"SQLite format 3\0"  # https://www.sqlite.org/fileformat.html#the_database_header
 _OLDEST_SQLITE = (3, 32, 0)  # the first to take 1024 parameters by default (up to 32,766)
 _MOST_SOURCES_CACHED = 10_000
+MOST_GROUPED = 262_144
+"""Records after which a commit takes no more blocks along, so that its memory is bounded."""
 
 
 class StoreError(Exception):
@@ -121,12 +119,11 @@ class Store:
         # The leader's.
         self._sources: dict[bytes, _Source] = {}
         _check_file(path)
-        self._guard = _lock_file(path)
+        self._guard = _lock_file(os.path.realpath(path))  # one lock whatever links lead to it
         try:
             self._db = _connect(path)
         except BaseException:
-            if self._guard:
-                self._guard.close()
+            self._guard.close()
             raise
 
     def append(self, runs: Sequence[Run], values: "array[int]") -> None:
@@ -139,12 +136,14 @@ class Store:
             if self._closed:
                 raise StoreError(f"{self.path} is closed")
             self._queue.append(mine)
-            while self._leading and not mine.done:
-                self._turn.wait()
-            if not mine.done:
+        while True:
+            with self._lock:
+                while self._leading and not mine.done:
+                    self._turn.wait()
+                if mine.done:
+                    break
                 self._leading = True
-                group, self._queue = self._queue, []
-        if not mine.done:
+                group = self._next_group()
             self._commit(group)
         if mine.error:
             # A new one for each caller: a traceback grows on whatever is raised.
@@ -163,8 +162,17 @@ class Store:
                 self._turn.wait()
         if not already:
             self._db.close()
-            if self._guard:
-                self._guard.close()
+            self._guard.close()
+
+    def _next_group(self) -> list[_Waiting]:
+        """Takes the oldest of the queue, up to MOST_GROUPED records, or one."""
+        assert self._lock.locked()
+        count, records = 1, len(self._queue[0].values)
+        while count < len(self._queue) and records < MOST_GROUPED:
+            records += len(self._queue[count].values)
+            count += 1
+        group, self._queue = self._queue[:count], self._queue[count:]
+        return group
 
     def _commit(self, group: list[_Waiting]) -> None:
         """Writes `group` in one transaction, says so to each of it and gives up the lead."""
@@ -304,6 +312,11 @@ def _connect(path: str) -> sqlite3.Connection:
                 PRAGMA user_version = {SCHEMA_VERSION};
                 COMMIT"""
             )
+        # Ids are dense and each belongs to a batch: what breaks that is not to be built upon.
+        (records,) = db.execute("SELECT coalesce(max(id), 0) FROM record").fetchone()
+        last = db.execute("SELECT first_id + count - 1 FROM batch ORDER BY first_id DESC LIMIT 1").fetchone()
+        if records != (last[0] if last else 0):
+            raise StoreError(f"{path} is corrupt, or was changed by another program: restore it from a backup")
         # Proves, now, that it can be written: a read-only file would fail only at the first record.
         db.execute("BEGIN IMMEDIATE")
         db.execute("ROLLBACK")
@@ -333,10 +346,8 @@ def _check_file(path: str) -> None:
         raise StoreError(f"{path} is not a SQLite file: name another one")
 
 
-def _lock_file(path: str) -> "IO[bytes] | None":
+def _lock_file(path: str) -> IO[bytes]:
     """Holds `path`-lock for this process as long as it stays open. Raises StoreError if another one holds it."""
-    if fcntl is None:
-        return None
     try:
         guard = open(f"{path}-lock", "ab")
     except OSError as error:
@@ -345,7 +356,9 @@ def _lock_file(path: str) -> "IO[bytes] | None":
         fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         guard.close()
-        raise StoreError(f"{path} is in use by another ringoexp: stop that one, or name another file") from error
+        if isinstance(error, BlockingIOError):
+            raise StoreError(f"{path} is in use by another ringoexp: stop that one, or name another file") from error
+        raise StoreError(f"{path} cannot be locked: {error.strerror} (put it on a local file system)") from error
     return guard
 
 

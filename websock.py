@@ -5,10 +5,12 @@ reader thread, its unbounded message list, its `send` and its compression are no
 live here: `ServerConnection` for a request that `http.server` has read, `ClientConnection` for a
 worker's link.
 
-A connection belongs to one thread, and nothing here is locked. Two calls are for other threads:
-`interrupt` makes the owner's reads end, `abort` makes its writes fail too.
+A connection belongs to one thread, and nothing here is locked. `abort` is for other threads: it makes
+the owner's reads and writes fail. A server's connection never waits for its client to read: acks and
+pongs wait in a short buffer, so that a client that reads late, or not at all, keeps nobody from stopping.
 """
 
+import select
 import socket
 from collections.abc import Mapping
 from time import monotonic
@@ -16,6 +18,7 @@ from typing import Any
 
 from simple_websocket.ws import Base
 from wsproto import ConnectionType
+from wsproto.connection import ConnectionState
 from wsproto.events import (
     AcceptConnection,
     BytesMessage,
@@ -35,6 +38,9 @@ READ_SIZE = 256 * 1024
 CLOSE_TIMEOUT = 2.0
 """Seconds the other side has to answer a Close frame before the socket is closed all the same."""
 CONNECT_TIMEOUT = 5.0
+MOST_UNSENT = 64 * 1024
+"""Bytes of pongs that a peer may leave unread, beyond what the system buffers, before it is given up."""
+_GONE = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
 class HandshakeError(Exception):
@@ -61,11 +67,13 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
     """What both ends share, from the first byte after the handshake to the closed socket.
 
     `ending` is None while the connection is open for reading, then the code and reason it ends with
-    (RFC 6455 section 7.4): the peer's own, or ours for what it did wrong.
+    (RFC 6455 section 7.4): the peer's own, or ours for what it did wrong, and then `at_fault` is true.
     """
 
     def __init__(self, sock: socket.socket, role: ConnectionType) -> None:
         self.ending: tuple[int, str] | None = None
+        self.at_fault = False
+        self._unsent = b""
         self._masked = role is ConnectionType.SERVER  # clients mask what they send
         # What has arrived and is not parsed yet: less than _needed bytes, the start of a frame.
         self._pieces: list[bytes] = []
@@ -90,13 +98,19 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
             return None
         return data
 
+    def is_gone(self) -> bool:
+        """True when the peer has closed its end, even if it left something to read."""
+        poll = select.poll()
+        poll.register(self.sock, _GONE)
+        return bool(poll.poll(0))
+
     def parse(self, data: bytes) -> list[Messages]:
         """The binary messages that `data` completes, in order; pings in it are answered before it returns.
 
         Frames that are a whole message each are taken out here, those of one size together; all others
         go to wsproto, frame by frame. Sets `ending` when the peer closes, sends text or too large a
         message, or breaks the protocol; what stood before that is returned, what comes after is
-        ignored. Raises OSError when the answer to a ping cannot be sent.
+        ignored.
         """
         messages: list[Messages] = []
         if self.ending:
@@ -108,13 +122,12 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
         if len(self._pieces) > 1:
             data = b"".join(self._pieces)
         at, end, needed = 0, len(data), 1
-        replies = b""
         while at < end and not self.ending:
             if self._judged:  # within a frame that wsproto has the head of
                 part = data[at : at + self._judged]
                 self._judged -= len(part)
                 at += len(part)
-                replies += self._judge(part, messages)
+                self._judge(part, messages)
                 continue
             head = frame_head(data, at)
             if head is None:
@@ -132,72 +145,86 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
                 found, at = take_frames(data, at, head)
                 messages.append(found)
         self._pieces, self._arrived, self._needed = [data[at:]], end - at, needed
-        if replies:
-            self.sock.sendall(replies)
         return messages
 
-    def _judge(self, data: bytes, messages: list[Messages]) -> bytes:
-        """Gives `data` to wsproto, adds the messages it completes, and returns what is to be sent back."""
-        replies = b""
-        try:
-            self.ws.receive_data(data)
-            for event in self.ws.events():
-                if isinstance(event, BytesMessage):
-                    self._size += len(event.data)
-                    if self._size > MAX_MESSAGE:
-                        self._end(CloseReason.MESSAGE_TOO_BIG, f"a message has at most {MAX_MESSAGE} bytes")
-                        break
+    def _judge(self, data: bytes, messages: list[Messages]) -> None:
+        """Gives `data` to wsproto, adds the messages it completes, and answers pings."""
+        self.ws.receive_data(data)
+        for event in self.ws.events():
+            if isinstance(event, BytesMessage):
+                self._size += len(event.data)
+                if self._size > MAX_MESSAGE:
+                    self._end(CloseReason.MESSAGE_TOO_BIG, f"a message has at most {MAX_MESSAGE} bytes", True)
+                    break
+                if event.data:
                     self._parts.append(bytes(event.data))
-                    if event.message_finished:
-                        messages.append(Messages(b"".join(self._parts), self._size))
-                        self._parts, self._size = [], 0
-                elif isinstance(event, Ping):
-                    replies += self.ws.send(event.response())
-                elif isinstance(event, TextMessage):
-                    self._end(CloseReason.UNSUPPORTED_DATA, "text is not accepted: send binary messages")
+                if event.message_finished:
+                    messages.append(Messages(b"".join(self._parts), self._size))
+                    self._parts, self._size = [], 0
+            elif isinstance(event, Ping):
+                try:
+                    self.queue(self.ws.send(event.response()))
+                except OSError as error:  # what came before the ping counts all the same
+                    self._end(CloseReason.ABNORMAL_CLOSURE, f"connection lost: {error}")
                     break
-                elif isinstance(event, CloseConnection):
-                    self._end(event.code, event.reason or "")
-                    break
-        except RemoteProtocolError as error:
-            hint = getattr(error, "event_hint", None)
-            self._end(getattr(hint, "code", CloseReason.PROTOCOL_ERROR), str(error))
-        return replies
+            elif isinstance(event, TextMessage):
+                self._end(CloseReason.UNSUPPORTED_DATA, "text is not accepted: send binary messages", True)
+                break
+            elif isinstance(event, CloseConnection):
+                # wsproto reports what broke the protocol as a Close of the peer's that never came.
+                self._end(event.code, event.reason or "", self.ws.state is ConnectionState.OPEN)
+                break
 
-    def send_bytes(self, payload: bytes) -> None:
-        """Sends one binary message, whole. Raises OSError when the connection is lost."""
-        self.sock.sendall(self.ws.send(Message(data=payload)))
+    def queue(self, frame: bytes) -> None:
+        """Sends a whole frame behind what is unsent, as far as the socket takes it without waiting.
 
-    def finish(self, code: int, reason: str) -> None:
+        Raises OSError when the connection is lost, or the peer has left more than MOST_UNSENT bytes unread.
+        """
+        self._unsent += frame
+        if not self.flush() and len(self._unsent) > MOST_UNSENT:
+            raise TimeoutError("the peer does not read")
+
+    def flush(self) -> bool:
+        """Sends what is unsent, as far as the socket takes it without waiting. True when nothing is left."""
+        if self._unsent:
+            try:
+                self._unsent = self._unsent[self.sock.send(self._unsent, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                pass
+        return not self._unsent
+
+    def finish(self, code: int, reason: str, last: bytes = b"") -> None:
         """Closing handshake and closed socket: our Close frame, then at most CLOSE_TIMEOUT for the peer's.
 
-        Answers the peer's Close frame, if it has sent one, with its own code. Never raises.
+        Sends `last`, at most 125 bytes, as a last message before it. Answers the peer's Close frame,
+        if it has sent one, with its own code. Never raises.
         """
         try:
             frame = self.ws.send(CloseConnection(code, reason or None))
             self.sock.settimeout(CLOSE_TIMEOUT)
-            self.sock.sendall(frame)
+            self.sock.sendall(self._unsent + (_short_frame(last) if last else b"") + frame)
         except (OSError, LocalProtocolError):
             pass  # lost already
         else:
             linger(self.sock)
         self.sock.close()
 
-    def interrupt(self) -> None:
-        """For other threads: the owner's `read` returns what has arrived, then b""."""
-        _shut(self.sock, socket.SHUT_RD)
-
     def abort(self) -> None:
         """For other threads: the owner's reads and writes end at once."""
-        _shut(self.sock, socket.SHUT_RDWR)
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # closed already
 
-    def _end(self, code: int, reason: str) -> None:
+    def _end(self, code: int, reason: str, at_fault: bool = False) -> None:
         self.ending = (code, reason)
+        self.at_fault = at_fault
         self._parts = []
 
 
 class ServerConnection(Connection):
-    """The server's end. `headers` are those of a checked upgrade request, `extra_headers` go into the answer.
+    """The server's end. `headers` are those of a checked upgrade request, `extra_headers` go into the answer, and
+    `stop` becomes readable when the server stops.
 
     Raises HandshakeError when they do not make a WebSocket handshake after all, OSError when the
     answer cannot be sent.
@@ -209,10 +236,12 @@ class ServerConnection(Connection):
         headers: Mapping[str, str],
         extra_headers: Mapping[str, str],
         subprotocols: tuple[str, ...],
+        stop: socket.socket,
     ) -> None:
         self._headers = headers
         self._extra_headers = extra_headers
         self._supported = subprotocols
+        self._stop = stop
         super().__init__(sock, ConnectionType.SERVER)
 
     def handshake(self) -> None:
@@ -229,14 +258,24 @@ class ServerConnection(Connection):
         self.sock.sendall(self.ws.send(accept))
         self.connected = True
 
-    def send_bytes(self, payload: bytes) -> None:
-        """Sends one binary message of at most 125 bytes, also after the peer's Close frame.
+    def wait(self, writable: bool) -> None:
+        """Returns when there is something to read, or the server stops, or, on request, the socket takes more."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN | (select.POLLOUT if writable else 0))
+        poll.register(self._stop, select.POLLIN)
+        poll.poll()
+
+    def send_ack(self, payload: bytes) -> bool:
+        """Sends a binary message of at most 125 bytes, also after the peer's Close frame; False when the peer
+        has not read what came before it, and this would have to wait.
 
         RFC 6455 section 5.5.1 lets an endpoint finish what it has to say before it answers a Close;
         wsproto does not. Raises OSError when the connection is lost.
         """
-        assert len(payload) < 126
-        self.sock.sendall(bytes((0x82, len(payload))) + payload)
+        if not self.flush():
+            return False
+        self.queue(_short_frame(payload))
+        return True
 
 
 class ClientConnection(Connection):
@@ -258,23 +297,31 @@ class ClientConnection(Connection):
             sock.close()
             raise
 
+    def send_bytes(self, payload: bytes) -> None:
+        """Sends one binary message, whole. Raises OSError when the connection is lost, or times out."""
+        self.sock.sendall(self._unsent + self.ws.send(Message(data=payload)))
+        self._unsent = b""
+
     def handshake(self) -> None:
         """Called by the library's constructor: asks for the upgrade and reads the answer."""
         request = Request(host=self._host, target=self._path, subprotocols=[self._wanted])
         self.sock.sendall(self.ws.send(request))
         deadline = monotonic() + CONNECT_TIMEOUT
-        answer = None
-        while answer is None:
+        head, end, rest = b"", b"", b""
+        while not end:
             data = self.sock.recv(READ_SIZE)
             if not data:
                 raise HandshakeError("closed the connection during the handshake")
-            if monotonic() > deadline:
+            if monotonic() > deadline or len(head) > READ_SIZE:
                 raise HandshakeError(f"did not finish the handshake within {CONNECT_TIMEOUT:.0f} s")
-            try:
-                self.ws.receive_data(data)
-                answer = next(self.ws.events(), None)
-            except (RemoteProtocolError, LocalProtocolError) as error:
-                raise HandshakeError(f"is not a WebSocket server: {error}") from error
+            head, end, rest = (head + data).partition(b"\r\n\r\n")
+        try:
+            self.ws.receive_data(head + end)
+            answer = next(self.ws.events(), None)
+        except (RemoteProtocolError, LocalProtocolError) as error:
+            raise HandshakeError(f"is not a WebSocket server: {error}") from error
+        # Frames may have come right behind it: the first `parse` finds them.
+        self._pieces, self._arrived = [rest], len(rest)
         if isinstance(answer, RejectConnection):
             raise HandshakeError(
                 f"refused with HTTP status {answer.status_code}: is it a consumer?", answer.status_code
@@ -283,6 +330,12 @@ class ClientConnection(Connection):
             raise HandshakeError(f"does not speak {self._wanted}")
         self.subprotocol = answer.subprotocol
         self.connected = True
+
+
+def _short_frame(payload: bytes) -> bytes:
+    """A server's binary message of at most 125 bytes (RFC 6455 section 5.2)."""
+    assert len(payload) < 126
+    return bytes((0x82, len(payload))) + payload
 
 
 def linger(sock: socket.socket) -> None:
@@ -299,10 +352,3 @@ def linger(sock: socket.socket) -> None:
                 return
     except OSError:
         pass  # gone
-
-
-def _shut(sock: socket.socket, how: int) -> None:
-    try:
-        sock.shutdown(how)
-    except OSError:
-        pass  # closed already

@@ -6,12 +6,13 @@ connection has one, `conn-N`, that reads, works and writes for it from beginning
 when a connection ends. `Handler` is one connection and belongs to its thread.
 
 Shutdown, all from the server's main thread: `stop` accepts no more and makes every connection read no more;
-`wait_ended` waits until each has finished what it had read; `abort` ends those that do not.
+`wait_ended` waits until each has finished what it had read; `abort` ends those that do not; `close` comes last.
 """
 
 import base64
 import binascii
 import errno
+import io
 import json
 import logging
 import select
@@ -35,7 +36,15 @@ from wire import MAX_MESSAGE, SUBPROTOCOL, WireError, decode_plain
 log = logging.getLogger("ringoexp.http")
 
 REQUEST_TIMEOUT = 30.0
-"""Seconds a client has to send a request, or the next one on the same connection."""
+"""Seconds a client has to send a request, or the next one on the same connection, up to its body."""
+BODY_RATE = 64 * 1024
+"""Bytes a second that a body has to come with, on top of REQUEST_TIMEOUT."""
+REFUSED_TIMEOUT = 2.0
+"""Seconds for a request on a connection beyond the limit."""
+MOST_REFUSED = 64
+"""Connections beyond the limit that are answered at once; the next ones wait to be accepted."""
+KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+"""A client whose machine is gone is noticed after two minutes."""
 INGEST_TIMEOUT = 10.0
 """Seconds a POST waits for its records to be stored before it is answered with 503."""
 BODY_TYPES = ("application/octet-stream", "application/x-www-form-urlencoded")
@@ -54,6 +63,7 @@ class ConnectionStats(NamedTuple):
 class _Entry(NamedTuple):
     sock: socket.socket
     admitted: bool
+    stream: bool = False
 
 
 class Server(ThreadingHTTPServer):
@@ -90,6 +100,7 @@ class Server(ThreadingHTTPServer):
         self._admitted = 0
         self._total = 0
         self._refused = 0
+        self._accepted = 0
 
         super().__init__(address, Handler)
         self.socket.setblocking(False)  # a client may be gone between select and accept
@@ -122,13 +133,27 @@ class Server(ThreadingHTTPServer):
         poll.register(self._woken, select.POLLIN)
         while not self.stopping.is_set():
             poll.poll()
+            with self._lock:  # beyond the limit, connections have to make room for each other
+                while self._crowded():
+                    self._ended.wait()
             if not self.stopping.is_set():
                 self._handle_request_noblock()  # type: ignore[attr-defined]  # the documented loop body
+
+    def _crowded(self) -> bool:
+        """True while the next connection would be one too many beyond the limit."""
+        assert self._lock.locked()
+        refused = len(self._entries) - self._admitted
+        return refused >= MOST_REFUSED and self._admitted >= self.limit and not self.stopping.is_set()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accepts one connection. Out of descriptors, it waits a little for some to be closed."""
         try:
-            return super().get_request()
+            request, address = super().get_request()
+            request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEPALIVE.items():
+                if hasattr(socket, option):  # macOS has other names
+                    request.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+            return request, address
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                 log.error("event=cannot_accept error=%r", str(error))
@@ -141,12 +166,12 @@ class Server(ThreadingHTTPServer):
             admitted = not self.limit or self._admitted < self.limit
             self._total += admitted
             self._admitted += admitted
-            number = self._total
+            self._accepted += 1
             # Daemon: see daemon_threads.
             thread = threading.Thread(
                 target=self._serve,
                 args=(request, client_address),
-                name=f"conn-{number}",
+                name=f"conn-{self._accepted}",
                 daemon=True,
             )
             self._entries[thread] = _Entry(request, admitted)
@@ -183,16 +208,35 @@ class Server(ThreadingHTTPServer):
         with self._lock:
             return ConnectionStats(self._admitted, self._total, self._refused)
 
+    @property
+    def stop_sign(self) -> socket.socket:
+        """Becomes readable, and stays so, when the server stops."""
+        return self._woken
+
+    def stream(self) -> None:
+        """The calling connection's thread serves a WebSocket from now on."""
+        with self._lock:
+            me = threading.current_thread()
+            self._entries[me] = self._entries[me]._replace(stream=True)
+
     def stop(self) -> None:
-        """Accepts no more, and makes every connection finish what it has read."""
-        self.stopping.set()
+        """Accepts no more, and makes every connection finish what it has read. Does nothing the second time."""
+        if self.stopping.is_set():
+            return
+        with self._lock:
+            self.stopping.set()
+            self._ended.notify_all()
         self._wake.send(b"x")
         if self._acceptor.is_alive():
             self._acceptor.join()
         self.server_close()
+        self._shut_all(socket.SHUT_RD, streams=False)  # WebSockets see `stop_sign`, and can still close in order
+
+    def close(self) -> None:
+        """Frees what `stop` has left, once all connections have ended."""
+        self.stop()
         self._wake.close()
         self._woken.close()
-        self._shut_all(socket.SHUT_RD)
 
     def wait_ended(self, timeout: float) -> bool:
         """True once no connection is left; False after `timeout` seconds."""
@@ -207,7 +251,7 @@ class Server(ThreadingHTTPServer):
 
     def abort(self) -> None:
         """Makes reading and writing fail on every connection that is left."""
-        self._shut_all(socket.SHUT_RDWR)
+        self._shut_all(socket.SHUT_RDWR, streams=True)
 
     def server_close(self) -> None:
         """Closes the listening socket; threads are waited for elsewhere."""
@@ -225,9 +269,11 @@ class Server(ThreadingHTTPServer):
             self._admitted -= self._entries.pop(thread).admitted
             self._ended.notify_all()
 
-    def _shut_all(self, how: int) -> None:
+    def _shut_all(self, how: int, streams: bool) -> None:
         with self._lock:
             for entry in self._entries.values():
+                if entry.stream and not streams:
+                    continue
                 try:
                     entry.sock.shutdown(how)  # does not wait
                 except OSError:
@@ -250,18 +296,60 @@ class Refusal(Exception):
         self.body = {"error": reason, **(more or {})}
 
 
+class _Reader(io.RawIOBase):
+    """What comes from a socket until a deadline: reading beyond it raises TimeoutError."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.deadline: float | None = 0.0  # monotonic seconds; None: waits for nothing
+
+    def readable(self) -> bool:
+        """True: it is for reading."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Reads what there is, waiting for at least a byte; 0 at the end of the stream, None if it may not wait."""
+        left = 0.0 if self.deadline is None else self.deadline - monotonic()
+        if self.deadline is not None and left <= 0:
+            raise TimeoutError("too slow")
+        self._sock.settimeout(left)
+        try:
+            return self._sock.recv_into(buffer)
+        except BlockingIOError:
+            return None
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection: HTTP/1.1 requests one after the other, or an upgrade and a WebSocket."""
 
     server: Server
     protocol_version = "HTTP/1.1"
-    timeout = REQUEST_TIMEOUT
     disable_nagle_algorithm = True
     _linger = False  # close gently: the client may still be sending what nobody reads
     _asked_to_close = False  # by the client, for after this request
 
+    def setup(self) -> None:
+        """Reads through a deadline instead of a timeout for each piece."""
+        super().setup()
+        self.rfile.close()
+        self._reader = _Reader(self.connection)
+        self.rfile = io.BufferedReader(self._reader)
+
+    def handle_one_request(self) -> None:
+        """Gives the next request its time."""
+        patience = REQUEST_TIMEOUT if self.server.admitted() else REFUSED_TIMEOUT
+        self._reader.deadline = monotonic() + patience
+        super().handle_one_request()
+
+    def __getattr__(self, name: str) -> Any:
+        """Methods that HTTP does not know are wrong methods too: 405 here, not the base class's 501."""
+        if name.startswith("do_"):
+            return self.do_GET
+        raise AttributeError(name)
+
     def do_GET(self) -> None:
         """Answers one request, whatever its method."""
+        self.connection.settimeout(REQUEST_TIMEOUT)  # for the answer: reading sets its own
         path = self.path.partition("?")[0]
         self._asked_to_close = self.close_connection
         try:
@@ -291,8 +379,6 @@ class Handler(BaseHTTPRequestHandler):
             log.debug("event=refused status=%d reason=%r", refusal.status, str(refusal))
             self._reply(refusal.status, refusal.body, refusal.headers)
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
-
     def finish(self) -> None:
         """Ends the connection, gently where the client may still be sending."""
         if self._linger:
@@ -311,7 +397,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """What the base class logs goes to our log, in detail only."""
-        log.debug("event=http client=%s " + format, self.address_string(), *args)
+        log.debug("event=http client=%s message=%r", self.address_string(), format % args)
 
     # Routes.
 
@@ -370,9 +456,10 @@ class Handler(BaseHTTPRequestHandler):
         rest = self._take_buffered()
         self.connection.settimeout(None)
         self.close_connection = True
+        self.server.stream()
         extra = {"X-Request-Id": _request_id(), "Server": self.server.name}
         try:
-            connection = ServerConnection(self.connection, headers, extra, (SUBPROTOCOL,))
+            connection = ServerConnection(self.connection, headers, extra, (SUBPROTOCOL,), self.server.stop_sign)
         except HandshakeError as error:
             raise Refusal(400, f"bad WebSocket handshake: {error}") from error
         log.debug("event=connected client=%s", self.address_string())
@@ -466,14 +553,18 @@ class Handler(BaseHTTPRequestHandler):
         text = lengths.pop()
         if lengths or not (text.isascii() and text.isdigit()):
             raise Refusal(400, "Content-Length is not one whole number")
-        length = int(text[:20])
+        length = int((text.lstrip("0") or "0")[:20])
         if length > MAX_MESSAGE:
             self.server.totals.refused()
             raise Refusal(413, f"{text} bytes: a body has at most {MAX_MESSAGE}")
+        patience = REQUEST_TIMEOUT + length / BODY_RATE
+        self._reader.deadline = monotonic() + patience
         try:
             body = self.rfile.read(length)
         except TimeoutError:
-            raise Refusal(408, f"the body did not come within {REQUEST_TIMEOUT:.0f} s") from None
+            raise Refusal(408, f"the body did not come within {patience:.0f} s") from None
+        finally:
+            self.connection.settimeout(REQUEST_TIMEOUT)
         self.server.totals.read(len(body))
         if len(body) < length:
             if self.server.stopping.is_set():
@@ -484,7 +575,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _take_buffered(self) -> bytes:
         """What `rfile` has read beyond the request: the first frames may come with the handshake."""
-        self.connection.setblocking(False)
+        self._reader.deadline = None
         return self.rfile.peek()  # type: ignore[attr-defined,no-any-return]  # a BufferedReader
 
     def _reply(self, status: int, body: dict[str, Any] | None, headers: dict[str, str]) -> None:

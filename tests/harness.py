@@ -62,13 +62,21 @@ class Blocked:
 
 
 class ServerProcess:
-    """`python ringoexp.py` with these flags, in `directory`, from its first line of output to its exit."""
+    """`python ringoexp.py` with these flags, in `directory`, from its first line of output to its exit.
 
-    def __init__(self, directory: Path, *flags: str, script: Path = ROOT / "ringoexp.py") -> None:
+    `patch` is a statement that changes something first: `wsserver.REQUEST_TIMEOUT = 1`, say.
+    """
+
+    def __init__(self, directory: Path, *flags: str, patch: str = "") -> None:
+        script = [str(ROOT / "ringoexp.py")]
+        if patch:
+            room = patch.partition(".")[0]
+            start = f"import sys; sys.path[0] = {str(ROOT)!r}; import ringoexp, {room}; {patch}"
+            script = ["-c", f"{start}; sys.exit(ringoexp.main())"]
         self.errors = directory / f"stderr-{time.monotonic_ns()}"
         with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, str(script), *flags],
+                [sys.executable, *script, *flags],
                 cwd=directory,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -121,9 +129,9 @@ class ServerProcess:
 
 
 @contextmanager
-def server(directory: Path, *flags: str) -> Iterator[ServerProcess]:
+def server(directory: Path, *flags: str, patch: str = "") -> Iterator[ServerProcess]:
     """A running server, killed at the end if it still runs. Its stderr must hold no traceback."""
-    running = ServerProcess(directory, *flags)
+    running = ServerProcess(directory, *flags, patch=patch)
     try:
         yield running
     finally:

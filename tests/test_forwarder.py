@@ -28,6 +28,8 @@ SOURCE = b"s" * 16
 class FakeSink:
     """Stores in a list, once `gate` is open; fails as long as `error` is set."""
 
+    ready = True
+
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
@@ -75,7 +77,7 @@ def forwarding(ring: Ring, sink: FakeSink, most: int = 8) -> Iterator[Forwarder]
     finally:
         ring.abort()
         assert running.stop(20)
-        assert running.stats().workers == 0 or not threads()
+        assert running.stats().workers == 0 and not threads()
 
 
 def threads() -> list[str]:
@@ -154,22 +156,47 @@ def test_one_worker_probes_while_the_sink_fails_and_no_more_are_started(monkeypa
         sink.most_busy, calls = 0, sink.calls
         eventually(lambda: sink.calls > calls + 10)
         assert sink.most_busy == 1
-        assert running.stats().workers == 4
+        assert running.stats().workers == 1, "who failed beside the prober has retired"
         sink.error = None
         assert ring.wait_committed(end, 20)
 
 
-def test_idle_workers_do_not_try_when_the_sink_has_failed_meanwhile() -> None:
-    """They passed the breaker long ago: a requeued batch must not wake them all into trying."""
+def test_a_worker_without_a_link_makes_none_while_another_probes() -> None:
     ring, sink = Ring(4), FakeSink()
+    sink.ready = False
     with forwarding(ring, sink) as running:
-        running._breaker.failed()
-        running._breaker._probe = threading.main_thread()  # somebody else has the probe
+        prober = threading.Thread(target=running._breaker.failed)
+        prober.start()
+        prober.join()
         put(ring, 1)
-        eventually(lambda: ring.stats().backlog == 1 and ring.wants_workers, "the idle worker has put it back")
+        eventually(lambda: ring.stats().backlog == 1 and not ring.wants_workers, "the worker put it back")
         assert sink.calls == 0
-        running._breaker.succeeded()
+        running._breaker._prober = None
         assert ring.wait_committed(1, 20)
+
+
+def test_workers_whose_links_work_go_on_while_another_is_refused() -> None:
+    """A consumer with `-n` has room for some links and refuses the next: that is no outage."""
+    ring, good, bad = Ring(4), FakeSink(), FakeSink()
+    bad.error, bad.ready = SinkError("refused with HTTP status 503"), False
+    good.gate.clear()
+    made: list[FakeSink] = []
+
+    def make(connected: object) -> FakeSink:
+        made.append(bad if made else good)
+        return made[-1]
+
+    running = Forwarder(ring, make, 8)
+    try:
+        put(ring, 1, 2, 3, 4)
+        eventually(lambda: bad.calls > 3, "a second worker starts, and fails again and again")
+        assert len(made) == 2, "and no third one"
+        good.gate.set()
+        for turn in range(50):
+            assert ring.wait_committed(put(ring, turn, turn, turn), 20)
+    finally:
+        ring.abort()
+        assert running.stop(20)
 
 
 def test_the_breaker_pauses_longer_and_longer_with_full_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,34 +205,28 @@ def test_the_breaker_pauses_longer_and_longer_with_full_jitter(monkeypatch: pyte
     pauses: list[tuple[float, float]] = []
     monkeypatch.setattr(random, "uniform", lambda low, high: pauses.append((low, high)) or 0)
     breaker = Breaker()
-    assert breaker.enter() and not pauses
-    assert breaker.failed() is True
-    for _ in range(8):
-        assert breaker.enter()
-        assert breaker.failed() is False
-    assert pauses == [(0, most) for most in (0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5)]
-    assert breaker.enter() and breaker.succeeded() is True
-    assert breaker.enter() and breaker.succeeded() is False
+    assert breaker.pause() and not pauses
+    for failures in range(1, 10):
+        assert breaker.failed() == failures
+        assert breaker.pause()
+    assert pauses == [(0, most) for most in (0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5, 5)]
+    assert breaker.away and breaker.succeeded() is True
+    assert not breaker.away and breaker.succeeded() is False
+    assert breaker.pause() and len(pauses) == 9
 
 
-def test_the_others_wait_for_the_probe_and_go_on_with_its_success_or_take_its_place() -> None:
+def test_only_the_first_to_fail_probes_until_it_succeeds_or_retires(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "uniform", lambda low, high: 30)
     breaker = Breaker()
-    breaker.failed()
-    assert breaker.enter() and breaker.admits()  # this thread has the probe
-    others = [Blocked(breaker.enter) for _ in range(3)]
-    assert all(other.still(0.02) for other in others)
-    breaker.left()  # with nothing to try: exactly one takes over
-    eventually(lambda: sum(not other.still(0) for other in others) == 1)
-    assert not breaker.admits()
-    breaker.succeeded()
-    assert all(other.result() for other in others)
-    breaker.failed()
-    assert breaker.enter()
-    last = Blocked(breaker.enter)
-    assert last.still()
-    breaker.stop()
-    assert last.result() is False
-    assert breaker.enter() is False
+    assert breaker.failed() == 1 and not breaker.probed_by_another
+    other = Blocked(lambda: (breaker.probed_by_another, breaker.failed(), breaker.pause(), breaker.succeeded()))
+    assert other.result() == (True, 0, True, False)
+    breaker.left()
+    assert Blocked(breaker.failed).result() == 1, "now another one does"
+    assert breaker.probed_by_another
+    breaker._prober = threading.current_thread()
+    Blocked(breaker.stop).result()
+    assert breaker.pause() is False, "stop ends the pause"
 
 
 def test_stop_ends_a_worker_that_waits_for_its_sink() -> None:

@@ -230,6 +230,44 @@ def test_acked_records_survive_a_restart_and_none_is_doubled(tmp_path: Path, vic
         assert all(client.connections > 1 for client in clients)
 
 
+def test_a_consumer_with_fewer_connections_than_workers_gets_everything(tmp_path: Path) -> None:
+    """Workers beyond its limit are refused; those that have a link go on."""
+    with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db", "-n", "2") as consumer:
+        with server(tmp_path, "-p", "0", "-T", str(consumer.port), "-r", "64") as publisher:
+            values = list(range(10_000))
+            for call in [Blocked(lambda: send_raw(publisher.port, values)) for _ in range(8)]:
+                call.result(60)
+            assert publisher.stop() == 0
+    assert [*by_source(tmp_path / "c.db").values()] == [values] * 8
+
+
+def test_clients_that_leave_while_the_ring_is_full_hold_nothing(tmp_path: Path) -> None:
+    port = free_port()
+    with server(tmp_path, "-p", "0", "-T", str(port), "-r", "16", "-n", "3") as publisher:
+        for _ in range(2):
+            with RawClient(publisher.port) as client:
+                client.send(plain_frame(5) * 100)
+                eventually(lambda: publisher.stats()["ringDepth"] == 16)
+        eventually(lambda: publisher.stats()["connections"] <= 1, "their connections have ended")
+        stats = publisher.stats()
+        assert stats["recordsReceived"] == 200 and stats["recordsRefused"] == 200 - 16
+        with server(tmp_path, "-I", "false", "-p", str(port), "-D", "c.db"):
+            eventually(lambda: publisher.stats()["recordsStored"] == 16)
+
+
+def test_a_client_that_closes_late_is_waited_for_when_the_server_stops(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0") as publisher:
+        with RawClient(publisher.port) as client:
+            publisher.send_signal(signal.SIGTERM)
+            assert client.closed()[0] == 1001
+            ended = Blocked(publisher.wait)
+            for late in (frame(2, bytes(4)), frame(8, struct.pack(">H", 1001))):
+                assert ended.still(0.1)
+                client.send(late)  # no reset, which could destroy what the server had sent
+            assert client.sock.recv(1) == b""
+        assert ended.result() == 0
+
+
 def test_chained_publishers_keep_sources_and_sequences(tmp_path: Path) -> None:
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db") as consumer:
         with server(tmp_path, "-p", "0", "-T", str(consumer.port), "-r", "100") as region:

@@ -291,12 +291,36 @@ def test_workers_are_wanted_when_something_waits_and_nobody_does() -> None:
     assert ring.wants_workers
 
 
+def test_what_is_stored_beyond_a_gap_is_counted() -> None:
+    ring = ring_of(5, 1, 2, 3)
+    first, second = ring.reserve(1), ring.reserve(2)
+    ring.commit(second)
+    assert (ring.stats().stored, ring.stats().committed) == (2, 0)
+    ring.commit(first)
+    assert (ring.stats().stored, ring.stats().committed) == (3, 3)
+
+
+def test_a_batch_that_cannot_be_copied_is_reserved_again_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = ring_of(5, 1, 2, 3)
+
+    def no_memory(start: int, end: int) -> "array[int]":
+        raise MemoryError
+
+    with monkeypatch.context() as short:
+        short.setattr(ring, "_read", no_memory)
+        with pytest.raises(MemoryError):
+            ring.reserve(2)
+    assert ring.stats().in_flight == 0
+    batch = ring.reserve(1)
+    assert (list(batch.values), batch.end) == ([1, 2], 2)
+
+
 def test_stats_agree_and_show_the_age_of_the_oldest_in_flight() -> None:
     ring = ring_of(5, 1, 2, 3, 4)
     assert ring.stats().oldest_in_flight == 0
     batch = ring.reserve(3)
     stats = ring.stats()
-    assert stats[:8] == (5, 4, 0, 4, 1, 3, 4, 0)
+    assert stats[:9] == (5, 4, 0, 0, 4, 1, 3, 4, 0)
     assert 0 <= stats.oldest_in_flight < 60
     ring.commit(batch)
     assert (ring.stats().depth, ring.stats().high_water, ring.stats().oldest_in_flight) == (1, 4, 0)

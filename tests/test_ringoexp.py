@@ -1,6 +1,7 @@
 """The command line: every flag right and wrong, what a user sees when it cannot run, signals, the README's tables."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -53,7 +54,7 @@ def test_help_shows_every_option_with_its_default_in_groups(word: str, capsys: p
     for option in OPTIONS:
         assert f"-{option.short}" in shown and f"--{option.long}" in shown and option.help in shown
         if option.default != "" and option.long != "debug":
-            assert f"{option.help} (default {str(option.default).lower()})" in shown or str(option.default) in shown
+            assert f"{option.help} (default {str(option.default).lower()})" in shown
     for group in ("basic:", "publisher:", "consumer:", "system:", "common:", "examples:"):
         assert f"\n{group}\n" in said.out
     for example in re.findall(r"^    ringoexp (.*)$", said.out, re.MULTILINE):
@@ -80,7 +81,7 @@ GOOD: dict[str, list[tuple[str, Any]]] = {
     "is_publisher": [("true", True), ("false", False)],
     "ring_size": [("1", 1), ("65536", 65536)],
     "consumer_hostname": [("db.example", "db.example")],
-    "consumer_port": [("0", 0), ("1", 1)],
+    "consumer_port": [("1", 1), ("65535", 65535)],
     "workers": [("1", 1), ("65536", 65536)],
     "ack": [("stored", "stored"), ("ring", "ring")],
     "database": [("a b.db", "a b.db")],
@@ -134,7 +135,7 @@ BAD: dict[str, list[str]] = {
     "is_publisher": ["yes", "2", ""],
     "ring_size": ["0", "-1", "2147483649", *NUMBERS],
     "consumer_hostname": ["", " "],
-    "consumer_port": ["-1", "65536", *NUMBERS],
+    "consumer_port": ["-1", "0", "65536", *NUMBERS],
     "workers": ["0", "65537", *NUMBERS],
     "ack": ["disk", "", "STORED"],
     "database": ["", "a\0b"],
@@ -281,6 +282,53 @@ def test_when_no_thread_is_to_be_had_it_says_so_and_leaves_nothing_open(
     Store(database).close()
 
 
+@pytest.mark.parametrize("out", ["a pipe nobody reads", "a full disk"])
+def test_output_that_nobody_takes_does_not_disturb(tmp_path: Path, out: str) -> None:
+    if out == "a full disk":
+        to = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, to = os.pipe()
+        os.close(reading)
+    port = free_port()
+    with open(tmp_path / "errors", "wb") as errors:
+        flags = ["-p", str(port), "-T", str(port)]
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "ringoexp.py"), *flags], cwd=tmp_path, stdout=to, stderr=errors
+        )
+    os.close(to)
+    try:
+        eventually(lambda: accepts(port))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert (tmp_path / "errors").read_text() == ""
+
+
+def test_a_name_that_stdout_cannot_show_is_escaped(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    command = [sys.executable, str(ROOT / "ringoexp.py"), "-p", "0", "-T", "0", "-D", "z\xe9ro.db"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        try:
+            assert process.stdout.readline().endswith("storing in z\\xe9ro.db\n")
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+
+
+def test_ctrl_c_while_the_installed_program_still_imports_has_its_default_effect(tmp_path: Path) -> None:
+    code = "import signal, sys; sys.argv = ['/usr/bin/ringoexp']; import ringoexp; print(signal.getsignal(2).name)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.stdout == "SIG_DFL\n", done.stderr
+
+
+def test_every_module_is_in_the_package() -> None:
+    listed = re.search(r"^py-modules = (\[.*?\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert listed and sorted(json.loads(listed[1])) == sorted(path.stem for path in ROOT.glob("*.py"))
+
+
 def test_debug_shows_the_cause(tmp_path: Path) -> None:
     done = run(tmp_path, "-p", "0", "-d", "-U", "no-such-host.invalid")
     assert "gaierror" in done.stderr and done.stderr.splitlines()[-1].startswith("ringoexp: error: ")
@@ -296,13 +344,8 @@ def test_a_signal_ends_an_idle_server_at_once(tmp_path: Path, number: int, role:
 
 def draining(directory: Path, seconds: float) -> ServerProcess:
     """A publisher whose consumer is away, which gives up draining after `seconds`."""
-    wrapper = directory / "wrapper"
-    wrapper.mkdir()
-    (wrapper / "ringoexp.py").write_text(
-        f"import sys; sys.path[0] = {str(ROOT)!r}; import ringoexp; ringoexp.DRAIN_SECONDS = {seconds}\n"
-        "sys.exit(ringoexp.main())\n"
-    )
-    return ServerProcess(directory, "-p", "0", "-T", str(free_port()), "-r", "10", script=wrapper / "ringoexp.py")
+    flags = ["-p", "0", "-T", str(free_port()), "-r", "10"]
+    return ServerProcess(directory, *flags, patch=f"ringoexp.DRAIN_SECONDS = {seconds}")
 
 
 @pytest.mark.parametrize("records", [5, 50])

@@ -170,6 +170,30 @@ def test_who_comes_while_a_commit_runs_is_committed_together_by_the_next(
     assert len(found(path)) == 6
 
 
+def test_a_commit_takes_a_bounded_number_of_records_along(
+    opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, groups, write = threading.Event(), [], opened._write
+
+    def slow(group: list[store._Waiting]) -> tuple[int, int]:
+        groups.append([len(waiting.values) for waiting in group])
+        assert gate.wait(30)
+        return write(group)
+
+    monkeypatch.setattr(opened, "_write", slow)
+    monkeypatch.setattr(store, "MOST_GROUPED", 4)
+    calls = [Blocked(lambda: opened.append(*block(A, 0, 1)))]
+    eventually(lambda: groups == [[1]])
+    for start, size in ((1, 3), (4, 2), (6, 9), (15, 1)):
+        calls.append(Blocked(lambda start=start, size=size: opened.append(*block(A, start, start + size))))
+        eventually(lambda: len(opened._queue) == len(calls) - 1)
+    gate.set()
+    for call in calls:
+        call.result()
+    assert groups == [[1], [3, 2], [9], [1]]
+    assert len(found(path)) == 16
+
+
 def test_a_failed_commit_fails_exactly_its_batches_and_the_next_starts_clean(
     opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,8 +292,11 @@ def test_close_waits_for_the_commit_that_runs_and_ends_the_store(path: Path, mon
 
 def test_a_second_server_is_kept_off_the_file_until_the_first_closes(path: Path) -> None:
     first = Store(str(path))
-    with pytest.raises(StoreError, match="in use by another ringoexp"):
-        Store(str(path))
+    link = path.with_name("link.db")
+    link.symlink_to(path)
+    for name in (path, link):
+        with pytest.raises(StoreError, match="in use by another ringoexp"):
+            Store(str(name))
     first.close()
     Store(str(path)).close()
 
@@ -292,6 +319,13 @@ def corrupt_database(path: Path) -> None:
     path.write_bytes(content)
 
 
+def changed_database(path: Path) -> None:
+    Store(str(path)).close()
+    with closing(sqlite3.connect(path)) as ours:
+        ours.execute("INSERT INTO record(value) VALUES (1)")
+        ours.commit()
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -300,6 +334,7 @@ def corrupt_database(path: Path) -> None:
         pytest.param(other_database, "another application's", id="another application's"),
         pytest.param(newer_database, "schema version 2", id="newer"),
         pytest.param(corrupt_database, "corrupt", id="corrupt"),
+        pytest.param(changed_database, "corrupt, or was changed", id="records without a batch"),
     ],
 )
 def test_a_file_that_is_not_ours_is_refused_in_one_line_and_left_as_it_was(path: Path, make: object, said: str) -> None:

@@ -7,12 +7,14 @@ import socket
 import struct
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from harness import (
     DEADLINE,
     HANDSHAKE,
+    Blocked,
     RawClient,
     ServerProcess,
     eventually,
@@ -104,7 +106,7 @@ def test_stats_count_what_came_in(running: ServerProcess) -> None:
         ("PUT", "/v1.0/ingest", 405, "GET, HEAD, POST"),
         ("GET", "/v1.0/ingest", 426, None),
         ("HEAD", "/v1.0/ingest", 426, None),
-        ("BREW", "/v1.0/alive", 501, None),
+        ("BREW", "/v1.0/alive", 405, "GET, HEAD"),
     ],
 )
 def test_unknown_paths_and_wrong_methods(
@@ -301,13 +303,53 @@ def test_beyond_the_limit_there_is_503_but_alive_and_stats_answer(tmp_path: Path
 
 def test_a_post_that_is_not_stored_in_time_says_how_much_was_accepted(tmp_path: Path) -> None:
     port = free_port()
-    with server(tmp_path, "-p", "0", "-T", str(port), "-r", "10") as running:
+    with server(tmp_path, "-p", "0", "-T", str(port), "-r", "10", patch="wsserver.INGEST_TIMEOUT = 1") as running:
         code, headers, body = request(running.port, "POST", "/v1.0/ingest", encode_plain(range(15)))
         assert (code, json.loads(body)["accepted"]) == (503, 10)
         assert int(headers["Retry-After"]) > 0
         assert running.stats()["recordsRefused"] == 5
         with server(tmp_path, "-I", "false", "-p", str(port), "-D", "c.db"):
             eventually(lambda: [row[2] for row in rows(tmp_path / "c.db")] == list(range(10)))
+
+
+def test_connections_beyond_the_limit_are_bounded_too_and_do_not_wait_long(tmp_path: Path) -> None:
+    with server(
+        tmp_path, "-p", "0", "-T", "0", "-n", "1", patch="wsserver.MOST_REFUSED, wsserver.REFUSED_TIMEOUT = 5, 0.2"
+    ) as running:
+        with RawClient(running.port), ExitStack() as idle:
+            for _ in range(50):
+                idle.enter_context(socket.create_connection(("localhost", running.port)))
+            tasks = Path(f"/proc/{running.process.pid}/task")
+            eventually(lambda: len(list(tasks.iterdir())) >= 5)
+            assert len(list(tasks.iterdir())) < 15
+            assert running.get("/v1.0/alive")[0] == 200, "the idle ones are given up after a moment"
+            stopping = Blocked(running.stop)
+            assert stopping.result() == 0
+
+
+def test_a_request_has_a_deadline_however_slowly_it_trickles(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0", patch="wsserver.REQUEST_TIMEOUT = 0.5") as running:
+        with socket.create_connection(("localhost", running.port), DEADLINE) as client:
+
+            def ended() -> bool:
+                try:
+                    client.sendall(b"G")
+                    client.settimeout(0.05)
+                    return client.recv(100) == b""
+                except TimeoutError:
+                    return False
+                except OSError:
+                    return True
+
+            eventually(ended, deadline=10)
+
+
+def test_a_content_length_may_have_zeros_before_it(running: ServerProcess) -> None:
+    body = encode_plain([12345])
+    zeros = post(f"Content-Length: {'0' * 30}8", body)
+    answer = raw(running.port, zeros + b"GET /v1.0/alive HTTP/1.1\r\n\r\n", half_close=True)
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"200"]
+    assert values(running)[-1] == 12345
 
 
 @pytest.mark.parametrize("size", [8, 2_000_000])
