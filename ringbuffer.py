@@ -12,7 +12,7 @@ what was ever handed out, and everything before *committed* is stored. At every 
 
 One `Lock` guards everything; three conditions share it, one for each kind of waiter:
 
-- `_not_full`, producers in `put`: notified when slots are freed, and on close.
+- `_not_full`, producers in `put`: one is notified when slots are freed, and passes on what it leaves; all on close.
 - `_not_empty`, workers in `reserve`: notified when there is something to reserve, and when there
   never will be (closed and drained).
 - `_advanced`, in `wait_committed` and `join`: notified when `committed` grows, and on abort.
@@ -127,20 +127,19 @@ class Ring:
             while True:
                 if self._closed:
                     raise Closed(done)
-                free = self._committed + self.capacity - self._cursor
-                if done < total and not free:
-                    self._times_full += 1
-                    if not _wait_until(self._not_full, lambda: self._closed or self._free() > 0, deadline):
-                        raise Full(done)
-                    continue
-                piece = min(free, total - done)
+                piece = min(self._free(), total - done)
                 if piece:
                     self._write(view[done : done + piece])
                     self._own(Run(source, first + done, piece))
                     self._not_empty.notify()
                 done += piece
                 if done == total:
+                    if self._free():
+                        self._not_full.notify()
                     return self._cursor
+                self._times_full += 1
+                if not _wait_until(self._not_full, lambda: self._closed or self._free() > 0, deadline):
+                    raise Full(done)
 
     def reserve(self, limit: int, timeout: float | None = None) -> Batch:
         """Hands out the oldest requeued batch, unchanged, or else up to `limit` of the next values.
@@ -192,8 +191,8 @@ class Ring:
             self._committed = batch.end
             while self._committed in self._finished:
                 self._committed = self._finished.pop(self._committed)
-            # Producers fill whatever is free, each what it has: all of them may go on.
-            self._not_full.notify_all()
+            # One takes what it needs and passes the rest on: were all woken, most would find nothing.
+            self._not_full.notify()
             self._advanced.notify_all()
             if self._drained():
                 self._not_empty.notify_all()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from struct import Struct
 from typing import NamedTuple
 
-Buffer = bytes | bytearray | memoryview
+Buffer = bytes | bytearray
 
 SUBPROTOCOL = "ringoexp.batch.v1"
 MAX_MESSAGE = 8 * 1024 * 1024
@@ -23,7 +23,7 @@ _RUN = Struct(">16sQI")
 _ACK = Struct(">Q")
 _ALL_BYTES = bytes(range(256))
 _SWAP = sys.byteorder == "little"
-_INT32 = "i" if array("i").itemsize == 4 else "l"
+_SIGNS = bytes(0x00 if byte < 0x80 else 0xFF for byte in _ALL_BYTES)
 
 
 class Run(NamedTuple):
@@ -277,10 +277,15 @@ def _xor(left: bytes | bytearray, right: bytes | bytearray) -> bytes:
 
 
 def _int32s(payloads: Buffer) -> "array[int]":
-    """The 32-bit integers of `payloads`, widened."""
-    values = array(_INT32)
-    values.frombytes(payloads)
-    return array("q", _swapped(values))
+    """The 32-bit integers of `payloads`, widened byte by byte: `array("q", array("i"))` would make an object of each."""
+    wide = bytearray(2 * len(payloads))
+    signs = payloads[::4].translate(_SIGNS)
+    for i in range(4):
+        wide[i::8] = signs
+        wide[4 + i :: 8] = payloads[i::4]
+    values = array("q")
+    values.frombytes(wide)
+    return _swapped(values)
 
 
 def _plain_error(size: int) -> WireError:
