@@ -20,7 +20,6 @@ from wire import (
     SUBPROTOCOL,
     Block,
     Run,
-    WireError,
     decode_batch_messages,
     decode_plain_messages,
     encode_ack,
@@ -151,12 +150,15 @@ class Session:
         close, unless the client leaves while there is no room for it. Never raises OSError: a lost
         connection ends with 1006.
         """
-        ending: tuple[int, str] | None = None
+        ending = None
         data: bytes | None = rest
         try:
             while ending is None:
                 if data:
-                    ending = self._take(data)
+                    read_at = monotonic()
+                    block, ending = self._decode(data)
+                    data = None  # what waits for room, or for the disk, is in the block
+                    ending = self._put_all(block, read_at) or ending
                 self._ack()
                 if ending is None and self._stopping.is_set():
                     ending = GOING_AWAY
@@ -180,28 +182,23 @@ class Session:
         self._connection.finish(*ending, last)
         return ending
 
-    def _take(self, data: bytes) -> tuple[int, str] | None:
-        """Puts the records of `data`; the code and reason to close with, if that is the end."""
-        read_at = monotonic()
+    def _decode(self, data: bytes) -> tuple[Block, tuple[int, str] | None]:
+        """The records of `data`; and the code and reason to close with after them, if that is the end."""
         self._totals.read(len(data))
         messages = self._connection.parse(data)
         ending = self._connection.ending
-        error: WireError | None = None
-        if messages:
-            if self._batches:
-                block, error = decode_batch_messages(messages)
-            else:
-                values, error = decode_plain_messages(messages)
-                block = plain_block(values, self._source, self._put)
-            self._totals.received(len(block.values))
-            stop = self._put_all(block, read_at)
-            if stop:
-                return stop
+        if self._batches:
+            block, error = decode_batch_messages(messages)
+        else:
+            values, error = decode_plain_messages(messages)
+            block = plain_block(values, self._source, self._put)
         if error:
             ending = (error.close_code, str(error))
         if error or self._connection.at_fault:
             self._totals.refused()
-        return ending
+        if block.values:
+            self._totals.received(len(block.values))
+        return block, ending
 
     def _put_all(self, block: Block, read_at: float) -> tuple[int, str] | None:
         """Puts the block, however long there is no room for it; the code and reason to close with, if not all is in."""

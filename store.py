@@ -223,7 +223,7 @@ class Store:
         start = 0
         for size, statement in _INSERT_RECORDS.items():
             while len(values) - start >= size:
-                self._db.execute(statement, values[start : start + size].tolist())
+                self._db.execute(statement, values[start : start + size])
                 start += size
 
     def _source(self, uuid: bytes) -> _Source:

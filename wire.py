@@ -66,10 +66,10 @@ class WireError(ValueError):
 class Messages(NamedTuple):
     """One or more messages of `size` bytes each, end to end in `payloads`."""
 
-    payloads: bytes
+    payloads: Buffer
     size: int
 
-    def each(self) -> list[bytes]:
+    def each(self) -> list[Buffer]:
         """The messages one by one. An empty message stands alone."""
         return [self.payloads[i : i + self.size] for i in range(0, len(self.payloads) or 1, self.size or 1)]
 
@@ -229,7 +229,8 @@ def take_frames(data: bytes, start: int, first: FrameHead) -> tuple[Messages, in
     end = start + count * step
     if size % 4 == 0 and size <= 64 and count > 4:
         return Messages(_unmask_columns(data, start + head - 4, step, end, size, count), size), end
-    payloads = [_unmask(data[at - 4 : at], data[at : at + size]) for at in range(start + head, end, step)]
+    with memoryview(data) as view:
+        payloads = [_unmask(data[at - 4 : at], view[at : at + size]) for at in range(start + head, end, step)]
     return Messages(payloads[0] if count == 1 else b"".join(payloads), size), end
 
 
@@ -261,7 +262,7 @@ def _unmask_columns(data: bytes, mask: int, step: int, end: int, size: int, coun
     return _xor(masks, masked)
 
 
-def _unmask(mask: bytes, payload: bytes) -> bytes:
+def _unmask(mask: bytes, payload: memoryview) -> Buffer:
     """`payload`, masked or unmasked with the four bytes of `mask` (RFC 6455 section 5.3)."""
     size = len(payload)
     if size < 1024:
@@ -269,15 +270,15 @@ def _unmask(mask: bytes, payload: bytes) -> bytes:
     done = bytearray(payload)
     for i in range(4):
         done[i::4] = done[i::4].translate(_xor(mask[i : i + 1] * 256, _ALL_BYTES))
-    return bytes(done)
+    return done
 
 
-def _xor(left: bytes | bytearray, right: bytes | bytearray) -> bytes:
+def _xor(left: Buffer, right: Buffer | memoryview) -> bytes:
     return (int.from_bytes(left, "little") ^ int.from_bytes(right, "little")).to_bytes(len(left), "little")
 
 
 def _int32s(payloads: Buffer) -> "array[int]":
-    """The 32-bit integers of `payloads`, widened byte by byte: `array("q", array("i"))` would make an object of each."""
+    """The 32-bit integers of `payloads`, widened in blocks: `array("q", array("i"))` would make an object of each."""
     wide = bytearray(2 * len(payloads))
     signs = payloads[::4].translate(_SIGNS)
     for i in range(4):

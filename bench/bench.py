@@ -1,0 +1,379 @@
+"""Measures Ringo Exp on this machine, next to what the machine itself can do, in under 3 minutes.
+
+    python bench/bench.py [--json FILE] [--memory-seconds 60] [--quick]
+
+Real processes: a consumer, a publisher, and the load generator of `load.py`. Machines differ and are
+shared, so read the ratios: the ceilings are measured in the same run, a round of them before each round
+of ours, and figures are medians of the rounds. Every figure but those of a row that says `-A ring` is with acks
+after fsync, and after each run the database must hold exactly what was sent.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import platform
+import random
+import re
+import resource
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import load
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE_BLOCK = 65_536
+ROWS_A_STATEMENT = 1024
+
+
+@dataclass
+class Row:
+    """A line of the table. `target` is None where there is nothing to reach, `met` then too."""
+
+    measure: str
+    figure: str
+    target: str = ""
+    met: bool | None = None
+
+
+@dataclass
+class Sizes:
+    """How much of everything: a whole run, or a short one that only shows that all of it works."""
+
+    rounds: int
+    records: int  # of a throughput run
+    pings: int
+    memory_seconds: float
+    idle: int
+    grow_to: int
+
+
+WHOLE = Sizes(rounds=3, records=6_000_000, pings=4000, memory_seconds=20, idle=1000, grow_to=10**7)
+QUICK = Sizes(rounds=1, records=200_000, pings=100, memory_seconds=0.5, idle=50, grow_to=10**6)
+
+
+class Process:
+    """A server of ours, started and waited for, in `directory`."""
+
+    def __init__(self, directory: str, *flags: str) -> None:
+        command = [sys.executable, str(ROOT / "ringoexp.py"), *flags]
+        self._process = subprocess.Popen(
+            command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert self._process.stdout
+        found = re.search(r":(\d+),", self._process.stdout.readline())
+        if not found:
+            raise SystemExit(f"did not start: {' '.join(command)}")
+        self.port = int(found[1])
+
+    def resident(self) -> int:
+        """Resident bytes."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+    def stop(self) -> None:
+        """Ends it, in order."""
+        self._process.terminate()
+        self._process.communicate(timeout=60)
+
+
+@contextmanager
+def system(ring: int, *flags: str) -> Iterator[tuple[Process, Process, Path]]:
+    """A publisher with that ring, its consumer, and the consumer's database."""
+    with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory, ExitStack() as stack:
+        consumer = Process(directory, "-I", "false", "-p", "0", "-D", "bench.db")
+        stack.callback(consumer.stop)
+        publisher = Process(directory, "-p", "0", "-T", str(consumer.port), "-r", str(ring), *flags)
+        stack.callback(publisher.stop)
+        yield publisher, consumer, Path(directory, "bench.db")
+
+
+@contextmanager
+def own_consumer() -> Iterator[Process]:
+    """A publisher that stores in a database of its own."""
+    with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory, ExitStack() as stack:
+        process = Process(directory, "-p", "0", "-T", "0")
+        stack.callback(process.stop)
+        yield process
+
+
+def generate(port: int, connections: int, messages: int, payload: int, *flags: str) -> dict[str, float]:
+    """Runs the load generator to its end."""
+    numbers = map(str, (port, connections, messages, payload))
+    command = [sys.executable, str(Path(__file__).with_name("load.py")), *numbers, *flags]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def stored(database: Path) -> int:
+    """How many records the database holds, by its own count."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as reader:
+        return int(reader.execute("SELECT count(*) FROM record").fetchone()[0])
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+# Ceilings: what the machine can do without us.
+
+
+def raw_sqlite(rows: int) -> float:
+    """Rows a second that one thread inserts: 1024 a statement, 65,536 a transaction, WAL, FULL."""
+    with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory:
+        with closing(sqlite3.connect(f"{directory}/raw.db", isolation_level=None)) as database:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = FULL")
+            database.execute("CREATE TABLE record(id INTEGER PRIMARY KEY, value INTEGER NOT NULL)")
+            statement = "INSERT INTO record(value) VALUES " + ",".join(["(?)"] * ROWS_A_STATEMENT)
+            values = [random.randrange(-(2**31), 2**31) for _ in range(SOURCE_BLOCK)]
+            started, done = time.perf_counter(), 0
+            while done < rows:
+                database.execute("BEGIN IMMEDIATE")
+                for start in range(0, SOURCE_BLOCK, ROWS_A_STATEMENT):
+                    database.execute(statement, values[start : start + ROWS_A_STATEMENT])
+                database.execute("COMMIT")
+                done += SOURCE_BLOCK
+            return done / (time.perf_counter() - started)
+
+
+def bare_receiver(messages: int) -> float:
+    """4-byte messages a second that the generator sends to somebody who only counts bytes and acks the last."""
+    expected = messages * 10
+
+    def serve() -> None:
+        sock, _ = listener.accept()
+        with sock:
+            request = b""
+            while b"\r\n\r\n" not in request:
+                request += sock.recv(65536)
+            sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+            got, buffer = 0, bytearray(256 * 1024)
+            while got < expected:
+                got += sock.recv_into(buffer)
+            sock.sendall(b"\x82\x08" + messages.to_bytes(8, "big"))
+            sock.recv(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        result = generate(listener.getsockname()[1], 1, messages, 4)
+        thread.join()
+    return messages / result["seconds"]
+
+
+def fsync_ms(times: int) -> float:
+    """The median time of an fsync after 4 KiB were appended to a file, in ms."""
+    taken = []
+    with tempfile.TemporaryFile(prefix="ringoexp-bench-") as file:
+        for _ in range(times):
+            file.write(bytes(4096))
+            file.flush()
+            started = time.perf_counter()
+            os.fsync(file.fileno())
+            taken.append(time.perf_counter() - started)
+    return statistics.median(taken) * 1000
+
+
+# Ours.
+
+
+def throughput(sizes: Sizes, ring: int, connections: int, payload: int, *flags: str) -> float:
+    """Records a second from the first byte sent to the last ack, through two processes."""
+    a_message = max(1, payload // 8)
+    messages = sizes.records // connections // a_message
+    with system(ring, *flags) as (publisher, consumer, database):
+        result = generate(publisher.port, connections, messages, payload)
+        if flags:  # acked before it is stored: wait for the rest
+            publisher.stop()
+        if stored(database) != result["records"]:
+            raise SystemExit(f"stored {stored(database)} of {result['records']} records")
+    return result["records"] / result["seconds"]
+
+
+def memory(sizes: Sizes, ring: int) -> tuple[list[int], list[int]]:
+    """Resident bytes of publisher and consumer, sampled under full load."""
+    samples: tuple[list[int], list[int]] = ([], [])
+    with system(ring) as (publisher, consumer, _):
+        # More than it can take in that time: the generator is cut off.
+        command = [sys.executable, str(Path(__file__).with_name("load.py")), str(publisher.port), "1", str(10**9), "4"]
+        generator = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            end = time.monotonic() + sizes.memory_seconds
+            while time.monotonic() < end:
+                time.sleep(sizes.memory_seconds / 40)
+                samples[0].append(publisher.resident())
+                samples[1].append(consumer.resident())
+        finally:
+            generator.kill()
+            generator.wait()
+    return samples
+
+
+def idle_connections(sizes: Sizes) -> tuple[float, float]:
+    """Resident KB for each of many idle connections, and the slowest of 50 answers of alive beside them, in ms."""
+    with own_consumer() as server, ExitStack() as stack:
+        before = server.resident()
+        for _ in range(sizes.idle):
+            stack.callback(load.connect(server.port).close)
+        each = (server.resident() - before) / sizes.idle / 1000
+        slowest = 0.0
+        for _ in range(50):
+            started = time.perf_counter()
+            connection = http.client.HTTPConnection("127.0.0.1", server.port)
+            connection.request("GET", "/v1.0/alive")
+            if connection.getresponse().status != 200:
+                raise SystemExit("alive did not answer 200")
+            connection.close()
+            slowest = max(slowest, time.perf_counter() - started)
+    return each, slowest * 1000
+
+
+def growth(sizes: Sizes) -> dict[int, float]:
+    """Records a second at growing numbers of stored records: a stretch of a tenth of them or more, each time."""
+    rates: dict[int, float] = {}
+    with system(65_536) as (publisher, _, database):
+        held, size = 0, 10**5
+        while size <= sizes.grow_to:
+            if held < size:
+                generate(publisher.port, 1, size - held, 4)
+            stretch = max(500_000, size // 10)
+            rates[size] = stretch / generate(publisher.port, 1, stretch, 4)["seconds"]
+            held = size + stretch
+            say(f"  {size:>11,} stored: {rates[size] / 1e6:.2f} million/s")
+            size *= 10
+        if stored(database) != held:
+            raise SystemExit(f"stored {stored(database)} of {held} records")
+    return rates
+
+
+def measure(sizes: Sizes) -> list[Row]:
+    """The whole table."""
+    cases: dict[str, tuple[Any, ...]] = {
+        "1 connection, 4-byte messages, -r 65536": (65_536, 1, 4),
+        "1 connection, 4-byte messages, -r 4096": (4096, 1, 4),
+        "64 connections, 4-byte messages, -r 65536": (65_536, 64, 4),
+        "64 connections, 4-byte messages, -r 4096": (4096, 64, 4),
+        "1 connection, 8-byte messages, -r 65536": (65_536, 1, 8),
+        "1 connection, messages of 100 integers, -r 65536": (65_536, 1, 800),
+        "1 connection, 4-byte messages, -r 65536 -A ring (acked before stored)": (65_536, 1, 4, "-A", "ring"),
+    }
+    ceilings: list[float] = []
+    rates: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(sizes.rounds):
+        say(f"round {turn + 1} of {sizes.rounds}")
+        ceilings.append(raw_sqlite(sizes.records))
+        for name, case in cases.items():
+            rates[name].append(throughput(sizes, *case))
+            say(f"  {name}: {rates[name][-1] / 1e6:.2f} million/s")
+    ceiling = statistics.median(ceilings)
+    median = {name: statistics.median(found) for name, found in rates.items()}
+    first, second, third, fourth, eight, hundred, _ = median.values()
+    rows = [
+        Row("ceiling: SQLite alone, one thread", f"{ceiling / 1e6:.2f} million rows/s"),
+        Row(
+            "ceiling: the generator into a bare receiver",
+            f"{bare_receiver(sizes.records) / 1e6:.1f} million messages/s",
+        ),
+    ]
+    targets = [
+        (f">= 0.6 x SQLite alone: {first / ceiling:.2f}", first >= 0.6 * ceiling),
+        (">= 1.2 million/s", second >= 1.2e6),
+        (f">= 0.7 x 1 connection: {third / first:.2f}", third >= 0.7 * first),
+        (f">= 0.7 x 1 connection: {fourth / second:.2f}", fourth >= 0.7 * second),
+        (f">= 4-byte messages: {eight / first:.2f}", eight >= 0.95 * first),
+        (f">= 4-byte messages: {hundred / first:.2f}", hundred >= 0.95 * first),
+        ("", None),
+    ]
+    for (name, rate), (target, met) in zip(median.items(), targets, strict=True):
+        rows.append(Row(name, f"{rate / 1e6:.2f} million records/s", target, met))
+
+    say("latency")
+    fsync = fsync_ms(sizes.pings // 4)
+    rows.append(Row("fsync of 4 KiB appended", f"{fsync:.2f} ms"))
+    with own_consumer() as process:
+        own = generate(process.port, 1, sizes.pings, 4, "--in-flight-1")
+    with system(4096) as (publisher, _, _):
+        two = generate(publisher.port, 1, sizes.pings, 4, "--in-flight-1")
+    for name, found, most in (("own consumer", own, 0.45), ("two processes", two, 0.8)):
+        figure = f"p50 {found['p50']:.2f}, p99 {found['p99']:.2f}, p99.9 {found['p999']:.2f} ms"
+        target = f"p50 <= {most} ms where fsync takes 0.17"
+        rows.append(Row(f"ack, one message in flight, {name}", figure, target, found["p50"] <= most))
+
+    for ring, most_mb in ((4096, 60), (1_048_576, 90)):
+        say(f"memory, -r {ring}, {sizes.memory_seconds:.0f} s")
+        for role, samples in zip(("publisher", "consumer"), memory(sizes, ring), strict=True):
+            half = len(samples) // 2
+            first_half, most = max(samples[:half]) / 1e6, max(samples) / 1e6
+            figure = f"{most:.0f} MB; {first_half:.0f} in the first half"
+            rows.append(
+                Row(f"resident under full load, -r {ring}, {role}", figure, f"< {most_mb} MB, flat", most < most_mb)
+            )
+
+    say(f"{sizes.idle} idle connections")
+    each, slowest = idle_connections(sizes)
+    rows.append(Row(f"each of {sizes.idle} idle connections", f"{each:.0f} KB with its stack", "< 60 KB", each < 60))
+    rows.append(Row("alive beside them, slowest of 50", f"{slowest:.1f} ms", "< 50 ms", slowest < 50))
+
+    say("growth")
+    grown = growth(sizes)
+    small, large = grown[10**5], grown[max(grown)]
+    figure = ", ".join(f"{rate / 1e6:.2f} at {size:.0e}" for size, rate in grown.items()).replace("e+0", "e")
+    rows.append(
+        Row("million records/s, by records stored", figure, f"within 1.3 x: {small / large:.2f}", small / large <= 1.3)
+    )
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on."""
+    model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": model[1] if model else platform.machine(),
+        "memoryGB": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9),
+        "python": platform.python_version(),
+        "sqlite": sqlite3.sqlite_version,
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="measures Ringo Exp on this machine, in under 3 minutes")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--memory-seconds", type=float, metavar="N", help="how long each memory run takes (default 20)")
+    parser.add_argument("--quick", action="store_true", help="10 seconds: shows that all of it works, not how fast")
+    given = parser.parse_args()
+    sizes = QUICK if given.quick else WHOLE
+    if given.memory_seconds:
+        sizes.memory_seconds = given.memory_seconds
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
+    started = time.monotonic()
+    rows, facts = measure(sizes), machine()
+    say(f"done in {time.monotonic() - started:.0f} s")
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    widths = [max(len(getattr(row, name)) for row in rows) for name in ("measure", "figure", "target")]
+    for row in rows:
+        met = "" if given.quick else {True: "met", False: "MISSED", None: ""}[row.met]
+        print(f"{row.measure:{widths[0]}}  {row.figure:{widths[1]}}  {row.target:{widths[2]}}  {met}".rstrip())
+    if given.json:
+        Path(given.json).write_text(
+            json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
