@@ -33,7 +33,7 @@ from typing import Any
 import load
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE_BLOCK = 65_536
+ROWS_A_TRANSACTION = 65_536
 ROWS_A_STATEMENT = 1024
 
 
@@ -130,22 +130,22 @@ def say(text: str) -> None:
 # Ceilings: what the machine can do without us.
 
 
-def raw_sqlite(rows: int) -> float:
-    """Rows a second that one thread inserts: 1024 a statement, 65,536 a transaction, WAL, FULL."""
+def raw_sqlite(rows: int, bits: int) -> float:
+    """Rows a second that one thread inserts: values of `bits` bits, 1024 a statement, 65,536 a transaction."""
     with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory:
         with closing(sqlite3.connect(f"{directory}/raw.db", isolation_level=None)) as database:
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = FULL")
             database.execute("CREATE TABLE record(id INTEGER PRIMARY KEY, value INTEGER NOT NULL)")
             statement = "INSERT INTO record(value) VALUES " + ",".join(["(?)"] * ROWS_A_STATEMENT)
-            values = [random.randrange(-(2**31), 2**31) for _ in range(SOURCE_BLOCK)]
+            values = [random.randrange(-(2 ** (bits - 1)), 2 ** (bits - 1)) for _ in range(ROWS_A_TRANSACTION)]
             started, done = time.perf_counter(), 0
             while done < rows:
                 database.execute("BEGIN IMMEDIATE")
-                for start in range(0, SOURCE_BLOCK, ROWS_A_STATEMENT):
+                for start in range(0, ROWS_A_TRANSACTION, ROWS_A_STATEMENT):
                     database.execute(statement, values[start : start + ROWS_A_STATEMENT])
                 database.execute("COMMIT")
-                done += SOURCE_BLOCK
+                done += ROWS_A_TRANSACTION
             return done / (time.perf_counter() - started)
 
 
@@ -190,12 +190,14 @@ def fsync_ms(times: int) -> float:
 # Ours.
 
 
-def throughput(sizes: Sizes, ring: int, connections: int, payload: int, *flags: str) -> float:
+def throughput(
+    sizes: Sizes, ring: int, connections: int, payload: int, flags: tuple[str, ...] = (), wide: bool = False
+) -> float:
     """Records a second from the first byte sent to the last ack, through two processes."""
     a_message = max(1, payload // 8)
     messages = sizes.records // connections // a_message
     with system(ring, *flags) as (publisher, consumer, database):
-        result = generate(publisher.port, connections, messages, payload)
+        result = generate(publisher.port, connections, messages, payload, *(["--wide"] if wide else []))
         if flags:  # acked before it is stored: wait for the rest
             publisher.stop()
         if stored(database) != result["records"]:
@@ -268,21 +270,25 @@ def measure(sizes: Sizes) -> list[Row]:
         "64 connections, 4-byte messages, -r 4096": (4096, 64, 4),
         "1 connection, 8-byte messages, -r 65536": (65_536, 1, 8),
         "1 connection, messages of 100 integers, -r 65536": (65_536, 1, 800),
-        "1 connection, 4-byte messages, -r 65536 -A ring (acked before stored)": (65_536, 1, 4, "-A", "ring"),
+        "1 connection, 8-byte messages of 64-bit values, -r 65536": (65_536, 1, 8, (), True),
+        "1 connection, 4-byte messages, -r 65536 -A ring (acked before stored)": (65_536, 1, 4, ("-A", "ring")),
     }
     ceilings: list[float] = []
+    ceilings_wide: list[float] = []
     rates: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(sizes.rounds):
         say(f"round {turn + 1} of {sizes.rounds}")
-        ceilings.append(raw_sqlite(sizes.records))
+        ceilings.append(raw_sqlite(sizes.records, 32))
+        ceilings_wide.append(raw_sqlite(sizes.records, 64))
         for name, case in cases.items():
             rates[name].append(throughput(sizes, *case))
             say(f"  {name}: {rates[name][-1] / 1e6:.2f} million/s")
-    ceiling = statistics.median(ceilings)
+    ceiling, ceiling_wide = statistics.median(ceilings), statistics.median(ceilings_wide)
     median = {name: statistics.median(found) for name, found in rates.items()}
-    first, second, third, fourth, eight, hundred, _ = median.values()
+    first, second, third, fourth, eight, hundred, wide, _ = median.values()
     rows = [
         Row("ceiling: SQLite alone, one thread", f"{ceiling / 1e6:.2f} million rows/s"),
+        Row("ceiling: SQLite alone, 64-bit values", f"{ceiling_wide / 1e6:.2f} million rows/s"),
         Row(
             "ceiling: the generator into a bare receiver",
             f"{bare_receiver(sizes.records) / 1e6:.1f} million messages/s",
@@ -295,6 +301,7 @@ def measure(sizes: Sizes) -> list[Row]:
         (f">= 0.7 x 1 connection: {fourth / second:.2f}", fourth >= 0.7 * second),
         (f">= 4-byte messages: {eight / first:.2f}", eight >= 0.95 * first),
         (f">= 4-byte messages: {hundred / first:.2f}", hundred >= 0.95 * first),
+        (f"of SQLite alone, 64-bit values: {wide / ceiling_wide:.2f}", None),
         ("", None),
     ]
     for (name, rate), (target, met) in zip(median.items(), targets, strict=True):

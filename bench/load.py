@@ -3,6 +3,7 @@
 `python bench/load.py PORT CONNECTIONS MESSAGES PAYLOAD` sends MESSAGES messages of PAYLOAD bytes on each
 of CONNECTIONS connections, as fast as the server takes them, and prints one line of JSON when all are
 acked. `--in-flight-1` sends each message only when the one before it is acked, and prints latencies.
+The values are random numbers of 32 bits, whatever the size of their message; with `--wide` of 64 bits.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import struct
 import sys
 import time
+from array import array
 
 BLOCK_BYTES = 1 << 20
 SEND_BYTES = 256 * 1024
@@ -40,16 +42,26 @@ def connect(port: int) -> socket.socket:
     return sock
 
 
-def frames(payload: int, count: int) -> bytes:
-    """`count` frames of random payload and mask, end to end."""
+def frames(payload: int, count: int, wide: bool = False) -> bytes:
+    """`count` frames of `payload` bytes of random values, with random masks, end to end."""
     if payload < 126:
         head = bytes([0x82, 0x80 | payload])
     elif payload < 65536:
         head = bytes([0x82, 0xFE]) + struct.pack(">H", payload)
     else:
         head = bytes([0x82, 0xFF]) + struct.pack(">Q", payload)
-    random = os.urandom(count * (4 + payload))
-    return b"".join(head + random[i : i + 4 + payload] for i in range(0, len(random), 4 + payload))
+    masks = array("I", os.urandom(4 * count))
+    values = os.urandom(payload * count)
+    if payload > 4 and not wide:
+        narrow = array("q", array("i", values[: len(values) // 2]))
+        narrow.byteswap()
+        values = narrow.tobytes()
+    made = []
+    for i, mask in enumerate(masks):
+        key = mask.to_bytes(4, "big") * (payload // 4)
+        masked = int.from_bytes(key, "big") ^ int.from_bytes(values[i * payload : (i + 1) * payload], "big")
+        made += head, key[:4], masked.to_bytes(payload, "big")
+    return b"".join(made)
 
 
 class Sender:
@@ -87,11 +99,11 @@ class Sender:
         return self.acked == self.records
 
 
-def stream(port: int, connections: int, messages: int, payload: int) -> dict[str, float]:
+def stream(port: int, connections: int, messages: int, payload: int, wide: bool = False) -> dict[str, float]:
     """Sends everything, as fast as it is taken, and waits for the last ack."""
     frame = len(frames(payload, 1))
     records = max(1, payload // 8) * messages
-    block = memoryview(frames(payload, max(1, BLOCK_BYTES // frame)))
+    block = memoryview(frames(payload, max(1, BLOCK_BYTES // frame), wide))
     selector = selectors.DefaultSelector()
     senders = [Sender(connect(port), block, messages * frame, records) for _ in range(connections)]
     for sender in senders:
@@ -135,11 +147,12 @@ def main() -> None:
     for name in ("port", "connections", "messages", "payload"):
         parser.add_argument(name, type=int)
     parser.add_argument("--in-flight-1", action="store_true", help="wait for each ack; CONNECTIONS must be 1")
+    parser.add_argument("--wide", action="store_true", help="values of 64 bits, in messages of at least 8 bytes")
     given = parser.parse_args()
     if given.in_flight_1:
         print(json.dumps(ping_pong(given.port, given.messages, given.payload)))
     else:
-        print(json.dumps(stream(given.port, given.connections, given.messages, given.payload)))
+        print(json.dumps(stream(given.port, given.connections, given.messages, given.payload, given.wide)))
 
 
 if __name__ == "__main__":

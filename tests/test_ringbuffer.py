@@ -5,7 +5,7 @@ import threading
 from array import array
 
 import pytest
-from harness import Blocked
+from harness import DEADLINE, Blocked
 
 from ringbuffer import Batch, Closed, Full, Ring
 from wire import Run
@@ -391,3 +391,30 @@ def test_many_producers_and_failing_workers_lose_and_double_nothing() -> None:
     assert not errors and not any(thread.is_alive() for thread in producers + workers)
     assert stored == {(sources[n], k): n * 10_000 + k for n in range(6) for k in range(4000)}
     assert ring.stats().high_water <= 37
+
+
+def test_producers_that_give_up_leave_no_one_waiting_beside_free_slots() -> None:
+    """A slot's one notification may go to a producer whose time is just over."""
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    ring = Ring(3)
+
+    def produce(number: int, patience: list[float]) -> None:
+        for turn, timeout in enumerate(patience):
+            done, size = 0, 1 + turn % 5
+            while done < size:
+                try:
+                    ring.put(array("q", range(size - done)), bytes([number]) * 16, turn * 10 + done, timeout or None)
+                    done = size
+                except Full as full:
+                    done += full.accepted
+
+    patience = [[rng.choice([0, 1e-5, 1e-4]) for _ in range(300)] for _ in range(6)]
+    producers = [Blocked(lambda n=n: produce(n, patience[n])) for n in range(6)]
+    total = 6 * 60 * (1 + 2 + 3 + 4 + 5)
+    while ring.committed < total:
+        ring.commit(ring.reserve(2, DEADLINE))
+    for each in producers:
+        each.result()
+    assert ring.cursor == total

@@ -1,0 +1,328 @@
+"""The same work on what else one could use: single integers of 4 bytes, stored, acked, on this machine.
+
+    python bench/peers.py [--messages N] [--modules DIR]
+
+Measures those that are installed and says how to install the others. Each is set up to be as fast as
+it can be while it keeps what it acks through a power loss (but for JetStream, which acks before its fsync), and gets
+the messages on one connection, as fast as it takes them. Run `bench.py` beside it: machines differ.
+"""
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import sqlite3
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import load
+
+from bench import generate, own_consumer, say, system
+
+ROUNDS = 3
+PINGS = 2000
+DEADLINE = 20.0
+
+NODE_SERVER = """
+const db = new (require('better-sqlite3'))('peer.db');
+db.pragma('journal_mode = WAL'); db.pragma('synchronous = FULL');
+db.exec('CREATE TABLE record(id INTEGER PRIMARY KEY, value INTEGER NOT NULL)');
+const one = db.prepare('INSERT INTO record(value) VALUES (?)');
+const many = db.prepare('INSERT INTO record(value) VALUES ' + Array(256).fill('(?)').join());
+const store = db.transaction(values => {
+  let i = 0;
+  for (; i + 256 <= values.length; i += 256) many.run(values.slice(i, i + 256));
+  for (; i < values.length; i++) one.run(values[i]);
+});
+const server = new (require('ws').Server)({port: 0, host: '127.0.0.1', perMessageDeflate: false});
+server.on('listening', () => console.log(server.address().port));
+server.on('connection', ws => {
+  let values = [], stored = 0, waiting = false;
+  const flush = () => {
+    waiting = false;
+    store(values); stored += values.length; values = [];
+    const ack = Buffer.alloc(8); ack.writeBigUInt64BE(BigInt(stored)); ws.send(ack);
+  };
+  ws.on('message', data => {
+    values.push(data.readInt32BE(0));
+    if (!waiting) { waiting = true; setImmediate(flush); }
+  });
+});
+"""
+
+
+class Missing(Exception):
+    """It is not installed. The text says how to change that."""
+
+
+@contextmanager
+def process(*command: str, directory: str, env: dict[str, str] | None = None) -> "Iterator[subprocess.Popen[str]]":
+    """A running process, ended at the end."""
+    running = subprocess.Popen(
+        command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+    )
+    try:
+        yield running
+    finally:
+        running.terminate()
+        running.communicate(timeout=DEADLINE)
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def connect(port: int) -> socket.socket:
+    """A TCP connection to a server that may still be starting."""
+    end = time.monotonic() + DEADLINE
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), DEADLINE)
+        except ConnectionRefusedError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+
+
+def pump(sock: socket.socket, request: bytes, count: int, answers: Callable[[bytes], int], window: int) -> float:
+    """Sends `request` that often, at most `window` unanswered, and returns the seconds until all are answered."""
+    block = request * min(window, 2000)
+    answered = sent = at = 0
+    started = time.perf_counter()
+    sock.setblocking(False)
+    size = len(request)
+    while answered < count:
+        room = min(count, answered + window) * size - sent
+        if room > 0:
+            try:
+                part = sock.send(block[at : at + min(room, 1 << 16)])
+                sent += part
+                at = (at + part) % (len(block) if len(block) % size == 0 else size)
+            except BlockingIOError:
+                pass
+        sock.setblocking(room <= 0)
+        try:
+            data = sock.recv(1 << 18)
+            if not data:
+                raise ConnectionError("closed before all was answered")
+            answered += answers(data)
+        except BlockingIOError:
+            pass
+        sock.setblocking(False)
+    return time.perf_counter() - started
+
+
+def ping_pong(sock: socket.socket, request: bytes, answers: Callable[[bytes], int]) -> float:
+    """One message in flight: the median time to its answer, in ms."""
+    sock.setblocking(True)
+    taken = []
+    for _ in range(PINGS):
+        started = time.perf_counter()
+        sock.sendall(request)
+        while not answers(sock.recv(65536)):
+            pass
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken) * 1000
+
+
+def websocket(port: int, messages: int) -> tuple[float, float]:
+    """Messages a second, and the median ack in ms, of a server that acks as ours does."""
+    rate = messages / generate(port, 1, messages, 4)["seconds"]
+    return rate, generate(port, 1, PINGS, 4, "--in-flight-1")["p50"]
+
+
+# The peers. Each returns messages a second, and the median ack in ms with one message in flight.
+
+
+def ringoexp(messages: int, modules: str) -> tuple[float, float]:
+    """Ringo Exp with its default ring, publisher and consumer in two processes."""
+    with system(4096) as (publisher, _, _):
+        return websocket(publisher.port, messages)
+
+
+def ringoexp_large(messages: int, modules: str) -> tuple[float, float]:
+    """Ringo Exp with -r 65536, publisher and consumer in two processes."""
+    with system(65_536) as (publisher, _, _):
+        return websocket(publisher.port, messages)
+
+
+def ringoexp_alone(messages: int, modules: str) -> tuple[float, float]:
+    """Ringo Exp with no flags: one process."""
+    with own_consumer() as server:
+        return websocket(server.port, messages)
+
+
+def node(messages: int, modules: str) -> tuple[float, float]:
+    """Node ws + better-sqlite3: all messages of an event loop's turn in one commit."""
+    env = {**os.environ, "NODE_PATH": modules}
+    check = "require('ws'); require('better-sqlite3')"
+    if not shutil.which("node") or subprocess.run(["node", "-e", check], env=env, stderr=subprocess.DEVNULL).returncode:
+        raise Missing("apt install nodejs npm; npm install --prefix DIR ws better-sqlite3; --modules DIR/node_modules")
+    with tempfile.TemporaryDirectory() as directory:
+        with process("node", "-e", NODE_SERVER, directory=directory, env=env) as server:
+            assert server.stdout
+            return websocket(int(server.stdout.readline()), messages)
+
+
+def websockets_sqlite(messages: int, modules: str) -> tuple[float, float]:
+    """Python websockets + SQLite: what came since the last commit in the next one."""
+    if not importlib.util.find_spec("websockets"):
+        raise Missing("pip install websockets")
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve-websockets"]
+        with process(*command, directory=directory) as server:
+            assert server.stdout
+            return websocket(int(server.stdout.readline()), messages)
+
+
+def redis(messages: int, modules: str) -> tuple[float, float]:
+    """Redis Streams, XADD over its own protocol, appendfsync always."""
+    if not shutil.which("redis-server"):
+        raise Missing("apt install redis-server")
+    port = free_port()
+    with tempfile.TemporaryDirectory() as directory:
+        flags = ["--port", str(port), "--save", "", "--appendonly", "yes", "--appendfsync", "always"]
+        with process("redis-server", *flags, directory=directory), connect(port) as sock:
+            words = [b"XADD", b"s", b"*", b"v", b"1234567890"]
+            request = b"*5\r\n" + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+            answers = Answers(b"\r\n", each=2)
+            seconds = pump(sock, request, messages, answers, 20_000)
+            return messages / seconds, ping_pong(sock, request, answers)
+
+
+def jetstream(messages: int, modules: str) -> tuple[float, float]:
+    """NATS JetStream over WebSocket, file storage; acks before fsync."""
+    if not shutil.which("nats-server"):
+        raise Missing("apt install nats-server")
+    port, other = free_port(), free_port()
+    with tempfile.TemporaryDirectory() as directory:
+        config = f'listen: "127.0.0.1:{other}"\njetstream {{ store_dir: "{directory}" }}\n'
+        config += f'websocket {{ listen: "127.0.0.1:{port}", no_tls: true }}\n'
+        Path(directory, "nats.conf").write_text(config)
+        with process("nats-server", "-c", "nats.conf", directory=directory):
+            connect(port).close()
+            with load.connect(port) as sock:
+                stream = json.dumps({"name": "s", "subjects": ["s"], "storage": "file"})
+                hello = "CONNECT {}\r\nSUB in 1\r\n" + f"PUB $JS.API.STREAM.CREATE.s in {len(stream)}\r\n{stream}\r\n"
+                sock.sendall(masked(hello.encode()))
+                got = b""
+                while b"stream_create_response" not in got:
+                    got += sock.recv(65536)
+                request = masked(b"PUB s in 4\r\n\0\1\2\3\r\n")
+                answers = Answers(b'"seq":')
+                seconds = pump(sock, request, messages, answers, 4000)
+                return messages / seconds, ping_pong(sock, request, answers)
+
+
+class Answers:
+    """Counts how often `pattern` has come, in any cut; `each` of it are one answer."""
+
+    def __init__(self, pattern: bytes, each: int = 1) -> None:
+        self._pattern, self._each = pattern, each
+        self._tail, self._seen = b"", 0
+
+    def __call__(self, data: bytes) -> int:
+        """How many answers `data` completes."""
+        data = self._tail + data
+        found = data.count(self._pattern)
+        keep = len(self._pattern) - 1
+        self._tail = data[max(len(data) - keep, data.rfind(self._pattern) + len(self._pattern)) :] if keep else b""
+        before = self._seen // self._each
+        self._seen += found
+        return self._seen // self._each - before
+
+
+def masked(payload: bytes) -> bytes:
+    """A client's binary frame."""
+    size = len(payload)
+    head = bytes([0x82, 0x80 | size]) if size < 126 else b"\x82\xfe" + struct.pack(">H", size)
+    return head + bytes(4) + payload
+
+
+async def serve_websockets() -> None:
+    """The server of `websockets_sqlite`."""
+    from websockets.asyncio.server import ServerConnection, serve
+
+    database = sqlite3.connect("peer.db", isolation_level=None)
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("PRAGMA synchronous = FULL")
+    database.execute("CREATE TABLE record(id INTEGER PRIMARY KEY, value INTEGER NOT NULL)")
+
+    async def handle(client: ServerConnection) -> None:
+        values: list[tuple[int]] = []
+        stored = 0
+        some = asyncio.Event()
+
+        async def commit() -> None:
+            nonlocal values, stored
+            while True:
+                await some.wait()
+                some.clear()
+                batch, values = values, []
+                database.execute("BEGIN IMMEDIATE")
+                database.executemany("INSERT INTO record(value) VALUES (?)", batch)
+                database.execute("COMMIT")
+                stored += len(batch)
+                await client.send(struct.pack(">Q", stored))
+
+        committer = asyncio.create_task(commit())
+        async for message in client:
+            assert isinstance(message, bytes)
+            values.append(struct.unpack(">i", message))
+            some.set()
+        committer.cancel()
+
+    async with serve(handle, "127.0.0.1", 0, compression=None) as server:
+        print(next(iter(server.sockets)).getsockname()[1], flush=True)
+        await server.serve_forever()
+
+
+PEERS = (ringoexp_large, ringoexp, ringoexp_alone, node, websockets_sqlite, redis, jetstream)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the same work on what else one could use")
+    parser.add_argument("--messages", type=int, default=500_000, help="how many in a round (default 500000)")
+    parser.add_argument("--modules", default="node_modules", help="node_modules directory with ws and better-sqlite3")
+    parser.add_argument("--serve-websockets", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.serve_websockets:
+        asyncio.run(serve_websockets())
+        return
+    results: dict[str, list[tuple[float, float]]] = {}
+    missing: dict[str, str] = {}
+    for turn in range(ROUNDS):
+        for peer in PEERS:
+            name = re.sub(r"\s+", " ", peer.__doc__ or "").rstrip(".")
+            if name in missing:
+                continue
+            try:
+                found = peer(given.messages, str(Path(given.modules).resolve()))
+            except Missing as reason:
+                missing[name] = str(reason)
+                continue
+            say(f"round {turn + 1}: {name}: {found[0]:,.0f}/s, {found[1]:.2f} ms")
+            results.setdefault(name, []).append(found)
+    width = max(map(len, [*results, *missing]))
+    for name, found in results.items():
+        rate, latency = (statistics.median(column) for column in zip(*found, strict=True))
+        print(f"{name:{width}}  {rate:>11,.0f} messages/s   ack p50 {latency:.2f} ms")
+    for name, reason in missing.items():
+        print(f"{name:{width}}  not installed: {reason}")
+
+
+if __name__ == "__main__":
+    main()
