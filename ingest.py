@@ -169,7 +169,7 @@ class Session:
                     elif data is None and self._marks:
                         self._intake.wait(self._marks[0].ticket, PATIENCE)
                     elif data is None:
-                        self._connection.wait(writable=self._stored > self.acked)
+                        self._connection.wait()
             if ending[0] != LOST[0]:
                 self._settle()
         except OSError as error:

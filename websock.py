@@ -76,14 +76,12 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
         self._unsent = b""
         self._masked = role is ConnectionType.SERVER  # clients mask what they send
         # What has arrived and is not parsed yet: less than _needed bytes, the start of a frame.
-        self._pieces: list[bytes] = []
-        self._arrived = 0
+        self._tail = bytearray()
         self._needed = 1
         # What wsproto is in the middle of: bytes left of a frame, and a message in fragments.
         self._judged = 0
         self._fragments = False
-        self._parts: list[bytes] = []  # of the message it has begun
-        self._size = 0
+        self._message = bytearray()  # what there is of the message it has begun
         super().__init__(sock, connection_type=role, thread_class=_NoThread)
 
     def read(self, wait: bool = True) -> bytes | None:
@@ -104,7 +102,7 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
         poll.register(self.sock, _GONE)
         return bool(poll.poll(0))
 
-    def parse(self, data: bytes) -> list[Messages]:
+    def parse(self, data: bytes | bytearray) -> list[Messages]:
         """The binary messages that `data` completes, in order; pings in it are answered before it returns.
 
         Frames that are a whole message each are taken out here, those of one size together; all others
@@ -115,12 +113,11 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
         messages: list[Messages] = []
         if self.ending:
             return messages
-        self._pieces.append(data)
-        self._arrived += len(data)
-        if self._arrived < self._needed:
-            return messages
-        if len(self._pieces) > 1:
-            data = b"".join(self._pieces)
+        if self._tail:
+            self._tail += data
+            if len(self._tail) < self._needed:
+                return messages
+            data, self._tail = self._tail, bytearray()
         at, end, needed = 0, len(data), 1
         while at < end and not self.ending:
             if self._judged:  # within a frame that wsproto has the head of
@@ -144,23 +141,22 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
             else:
                 found, at = take_frames(data, at, head)
                 messages.append(found)
-        self._pieces, self._arrived, self._needed = [data[at:]], end - at, needed
+        self._tail += data[at:]
+        self._needed = needed
         return messages
 
-    def _judge(self, data: bytes, messages: list[Messages]) -> None:
+    def _judge(self, data: bytes | bytearray, messages: list[Messages]) -> None:
         """Gives `data` to wsproto, adds the messages it completes, and answers pings."""
         self.ws.receive_data(data)
         for event in self.ws.events():
             if isinstance(event, BytesMessage):
-                self._size += len(event.data)
-                if self._size > MAX_MESSAGE:
+                self._message += event.data
+                if len(self._message) > MAX_MESSAGE:
                     self._end(CloseReason.MESSAGE_TOO_BIG, f"a message has at most {MAX_MESSAGE} bytes", True)
                     break
-                if event.data:
-                    self._parts.append(bytes(event.data))
                 if event.message_finished:
-                    messages.append(Messages(b"".join(self._parts), self._size))
-                    self._parts, self._size = [], 0
+                    messages.append(Messages(self._message, len(self._message)))
+                    self._message = bytearray()
             elif isinstance(event, Ping):
                 try:
                     self.queue(self.ws.send(event.response()))
@@ -219,7 +215,7 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
     def _end(self, code: int, reason: str, at_fault: bool = False) -> None:
         self.ending = (code, reason)
         self.at_fault = at_fault
-        self._parts = []
+        self._message = bytearray()
 
 
 class ServerConnection(Connection):
@@ -258,12 +254,13 @@ class ServerConnection(Connection):
         self.sock.sendall(self.ws.send(accept))
         self.connected = True
 
-    def wait(self, writable: bool) -> None:
-        """Returns when there is something to read, or the server stops, or, on request, the socket takes more."""
+    def wait(self) -> None:
+        """Returns when there is something to read, or the server stops, or some of what was unsent is sent."""
         poll = select.poll()
-        poll.register(self.sock, select.POLLIN | (select.POLLOUT if writable else 0))
+        poll.register(self.sock, select.POLLIN | (select.POLLOUT if self._unsent else 0))
         poll.register(self._stop, select.POLLIN)
         poll.poll()
+        self.flush()
 
     def send_ack(self, payload: bytes) -> bool:
         """Sends a binary message of at most 125 bytes, also after the peer's Close frame; False when the peer
@@ -321,7 +318,7 @@ class ClientConnection(Connection):
         except (RemoteProtocolError, LocalProtocolError) as error:
             raise HandshakeError(f"is not a WebSocket server: {error}") from error
         # Frames may have come right behind it: the first `parse` finds them.
-        self._pieces, self._arrived = [rest], len(rest)
+        self._tail += rest
         if isinstance(answer, RejectConnection):
             raise HandshakeError(
                 f"refused with HTTP status {answer.status_code}: is it a consumer?", answer.status_code

@@ -200,7 +200,7 @@ class FrameHead(NamedTuple):
     simple: bool
 
 
-def frame_head(data: bytes, start: int) -> FrameHead | None:
+def frame_head(data: Buffer, start: int) -> FrameHead | None:
     """The head of the frame that begins at `start`; None when `data` ends within it."""
     left = len(data) - start
     if left < 2:
@@ -218,7 +218,7 @@ def frame_head(data: bytes, start: int) -> FrameHead | None:
     return FrameHead(head, size, masked and data[start] == 0x82 and least <= size <= MAX_MESSAGE)
 
 
-def take_frames(data: bytes, start: int, first: FrameHead) -> tuple[Messages, int]:
+def take_frames(data: Buffer, start: int, first: FrameHead) -> tuple[Messages, int]:
     """The messages of the frame at `start`, whole and simple, and of those like it behind it; and where they end.
 
     `first` is the frame's head.
@@ -234,7 +234,7 @@ def take_frames(data: bytes, start: int, first: FrameHead) -> tuple[Messages, in
     return Messages(payloads[0] if count == 1 else b"".join(payloads), size), end
 
 
-def _alike(data: bytes, start: int, step: int, length: int) -> int:
+def _alike(data: Buffer, start: int, step: int, length: int) -> int:
     """How many whole frames of `step` bytes from `start` on begin with the same `length` bytes."""
     most = (len(data) - start) // step
     count, window = 1, 16
@@ -250,7 +250,7 @@ def _alike(data: bytes, start: int, step: int, length: int) -> int:
     return count
 
 
-def _unmask_columns(data: bytes, mask: int, step: int, end: int, size: int, count: int) -> bytes:
+def _unmask_columns(data: Buffer, mask: int, step: int, end: int, size: int, count: int) -> bytes:
     """The payloads of `count` frames, `step` bytes apart, the first one's mask at `mask`: a slice for each byte."""
     masks, masked = bytearray(size * count), bytearray(size * count)
     for i in range(4):
@@ -262,7 +262,7 @@ def _unmask_columns(data: bytes, mask: int, step: int, end: int, size: int, coun
     return _xor(masks, masked)
 
 
-def _unmask(mask: bytes, payload: memoryview) -> Buffer:
+def _unmask(mask: Buffer, payload: memoryview) -> Buffer:
     """`payload`, masked or unmasked with the four bytes of `mask` (RFC 6455 section 5.3)."""
     size = len(payload)
     if size < 1024:

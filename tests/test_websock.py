@@ -4,6 +4,7 @@ import random
 import socket
 import struct
 import threading
+import tracemalloc
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -266,12 +267,41 @@ def test_the_first_of_two_records_is_acked_while_the_second_is_not_stored(monkey
 
 
 def test_a_large_message_in_small_reads_is_joined_once() -> None:
-    """What waits for its end is neither copied nor looked at again with each read."""
+    """What waits for its end is neither looked at again with each read, nor kept in pieces."""
     message = encode_plain(range(200_000))
     stream = frame(2, message)
     with connected(ServerConnection) as (connection, _):
-        for start in range(0, len(stream) - 4096, 4096):
-            assert connection.parse(stream[start : start + 4096]) == []
-            assert len(connection._pieces) == start // 4096 + 1 or start == 0
-        rest = len(stream) - (len(stream) - 1) // 4096 * 4096
-        assert connection.parse(stream[-rest:]) == [Messages(message, len(message))]
+        for start in range(0, len(stream) - 1, 4096):
+            assert connection.parse(stream[start : min(start + 4096, len(stream) - 1)]) == []
+            assert connection._needed == len(stream)
+        assert len(connection._tail) == len(stream) - 1
+        assert connection.parse(stream[-1:]) == [Messages(message, len(message))]
+
+
+def test_a_message_in_tiny_fragments_takes_no_more_memory_than_it_has_bytes() -> None:
+    with connected(ServerConnection) as (connection, _):
+        connection.parse(frame(2, b"", fin=False))
+        tracemalloc.start()
+        try:
+            connection.parse(frame(0, b"ab", fin=False) * 20_000)
+            connection.parse(frame(0, b"", fin=False) * 20_000)
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert held < 400_000
+        assert connection.parse(frame(0, b"cd")) == [Messages(b"ab" * 20_000 + b"cd", 40_002)]
+
+
+def test_pongs_that_a_client_reads_late_are_sent_without_another_message() -> None:
+    with connected(ServerConnection) as (connection, theirs):
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        pings = 0
+        while not connection._unsent:
+            connection.parse(frame(9, bytes(100)))
+            pings += 1
+        run = Blocked(lambda: Session(connection, Memory(), Totals(), threading.Event()).run(b""))
+        got = 0
+        while got < pings * 102:
+            got += len(theirs.recv(65536))
+        theirs.close()
+        assert run.result()[0] == 1006
