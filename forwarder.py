@@ -22,12 +22,12 @@ from typing import NamedTuple, Protocol
 from ringbuffer import Batch, Closed, Ring
 from store import Store, StoreError
 from websock import ClientConnection, HandshakeError
-from wire import SUBPROTOCOL, WireError, decode_ack, encode_batch
+from wire import MAX_RUNS, SUBPROTOCOL, WireError, decode_ack, encode_batch
 
 log = logging.getLogger("ringoexp.forward")
 
-BATCH_RECORDS = 65_536
-"""Most records in a batch: with a run for each it still is below wire.MAX_MESSAGE."""
+BATCH_RECORDS = MAX_RUNS
+"""Most records in a batch: with a run for each it still is a message that wire takes."""
 IDLE_SECONDS = 10.0
 ACK_TIMEOUT = 30.0
 """Seconds a consumer has to take a batch, and to ack it, before the link is given up."""

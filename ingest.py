@@ -27,6 +27,8 @@ from wire import (
 
 PATIENCE = 1.0
 """Seconds a session waits, for the ring or the disk, before it looks at its socket again."""
+MOST_MARKS = 1024
+"""Reads whose acks are kept apart, for a client whose records are long in being stored."""
 GOING_AWAY = (1001, "the server is stopping")
 LOST = (1006, "connection lost")
 NOTHING = Block([], array("q"))
@@ -149,11 +151,12 @@ class Session:
         """Serves the client until either side ends, closes, and returns the code and reason.
 
         `rest` is what came right behind the handshake. What was read is put and acked before the
-        close, unless the client leaves while there is no room for it; a client that ends its side
-        without a Close frame gets no more acks. Never raises OSError: a lost connection ends with 1006.
+        close, unless the client leaves while there is no room for it; one that ends its side without a
+        Close frame gets the acks of the next PATIENCE. Never raises OSError: a lost connection ends with 1006.
         """
         ending = None
         data: bytes | None = rest
+        rest = b""
         try:
             while ending is None:
                 if data:
@@ -172,8 +175,7 @@ class Session:
                         self._intake.wait(self._marks[0].ticket, PATIENCE)
                     elif data is None:
                         self._connection.wait()
-            if ending[0] != LOST[0]:
-                self._settle()
+            self._settle(patient=ending[0] != LOST[0])
         except OSError as error:
             ending = (LOST[0], f"{LOST[1]}: {error}")
         if ending[0] == LOST[0]:
@@ -212,6 +214,8 @@ class Session:
                 return 1011, f"not stored: {error}"
             if accepted:
                 self._put += accepted
+                if len(self._marks) >= MOST_MARKS:  # its latency counts from the older one's read
+                    read_at = self._marks.pop().read_at
                 self._marks.append(_Mark(ticket, self._put, read_at))
             if accepted == len(self._block.values):
                 break
@@ -236,10 +240,13 @@ class Session:
         if self._stored > self.acked and self._connection.send_ack(encode_ack(self._stored)):
             self.acked = self._stored
 
-    def _settle(self) -> None:
-        """Waits until all that was put is stored, and acks it; gives up when the client is gone or nothing will be."""
+    def _settle(self, patient: bool) -> None:
+        """Waits until all that was put is stored, and acks it; gives up when the client is gone, when nothing will
+        be stored any more, or, if not `patient`, after PATIENCE.
+        """
         while self._marks:
             stored = self._intake.wait(self._marks[-1].ticket, PATIENCE)
             self._ack()
-            if stored or self._connection.is_gone() or (self._stopping.is_set() and self._intake.closed):
+            over = self._stopping.is_set() and self._intake.closed
+            if stored or over or not patient or self._connection.is_gone():
                 return

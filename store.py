@@ -50,7 +50,7 @@ CREATE VIEW records AS
   SELECT record.id AS id,
          lower(substr(hex(uuid), 1, 8) || '-' || substr(hex(uuid), 9, 4) || '-' || substr(hex(uuid), 13, 4)
                || '-' || substr(hex(uuid), 17, 4) || '-' || substr(hex(uuid), 21)) AS source,
-         batch.sequence + record.id - batch.first_id AS sequence,
+         batch.sequence + (record.id - batch.first_id) AS sequence,
          record.value AS value,
          batch.received_at_ms AS received_at_ms
     FROM batch
@@ -63,7 +63,8 @@ _MAGIC = b"SQLite format 3\0"  # https://www.sqlite.org/fileformat.html#the_data
 _OLDEST_SQLITE = (3, 32, 0)  # the first to take 1024 parameters by default (up to 32,766)
 _MOST_SOURCES_CACHED = 10_000
 MOST_GROUPED = 262_144
-"""Records after which a commit takes no more blocks along, so that its memory is bounded."""
+"""Records after which a commit takes no more blocks along, so that nobody waits long; a run counts as RUN_COST."""
+RUN_COST = 64
 
 
 class StoreError(Exception):
@@ -146,8 +147,8 @@ class Store:
                     self._turn.wait()
                 if mine.done:
                     break
-                self._leading = True
                 group = self._next_group()
+                self._leading = True
             self._commit(group)
         if mine.error:
             # A new one for each caller: a traceback grows on whatever is raised.
@@ -171,9 +172,9 @@ class Store:
     def _next_group(self) -> list[_Waiting]:
         """Takes the oldest of the queue, up to MOST_GROUPED records, or one."""
         assert self._lock.locked()
-        count, records = 1, len(self._queue[0].values)
+        count, records = 0, 0
         while count < len(self._queue) and records < MOST_GROUPED:
-            records += len(self._queue[count].values)
+            records += len(self._queue[count].values) + RUN_COST * (len(self._queue[count].runs) - 1)
             count += 1
         group, self._queue = self._queue[:count], self._queue[count:]
         return group
@@ -274,6 +275,8 @@ class Store:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """The only way to write: all of it, on disk, or nothing."""
+        if self._db.in_transaction:  # the last one could not even be rolled back
+            self._db.execute("ROLLBACK")
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield

@@ -30,7 +30,7 @@ from wsproto.events import (
     TextMessage,
 )
 from wsproto.frame_protocol import CloseReason
-from wsproto.utilities import LocalProtocolError, RemoteProtocolError
+from wsproto.utilities import LocalProtocolError
 
 from wire import MAX_MESSAGE, Messages, frame_head, take_frames
 
@@ -40,7 +40,8 @@ CLOSE_TIMEOUT = 2.0
 CONNECT_TIMEOUT = 5.0
 MOST_UNSENT = 64 * 1024
 """Bytes of pongs that a peer may leave unread, beyond what the system buffers, before it is given up."""
-_GONE = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+_GONE = select.POLLHUP | select.POLLERR
+_HALF_CLOSED = getattr(select, "POLLRDHUP", 0)  # Linux
 
 
 class HandshakeError(Exception):
@@ -97,9 +98,12 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
         return data
 
     def is_gone(self) -> bool:
-        """True when the peer has closed its end, even if it left something to read."""
+        """True when the peer has closed its side, even if it left something to read.
+
+        After its Close frame it may do so and still wait for our last words: then only once it is gone altogether.
+        """
         poll = select.poll()
-        poll.register(self.sock, _GONE)
+        poll.register(self.sock, _GONE if self.ending else _GONE | _HALF_CLOSED)
         return bool(poll.poll(0))
 
     def parse(self, data: bytes | bytearray) -> list[Messages]:
@@ -318,7 +322,7 @@ class ClientConnection(Connection):
         try:
             self.ws.receive_data(head + end)
             answer = next(self.ws.events(), None)
-        except (RemoteProtocolError, LocalProtocolError) as error:
+        except Exception as error:  # h11's, wsproto's, or one of theirs that they did not expect
             raise HandshakeError(f"is not a WebSocket server: {error}") from error
         # Frames may have come right behind it: the first `parse` finds them.
         self._tail += rest

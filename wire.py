@@ -15,6 +15,8 @@ Buffer = bytes | bytearray
 SUBPROTOCOL = "ringoexp.batch.v1"
 MAX_MESSAGE = 8 * 1024 * 1024
 """Most bytes in one message or HTTP body."""
+MAX_RUNS = 65_536
+"""Most runs in one batch message: each costs the store more than a record does."""
 MAX_SEQUENCE = 2**63 - 1
 """A run ends at or before it: a sequence, and the end of a run, are SQLite's signed 64-bit integers."""
 
@@ -131,6 +133,8 @@ def decode_batch(payload: Buffer) -> Block:
     start = _RUNS.size + count * _RUN.size
     if count == 0:
         raise WireError("a batch of 0 runs: send at least one")
+    if MAX_RUNS < count <= size:
+        raise WireError(f"{count} runs: a batch message has at most {MAX_RUNS}")
     if start > size:
         raise WireError(f"{count} runs need {start} bytes before the values, the message has {size}")
     runs = [Run(*fields) for fields in _RUN.iter_unpack(memoryview(payload)[_RUNS.size : start])]

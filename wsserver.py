@@ -557,7 +557,7 @@ class Handler(BaseHTTPRequestHandler):
         length = int((text.lstrip("0") or "0")[:20])
         if length > MAX_MESSAGE:
             self.server.totals.refused()
-            raise Refusal(413, f"{text} bytes: a body has at most {MAX_MESSAGE}")
+            raise Refusal(413, f"{length} bytes: a body has at most {MAX_MESSAGE}")
         patience = REQUEST_TIMEOUT + length / BODY_RATE
         self._reader.deadline = monotonic() + patience
         try:

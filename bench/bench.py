@@ -256,7 +256,7 @@ def idle_connections(sizes: Sizes) -> tuple[float, float]:
 
 
 def growth(sizes: Sizes) -> dict[int, float]:
-    """Records a second at growing numbers of stored records, over stretches of one length."""
+    """Records a second at growing numbers of stored records: each time the better of two stretches of one length."""
     rates: dict[int, float] = {}
     with system(65_536) as (publisher, _, database):
         held, size = 0, 10**5
@@ -264,9 +264,10 @@ def growth(sizes: Sizes) -> dict[int, float]:
             if held < size:
                 generate(publisher.port, 1, size - held, 4)
                 held = size
-            rates[held] = sizes.stretch / generate(publisher.port, 1, sizes.stretch, 4)["seconds"]
+            taken = [generate(publisher.port, 1, sizes.stretch, 4)["seconds"] for _ in range(2)]
+            rates[held] = sizes.stretch / min(taken)
             say(f"  {held:>11,} stored: {rates[held] / 1e6:.2f} million/s")
-            held += sizes.stretch
+            held += 2 * sizes.stretch
             size *= 10
         if stored(database) != held:
             raise SystemExit(f"stored {stored(database)} of {held} records")
@@ -317,8 +318,8 @@ def measure(sizes: Sizes) -> list[Row]:
         (">= 1.2 million/s", second >= 1.2e6),
         (f">= 0.7 x 1 connection: {third / first:.2f}", third >= 0.7 * first),
         (f">= 0.7 x 1 connection: {fourth / second:.2f}", fourth >= 0.7 * second),
-        (f">= 4-byte messages: {eight / first:.2f}", eight >= 0.95 * first),
-        (f">= 4-byte messages: {hundred / first:.2f}", hundred >= 0.95 * first),
+        (f">= 0.95 x 4-byte messages: {eight / first:.2f}", eight >= 0.95 * first),
+        (f">= 0.95 x 4-byte messages: {hundred / first:.2f}", hundred >= 0.95 * first),
         (f"of SQLite alone, 64-bit values: {wide / ceiling_wide:.2f}", None),
         ("", None),
     ]

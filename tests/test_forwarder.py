@@ -337,6 +337,25 @@ def test_a_link_that_is_not_acked_fails_and_the_next_store_makes_a_new_one(
     assert links == [1, 1]
 
 
+def test_an_answer_that_is_garbage_is_a_sink_error_like_others() -> None:
+    with socket.create_server(("localhost", 0)) as listener:
+
+        def answer() -> None:
+            peer, _ = listener.accept()
+            with peer:
+                peer.recv(4096)
+                peer.sendall(
+                    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n"
+                    b"Sec-WebSocket-Accept: \xff\xfe\r\n\r\n"
+                )
+                peer.recv(1)
+
+        serving = Blocked(answer)
+        with pytest.raises(SinkError, match="is not a WebSocket server"):
+            LinkSink("localhost", listener.getsockname()[1], lambda: None).store(a_batch(1))
+        serving.result()
+
+
 def test_a_consumer_that_refuses_the_link_is_told_apart() -> None:
     with pytest.raises(SinkError, match="refused"):
         LinkSink("localhost", free_port(), lambda: None).store(a_batch(1))

@@ -140,10 +140,30 @@ def test_random_runs_store_the_first_value_of_each_sequence(path: Path, monkeypa
 
 
 def test_the_last_sequence_there_is(opened: Store, path: Path) -> None:
+    opened.append(*block(B, 0, 5))  # so that its sequence and its ids together are beyond 64 bits
     run = [Run(A, 2**63 - 3, 2)]
     for _ in range(2):
         opened.append(run, array("q", [1, 2]))
-    assert found(path) == {(A_TEXT, 2**63 - 3): 1, (A_TEXT, 2**63 - 2): 2}
+    last = {key: value for key, value in found(path).items() if key[0] == A_TEXT}
+    assert last == {(A_TEXT, 2**63 - 3): 1, (A_TEXT, 2**63 - 2): 2}
+    assert all(isinstance(sequence, int) for _, sequence in last)
+
+
+def test_a_transaction_that_could_not_be_rolled_back_does_not_stop_the_next(opened: Store, path: Path) -> None:
+    opened._db.execute("BEGIN IMMEDIATE")
+    opened._db.execute("INSERT INTO record(value) VALUES (99)")
+    opened.append(*block(A, 0, 1))
+    assert found(path) == {(A_TEXT, 0): 0}
+
+
+def test_a_group_is_bounded_by_its_runs_too(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MOST_GROUPED", 1000)
+    many = [Run(bytes([n]) * 16, 0, 1) for n in range(20)]
+    waiting = [store._Waiting(many, array("q", range(20))) for _ in range(3)]
+    with opened._lock:
+        opened._queue = list(waiting)
+        assert opened._next_group() == waiting[:1]
+        opened._queue = []
 
 
 def test_who_comes_while_a_commit_runs_is_committed_together_by_the_next(

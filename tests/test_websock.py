@@ -203,6 +203,57 @@ def test_frames_of_one_size_are_taken_together(size: int, count: int) -> None:
         assert taken.each() == payloads
 
 
+def test_a_client_that_ends_its_side_still_gets_its_acks() -> None:
+    ring = Ring(10)
+    for last in (b"", frame(8, struct.pack(">H", 1000))):
+        with connected(ServerConnection) as (connection, theirs):
+            run = Blocked(lambda: Session(connection, RingIntake(ring), Totals(), threading.Event()).run(b""))  # noqa: B023
+            theirs.sendall(frame(2, bytes(4)) + last)
+            theirs.shutdown(socket.SHUT_WR)
+            batch = ring.reserve(1)
+            assert run.still(0.05)
+            ring.commit(batch)
+            sent = b""
+            while data := theirs.recv(100):
+                sent += data
+            assert sent.startswith(b"\x82\x08" + struct.pack(">Q", 1))
+            assert run.result()[0] == (1000 if last else 1006)
+
+
+def test_who_says_goodbye_and_ends_its_side_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "PATIENCE", 0.01)
+    ring = Ring(10)
+    with connected(ServerConnection) as (connection, theirs):
+        run = Blocked(lambda: Session(connection, RingIntake(ring), Totals(), threading.Event()).run(b""))
+        theirs.sendall(frame(2, bytes(4)) + frame(8, struct.pack(">H", 1000)))
+        theirs.shutdown(socket.SHUT_WR)
+        batch = ring.reserve(1)
+        assert run.still(0.2)
+        ring.commit(batch)
+        assert theirs.recv(10) == b"\x82\x08" + struct.pack(">Q", 1)
+        run.result()
+
+
+def test_the_marks_of_a_long_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "MOST_MARKS", 5)
+    pieces = iter([frame(2, bytes(4))] * 100)
+
+    class Pieces(ServerConnection):
+        def read(self, wait: bool = True) -> bytes | None:
+            return next(pieces, None) or super().read(wait)
+
+    ring = Ring(1000)
+    with connected(Pieces) as (connection, theirs):
+        session = Session(connection, RingIntake(ring), Totals(), threading.Event())
+        run = Blocked(lambda: session.run(b""))
+        eventually(lambda: ring.cursor == 100)
+        assert len(session._marks) <= 5
+        ring.commit(ring.reserve(1000))
+        assert theirs.recv(10) == b"\x82\x08" + struct.pack(">Q", 100)
+        theirs.close()
+        run.result()
+
+
 def test_an_idle_connection_holds_nothing_of_what_it_sent() -> None:
     class Nowhere(Memory):
         def put(self, block: Block, timeout: float) -> tuple[int, int]:

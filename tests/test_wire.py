@@ -8,6 +8,7 @@ import pytest
 
 from wire import (
     MAX_MESSAGE,
+    MAX_RUNS,
     Block,
     Messages,
     Run,
@@ -135,6 +136,14 @@ def test_a_malformed_batch_is_refused(payload: bytes, reason: str) -> None:
         decode_batch(payload)
     assert refused.value.close_code == 1007
     assert len(str(refused.value)) <= 123, "it fits a Close frame"
+
+
+def test_a_batch_has_a_bounded_number_of_runs() -> None:
+    runs = [Run(UUID, n, 1) for n in range(MAX_RUNS + 1)]
+    values = array("q", range(MAX_RUNS + 1))
+    assert len(decode_batch(encode_batch(runs[:-1], values[:-1])).runs) == MAX_RUNS
+    with pytest.raises(WireError, match="65537 runs: a batch message has at most 65536"):
+        decode_batch(encode_batch(runs, values))
 
 
 def test_batches_in_a_row_are_one_block_up_to_the_first_bad_one() -> None:
