@@ -58,15 +58,19 @@ class Producer:
     """
 
     def __init__(self, url: str = URL, source: uuid.UUID | None = None, first: int = 0) -> None:
-        parts = urlsplit(url)
-        if parts.scheme != "ws" or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            host, port, right = parts.hostname or "", parts.port or 80, parts.scheme == "ws" and parts.hostname
+        except ValueError:
+            right = None
+        if not right:
             raise ValueError(f"{url!r} is not accepted: ws://HOST:PORT/v1.0/ingest")
         if not 0 <= first < MAX_SEQUENCE:
             raise ValueError(f"first {first} is not accepted: 0 to 2**63 - 2")
         self.url = url
         self.source = source or uuid.uuid4()
         self.first = first
-        self._host, self._port, self._path = parts.hostname, parts.port or 80, parts.path or "/"
+        self._host, self._port, self._path = host, port, parts.path or "/"
 
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -105,8 +109,9 @@ class Producer:
     def send(self, values: Iterable[int]) -> None:
         """Takes `values`, 64-bit integers, to be stored in this order. Returns once they are in memory here.
 
-        Waits while MOST_UNACKED records are not acked. Raises OverflowError for a value beyond 64
-        bits (none of `values` is taken then), ProducerError when the server has refused for good, ValueError once closed.
+        Waits while MOST_UNACKED records are not acked. Raises OverflowError for a value beyond 64 bits
+        (none of `values` is taken then), ProducerError when the server has refused for good, ValueError once
+        closed.
         """
         block = values if isinstance(values, array) and values.typecode == "q" else array("q", values)
         for start in range(0, len(block), CHUNK_RECORDS):
@@ -125,7 +130,7 @@ class Producer:
                 self._wake_up()
 
     def flush(self, timeout: float | None = None) -> None:
-        """Returns when everything is acked. Raises TimeoutError after `timeout` seconds, ProducerError as `send` does."""
+        """Returns when all is acked. Raises TimeoutError after `timeout` seconds, ProducerError as `send` does."""
         deadline = None if timeout is None else monotonic() + timeout
         with self._lock:
             while self._acked < self._next:
@@ -174,7 +179,7 @@ class Producer:
     # The thread.
 
     def _run(self) -> None:
-        """Connects when there is something to send, and serves the connection until it is lost; pauses between tries."""
+        """Connects when there is something to send, serves until the connection is lost, and pauses between tries."""
         failures = 0
         while True:
             with self._lock:
@@ -398,7 +403,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """`ringoexp send`: its exit status. 0 all stored, 1 refused for good or no such file, 2 bad usage or input, 130 Ctrl-C."""
+    """`ringoexp send`: its exit status.
+
+    0 all stored; 1 refused for good, or the file cannot be read; 2 bad usage or input; 130 Ctrl-C.
+    """
     made = parser()
     given = made.parse_args(argv)
     status, trouble = 0, ""
@@ -433,10 +441,7 @@ def main(argv: list[str]) -> int:
         print(f"ringoexp send: error: {trouble}", file=sys.stderr)
     if producer.acked < producer.sent:
         rest = f"--source {producer.source} --first {given.first + producer.acked}"
-        print(
-            f"ringoexp send: {producer.acked} of {producer.sent} are acked; to go on, send what follows them with {rest}",
-            file=sys.stderr,
-        )
+        print(f"ringoexp send: {producer.acked} of {producer.sent} acked; send the others with {rest}", file=sys.stderr)
     if given.json:
         summary: dict[str, Any] = {
             "source": str(producer.source),
