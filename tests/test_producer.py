@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -68,6 +69,21 @@ def test_lines_of_a_pipe_are_stored_in_order(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert (summary["sent"], summary["acked"], summary["reconnects"]) == (len(values), len(values), 0)
     assert stored(tmp_path / "ringoexp.db", summary["source"]) == values
+
+
+def test_the_readmes_three_lines(tmp_path: Path) -> None:
+    (lines,) = re.findall(r"^```\n(from producer.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        script = lines.replace("6660", str(running.port))
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=DEADLINE)
+    assert [value for _, _, value in rows(tmp_path / "ringoexp.db")] == [1, 2, 3]
+
+
+def test_the_readme_lists_the_flags() -> None:
+    text = (ROOT / "README.md").read_text()
+    for action in producer.parser()._actions:
+        for flag in action.option_strings:
+            assert f"`{flag}`" in text or flag in ("-h", "--help")
 
 
 def test_a_binary_file(tmp_path: Path) -> None:
