@@ -236,7 +236,8 @@ class ForwarderStats(NamedTuple):
 class Forwarder:
     """Workers that drain `ring` into sinks that `make_sink` makes, at most `most` at once. Starts at once.
 
-    `make_sink` gets a callback, to be called when a link is made.
+    `make_sink` gets a callback, to be called when a link is made. Workers start workers, as they take a batch: what
+    comes while the only one waits for its sink waits with it, and could not be acked before that batch anyway.
     """
 
     def __init__(self, ring: Ring, make_sink: Callable[[Callable[[], None]], Sink], most: int) -> None:
@@ -296,13 +297,14 @@ class Forwarder:
         try:
             self._start_worker()
             sink.store(batch)
-        except BaseException as error:
+        except Exception as error:
             self._ring.requeue(batch)
             failures = self._breaker.failed()
-            if not isinstance(error, SinkError):
-                raise
-            level = logging.WARNING if failures == 1 else logging.DEBUG
-            log.log(level, "event=sink_down failures=%d reason=%r", failures, str(error))
+            if isinstance(error, SinkError):
+                level = logging.WARNING if failures == 1 else logging.DEBUG
+                log.log(level, "event=sink_down failures=%d reason=%r", failures, str(error))
+            else:
+                _log_unexpected(error)
             return failures > 0 or not self._retire()
         self._ring.commit(batch)
         if self._breaker.succeeded():
@@ -316,11 +318,7 @@ class Forwarder:
             try:
                 going = self.step(sink)
             except Exception as error:
-                log.error(
-                    "event=worker_error error=%r",
-                    str(error),
-                    exc_info=log.isEnabledFor(logging.DEBUG),
-                )
+                _log_unexpected(error)
         sink.close()
         with self._lock:
             self._workers.pop(threading.current_thread(), None)
@@ -365,3 +363,7 @@ class Forwarder:
             self._working.discard(threading.current_thread())
         self._breaker.left()
         return True
+
+
+def _log_unexpected(error: Exception) -> None:
+    log.error("event=worker_error error=%r", str(error), exc_info=log.isEnabledFor(logging.DEBUG))

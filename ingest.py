@@ -29,6 +29,7 @@ PATIENCE = 1.0
 """Seconds a session waits, for the ring or the disk, before it looks at its socket again."""
 GOING_AWAY = (1001, "the server is stopping")
 LOST = (1006, "connection lost")
+NOTHING = Block([], array("q"))
 
 
 class Intake(Protocol):
@@ -142,13 +143,14 @@ class Session:
         self._stored = 0  # of those, stored
         self.acked = 0  # and of those, acked
         self._marks: deque[_Mark] = deque()
+        self._block = NOTHING  # decoded, and not in the intake yet
 
     def run(self, rest: bytes) -> tuple[int, str]:
         """Serves the client until either side ends, closes, and returns the code and reason.
 
         `rest` is what came right behind the handshake. What was read is put and acked before the
-        close, unless the client leaves while there is no room for it. Never raises OSError: a lost
-        connection ends with 1006.
+        close, unless the client leaves while there is no room for it; a client that ends its side
+        without a Close frame gets no more acks. Never raises OSError: a lost connection ends with 1006.
         """
         ending = None
         data: bytes | None = rest
@@ -156,9 +158,9 @@ class Session:
             while ending is None:
                 if data:
                     read_at = monotonic()
-                    block, ending = self._decode(data)
-                    data = None  # what waits for room, or for the disk, is in the block
-                    ending = self._put_all(block, read_at) or ending
+                    ending = self._decode(data)
+                    data = None  # a thread that waits for room, or a client, holds no more than _block
+                    ending = self._put_all(read_at) or ending
                 self._ack()
                 if ending is None and self._stopping.is_set():
                     ending = GOING_AWAY
@@ -177,47 +179,48 @@ class Session:
         if ending[0] == LOST[0]:
             self._connection.abort()
         last = b""
-        if self._stored > self.acked:  # the client has not read the acks before it
+        if self._stored > self.acked and ending[0] != LOST[0]:  # the client has not read the acks before it
             last, self.acked = encode_ack(self._stored), self._stored
         self._connection.finish(*ending, last)
         return ending
 
-    def _decode(self, data: bytes) -> tuple[Block, tuple[int, str] | None]:
-        """The records of `data`; and the code and reason to close with after them, if that is the end."""
+    def _decode(self, data: bytes) -> tuple[int, str] | None:
+        """Makes a block of `data`; the code and reason to close with after it, if that is the end."""
         self._totals.read(len(data))
         messages = self._connection.parse(data)
         ending = self._connection.ending
         if self._batches:
-            block, error = decode_batch_messages(messages)
+            self._block, error = decode_batch_messages(messages)
         else:
             values, error = decode_plain_messages(messages)
-            block = plain_block(values, self._source, self._put)
+            self._block = plain_block(values, self._source, self._put)
         if error:
             ending = (error.close_code, str(error))
         if error or self._connection.at_fault:
             self._totals.refused()
-        if block.values:
-            self._totals.received(len(block.values))
-        return block, ending
+        if self._block.values:
+            self._totals.received(len(self._block.values))
+        return ending
 
-    def _put_all(self, block: Block, read_at: float) -> tuple[int, str] | None:
+    def _put_all(self, read_at: float) -> tuple[int, str] | None:
         """Puts the block, however long there is no room for it; the code and reason to close with, if not all is in."""
-        while block.values:
+        while self._block.values:
             try:
-                accepted, ticket = self._intake.put(block, PATIENCE)
+                accepted, ticket = self._intake.put(self._block, PATIENCE)
             except StoreError as error:
-                self._totals.refused(len(block.values))
+                self._totals.refused(len(self._block.values))
                 return 1011, f"not stored: {error}"
             if accepted:
                 self._put += accepted
                 self._marks.append(_Mark(ticket, self._put, read_at))
-            if accepted == len(block.values):
-                return None
-            block = block.after(accepted)
+            if accepted == len(self._block.values):
+                break
+            self._block = self._block.after(accepted)
             if self._intake.closed or self._connection.is_gone():
-                self._totals.refused(len(block.values))
+                self._totals.refused(len(self._block.values))
                 return GOING_AWAY if self._intake.closed else LOST
             self._ack()
+        self._block = NOTHING
         return None
 
     def _ack(self) -> None:

@@ -166,10 +166,10 @@ class Ring:
                 batch = Batch(self._reserved, end, self._disown(end - self._reserved), now)
                 self._reserved = end
             self._in_flight[batch] = None
-            if batch.values:
-                return batch
             if self._backlog():
                 self._not_empty.notify()
+            if batch.values:  # requeued: it has its copy
+                return batch
         # Not under the lock: nobody writes these slots before this batch is committed.
         try:
             batch.values = self._read(batch.start, batch.end)

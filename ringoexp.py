@@ -12,7 +12,6 @@ if __name__ == "__main__" or sys.argv[0].endswith("ringoexp"):  # the program, a
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: end, without a traceback
 
 import argparse
-import ctypes
 import datetime
 import logging
 import os
@@ -498,8 +497,10 @@ def _share_one_heap() -> None:
     glibc only (mallopt(3)). Threads do not get in each other's way there: nearly all allocate under the GIL.
     """
     try:
+        import ctypes  # not every Python is built with it
+
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
-    except (OSError, AttributeError):
+    except (ImportError, OSError, AttributeError):
         pass  # another C library
 
 
@@ -512,7 +513,8 @@ def _say(line: str, error: bool = False) -> None:
         encoding = stream.encoding or "ascii"
         print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python complains once more at its end
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())  # or Python complains once more at its end
 
 
 def _greeting(parts: Parts) -> str:

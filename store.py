@@ -118,11 +118,15 @@ class Store:
 
         # The leader's.
         self._sources: dict[bytes, _Source] = {}
-        _check_file(path)
-        self._guard = _lock_file(os.path.realpath(path))  # one lock whatever links lead to it
+        real = os.path.realpath(path)  # one lock whatever links lead to it
+        new_guard = not os.path.exists(f"{real}-lock")
+        self._guard = _lock_file(real)
         try:
+            _check_file(path)
             self._db = _connect(path)
         except BaseException:
+            if new_guard:
+                os.unlink(self._guard.name)
             self._guard.close()
             raise
 
@@ -290,7 +294,7 @@ def _connect(path: str) -> sqlite3.Connection:
         raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: use a Python built with 3.32 or newer")
     db = None
     try:
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+        db = sqlite3.connect(os.path.abspath(path), isolation_level=None, check_same_thread=False, timeout=5)
         (application,) = db.execute("PRAGMA application_id").fetchone()
         (version,) = db.execute("PRAGMA user_version").fetchone()
         (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -330,7 +334,7 @@ def _connect(path: str) -> sqlite3.Connection:
 
 
 def _check_file(path: str) -> None:
-    """Raises StoreError when what is there cannot be a database, before anything is made or locked."""
+    """Raises StoreError when what is there cannot be a database."""
     if os.path.isdir(path):
         raise StoreError(f"{path} is a directory: name a file in it")
     if os.path.exists(path) and not os.path.isfile(path):

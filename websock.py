@@ -181,7 +181,10 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
             raise TimeoutError("the peer does not read")
 
     def flush(self) -> bool:
-        """Sends what is unsent, as far as the socket takes it without waiting. True when nothing is left."""
+        """Sends what is unsent, as far as the socket takes it. True when nothing is left.
+
+        It does not wait for that, but on a socket that has a timeout, which is a client's.
+        """
         if self._unsent:
             try:
                 self._unsent = self._unsent[self.sock.send(self._unsent, socket.MSG_DONTWAIT) :]

@@ -233,10 +233,11 @@ class Server(ThreadingHTTPServer):
         self._shut_all(socket.SHUT_RD, streams=False)  # WebSockets see `stop_sign`, and can still close in order
 
     def close(self) -> None:
-        """Frees what `stop` has left, once all connections have ended."""
+        """Frees what `stop` has left, once all connections have ended; while some have not they need it."""
         self.stop()
-        self._wake.close()
-        self._woken.close()
+        if self.wait_ended(0):
+            self._wake.close()
+            self._woken.close()
 
     def wait_ended(self, timeout: float) -> bool:
         """True once no connection is left; False after `timeout` seconds."""

@@ -1,10 +1,11 @@
 """The same work on what else one could use: single integers of 4 bytes, stored, acked, on this machine.
 
-    python bench/peers.py [--messages N] [--modules DIR]
+    python bench/peers.py [--seconds N] [--modules DIR]
 
 Measures those that are installed and says how to install the others. Each is set up to be as fast as
 it can be while it keeps what it acks through a power loss (but for JetStream, which acks before its fsync), and gets
-the messages on one connection, as fast as it takes them. Run `bench.py` beside it: machines differ.
+the messages on one connection, as fast as it takes them, for about as long. Afterwards it must hold as many as it has
+acked. Run `bench.py` beside it: machines differ.
 """
 
 import argparse
@@ -28,9 +29,11 @@ from pathlib import Path
 
 import load
 
-from bench import generate, own_consumer, say, system
+from bench import generate, own_consumer, say, stored, system
 
 ROUNDS = 3
+FIRST = 100_000
+"""Messages of the run that tells how many a run of the wanted length has."""
 PINGS = 2000
 DEADLINE = 20.0
 
@@ -113,7 +116,7 @@ def pump(sock: socket.socket, request: bytes, count: int, answers: Callable[[byt
                 at = (at + part) % (len(block) if len(block) % size == 0 else size)
             except BlockingIOError:
                 pass
-        sock.setblocking(room <= 0)
+        sock.settimeout(DEADLINE if room <= 0 else 0)
         try:
             data = sock.recv(1 << 18)
             if not data:
@@ -127,7 +130,7 @@ def pump(sock: socket.socket, request: bytes, count: int, answers: Callable[[byt
 
 def ping_pong(sock: socket.socket, request: bytes, answers: Callable[[bytes], int]) -> float:
     """One message in flight: the median time to its answer, in ms."""
-    sock.setblocking(True)
+    sock.settimeout(DEADLINE)
     taken = []
     for _ in range(PINGS):
         started = time.perf_counter()
@@ -138,46 +141,64 @@ def ping_pong(sock: socket.socket, request: bytes, answers: Callable[[bytes], in
     return statistics.median(taken) * 1000
 
 
-def websocket(port: int, messages: int) -> tuple[float, float]:
-    """Messages a second, and the median ack in ms, of a server that acks as ours does."""
-    rate = messages / generate(port, 1, messages, 4)["seconds"]
-    return rate, generate(port, 1, PINGS, 4, "--in-flight-1")["p50"]
+def enough(seconds: float, run: Callable[[int], float]) -> tuple[int, float]:
+    """Runs a first few messages, then so many as take about `seconds`: how many in all, and how many a second then.
+
+    `run` sends that many and returns the seconds it took.
+    """
+    messages = max(FIRST, int(FIRST / run(FIRST) * seconds))
+    return FIRST + messages, messages / run(messages)
+
+
+def websocket(port: int, seconds: float, count: Callable[[], int]) -> tuple[float, float]:
+    """Messages a second, and the median ack in ms, of a server that acks as ours does and holds `count()` records."""
+    sent, rate = enough(seconds, lambda messages: generate(port, 1, messages, 4)["seconds"])
+    latency = generate(port, 1, PINGS, 4, "--in-flight-1")["p50"]
+    check(count(), sent + PINGS)
+    return rate, latency
+
+
+def check(held: int, sent: int) -> None:
+    """Ends the program unless everything that was acked is there, once."""
+    if held != sent:
+        raise SystemExit(f"{held} messages are stored of {sent} that were acked")
 
 
 # The peers. Each returns messages a second, and the median ack in ms with one message in flight.
 
 
-def ringoexp(messages: int, modules: str) -> tuple[float, float]:
+def ringoexp(seconds: float, modules: str) -> tuple[float, float]:
     """Ringo Exp with its default ring, publisher and consumer in two processes."""
-    with system(4096) as (publisher, _, _):
-        return websocket(publisher.port, messages)
+    with system(4096) as (publisher, _, database):
+        return websocket(publisher.port, seconds, lambda: stored(database))
 
 
-def ringoexp_large(messages: int, modules: str) -> tuple[float, float]:
+def ringoexp_large(seconds: float, modules: str) -> tuple[float, float]:
     """Ringo Exp with -r 65536, publisher and consumer in two processes."""
-    with system(65_536) as (publisher, _, _):
-        return websocket(publisher.port, messages)
+    with system(65_536) as (publisher, _, database):
+        return websocket(publisher.port, seconds, lambda: stored(database))
 
 
-def ringoexp_alone(messages: int, modules: str) -> tuple[float, float]:
+def ringoexp_alone(seconds: float, modules: str) -> tuple[float, float]:
     """Ringo Exp with no flags: one process."""
-    with own_consumer() as server:
-        return websocket(server.port, messages)
+    with own_consumer() as (server, database):
+        return websocket(server.port, seconds, lambda: stored(database))
 
 
-def node(messages: int, modules: str) -> tuple[float, float]:
+def node(seconds: float, modules: str) -> tuple[float, float]:
     """Node ws + better-sqlite3: all messages of an event loop's turn in one commit."""
     env = {**os.environ, "NODE_PATH": modules}
-    check = "require('ws'); require('better-sqlite3')"
-    if not shutil.which("node") or subprocess.run(["node", "-e", check], env=env, stderr=subprocess.DEVNULL).returncode:
+    test = "require('ws'); require('better-sqlite3')"
+    if not shutil.which("node") or subprocess.run(["node", "-e", test], env=env, stderr=subprocess.DEVNULL).returncode:
         raise Missing("apt install nodejs npm; npm install --prefix DIR ws better-sqlite3; --modules DIR/node_modules")
     with tempfile.TemporaryDirectory() as directory:
         with process("node", "-e", NODE_SERVER, directory=directory, env=env) as server:
             assert server.stdout
-            return websocket(int(server.stdout.readline()), messages)
+            port = int(server.stdout.readline())
+            return websocket(port, seconds, lambda: stored(Path(directory, "peer.db")))
 
 
-def websockets_sqlite(messages: int, modules: str) -> tuple[float, float]:
+def websockets_sqlite(seconds: float, modules: str) -> tuple[float, float]:
     """Python websockets + SQLite: what came since the last commit in the next one."""
     if not importlib.util.find_spec("websockets"):
         raise Missing("pip install websockets")
@@ -185,10 +206,11 @@ def websockets_sqlite(messages: int, modules: str) -> tuple[float, float]:
         command = [sys.executable, str(Path(__file__).resolve()), "--serve-websockets"]
         with process(*command, directory=directory) as server:
             assert server.stdout
-            return websocket(int(server.stdout.readline()), messages)
+            port = int(server.stdout.readline())
+            return websocket(port, seconds, lambda: stored(Path(directory, "peer.db")))
 
 
-def redis(messages: int, modules: str) -> tuple[float, float]:
+def redis(seconds: float, modules: str) -> tuple[float, float]:
     """Redis Streams, XADD over its own protocol, appendfsync always."""
     if not shutil.which("redis-server"):
         raise Missing("apt install redis-server")
@@ -199,11 +221,14 @@ def redis(messages: int, modules: str) -> tuple[float, float]:
             words = [b"XADD", b"s", b"*", b"v", b"1234567890"]
             request = b"*5\r\n" + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
             answers = Answers(b"\r\n", each=2)
-            seconds = pump(sock, request, messages, answers, 20_000)
-            return messages / seconds, ping_pong(sock, request, answers)
+            sent, rate = enough(seconds, lambda messages: pump(sock, request, messages, answers, 20_000))
+            latency = ping_pong(sock, request, answers)
+            sock.sendall(b"XLEN s\r\n")
+            check(int(sock.recv(100)[1:]), sent + PINGS)
+            return rate, latency
 
 
-def jetstream(messages: int, modules: str) -> tuple[float, float]:
+def jetstream(seconds: float, modules: str) -> tuple[float, float]:
     """NATS JetStream over WebSocket, file storage; acks before fsync."""
     if not shutil.which("nats-server"):
         raise Missing("apt install nats-server")
@@ -215,16 +240,26 @@ def jetstream(messages: int, modules: str) -> tuple[float, float]:
         with process("nats-server", "-c", "nats.conf", directory=directory):
             connect(port).close()
             with load.connect(port) as sock:
+
+                def ask(request: str, until: bytes) -> bytes:
+                    sock.settimeout(DEADLINE)
+                    sock.sendall(masked(request.encode()))
+                    got = b""
+                    while until not in got:
+                        got += sock.recv(65536)
+                    return got
+
                 stream = json.dumps({"name": "s", "subjects": ["s"], "storage": "file"})
-                hello = "CONNECT {}\r\nSUB in 1\r\n" + f"PUB $JS.API.STREAM.CREATE.s in {len(stream)}\r\n{stream}\r\n"
-                sock.sendall(masked(hello.encode()))
-                got = b""
-                while b"stream_create_response" not in got:
-                    got += sock.recv(65536)
+                create = f"PUB $JS.API.STREAM.CREATE.s in {len(stream)}\r\n{stream}\r\n"
+                ask(f"CONNECT {{}}\r\nSUB in 1\r\n{create}", b"stream_create_response")
                 request = masked(b"PUB s in 4\r\n\0\1\2\3\r\n")
                 answers = Answers(b'"seq":')
-                seconds = pump(sock, request, messages, answers, 4000)
-                return messages / seconds, ping_pong(sock, request, answers)
+                sent, rate = enough(seconds, lambda messages: pump(sock, request, messages, answers, 4000))
+                latency = ping_pong(sock, request, answers)
+                info = ask("PUB $JS.API.STREAM.INFO.s in 0\r\n\r\n", b'"consumer_count"')
+                found = re.search(rb'"messages":(\d+)', info)
+                check(int(found[1]) if found else 0, sent + PINGS)
+                return rate, latency
 
 
 class Answers:
@@ -295,7 +330,7 @@ PEERS = (ringoexp_large, ringoexp, ringoexp_alone, node, websockets_sqlite, redi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="the same work on what else one could use")
-    parser.add_argument("--messages", type=int, default=500_000, help="how many in a round (default 500000)")
+    parser.add_argument("--seconds", type=float, default=2, help="about how long a run is (default 2)")
     parser.add_argument("--modules", default="node_modules", help="node_modules directory with ws and better-sqlite3")
     parser.add_argument("--serve-websockets", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -310,7 +345,7 @@ def main() -> None:
             if name in missing:
                 continue
             try:
-                found = peer(given.messages, str(Path(given.modules).resolve()))
+                found = peer(given.seconds, str(Path(given.modules).resolve()))
             except Missing as reason:
                 missing[name] = str(reason)
                 continue

@@ -203,6 +203,25 @@ def test_frames_of_one_size_are_taken_together(size: int, count: int) -> None:
         assert taken.each() == payloads
 
 
+def test_an_idle_connection_holds_nothing_of_what_it_sent() -> None:
+    class Nowhere(Memory):
+        def put(self, block: Block, timeout: float) -> tuple[int, int]:
+            return len(block.values), 0
+
+    with connected(ServerConnection) as (connection, theirs):
+        run = Blocked(lambda: Session(connection, Nowhere(), Totals(), threading.Event()).run(b""))
+        message = frame(2, bytes(4_000_000))
+        tracemalloc.start()
+        try:
+            theirs.sendall(message)
+            assert theirs.recv(100)[2:] == struct.pack(">Q", 500_000)
+            eventually(lambda: tracemalloc.get_traced_memory()[0] < 100_000)
+        finally:
+            tracemalloc.stop()
+        theirs.close()
+        run.result()
+
+
 def test_a_client_that_reads_no_acks_is_read_all_the_same() -> None:
     """Acks are cumulative: what does not fit into the socket waits for the newest one."""
     messages = iter([frame(2, bytes(4))] * 20_000)
