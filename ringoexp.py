@@ -30,6 +30,7 @@ except ModuleNotFoundError as missing:
         raise
     sys.exit(f"ringoexp: error: the package {missing.name} is missing: python3 -m pip install simple-websocket")
 
+import producer
 from forwarder import Forwarder, LinkSink, Sink, StoreSink
 from ingest import Intake, RingIntake, StoreIntake
 from ringbuffer import Ring
@@ -207,7 +208,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line's parser, made from OPTIONS."""
     made = _Parser(
         prog="ringoexp",
-        usage="ringoexp [flags] | help | version",
+        usage="ringoexp [flags] | send [flags] [FILE] | help | version",
         description="Takes integers over WebSocket or HTTP, buffers them in a ring and stores them in SQLite.\n"
         "With no flags: a complete system on localhost:6660.",
         epilog="examples:\n"
@@ -531,6 +532,9 @@ def _greeting(parts: Parts) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The program: returns its exit status. 0 ended well, 1 could not run, 2 bad usage, 3 something stayed unstored."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["send"]:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return producer.main(arguments[1:])
     settings = read_arguments(arguments)
     logging.basicConfig(
         level=logging.DEBUG if settings.debug else logging.INFO,

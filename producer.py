@@ -1,0 +1,455 @@
+"""A client that neither loses nor doubles: what it is given is stored exactly once, whatever fails in between.
+
+    with Producer("ws://localhost:6660/v1.0/ingest") as producer:
+        producer.send(range(1_000_000))
+
+It names its records (source, sequence), keeps them until they are acked, and after a lost connection
+sends what is not acked again, under the same names: the store keeps each once. `main` is the command
+`ringoexp send`.
+
+The thread `producer` owns the connection: it connects, sends, and reads acks. `_lock` guards everything that it
+shares with callers; `_work` (there is something to send, or to end) and `_progress` (acks came, or it
+gave up) share it. Nothing is sent or received under the lock.
+"""
+
+import argparse
+import json
+import random
+import select
+import signal
+import socket
+import sys
+import threading
+import uuid
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from time import monotonic
+from typing import Any, BinaryIO, NoReturn
+from urllib.parse import urlsplit
+
+from websock import ClientConnection, HandshakeError
+from wire import MAX_SEQUENCE, SUBPROTOCOL, Run, WireError, decode_ack, decode_plain, encode_batch
+
+URL = "ws://localhost:6660/v1.0/ingest"
+CHUNK_RECORDS = 16_384
+"""Most records in a message."""
+MOST_UNACKED = 1_048_576
+"""Records kept for sending again; `send` waits while there are more."""
+STALL_TIMEOUT = 30.0
+"""Seconds without an ack, or with a message half sent, before the connection is given up."""
+BACKOFF_FIRST = 0.1
+BACKOFF_MOST = 5.0
+FOR_GOOD = (1002, 1003, 1007, 1008, 1009)
+"""Close codes that say that sending the same again is of no use (RFC 6455 section 7.4.1)."""
+
+
+class ProducerError(Exception):
+    """The server will not take what it gets, however often it is sent. The text says why."""
+
+
+class Producer:
+    """Sends integers to the `/v1.0/ingest` of `url`, as records `first`, `first + 1`, ... of `source`.
+
+    A new source unless one is given. To go on after the program itself was killed, give the same source, and as
+    `first` a number up to which all is known to be acked, with the values from there on. Raises ValueError for
+    a URL that is not `ws://HOST[:PORT]/PATH`. As a context manager, it flushes at the end of the block.
+    """
+
+    def __init__(self, url: str = URL, source: uuid.UUID | None = None, first: int = 0) -> None:
+        try:
+            parts = urlsplit(url)
+            host, port, right = parts.hostname or "", parts.port or 80, parts.scheme == "ws" and parts.hostname
+        except ValueError:
+            right = None
+        if not right:
+            raise ValueError(f"{url!r} is not accepted: ws://HOST:PORT/v1.0/ingest")
+        if not 0 <= first < MAX_SEQUENCE:
+            raise ValueError(f"first {first} is not accepted: 0 to 2**63 - 2")
+        self.url = url
+        self.source = source or uuid.uuid4()
+        self.first = first
+        self._host, self._port, self._path = host, port, parts.path or "/"
+
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._progress = threading.Condition(self._lock)
+        # Guarded by _lock.
+        self._chunks: deque[tuple[int, array[int]]] = deque()  # (first sequence, values), the oldest not all acked
+        self._unsent = 0  # how many chunks, from the right, are not sent on this connection
+        self._next = first  # the sequence of the next record
+        self._acked = first  # everything before it is stored
+        self._links = 0
+        self._error: ProducerError | None = None
+        self._closed = False
+
+        # Wakes the thread from waiting for its socket.
+        self._waked, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
+        # Daemon: a program that ends without `close` does not hang.
+        self._thread = threading.Thread(target=self._run, name="producer", daemon=True)
+        self._thread.start()
+
+    @property
+    def sent(self) -> int:
+        """Records taken by `send`."""
+        return self._next - self.first
+
+    @property
+    def acked(self) -> int:
+        """Records, of those, that are known to be stored."""
+        return self._acked - self.first
+
+    @property
+    def reconnects(self) -> int:
+        """Connections beyond the first."""
+        return max(0, self._links - 1)
+
+    def send(self, values: Iterable[int]) -> None:
+        """Takes `values`, 64-bit integers, to be stored in this order. Returns once they are in memory here.
+
+        Waits while MOST_UNACKED records are not acked. Raises OverflowError for a value beyond 64 bits
+        (none of `values` is taken then), ProducerError when the server has refused for good, ValueError once
+        closed.
+        """
+        block = values if isinstance(values, array) and values.typecode == "q" else array("q", values)
+        for start in range(0, len(block), CHUNK_RECORDS):
+            chunk = block[start : start + CHUNK_RECORDS]
+            with self._lock:
+                while self._next - self._acked >= MOST_UNACKED and not self._error and not self._closed:
+                    self._progress.wait()
+                self._check()
+                if self._closed:
+                    raise ValueError("the producer is closed")
+                if self._next + len(chunk) > MAX_SEQUENCE:
+                    raise ValueError("sequences end at 2**63 - 1: go on with a new source")
+                self._chunks.append((self._next, chunk))
+                self._next += len(chunk)
+                self._unsent += 1
+                self._wake_up()
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Returns when all is acked. Raises TimeoutError after `timeout` seconds, ProducerError as `send` does."""
+        deadline = None if timeout is None else monotonic() + timeout
+        with self._lock:
+            while self._acked < self._next:
+                self._check()
+                left = None if deadline is None else deadline - monotonic()
+                if left is not None and left <= 0:
+                    raise TimeoutError(f"{self._next - self._acked} records are not acked")
+                self._progress.wait(left)
+
+    def close(self) -> None:
+        """Ends the connection. What is not acked by then may or may not be stored. Does nothing the second time."""
+        with self._lock:
+            self._closed = True
+            self._work.notify_all()
+            self._progress.notify_all()
+            self._wake_up()
+        self._thread.join()
+        self._waked.close()
+        self._wake.close()
+
+    def __enter__(self) -> "Producer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self.close()
+
+    def _check(self) -> None:
+        assert self._lock.locked()
+        if self._error:
+            raise ProducerError(str(self._error)) from self._error
+
+    def _wake_up(self) -> None:
+        """Makes the thread look at what there is to do."""
+        assert self._lock.locked()
+        self._work.notify()
+        if self._wake.fileno() >= 0:
+            try:
+                self._wake.send(b"x")
+            except BlockingIOError:
+                pass  # it has been told often enough
+
+    # The thread.
+
+    def _run(self) -> None:
+        """Connects when there is something to send, serves until the connection is lost, and pauses between tries."""
+        failures = 0
+        while True:
+            with self._lock:
+                while not self._chunks and not self._closed:
+                    self._work.wait()
+                if self._closed:
+                    return
+            acked = self._acked
+            try:
+                self._serve()
+            except (OSError, HandshakeError, WireError) as error:
+                if isinstance(error, HandshakeError) and error.status in (400, 401, 403, 404, 405, 426):
+                    self._give_up(f"{self.url} {error}")
+            except ProducerError as error:
+                self._give_up(f"{self.url} {error}")
+            failures = 0 if self._acked > acked else failures + 1
+            with self._lock:
+                until = monotonic() + random.uniform(0, min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(failures, 16)))
+                while not self._closed and (left := until - monotonic()) > 0:
+                    self._work.wait(left)
+                if self._closed or self._error:
+                    return
+
+    def _give_up(self, reason: str) -> None:
+        with self._lock:
+            self._error = ProducerError(reason)
+            self._progress.notify_all()
+
+    def _serve(self) -> None:
+        """One connection: sends everything that is not acked, and what comes, until it is closed.
+
+        Raises OSError or HandshakeError when it is lost or cannot be had, ProducerError when the server
+        refuses for good.
+        """
+        link = ClientConnection(self._host, self._port, self._path, SUBPROTOCOL)
+        try:
+            with self._lock:
+                self._links += 1
+                self._unsent = len(self._chunks)
+                base = self._chunks[0][0] if self._chunks else self._next
+            link.sock.settimeout(STALL_TIMEOUT)
+            heard = monotonic()
+            while True:
+                if self._read_acks(link, base):
+                    heard = monotonic()
+                with self._lock:
+                    if self._closed:
+                        break
+                    chunk = self._chunks[-self._unsent] if self._unsent else None
+                    waiting = bool(self._chunks)
+                if chunk:
+                    first, values = chunk
+                    link.send_bytes(encode_batch([Run(self.source.bytes, first, len(values))], values))
+                    with self._lock:
+                        self._unsent -= 1
+                    continue
+                if waiting and monotonic() > heard + STALL_TIMEOUT:
+                    raise TimeoutError(f"no ack within {STALL_TIMEOUT:.0f} s")
+                self._wait(link, heard + STALL_TIMEOUT - monotonic() if waiting else None)
+                if not waiting:
+                    heard = monotonic()
+        except BaseException:
+            link.abort()
+            link.sock.close()
+            raise
+        link.finish(1000, "")
+
+    def _wait(self, link: ClientConnection, seconds: float | None) -> None:
+        """Returns when there is something to read or to send, or after `seconds`."""
+        poll = select.poll()
+        poll.register(link.sock, select.POLLIN)
+        poll.register(self._waked, select.POLLIN)
+        for fd, _ in poll.poll(None if seconds is None else max(0.0, seconds) * 1000):
+            if fd == self._waked.fileno():
+                self._waked.recv(4096)
+
+    def _read_acks(self, link: ClientConnection, base: int) -> bool:
+        """Takes in the acks that have come, without waiting. True when there were some."""
+        poll = select.poll()
+        poll.register(link.sock, select.POLLIN)
+        acked = -1
+        data = b""  # first, what came right behind the handshake
+        while True:
+            for message in link.parse(data):
+                acked = base + decode_ack(message.payloads)
+            if link.ending:
+                code, reason = link.ending
+                kind = ProducerError if code in FOR_GOOD else ConnectionResetError
+                raise kind(f"closed with {code:d} {reason}")
+            if not poll.poll(0):
+                break
+            data = link.read() or b""
+            if not data:
+                raise ConnectionResetError("closed the connection")
+        if acked < 0:
+            return False
+        with self._lock:
+            self._acked = max(self._acked, min(acked, self._next))
+            while self._chunks and self._chunks[0][0] + len(self._chunks[0][1]) <= self._acked:
+                self._chunks.popleft()
+            self._unsent = min(self._unsent, len(self._chunks))
+            self._progress.notify_all()
+        return True
+
+
+# The command.
+
+
+class BadInput(Exception):
+    """The input holds something that is not an integer. The text says where and what."""
+
+
+def _integers(source: BinaryIO, binary: bool) -> Iterator["array[int]"]:
+    """The integers of a file, block by block. Raises BadInput for what is none, after all that comes before it."""
+    number = 0  # of the lines before the block
+    rest = b""
+    while True:
+        data = source.read1(1 << 16) if hasattr(source, "read1") else source.read(1 << 16)
+        block, rest = rest + data, b""
+        if data:  # up to the last whole integer
+            end = len(block) // 8 * 8 if binary else block.rfind(b"\n") + 1
+            block, rest = block[:end], block[end:]
+        if binary:
+            if len(block) % 8:
+                raise BadInput(f"{len(block) % 8} bytes are left at the end: an integer has 8")
+            if block:
+                yield decode_plain(block)
+        elif block:
+            lines = block.split(b"\n")
+            if block.translate(None, b"0123456789-+ \t\r\n"):
+                yield from _up_to_the_bad_line(lines, number)
+            try:
+                values = array("q", map(int, filter(None, lines)))
+            except (ValueError, OverflowError):
+                yield from _up_to_the_bad_line(lines, number)
+            else:
+                yield values
+            number += len(lines) - 1
+        if not data:
+            return
+
+
+def _up_to_the_bad_line(lines: list[bytes], number: int) -> Iterator["array[int]"]:
+    """The integers before the first bad line, of which there is one; then raises BadInput."""
+    values = array("q")
+    for line in lines:
+        number += 1
+        try:
+            if line.strip(b"0123456789-+ \t\r"):
+                raise ValueError
+            if line:
+                values.append(int(line))
+        except (ValueError, OverflowError):
+            yield values
+            shown = line[:60].decode("utf-8", "backslashreplace")
+            raise BadInput(f"line {number} is not a whole number of 64 bits: {shown!r}") from None
+
+
+class _Progress:
+    """A line on the terminal, renewed while it runs. The thread `progress` writes it."""
+
+    def __init__(self, producer: Producer) -> None:
+        self._producer = producer
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress")
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *unused: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        producer, started, last = self._producer, monotonic(), 0
+        ended = False
+        while not ended:
+            ended = self._done.wait(0.5)
+            rate = producer.acked / max(0.001, monotonic() - started)
+            line = f"{producer.sent:,} sent, {producer.acked:,} acked, {rate:,.0f}/s, {producer.reconnects} reconnects"
+            print(f"\r{line:{last}}", end="\n" if ended else "", file=sys.stderr, flush=True)
+            last = len(line)
+
+
+def _sequence(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < MAX_SEQUENCE):
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a whole number from 0 to 2**63 - 2")
+    return int(text)
+
+
+def _uuid(text: str) -> uuid.UUID:
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a UUID") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, and where to find more."""
+        self.exit(2, f"ringoexp send: error: {message} (ringoexp send --help lists the flags)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `ringoexp send`."""
+    made = _Parser(
+        prog="ringoexp send",
+        description="Stores the integers of a file, each exactly once, and ends when all are stored.",
+        epilog="example: seq 1 1000000 | ringoexp send",
+        allow_abbrev=False,
+    )
+    made.add_argument("file", nargs="?", default="-", metavar="FILE", help="where they are; -: stdin (default)")
+    made.add_argument("--url", default=URL, help=f"where they go (default {URL})")
+    made.add_argument("--binary", action="store_true", help="8 bytes each, big-endian, signed; else text, one a line")
+    made.add_argument("--source", type=_uuid, metavar="UUID", help="go on with this source; else a new one")
+    made.add_argument(
+        "--first", type=_sequence, default=0, metavar="N", help="number of the first integer in its source (default 0)"
+    )
+    made.add_argument("--json", action="store_true", help="print a summary, one line of JSON, on stdout")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """`ringoexp send`: its exit status.
+
+    0 all stored; 1 refused for good, or the file cannot be read; 2 bad usage or input; 130 Ctrl-C.
+    """
+    made = parser()
+    given = made.parse_args(argv)
+    status, trouble = 0, ""
+    started = monotonic()
+    with ExitStack() as stack:
+        try:
+            source: BinaryIO = sys.stdin.buffer if given.file == "-" else stack.enter_context(open(given.file, "rb"))
+            producer = Producer(given.url, given.source, given.first)
+        except OSError as error:
+            print(f"ringoexp send: error: {given.file}: {error.strerror}", file=sys.stderr)
+            return 1
+        except ValueError as error:
+            made.error(str(error))
+        stack.callback(producer.close)
+        if sys.stderr.isatty():
+            stack.enter_context(_Progress(producer))
+        try:
+            try:
+                for values in _integers(source, given.binary):
+                    producer.send(values)
+            except BadInput as error:
+                status, trouble = 2, f"{given.file}: {error}"
+            producer.flush()
+        except ProducerError as error:
+            status, trouble = 1, str(error)
+        except OSError as error:
+            status, trouble = 1, f"{given.file}: {error.strerror}"
+        except KeyboardInterrupt:
+            status, trouble = 128 + signal.SIGINT, "interrupted"
+    seconds = monotonic() - started
+    if trouble:
+        print(f"ringoexp send: error: {trouble}", file=sys.stderr)
+    if producer.acked < producer.sent:
+        rest = f"--source {producer.source} --first {given.first + producer.acked}"
+        print(f"ringoexp send: {producer.acked} of {producer.sent} acked; send the others with {rest}", file=sys.stderr)
+    if given.json:
+        summary: dict[str, Any] = {
+            "source": str(producer.source),
+            "first": given.first,
+            "sent": producer.sent,
+            "acked": producer.acked,
+            "reconnects": producer.reconnects,
+            "seconds": round(seconds, 3),
+        }
+        print(json.dumps(summary), flush=True)
+    return status

@@ -1,0 +1,326 @@
+"""`ringoexp send` and its Producer: all stored, once, in order, whatever fails in between."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import uuid
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from harness import DEADLINE, ROOT, Blocked, ServerProcess, eventually, free_port, rows, server
+from websockets.sync.server import ServerConnection as Peer
+from websockets.sync.server import serve
+
+import producer
+from producer import Producer, ProducerError
+from wire import SUBPROTOCOL, decode_batch, encode_ack
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producer, "BACKOFF_FIRST", 0.005)
+    monkeypatch.setattr(producer, "BACKOFF_MOST", 0.05)
+
+
+def send(directory: Path, *flags: str, given: bytes = b"") -> "subprocess.CompletedProcess[str]":
+    """`ringoexp send` with these flags, to its end."""
+    command = [sys.executable, str(ROOT / "ringoexp.py"), "send", *flags]
+    done = subprocess.run(command, cwd=directory, input=given, capture_output=True, timeout=60)
+    assert b"Traceback" not in done.stderr
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def stored(database: Path, source: object) -> list[int]:
+    """The values of a source; fails unless its records are numbered without a gap."""
+    found = sorted((sequence, value) for of, sequence, value in rows(database) if of == str(source))
+    assert [sequence for sequence, _ in found] == list(range(len(found)))
+    return [value for _, value in found]
+
+
+@contextmanager
+def peer(answer: object) -> Iterator[str]:
+    """A server that nobody here wrote, with `answer` for each connection; its URL."""
+    with serve(answer, "localhost", 0, subprotocols=[SUBPROTOCOL]) as running:  # type: ignore[arg-type,list-item]
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        try:
+            yield f"ws://localhost:{running.socket.getsockname()[1]}/v1.0/ingest"
+        finally:
+            running.shutdown()
+            thread.join(DEADLINE)
+
+
+def test_lines_of_a_pipe_are_stored_in_order(tmp_path: Path) -> None:
+    values = [*range(-3, 100_000), 2**63 - 1, -(2**63)]
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        given = "".join(f"{value}\n" for value in values)[:-1].encode()  # the last line without its end
+        done = send(tmp_path, "--url", running.url, "--json", given=given)
+        summary = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (summary["sent"], summary["acked"], summary["reconnects"]) == (len(values), len(values), 0)
+    assert stored(tmp_path / "ringoexp.db", summary["source"]) == values
+
+
+def test_the_readmes_three_lines(tmp_path: Path) -> None:
+    (lines,) = re.findall(r"^```\n(from producer.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        script = lines.replace("6660", str(running.port))
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=DEADLINE)
+    assert [value for _, _, value in rows(tmp_path / "ringoexp.db")] == [1, 2, 3]
+
+
+def test_the_readme_lists_the_flags() -> None:
+    text = (ROOT / "README.md").read_text()
+    for action in producer.parser()._actions:
+        for flag in action.option_strings:
+            assert f"`{flag}`" in text or flag in ("-h", "--help")
+
+
+def test_a_binary_file(tmp_path: Path) -> None:
+    (tmp_path / "numbers").write_bytes(struct.pack(">3q", 5, -5, 2**62))
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        done = send(tmp_path, "--url", running.url, "--binary", "--json", "numbers")
+        cut = send(tmp_path, "--url", running.url, "--binary", given=bytes(11))
+    assert stored(tmp_path / "ringoexp.db", json.loads(done.stdout)["source"]) == [5, -5, 2**62]
+    assert cut.returncode == 2 and "3 bytes are left at the end" in cut.stderr
+
+
+@pytest.mark.parametrize("bad", ["x", "1.5", "1 2", "1_0", "9223372036854775808", "٣", "--1", "caf\xe9"])
+def test_a_bad_line_is_named_and_what_came_before_is_stored(tmp_path: Path, bad: str) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        done = send(tmp_path, "--url", running.url, "--json", given=f"7\n\n -8 \n{bad}\n9\n".encode())
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "line 4 is not a whole number" in done.stderr and (bad in done.stderr or "\\" in done.stderr)
+    assert stored(tmp_path / "ringoexp.db", json.loads(done.stdout)["source"]) == [7, -8]
+
+
+def test_a_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
+    lines = [str(value) for value in range(200_000)]
+    lines[150_000] = "oops"
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        done = send(tmp_path, "--url", running.url, "--json", given="\n".join(lines).encode())
+    assert "line 150001 is not" in done.stderr
+    assert stored(tmp_path / "ringoexp.db", json.loads(done.stdout)["source"]) == list(range(150_000))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--url", "http://localhost/"], "ws://HOST:PORT"),
+        (["--url", "ws://localhost:99999/"], "ws://HOST:PORT"),
+        (["--first", "-1"], "a whole number from 0"),
+        (["--source", "me"], "a UUID"),
+        (["--nope"], "unrecognized arguments"),
+    ],
+)
+def test_bad_usage_is_one_line(tmp_path: Path, flags: list[str], said: str) -> None:
+    done = send(tmp_path, *flags)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("ringoexp send: error: ") and said in done.stderr
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    done = send(tmp_path, "nowhere")
+    assert (done.returncode, done.stderr) == (1, "ringoexp send: error: nowhere: No such file or directory\n")
+
+
+def test_a_server_that_refuses_for_good_ends_it(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        done = send(tmp_path, "--url", running.url.replace("ingest", "nothing"), given=b"1\n")
+    assert done.returncode == 1 and "refused with HTTP status 404" in done.stderr
+    assert "0 of 1 acked; send the others with --source " in done.stderr
+
+
+def test_what_is_sent_before_the_server_is_there_is_stored_once_it_is(tmp_path: Path) -> None:
+    port = free_port()
+    with Producer(f"ws://localhost:{port}/v1.0/ingest") as sender:
+        sender.send(range(1000))
+        with pytest.raises(TimeoutError, match="1000 records are not acked"):
+            sender.flush(0.05)
+        with server(tmp_path, "-p", str(port), "-T", str(port)):
+            sender.flush(DEADLINE)
+            assert (sender.sent, sender.acked, sender.reconnects) == (1000, 1000, 0)
+    assert stored(tmp_path / "ringoexp.db", sender.source) == list(range(1000))
+
+
+@pytest.mark.parametrize("victim", ["consumer", "publisher"])
+def test_servers_are_killed_and_everything_is_stored_once(tmp_path: Path, victim: str) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    ports = {"consumer": free_port(), "publisher": free_port()}
+    flags = {
+        "consumer": ["-I", "false", "-p", str(ports["consumer"]), "-D", "c.db"],
+        "publisher": ["-p", str(ports["publisher"]), "-T", str(ports["consumer"])],
+    }
+    running = {role: ServerProcess(tmp_path, *flags[role]) for role in flags}
+    values = array("q", rng.randbytes(8 * 400_000))
+    try:
+        with Producer(f"ws://localhost:{ports['publisher']}/v1.0/ingest") as sender:
+            call = Blocked(lambda: sender.send(values))
+            for turn in range(1, 4):
+                eventually(lambda turn=turn: sender.acked > turn * 50_000, "acks")
+                running[victim].kill()
+                known = sender.acked
+                if victim == "consumer":
+                    held = {sequence for _, sequence, _ in rows(tmp_path / "c.db")}
+                    assert held >= set(range(known)), "acked and gone"
+                running[victim] = ServerProcess(tmp_path, *flags[victim])
+            call.result()
+            sender.flush(60)
+            assert (sender.reconnects > 0) == (victim == "publisher")
+    finally:
+        for each in running.values():
+            each.kill()
+    assert stored(tmp_path / "c.db", sender.source) == list(values)
+
+
+def test_a_killed_sender_goes_on_with_its_source(tmp_path: Path) -> None:
+    """What it had sent and did not know to be acked is sent again, and stored once."""
+    source = uuid.uuid4()
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", running.url, "--source", str(source)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as first:
+            assert first.stdin
+            first.stdin.write(b"".join(b"%d\n" % value for value in range(50_000)))
+            first.stdin.flush()
+            eventually(lambda: running.stats()["recordsStored"] > 1000)
+            first.kill()
+            first.stdin.close()
+        assert first.returncode == -signal.SIGKILL
+        rest = b"".join(b"%d\n" % value for value in range(500, 60_000))
+        done = send(tmp_path, "--url", running.url, "--source", str(source), "--first", "500", given=rest)
+        assert done.returncode == 0
+    assert stored(tmp_path / "ringoexp.db", source) == list(range(60_000))
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    url = f"ws://localhost:{free_port()}/v1.0/ingest"
+    command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdin and running.stderr
+        running.stdin.write(b"1\n2\n")
+        running.stdin.flush()
+        # It reads, and then waits for more: only then the signal.
+        eventually(lambda: "pipe_read" in Path(f"/proc/{running.pid}/wchan").read_text() or stat_sleeps(running.pid))
+        eventually(lambda: len(os.listdir(f"/proc/{running.pid}/task")) > 1)
+        running.send_signal(signal.SIGINT)
+        said = running.stderr.read().decode()
+    assert running.returncode == 130 and "Traceback" not in said
+    assert "interrupted" in said
+
+
+def stat_sleeps(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
+def test_acks_that_stand_for_a_part_of_a_message_and_lost_links() -> None:
+    """Every connection is cut after some records; what was not acked comes again under the same numbers."""
+    seen: dict[int, int] = {}
+    links: list[int] = []
+    source = uuid.uuid4()
+
+    def answer(connection: Peer) -> None:
+        links.append(1)
+        total = 0
+        for message in connection:
+            block = decode_batch(message)  # type: ignore[arg-type]
+            (run,) = block.runs
+            assert run.source == source.bytes
+            for offset, value in enumerate(block.values):
+                assert seen.setdefault(run.first + offset, value) == value
+                total += 1
+                if total == 700 * len(links):
+                    connection.send(encode_ack(total))
+                    connection.socket.shutdown(socket.SHUT_RDWR)
+                    return
+            connection.send(encode_ack(total))
+
+    with peer(answer) as url, Producer(url, source) as sender:
+        for start in range(0, 5000, 500):
+            sender.send(range(start, start + 500))
+        sender.flush(DEADLINE)
+        assert sender.acked == 5000 and sender.reconnects == len(links) - 1 > 1
+    assert seen == {number: number for number in range(5000)}
+
+
+def test_a_stalled_server_is_given_up_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.2)
+    links: list[int] = []
+
+    def answer(connection: Peer) -> None:
+        links.append(1)
+        for _ in connection:
+            if len(links) > 2:
+                connection.send(encode_ack(3))
+
+    with peer(answer) as url, Producer(url) as sender:
+        sender.send([1, 2, 3])
+        sender.flush(DEADLINE)
+    assert len(links) == 3
+
+
+def test_send_waits_while_too_much_is_not_acked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producer, "MOST_UNACKED", 10)
+    monkeypatch.setattr(producer, "CHUNK_RECORDS", 5)
+    gate = threading.Event()
+
+    def answer(connection: Peer) -> None:
+        total = 0
+        for message in connection:
+            total += len(decode_batch(message).values)  # type: ignore[arg-type]
+            assert gate.wait(DEADLINE)
+            connection.send(encode_ack(total))
+
+    with peer(answer) as url, Producer(url) as sender:
+        sender.send(range(10))
+        more = Blocked(lambda: sender.send(range(3)))
+        assert more.still()
+        gate.set()
+        more.result()
+        sender.flush(DEADLINE)
+        assert sender.acked == 13
+
+
+def test_a_refusal_for_good_reaches_send_and_flush() -> None:
+    def answer(connection: Peer) -> None:
+        connection.recv()
+        connection.close(1007, "no")
+
+    with peer(answer) as url:
+        sender = Producer(url)
+        sender.send([1])
+        with pytest.raises(ProducerError, match="closed with 1007 no"):
+            sender.flush(DEADLINE)
+        with pytest.raises(ProducerError, match="closed with 1007 no"):
+            sender.send([2])
+        sender.close()
+
+
+def test_misuse_is_said() -> None:
+    with pytest.raises(ValueError, match="ws://"):
+        Producer("localhost:6660")
+    with pytest.raises(ValueError, match="first"):
+        Producer(first=-1)
+    sender = Producer(f"ws://localhost:{free_port()}/")
+    with pytest.raises(OverflowError):
+        sender.send([1, 2**63])
+    assert sender.sent == 0
+    sender.close()
+    sender.close()
+    with pytest.raises(ValueError, match="closed"):
+        sender.send([1])
+    with pytest.raises(RuntimeError, match="mine"), Producer(f"ws://localhost:{free_port()}/") as other:
+        other.send([1])
+        raise RuntimeError("mine")  # and it does not wait for a flush
+    assert not [thread for thread in threading.enumerate() if thread.name == "producer"]
