@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,20 +64,29 @@ class Blocked:
 class ServerProcess:
     """`python ringoexp.py` with these flags, in `directory`, from its first line of output to its exit.
 
-    `patch` is a statement that changes something first: `wsserver.REQUEST_TIMEOUT = 1`, say.
+    `patch` are statements that change something first: `wsserver.REQUEST_TIMEOUT = 1; websock.READ_SIZE = 9`, say.
+    `under` is a command that runs it, `strace` with its flags, say; `env` is added to the environment.
     """
 
-    def __init__(self, directory: Path, *flags: str, patch: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *flags: str,
+        patch: str = "",
+        under: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         script = [str(ROOT / "ringoexp.py")]
         if patch:
-            room = patch.partition(".")[0]
-            start = f"import sys; sys.path[0] = {str(ROOT)!r}; import ringoexp, {room}; {patch}"
+            rooms = {statement.split(".")[0].strip() for statement in patch.split(";")}
+            start = f"import sys; sys.path[0] = {str(ROOT)!r}; import ringoexp, {', '.join(sorted(rooms))}; {patch}"
             script = ["-c", f"{start}; sys.exit(ringoexp.main())"]
         self.errors = directory / f"stderr-{time.monotonic_ns()}"
         with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, *script, *flags],
+                [*under, sys.executable, *script, *flags],
                 cwd=directory,
+                env={**os.environ, **(env or {})},
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
@@ -129,9 +138,11 @@ class ServerProcess:
 
 
 @contextmanager
-def server(directory: Path, *flags: str, patch: str = "") -> Iterator[ServerProcess]:
+def server(
+    directory: Path, *flags: str, patch: str = "", under: Sequence[str] = (), env: Mapping[str, str] | None = None
+) -> Iterator[ServerProcess]:
     """A running server, killed at the end if it still runs. Its stderr must hold no traceback."""
-    running = ServerProcess(directory, *flags, patch=patch)
+    running = ServerProcess(directory, *flags, patch=patch, under=under, env=env)
     try:
         yield running
     finally:
