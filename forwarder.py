@@ -13,7 +13,6 @@ Nothing is stored or sent under either.
 """
 
 import logging
-import random
 import threading
 from collections.abc import Callable
 from time import monotonic
@@ -21,7 +20,7 @@ from typing import NamedTuple, Protocol
 
 from ringbuffer import Closed, Ring
 from store import Store, StoreError
-from websock import ClientConnection, HandshakeError
+from websock import ClientConnection, HandshakeError, backoff
 from wire import MAX_RUNS, SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
 
 log = logging.getLogger("ringoexp.forward")
@@ -31,8 +30,6 @@ BATCH_RECORDS = MAX_RUNS
 IDLE_SECONDS = 10.0
 ACK_TIMEOUT = 30.0
 """Seconds a consumer has to take a batch, and to ack it, before the link is given up."""
-BACKOFF_FIRST = 0.1
-BACKOFF_MOST = 5.0
 
 
 class SinkError(Exception):
@@ -240,8 +237,7 @@ class Breaker:
         """Returns after the prober's pause, and to others at once: True, or False once stopped."""
         with self._lock:
             if self._prober is threading.current_thread() and self._failures:
-                longest = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(self._failures, 16))
-                until = monotonic() + random.uniform(0, longest)
+                until = monotonic() + backoff(self._failures)
                 while not self._stopping and (left := until - monotonic()) > 0:
                     self._stopped.wait(left)
             return not self._stopping
@@ -269,18 +265,25 @@ class ForwarderStats(NamedTuple):
 
 
 class Forwarder:
-    """Workers that drain `ring` into sinks that `make_sink` makes, at most `most` at once. Starts at once.
+    """Workers that drain `ring` into sinks that `make_sink` makes, at most `most` at once, in batches of at
+    most `most_records`. Starts at once.
 
     `make_sink` gets a callback, to be called when a link is made. Workers start workers, as they take a batch: what
     comes while the only one waits for its sink waits with it, and could not be acked before that batch anyway.
     """
 
-    def __init__(self, ring: Ring, make_sink: Callable[[Callable[[], None]], Sink], most: int) -> None:
+    def __init__(
+        self,
+        ring: Ring,
+        make_sink: Callable[[Callable[[], None]], Sink],
+        most: int,
+        most_records: int = BATCH_RECORDS,
+    ) -> None:
         self._ring = ring
         self._make_sink = make_sink
         self._most = most
         # Half a ring at the most, so that producers fill the other half meanwhile.
-        self._limit = min(BATCH_RECORDS, max(1, ring.capacity // 2))
+        self._limit = min(BATCH_RECORDS, most_records, max(1, ring.capacity // 2))
         self._breaker = Breaker()
 
         self._lock = threading.Lock()

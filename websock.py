@@ -13,6 +13,7 @@ A client that stalls is given up: one that is silent and answers no ping, that l
 reads nothing until its acks no longer leave.
 """
 
+import random
 import select
 import socket
 from collections.abc import Mapping
@@ -41,6 +42,8 @@ READ_SIZE = 256 * 1024
 CLOSE_TIMEOUT = 2.0
 """Seconds the other side has to answer a Close frame before the socket is closed all the same."""
 CONNECT_TIMEOUT = 5.0
+BACKOFF_FIRST = 0.1
+BACKOFF_MOST = 5.0
 PING_AFTER = 20.0
 """Seconds of silence after which a server asks a client, with a ping, whether it is there."""
 PING_TIMEOUT = 20.0
@@ -384,6 +387,11 @@ class ClientConnection(Connection):
             raise HandshakeError(f"does not speak {self._wanted}")
         self.subprotocol = answer.subprotocol
         self.connected = True
+
+
+def backoff(failures: int) -> float:
+    """Seconds to wait before another connection is tried, after so many failures in a row: exponential, full jitter."""
+    return random.uniform(0, min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(failures, 16)))
 
 
 def _short_frame(payload: bytes) -> bytes:

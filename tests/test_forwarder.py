@@ -68,8 +68,8 @@ class FakeSink:
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forwarder, "BACKOFF_FIRST", 0.001)
-    monkeypatch.setattr(forwarder, "BACKOFF_MOST", 0.01)
+    monkeypatch.setattr(websock, "BACKOFF_FIRST", 0.001)
+    monkeypatch.setattr(websock, "BACKOFF_MOST", 0.01)
     monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
 
 
@@ -204,8 +204,8 @@ def test_workers_whose_links_work_go_on_while_another_is_refused() -> None:
 
 
 def test_the_breaker_pauses_longer_and_longer_with_full_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forwarder, "BACKOFF_FIRST", 0.1)
-    monkeypatch.setattr(forwarder, "BACKOFF_MOST", 5.0)
+    monkeypatch.setattr(websock, "BACKOFF_FIRST", 0.1)
+    monkeypatch.setattr(websock, "BACKOFF_MOST", 5.0)
     pauses: list[tuple[float, float]] = []
     monkeypatch.setattr(random, "uniform", lambda low, high: pauses.append((low, high)) or 0)
     breaker = Breaker()
