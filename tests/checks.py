@@ -1,21 +1,26 @@
-"""What the fault tests share: the seed, a load of producers that keep their source, and the check of a database."""
+"""What the fault tests share: the seed, servers to be killed, a load of producers that keep their source, and the check
+of a database against what they sent and what was acked.
+"""
 
 import os
 import random
 import shutil
+import signal
+import socket
 import sqlite3
 import uuid
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
 
 import pytest
-from harness import DEADLINE, Blocked, eventually
+from harness import DEADLINE, Blocked, ServerProcess, eventually
+from proxy import Proxy
 
 import producer
 import websock
@@ -45,6 +50,75 @@ def seeded() -> random.Random:
     return random.Random(seed)
 
 
+LINKS = ("client to publisher", "publisher to consumer")
+VICTIMS = (("consumer",), ("publisher",), ("consumer", "publisher"))
+
+
+@contextmanager
+def kept_port() -> Iterator[int]:
+    """A port that the system gives to nobody else, while servers that listen on it come and go."""
+    with socket.socket() as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("127.0.0.1", 0))
+        yield int(keeper.getsockname()[1])
+
+
+class Servers:
+    """A publisher and its consumer, with short timeouts, on ports that stay theirs when they are killed.
+
+    If `proxied`, with a proxy before each, by the name of its link.
+    """
+
+    def __init__(self, directory: Path, proxied: bool = False) -> None:
+        self.database = directory / "c.db"
+        self._directory = directory
+        self._stack = ExitStack()
+        ports = [self._stack.enter_context(kept_port()) for _ in range(2)]
+        self.proxies: dict[str, Proxy] = {}
+        front = ports
+        if proxied:
+            self.proxies = {link: Proxy(port) for link, port in zip(LINKS, ports, strict=True)}
+            front = [self._stack.enter_context(proxy).port for proxy in self.proxies.values()]
+        self.url = f"ws://localhost:{front[0]}/v1.0/ingest"
+        self._flags = {
+            "consumer": ["-I", "false", "-p", str(ports[1]), "-D", self.database.name],
+            "publisher": ["-p", str(ports[0]), "-T", str(front[1])],
+        }
+        self.running: dict[str, ServerProcess] = {}
+
+    def __enter__(self) -> "Servers":
+        self.start("consumer", "publisher")
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.kill(*self.running)
+        self._stack.close()
+        for errors in self._directory.glob("stderr-*"):
+            assert "Traceback" not in errors.read_text()
+
+    def start(self, *roles: str) -> None:
+        for role in roles:
+            self.running[role] = ServerProcess(self._directory, *self._flags[role], patch=SHORT_TIMES)
+
+    def kill(self, *roles: str) -> None:
+        """All of them before any is waited for."""
+        for role in roles:
+            self.running[role].send_signal(signal.SIGKILL)
+        for role in roles:
+            self.running[role].kill()
+
+    def stop(self, *roles: str) -> None:
+        """Returns when every thread of them stands still, until `go_on`."""
+        for role in roles:
+            self.running[role].send_signal(signal.SIGSTOP)
+        for role in roles:
+            os.waitid(os.P_PID, self.running[role].process.pid, os.WSTOPPED)
+
+    def go_on(self, *roles: str) -> None:
+        for role in roles:
+            self.running[role].send_signal(signal.SIGCONT)
+
+
 class Load:
     """Producers that send random values, a few at a time, until `finish`; each keeps its source, and what it sent."""
 
@@ -59,7 +133,7 @@ class Load:
             self._feeders.append(Blocked(partial(self._feed, each, random.Random(seed))))
 
     def _feed(self, sender: producer.Producer, rng: random.Random) -> None:
-        while not self._done.wait(rng.uniform(0, 0.02)):  # the pace of the load
+        while not self._done.wait(rng.uniform(0, 0.03)):  # the pace of the load
             values = array("q", rng.randbytes(8 * rng.choice((1, 10, 100, 300))))
             self.sent[sender.source] += values
             sender.send(values)
@@ -100,30 +174,34 @@ class Load:
             each.flush(60)
         assert self.acked() == {source: len(values) for source, values in self.sent.items()}
 
-    def problems(self, database: Path, dead: bool = False) -> list[str]:
+    def problems(self, database: Path, dead: bool = False, whole: bool = False) -> list[str]:
         """How the database breaks the promise, by what is acked now."""
         acked = self.acked()  # before the database is read
-        return problems(database, self.sent, acked, dead)
+        return problems(database, self.sent, acked, dead, whole)
 
 
 def problems(
-    database: Path, sent: Mapping[uuid.UUID, "array[int]"], acked: Mapping[uuid.UUID, int], dead: bool = False
+    database: Path,
+    sent: Mapping[uuid.UUID, "array[int]"],
+    acked: Mapping[uuid.UUID, int],
+    dead: bool = False,
+    whole: bool = True,
 ) -> list[str]:
     """How the database breaks the promise: the first `acked` of each source are there, none twice, each as sent.
 
     `dead` says that its writer is killed or stopped: then a copy of the files is recovered, and they stay as they are.
+    Values and the file itself are looked at if it is to be `whole`: ten times the work, so for the end.
     """
     found = []
     with _reader(database, dead) as reader:
-        (said,) = reader.execute("PRAGMA quick_check").fetchone()
         batches = reader.execute(
             "SELECT uuid, sequence, count, first_id FROM batch LEFT JOIN source ON source.id = source_id"
             " ORDER BY first_id"
         ).fetchall()
-        (highest,) = reader.execute("SELECT coalesce(max(id), 0) FROM record").fetchone()
-        values = array("q", (value for (value,) in reader.execute("SELECT value FROM record ORDER BY id")))
-    if said != "ok":
-        found.append(f"the file is damaged: {said}")
+        records, highest = reader.execute("SELECT count(*), coalesce(max(id), 0) FROM record").fetchone()
+        if whole:
+            found += [said for (said,) in reader.execute("PRAGMA quick_check") if said != "ok"]
+            values = array("q", (value for (value,) in reader.execute("SELECT value FROM record ORDER BY id")))
     at = 0
     spans: dict[uuid.UUID, list[tuple[int, int]]] = defaultdict(list)
     for name, sequence, count, first_id in batches:
@@ -131,11 +209,11 @@ def problems(
         spans[source].append((sequence, sequence + count))
         if first_id != at + 1:
             found.append(f"ids: a batch begins at {first_id}, not {at + 1}")
-        if values[at : at + count] != sent.get(source, array("q"))[sequence : sequence + count]:
+        if whole and values[at : at + count] != sent.get(source, array("q"))[sequence : sequence + count]:
             found.append(f"{source}: of the records from {sequence} on, {count}, some were never sent")
         at += count
-    if not at == len(values) == highest:
-        found.append(f"ids: {at} records in batches, {len(values)} in all, the last is {highest}")
+    if not at == records == highest:
+        found.append(f"ids: {at} records in batches, {records} in all, the last is {highest}")
     for source in {*spans, *acked}:
         end = 0
         for first, after in [*sorted(spans[source]), (acked.get(source, 0), 0)]:

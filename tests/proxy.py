@@ -196,7 +196,7 @@ class Proxy:
         client, _ = self._listener.accept()
         self.links += 1
         try:
-            server = socket.create_connection(("127.0.0.1", self.target), DEADLINE)
+            server = socket.create_connection(("127.0.0.1", self.target), 1)
         except OSError:
             _abort(client)
             return

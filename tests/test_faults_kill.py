@@ -2,86 +2,23 @@
 the end everything is stored once. And the check that says so is itself shown a server that breaks the promise.
 """
 
-import os
 import shutil
-import signal
-import socket
 import sqlite3
 from array import array
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from threading import Event
 
 import pytest
-from checks import SHORT_TIMES, TIMEOUT, Load, problems, seeded, short_times
-from harness import DEADLINE, ServerProcess, server
+from checks import TIMEOUT, VICTIMS, Load, Servers, problems, seeded, short_times
+from harness import DEADLINE, server
 
 from producer import Producer
-
-VICTIMS = (("consumer",), ("publisher",), ("consumer", "publisher"))
 
 
 @pytest.fixture(autouse=True)
 def patient_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
     short_times(monkeypatch)
-
-
-@contextmanager
-def kept_port() -> Iterator[int]:
-    """A port that the system gives to nobody else, while servers that listen on it come and go."""
-    with socket.socket() as keeper:
-        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        keeper.bind(("127.0.0.1", 0))
-        yield int(keeper.getsockname()[1])
-
-
-class Servers:
-    """A publisher and its consumer, with short timeouts, on ports that stay theirs when they are killed."""
-
-    def __init__(self, directory: Path) -> None:
-        self.database = directory / "c.db"
-        self._directory = directory
-        self._stack = ExitStack()
-        ports = [self._stack.enter_context(kept_port()) for _ in range(2)]
-        self.url = f"ws://localhost:{ports[0]}/v1.0/ingest"
-        self._flags = {
-            "consumer": ["-I", "false", "-p", str(ports[1]), "-D", self.database.name],
-            "publisher": ["-p", str(ports[0]), "-T", str(ports[1])],
-        }
-        self._running: dict[str, ServerProcess] = {}
-
-    def __enter__(self) -> "Servers":
-        self.start("consumer", "publisher")
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self.kill(*self._running)
-        self._stack.close()
-        for errors in self._directory.glob("stderr-*"):
-            assert "Traceback" not in errors.read_text()
-
-    def start(self, *roles: str) -> None:
-        for role in roles:
-            self._running[role] = ServerProcess(self._directory, *self._flags[role], patch=SHORT_TIMES)
-
-    def kill(self, *roles: str) -> None:
-        """All of them before any is waited for."""
-        for role in roles:
-            self._running[role].send_signal(signal.SIGKILL)
-        for role in roles:
-            self._running[role].kill()
-
-    def stop(self, *roles: str) -> None:
-        """Returns when every thread of them stands still, until `go_on`."""
-        for role in roles:
-            self._running[role].send_signal(signal.SIGSTOP)
-        for role in roles:
-            os.waitid(os.P_PID, self._running[role].process.pid, os.WSTOPPED)
-
-    def go_on(self, *roles: str) -> None:
-        for role in roles:
-            self._running[role].send_signal(signal.SIGCONT)
 
 
 @pytest.mark.parametrize("rounds", [6, pytest.param(50, marks=pytest.mark.long)])
@@ -105,7 +42,7 @@ def test_servers_fail_at_random_moments_and_everything_is_stored_once(tmp_path: 
             back(*rng.sample(victims, len(victims)))
         load.goes_on()
         load.finish()
-        assert not load.problems(servers.database)
+        assert not load.problems(servers.database, whole=True)
         if fault == "kill":
             killed = sum(times for victims, times in count.items() if "publisher" in victims)
             assert load.reconnects() >= killed * len(load.producers), "a killed publisher's links are gone"

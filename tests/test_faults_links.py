@@ -11,9 +11,11 @@ from threading import Event
 from time import monotonic
 
 import pytest
-from checks import SHORT_TIMES, Load, seeded, short_times
-from harness import DEADLINE, eventually, server
+from checks import LINKS, TIMEOUT, VICTIMS, Load, Servers, seeded, short_times
+from harness import DEADLINE, eventually
 from proxy import DOWN, UP, Proxy
+
+import producer
 
 
 @pytest.fixture(autouse=True)
@@ -98,35 +100,65 @@ FAULTS: dict[str, Callable[[Proxy, Random], None]] = {
 }
 
 
-@pytest.mark.parametrize("turns", [1, pytest.param(12, marks=pytest.mark.long)])
-@pytest.mark.parametrize("where", ["client to publisher", "publisher to consumer"])
-def test_a_link_that_fails_loses_nothing_and_doubles_nothing(tmp_path: Path, where: str, turns: int) -> None:
+def strike(name: str, proxy: Proxy, rng: Random) -> Callable[[], bool]:
+    """Makes a link fail; what it returns tells whether the fault has struck and its victims have made a new link."""
+    links, cuts = proxy.links, proxy.cuts + ("cut" in name)
+    FAULTS[name](proxy, rng)
+    return lambda: proxy.cuts >= cuts and proxy.links > links
+
+
+@pytest.mark.parametrize("turns", [1, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.parametrize("link", LINKS)
+def test_a_link_that_fails_loses_nothing_and_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str, turns: int
+) -> None:
+    """And when it is the publisher's, its clients have nothing to do about it."""
     rng = seeded()
-    database = tmp_path / "c.db"
-    with (
-        server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db", patch=SHORT_TIMES) as consumer,
-        Proxy(consumer.port) as inner,
-        server(tmp_path, "-p", "0", "-T", str(inner.port), patch=SHORT_TIMES) as publisher,
-        Proxy(publisher.port) as outer,
-        Load(f"ws://localhost:{outer.port}/v1.0/ingest", rng) as load,
-    ):
-        proxy = outer if where == "client to publisher" else inner
+    if link == "publisher to consumer":
+        monkeypatch.setattr(producer, "STALL_TIMEOUT", DEADLINE)
+    with Servers(tmp_path, proxied=True) as servers, Load(servers.url, rng) as load:
+        proxy = servers.proxies[link]
         for _ in range(turns):
             for name in rng.sample(sorted(FAULTS), len(FAULTS)):
                 load.goes_on()
                 Event().wait(rng.uniform(0, 0.1))  # not to synchronise: a random moment
-                links, cuts = proxy.links, proxy.cuts + ("cut" in name)
-                FAULTS[name](proxy, rng)
-                assert not load.problems(database), name
+                struck = strike(name, proxy, rng)
+                assert not load.problems(servers.database), name
                 if name == "late both ways":
                     load.goes_on()
                 else:
-                    eventually(lambda ls=links, cs=cuts: proxy.links > ls and proxy.cuts >= cs, f"a new link: {name}")
-                assert not load.problems(database), name
+                    eventually(struck, f"a new link after {name}")
+                assert not load.problems(servers.database), name
                 proxy.heal()
                 load.goes_on()
-                assert not load.problems(database), name
+                assert not load.problems(servers.database), name
         load.finish()
-        assert not load.problems(database)
-        print(sum(load.acked().values()), "records", inner.links, outer.links, "links", consumer.stats())
-        assert consumer.stats()["recordsDuplicate"] > 0, "nothing was ever sent twice: the faults did not bite"
+        assert not load.problems(servers.database, whole=True)
+        stats = servers.running["consumer"].stats()
+        print(f"{sum(load.acked().values())} records, {stats['recordsDuplicate']} sent again, {proxy.links} links")
+        assert stats["recordsDuplicate"] > 0, "nothing was ever sent twice: the faults did not strike"
+        assert (load.reconnects() > 0) == (link == "client to publisher")
+
+
+@pytest.mark.parametrize("rounds", [3, pytest.param(50, marks=pytest.mark.long)])
+def test_both_links_and_the_servers_fail_together_and_everything_is_stored_once(tmp_path: Path, rounds: int) -> None:
+    rng = seeded()
+    with Servers(tmp_path, proxied=True) as servers, Load(servers.url, rng) as load:
+        for turn in range(rounds):
+            load.goes_on()
+            names = [rng.choice(sorted(FAULTS)) for _ in LINKS]
+            for name, proxy in zip(names, servers.proxies.values(), strict=True):
+                FAULTS[name](proxy, rng)
+            Event().wait(rng.uniform(0, 2 * TIMEOUT))  # not to synchronise: a random moment
+            victims = rng.choice(VICTIMS)
+            servers.kill(*victims)
+            assert not load.problems(servers.database, dead="consumer" in victims), f"{turn}: {names}, {victims}"
+            servers.start(*victims)
+            Event().wait(rng.uniform(0, TIMEOUT))
+            assert not load.problems(servers.database), f"{turn}: {names}, {victims}"
+            for proxy in servers.proxies.values():
+                proxy.heal()
+        load.goes_on()
+        load.finish()
+        assert not load.problems(servers.database, whole=True)
+        print(f"{sum(load.acked().values())} records, {load.reconnects()} reconnects")
