@@ -28,7 +28,7 @@ import websock
 TIMEOUT = 0.5
 """Seconds after which either end gives up a silent link, where SHORT_TIMES and `short_times` apply."""
 SHORT_TIMES = (
-    f"forwarder.ACK_TIMEOUT = {TIMEOUT}; forwarder.BACKOFF_MOST = 0.2;"
+    f"forwarder.ACK_TIMEOUT = {TIMEOUT}; websock.BACKOFF_MOST = 0.2;"
     f"websock.CONNECT_TIMEOUT = {TIMEOUT}; websock.CLOSE_TIMEOUT = {TIMEOUT}"
 )
 """The servers' patch."""
@@ -37,7 +37,7 @@ SHORT_TIMES = (
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for producers in this process, which also keep less unacked."""
     monkeypatch.setattr(producer, "STALL_TIMEOUT", TIMEOUT)
-    monkeypatch.setattr(producer, "BACKOFF_MOST", 0.2)
+    monkeypatch.setattr(websock, "BACKOFF_MOST", 0.2)
     monkeypatch.setattr(producer, "MOST_UNACKED", 20_000)
     monkeypatch.setattr(websock, "CONNECT_TIMEOUT", TIMEOUT)
     monkeypatch.setattr(websock, "CLOSE_TIMEOUT", TIMEOUT)
