@@ -93,8 +93,8 @@ def parse(log: Path) -> list[Call]:
             found = _LINE.fullmatch(line.rstrip("\n"))
             assert found, f"strace wrote {line[:200]!r}"
             thread, text = int(found[1]), found[2]
-            if text.startswith(("---", "+++")):
-                continue
+            if text.startswith(("---", "+++", "???")) or "<... ??? resumed>" in line[:60]:
+                continue  # signals and ends; a thread killed as it made a call, which then was not made
             if text.endswith(_UNFINISHED):
                 open_calls[thread] = (place, text.removesuffix(_UNFINISHED))
             elif "resumed>" in line[:60]:
