@@ -16,6 +16,7 @@ do not cover yet is stored.
 """
 
 import fcntl
+import logging
 import os
 import sqlite3
 import threading
@@ -23,11 +24,17 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from time import monotonic
 from typing import IO, NamedTuple
 
-from wire import Run
+from wire import Block, Run
+
+log = logging.getLogger("ringoexp.store")
 
 APPLICATION_ID = 0x52494E47  # "RING", https://www.sqlite.org/pragma.html#pragma_application_id
+SPOOL_APPLICATION_ID = 0x52494E53  # "RINS": records are deleted from it, so it must never be taken for the other
+_KINDS = {APPLICATION_ID: "a consumer's database", SPOOL_APPLICATION_ID: "a publisher's spool"}
 SCHEMA_VERSION = 1
 SCHEMA = """
 CREATE TABLE source(
@@ -59,12 +66,20 @@ CREATE VIEW records AS
 """
 # Fixed texts, so that sqlite3's statement cache holds them; one statement carries many rows.
 _INSERT_RECORDS = {size: "INSERT INTO record(value) VALUES " + ",".join(["(?)"] * size) for size in (1024, 128, 16, 1)}
+# Ids are dense: no need to count. Each with its own SELECT, or SQLite would look at every row.
+_HELD = "SELECT coalesce((SELECT max(id) FROM record) - (SELECT min(id) FROM record) + 1, 0)"
 _MAGIC = b"SQLite format 3\0"  # https://www.sqlite.org/fileformat.html#the_database_header
 _OLDEST_SQLITE = (3, 32, 0)  # the first to take 1024 parameters by default (up to 32,766)
 _MOST_SOURCES_CACHED = 10_000
 MOST_GROUPED = 262_144
 """Records after which a commit takes no more blocks along, so that nobody waits long; a run counts as RUN_COST."""
 RUN_COST = 64
+WAL_LARGE = 64 * 1024 * 1024
+"""Bytes of WAL, or of free pages in an emptied file, that are given back to the system."""
+BUSY_TIMEOUT_MS = 5000
+"""How long a commit waits for another program's write lock before it fails."""
+READER_WAIT_MS = 100
+"""How long a commit waits for readers that keep a large WAL from starting over: once every WAL_LARGE bytes."""
 
 
 class StoreError(Exception):
@@ -72,11 +87,22 @@ class StoreError(Exception):
 
 
 class StoreStats(NamedTuple):
-    """Totals since the store was opened. Counts are of records, but for `commits`."""
+    """A snapshot. Totals are since the store was opened, and of records where they do not say otherwise."""
 
     stored: int
     duplicates: int
     commits: int
+    failed_commits: int
+    error: str | None  # why the last commit failed, None if it did not
+    held: int  # records in the file now
+
+
+class Oldest(NamedTuple):
+    """The oldest records of a store: whole batches, the id of the last record, and when the first one arrived."""
+
+    block: Block
+    last_id: int
+    received_at_ms: int  # Unix time
 
 
 class _Source:
@@ -102,9 +128,12 @@ class _Waiting:
 
 
 class Store:
-    """A database file, made if it is missing. Raises StoreError when it cannot be opened or is not ours."""
+    """A database file, made if it is missing. Raises StoreError when it cannot be opened or is not ours.
 
-    def __init__(self, path: str) -> None:
+    `application_id` is the kind of file it is to be: a file of another kind is refused.
+    """
+
+    def __init__(self, path: str, application_id: int = APPLICATION_ID) -> None:
         self.path = path
 
         self._lock = threading.Lock()
@@ -116,20 +145,27 @@ class Store:
         self._stored = 0
         self._duplicates = 0
         self._commits = 0
+        self._failed_commits = 0
+        self._error: str | None = None
 
         # The leader's.
         self._sources: dict[bytes, _Source] = {}
+        self._failing_since = 0.0  # monotonic seconds, 0 while commits succeed
+        self._wal_due = WAL_LARGE  # the size at which the WAL is to start over
+        self._wal_kept = False  # by a reader
         real = os.path.realpath(path)  # one lock whatever links lead to it
+        self._wal = f"{real}-wal"
         new_guard = not os.path.exists(f"{real}-lock")
         self._guard = _lock_file(real)
         try:
             _check_file(path)
-            self._db = _connect(path)
+            self._db = _connect(path, application_id)
         except BaseException:
             if new_guard:
                 os.unlink(self._guard.name)
             self._guard.close()
             raise
+        (self._held,) = self._db.execute(_HELD).fetchone()  # guarded by _lock, as the totals are
 
     def append(self, runs: Sequence[Run], values: "array[int]") -> None:
         """Returns when every record of the block is on disk, now or from an earlier time.
@@ -154,10 +190,72 @@ class Store:
             # A new one for each caller: a traceback grows on whatever is raised.
             raise StoreError(str(mine.error)) from mine.error
 
+    def oldest(self, most: int) -> Oldest | None:
+        """The oldest batches that together have at most `most` records, or the oldest one; None when there is none.
+
+        Raises StoreError when they cannot be read.
+        """
+        with self._alone():
+            rows: list[tuple[int, int, bytes, int, int]] = []
+            count = 0
+            for row in self._db.execute(
+                """SELECT first_id, count, uuid, sequence, received_at_ms
+                     FROM batch JOIN source ON source.id = source_id ORDER BY first_id"""
+            ):
+                if rows and count + row[1] > most:
+                    break
+                rows.append(row)
+                count += row[1]
+            if not rows:
+                return None
+            first_id, last_id = rows[0][0], rows[-1][0] + rows[-1][1] - 1
+            records = self._db.execute(
+                "SELECT value FROM record WHERE id BETWEEN ? AND ? ORDER BY id", (first_id, last_id)
+            )
+            values = array("q", chain.from_iterable(records))
+        runs = [Run(uuid, sequence, size) for _, size, uuid, sequence, _ in rows]
+        return Oldest(Block(runs, values), last_id, rows[0][4])
+
+    def delete(self, last_id: int) -> None:
+        """Deletes the oldest batches, up to the one that ends with record `last_id`, and sources left without any.
+
+        They may come again after a power loss. An emptied file is given back to the system if it is large.
+        Raises StoreError when that failed.
+        """
+        with self._alone():
+            through = {"last": last_id}
+            with self._transaction():
+                self._db.execute(
+                    """DELETE FROM source WHERE id IN (SELECT source_id FROM batch WHERE first_id <= :last)
+                          AND NOT EXISTS (SELECT 1 FROM batch WHERE source_id = source.id AND first_id > :last)""",
+                    through,
+                )
+                self._db.execute("DELETE FROM batch WHERE first_id <= :last", through)
+                self._db.execute("DELETE FROM record WHERE id <= :last", through)
+            self._sources.clear()
+            (held,) = self._db.execute(_HELD).fetchone()
+            with self._lock:
+                self._held = held
+            if not held:
+                (free,) = self._db.execute("PRAGMA freelist_count").fetchone()
+                (page_size,) = self._db.execute("PRAGMA page_size").fetchone()
+                if free * page_size > WAL_LARGE:
+                    self._db.execute("VACUUM")
+                    self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def stats(self) -> StoreStats:
-        """The totals since the store was opened."""
+        """What there is now, and the totals since the store was opened."""
         with self._lock:
-            return StoreStats(self._stored, self._duplicates, self._commits)
+            return StoreStats(
+                self._stored, self._duplicates, self._commits, self._failed_commits, self._error, self._held
+            )
+
+    def wal_bytes(self) -> int:
+        """The size of the WAL: what is stored and not yet copied into the database file, and room for the next."""
+        try:
+            return os.stat(self._wal).st_size
+        except OSError:
+            return 0
 
     def close(self) -> None:
         """Waits for the commit that runs, then closes the file. Does nothing the second time."""
@@ -184,19 +282,79 @@ class Store:
         stored = duplicates = 0
         error: StoreError | None = None
         try:
+            self._tend_wal()
             stored, duplicates = self._write(group)
         except BaseException as cause:
             # A commit that reported an error may have happened all the same: the cache is stale.
             self._sources.clear()
+            self._wal_due = 0  # a disk that is full may be full of WAL
             error = StoreError(_explain(self.path, cause))
             error.__cause__ = cause
         finally:
+            self._note(error)
             with self._lock:
                 self._stored += stored
                 self._duplicates += duplicates
+                self._held += stored
                 self._commits += error is None
+                self._failed_commits += error is not None
+                self._error = str(error) if error else None
                 for waiting in group:
                     waiting.done, waiting.error = True, error
+                self._leading = False
+                self._turn.notify_all()
+
+    def _note(self, error: StoreError | None) -> None:
+        """Says in the log when commits begin to fail, and when they succeed again: not once for each."""
+        if error and not self._failing_since:
+            self._failing_since = monotonic()
+            log.error("event=store_failing reason=%r", str(error))
+        elif self._failing_since and not error:
+            log.info("event=store_ok seconds=%.1f", monotonic() - self._failing_since)
+            self._failing_since = 0.0
+
+    def _tend_wal(self) -> None:
+        """Has a large WAL start over, empty, unless a reader still needs it; then grows on, for as long as it does.
+
+        SQLite by itself does so only when a commit finds no reader at all, which may be never
+        (https://www.sqlite.org/wal.html#avoiding_excessively_large_wal_files).
+        """
+        size = self.wal_bytes()
+        if self._wal_kept and size <= WAL_LARGE:
+            self._wal_due, self._wal_kept = WAL_LARGE, False
+            log.info("event=wal_cut bytes=%d", size)
+        if size < self._wal_due:
+            return
+        self._db.execute(f"PRAGMA busy_timeout = {READER_WAIT_MS}")
+        try:
+            (busy, _, _) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.Error as error:  # the records are safe in the WAL; the commit will say what is wrong
+            log.debug("event=wal_not_cut bytes=%d reason=%r", size, str(error))
+            busy = False
+        finally:
+            self._db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        self._wal_due = self.wal_bytes() + WAL_LARGE
+        if busy and not self._wal_kept and size > WAL_LARGE:
+            self._wal_kept = True
+            log.warning(
+                "event=wal_large bytes=%d reason='a reader holds a transaction: it grows until that ends'", size
+            )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The lead, for other work than a commit. Makes StoreErrors of SQLite's errors."""
+        with self._lock:
+            while self._leading:
+                self._turn.wait()
+            if self._closed:
+                raise StoreError(f"{self.path} is closed")
+            self._leading = True
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StoreError(_explain(self.path, error)) from error
+        finally:
+            with self._lock:
                 self._leading = False
                 self._turn.notify_all()
 
@@ -291,18 +449,20 @@ class Store:
             raise
 
 
-def _connect(path: str) -> sqlite3.Connection:
+def _connect(path: str, application_id: int) -> sqlite3.Connection:
     """Opens the file for writing, checks that it is ours before anything is changed, and makes the schema."""
     if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
         raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: use a Python built with 3.32 or newer")
     db = None
     try:
-        db = sqlite3.connect(os.path.abspath(path), isolation_level=None, check_same_thread=False, timeout=5)
+        db = sqlite3.connect(os.path.abspath(path), isolation_level=None, check_same_thread=False)
+        db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         (application,) = db.execute("PRAGMA application_id").fetchone()
         (version,) = db.execute("PRAGMA user_version").fetchone()
         (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if application != APPLICATION_ID and (application or version or tables):
-            raise StoreError(f"{path} is another application's database: name another file")
+        if application != application_id and (application or version or tables):
+            kind = _KINDS.get(application, "another application's database")
+            raise StoreError(f"{path} is {kind}, not {_KINDS[application_id]}: name another file")
         if version > SCHEMA_VERSION:
             raise StoreError(
                 f"{path} has schema version {version}, this program knows {SCHEMA_VERSION}: use a newer one"
@@ -311,11 +471,12 @@ def _connect(path: str) -> sqlite3.Connection:
         if mode != "wal":
             raise StoreError(f"{path} cannot use WAL mode (it has {mode}): put it on a local file system")
         db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA journal_size_limit = {WAL_LARGE}")
         if not application:
             db.executescript(
                 f"""BEGIN IMMEDIATE;
                 {SCHEMA}
-                PRAGMA application_id = {APPLICATION_ID};
+                PRAGMA application_id = {application_id};
                 PRAGMA user_version = {SCHEMA_VERSION};
                 COMMIT"""
             )

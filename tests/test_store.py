@@ -1,5 +1,6 @@
 """The store: on disk or an error, each (source, sequence) at most once, and no file of somebody else's touched."""
 
+import logging
 import os
 import random
 import sqlite3
@@ -14,7 +15,7 @@ import pytest
 from harness import Blocked, eventually, rows
 
 import store
-from store import APPLICATION_ID, Store, StoreError
+from store import APPLICATION_ID, SPOOL_APPLICATION_ID, Store, StoreError
 from wire import Run
 
 A, B = b"a" * 16, b"b" * 16
@@ -186,7 +187,7 @@ def test_who_comes_while_a_commit_runs_is_committed_together_by_the_next(
     for call in calls:
         call.result()
     assert groups == [1, 5]
-    assert opened.stats() == (6, 5, 2)
+    assert opened.stats()[:3] == (6, 5, 2)
     assert len(found(path)) == 6
 
 
@@ -241,7 +242,7 @@ def test_a_failed_commit_fails_exactly_its_batches_and_the_next_starts_clean(
             call.result()
     opened.append(*block(A, 1, 2))
     assert found(path) == {(A_TEXT, 0): 0, (A_TEXT, 1): 10}
-    assert opened.stats() == (2, 0, 2)
+    assert opened.stats()[:5] == (2, 0, 2, 1, None)
 
 
 def test_a_full_disk_fails_the_commit_and_goes_on_when_there_is_room(opened: Store, path: Path) -> None:
@@ -254,6 +255,120 @@ def test_a_full_disk_fails_the_commit_and_goes_on_when_there_is_room(opened: Sto
     opened._db.execute("PRAGMA max_page_count = 1000000")
     opened.append(*block(A, 10, 10_000))
     assert len(found(path)) == 10_000
+
+
+def test_the_log_and_the_stats_say_once_that_commits_fail(
+    opened: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    write = opened._write
+
+    def failing(group: list[store._Waiting]) -> tuple[int, int]:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    for outage in (1, 2):
+        monkeypatch.setattr(opened, "_write", failing)
+        for _ in range(3):
+            with pytest.raises(StoreError):
+                opened.append(*block(A, 0, 5))
+        assert (opened.stats().failed_commits, opened.stats().error) == (3 * outage, f"{opened.path}: disk I/O error")
+        monkeypatch.setattr(opened, "_write", write)
+        for _ in range(3):
+            opened.append(*block(A, 0, 5))
+        assert (opened.stats().failed_commits, opened.stats().error) == (3 * outage, None)
+    said = [record.getMessage().split()[0] for record in caplog.records]
+    assert said == ["event=store_failing", "event=store_ok"] * 2
+
+
+def test_the_wal_grows_under_a_reader_and_is_cut_when_it_ends(
+    opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    large = 1024 * 1024
+    monkeypatch.setattr(store, "WAL_LARGE", large)
+    monkeypatch.setattr(store, "READER_WAIT_MS", 1)
+    opened._wal_due = large
+    opened._db.execute(f"PRAGMA journal_size_limit = {large}")
+    opened.append(*block(A, 0, 100))
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT count(*) FROM record").fetchone() == (100,)
+        at = 100
+        while opened.wal_bytes() < 4 * large:
+            opened.append(*block(A, at, at + 10_000))
+            at += 10_000
+        assert reader.execute("SELECT count(*) FROM record").fetchone() == (100,)
+        reader.execute("COMMIT")
+        for _ in range(200):
+            opened.append(*block(A, at, at + 1000))
+            at += 1000
+    assert opened.wal_bytes() <= 2 * large
+    said = [record.getMessage().split()[0] for record in caplog.records]
+    assert said == ["event=wal_large", "event=wal_cut"]
+    assert len(found(path)) == at
+
+
+def test_the_oldest_batches_are_read_whole_and_deleted(path: Path) -> None:
+    spool = Store(str(path), SPOOL_APPLICATION_ID)
+    assert spool.oldest(10) is None and spool.stats().held == 0
+    spool.append([Run(A, 5, 2), Run(B, 0, 3)], array("q", [1, -(2**63), 3, 4, 2**63 - 1]))
+    spool.append(*block(A, 7, 107))
+    assert spool.stats().held == 105
+    assert spool.oldest(4) == (([Run(A, 5, 2)], array("q", [1, -(2**63)])), 2, *received(path)[:1])
+    assert spool.oldest(104) == (
+        ([Run(A, 5, 2), Run(B, 0, 3)], array("q", [1, -(2**63), 3, 4, 2**63 - 1])),
+        5,
+        *received(path)[:1],
+    )
+    assert spool.oldest(105) == spool.oldest(10**9)
+    spool.delete(5)
+    assert query(path, "SELECT hex(uuid) FROM source") == [(A.hex(),)]
+    assert spool.stats().held == 100
+    oldest = spool.oldest(1)  # more than asked for, but whole
+    assert oldest and oldest.block == block(A, 7, 107) and oldest.last_id == 105
+    spool.close()
+    spool = Store(str(path), SPOOL_APPLICATION_ID)
+    assert spool.stats().held == 100 and spool.oldest(1) == oldest
+    spool.delete(105)
+    assert spool.stats().held == 0 and spool.oldest(1) is None
+    assert [query(path, f"SELECT count(*) FROM {table}") for table in ("source", "batch", "record")] == [[(0,)]] * 3
+    spool.append(*block(A, 7, 9))  # deleted is forgotten: it is stored again
+    assert spool.stats().held == 2
+    spool.close()
+    Store(str(path), SPOOL_APPLICATION_ID).close()
+    with pytest.raises(StoreError, match="closed"):
+        spool.oldest(1)
+
+
+def received(path: Path) -> list[object]:
+    return [time for (time,) in query(path, "SELECT received_at_ms FROM batch ORDER BY first_id")]
+
+
+def test_a_large_file_is_given_back_once_it_is_empty(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "WAL_LARGE", 100_000)
+    spool = Store(str(path), SPOOL_APPLICATION_ID)
+    spool.append(*block(A, 0, 100_000))
+    spool.append(*block(B, 0, 10))
+    spool.delete(100_000)
+    assert path.stat().st_size > 500_000
+    spool.delete(100_010)
+    assert path.stat().st_size + spool.wal_bytes() < 50_000
+    spool.append(*block(B, 0, 10))
+    spool.close()
+    assert len(found(path)) == 10
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "said"),
+    [
+        (APPLICATION_ID, SPOOL_APPLICATION_ID, "is a consumer's database, not a publisher's spool"),
+        (SPOOL_APPLICATION_ID, APPLICATION_ID, "is a publisher's spool, not a consumer's database"),
+    ],
+)
+def test_a_spool_is_no_database_and_a_database_no_spool(path: Path, kind: int, other: int, said: str) -> None:
+    Store(str(path), kind).close()
+    with pytest.raises(StoreError, match=said):
+        Store(str(path), other)
 
 
 def test_a_commit_that_happened_but_reported_an_error_is_not_doubled(
