@@ -37,9 +37,10 @@ VALUE = re.compile(TAG.to_bytes(4, "big") + rb"(.{4})", re.DOTALL)
 SECTOR = 512
 ROLES = {"consumer": ["-I", "false", "-p", "0"], "single process": ["-p", "0", "-T", "0"]}
 SMALL_WAL = (
-    "store._connect = (lambda real: lambda path:"
-    " [db := real(path), db.execute('PRAGMA wal_autocheckpoint = 20')][0])(store._connect)"
+    "store._connect = (lambda real: lambda *args:"
+    " [db := real(*args), db.execute('PRAGMA wal_autocheckpoint = 20')][0])(store._connect)"
 )
+CUT_WAL = "store.WAL_LARGE = 100_000"
 UNSYNCED = SMALL_WAL.replace("wal_autocheckpoint = 20", "synchronous = {}")
 EARLY = (
     "ingest.StoreIntake.put = lambda self, block, timeout: (__import__('threading').Thread("
@@ -380,13 +381,20 @@ def seed() -> int:
     return chosen
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    ("role", "patch"),
+    [
+        pytest.param("consumer", SMALL_WAL, id="consumer"),
+        pytest.param("single process", SMALL_WAL, id="single process"),
+        pytest.param("consumer", CUT_WAL, id="consumer, a WAL that is cut"),
+    ],
+)
 @pytest.mark.parametrize("cuts", [40, pytest.param(1000, marks=pytest.mark.long)])
 def test_what_is_acked_is_synced_before_and_survives_a_power_cut(
-    tmp_path: Path, seed: int, role: str, cuts: int
+    tmp_path: Path, seed: int, role: str, patch: str, cuts: int
 ) -> None:
     """Whatever the disk had of what was not synced; and what is sent again afterwards is stored once."""
-    run = record(tmp_path, role, SMALL_WAL, seed, 16_000 if cuts < 100 else 48_000)
+    run = record(tmp_path, role, patch, seed, 16_000 if cuts < 100 else 48_000)
     resets = sum(c.name == "pwrite64" and c.path == f"{run.database}-wal" and c.numbers[-1] == 0 for c in run.calls)
     print(f"{len(run.calls)} calls, {len(run.acks)} acks, WAL begun {resets} times")
     assert resets > 3, "several checkpoints, and the WAL was begun anew"
@@ -395,6 +403,19 @@ def test_what_is_acked_is_synced_before_and_survives_a_power_cut(
         assert max(ack.count for ack in run.acks if ack.sender is sender) == len(sender.sent)
     assert unsynced(run) == []
     assert power_cuts(run, tmp_path, random.Random(seed), cuts) == {}
+
+
+def test_a_first_page_torn_by_a_power_cut_is_recovered_from_the_wal(tmp_path: Path) -> None:
+    """It is written again at a checkpoint, from the WAL, which is kept until that is synced."""
+    running, cut = tmp_path / "running.db", tmp_path / "cut.db"
+    with closing(store.Store(str(running))) as opened:
+        opened.append([Run(bytes(16), 0, 1000)], array("q", range(1000)))
+        for suffix in ("", "-wal"):
+            shutil.copy(f"{running}{suffix}", f"{cut}{suffix}")
+    with open(cut, "r+b") as file:
+        file.write(random.Random(1).randbytes(SECTOR))
+    with closing(store.Store(str(cut))) as opened:
+        assert opened.stats().held == 1000
 
 
 @pytest.mark.parametrize("file", ["database", "-wal", "directory"])
