@@ -305,6 +305,7 @@ def recovered(path: Path, run: Recording, acked: dict[Sender, int]) -> str:
     """Opens what a power cut has left, and stores again what clients would send again. What is wrong, or ""."""
     try:
         with closing(store.Store(str(path))) as opened:
+            opened._db.execute("PRAGMA synchronous = OFF")  # this copy need not last
             if trouble := wrong_in(path, run, {value for each in acked for value in each.sent[: acked[each]]}):
                 return trouble
             streams = [sender for sender in run.senders if sender.source]
@@ -321,8 +322,9 @@ def recovered(path: Path, run: Recording, acked: dict[Sender, int]) -> str:
 def wrong_in(path: Path, run: Recording, acked: set[int]) -> str:
     """What is wrong in a database in which all of `acked` should be, nothing that was not sent, and nothing twice."""
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as reader:
-        if (check := reader.execute("PRAGMA integrity_check").fetchall()) != [("ok",)]:
-            return f"integrity: {check[:3]}"
+        (check,) = reader.execute("PRAGMA integrity_check(1)").fetchone()
+        if check != "ok":
+            return f"integrity: {check}"
         stored = [value for (value,) in reader.execute("SELECT value FROM record ORDER BY id")]
         batches = reader.execute(
             "SELECT first_id, count, uuid, sequence FROM batch JOIN source ON source.id = source_id ORDER BY first_id"
@@ -394,11 +396,11 @@ def test_what_is_acked_is_synced_before_and_survives_a_power_cut(
     tmp_path: Path, seed: int, role: str, patch: str, cuts: int
 ) -> None:
     """Whatever the disk had of what was not synced; and what is sent again afterwards is stored once."""
-    run = record(tmp_path, role, patch, seed, 16_000 if cuts < 100 else 48_000)
+    run = record(tmp_path, role, patch, seed, 8000 if cuts < 100 else 48_000)
     resets = sum(c.name == "pwrite64" and c.path == f"{run.database}-wal" and c.numbers[-1] == 0 for c in run.calls)
     print(f"{len(run.calls)} calls, {len(run.acks)} acks, WAL begun {resets} times")
     assert resets > 3, "several checkpoints, and the WAL was begun anew"
-    assert len(run.acks) > 80
+    assert len(run.acks) > 70
     for sender in run.senders:
         assert max(ack.count for ack in run.acks if ack.sender is sender) == len(sender.sent)
     assert unsynced(run) == []
@@ -418,10 +420,27 @@ def test_a_first_page_torn_by_a_power_cut_is_recovered_from_the_wal(tmp_path: Pa
         assert opened.stats().held == 1000
 
 
+def test_whatever_page_is_damaged_the_store_opens_or_refuses_in_one_line(tmp_path: Path) -> None:
+    """No other exception, and nothing left open: the lock is free afterwards."""
+    path = tmp_path / "numbers.db"
+    with closing(store.Store(str(path))) as opened:
+        opened.append([Run(bytes(16), 0, 5000)], array("q", range(5000)))
+    good = path.read_bytes()
+    refused = 0
+    for at in range(0, len(good), 4096):
+        path.write_bytes(good[: at + 100 * (not at)] + b"\xff" * (4096 - 100 * (not at)) + good[at + 4096 :])
+        try:
+            store.Store(str(path)).close()
+        except store.StoreError as error:
+            assert "\n" not in str(error) and "in use" not in str(error)
+            refused += 1
+    assert refused > 2
+
+
 @pytest.mark.parametrize("file", ["database", "-wal", "directory"])
 def test_a_sync_that_did_not_happen_is_missed(tmp_path: Path, seed: int, file: str) -> None:
     """The log of a good run, but for one file's syncs, or its directory's: the cuts must report it."""
-    run = record(tmp_path, "consumer", SMALL_WAL, seed, 2000)
+    run = record(tmp_path, "consumer", SMALL_WAL, seed, 8000)
     path = {"directory": str(tmp_path), "database": str(run.database), "-wal": f"{run.database}-wal"}[file]
     kept = [call for call in run.calls if not (call.name in ("fsync", "fdatasync") and call.path == path)]
     assert len(kept) < len(run.calls)
