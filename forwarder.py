@@ -13,16 +13,15 @@ Nothing is stored or sent under either.
 """
 
 import logging
-import random
 import threading
 from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple, Protocol
 
-from ringbuffer import Batch, Closed, Ring
+from ringbuffer import Closed, Ring
 from store import Store, StoreError
-from websock import ClientConnection, HandshakeError
-from wire import MAX_RUNS, SUBPROTOCOL, WireError, decode_ack, encode_batch
+from websock import ClientConnection, HandshakeError, backoff
+from wire import MAX_RUNS, SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
 
 log = logging.getLogger("ringoexp.forward")
 
@@ -31,24 +30,23 @@ BATCH_RECORDS = MAX_RUNS
 IDLE_SECONDS = 10.0
 ACK_TIMEOUT = 30.0
 """Seconds a consumer has to take a batch, and to ack it, before the link is given up."""
-BACKOFF_FIRST = 0.1
-BACKOFF_MOST = 5.0
 
 
 class SinkError(Exception):
-    """A batch may not be stored: it has to be stored again. The text says why."""
+    """A block may not be stored: it has to be stored again. The text says why."""
 
 
 class Sink(Protocol):
-    """Where a worker stores. `store` returns when the batch is on disk, or raises SinkError.
+    """Where a worker stores. `store` returns when the block is on disk, or raises SinkError.
 
-    `ready` says that it would not have to connect first. `abort` is for other threads and makes a
-    `store` that waits for a peer fail.
+    `ready` says that it would not have to connect first. `idle` is called every IDLE_SECONDS while there is
+    nothing to store. `abort` is for other threads and makes a `store` that waits for a peer fail.
     """
 
     @property
     def ready(self) -> bool: ...
-    def store(self, batch: Batch) -> None: ...
+    def store(self, block: Block) -> None: ...
+    def idle(self) -> None: ...
     def abort(self) -> None: ...
     def close(self) -> None: ...
 
@@ -61,12 +59,15 @@ class StoreSink:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def store(self, batch: Batch) -> None:
-        """Returns when the batch is on disk. Raises SinkError when the commit failed."""
+    def store(self, block: Block) -> None:
+        """Returns when the block is on disk. Raises SinkError when the commit failed."""
         try:
-            self._store.append(batch.runs, batch.values)
+            self._store.append(*block)
         except StoreError as error:
             raise SinkError(str(error)) from error
+
+    def idle(self) -> None:
+        """Does nothing: there is no link to look after."""
 
     def abort(self) -> None:
         """Does nothing: a commit waits for nobody."""
@@ -76,14 +77,21 @@ class StoreSink:
 
 
 class LinkSink:
-    """A WebSocket link to the consumer, connected when a batch needs it. `connected` is called each time."""
+    """A WebSocket link to the consumer, connected when a block needs it. `connected` is called each time.
 
-    def __init__(self, host: str, port: int, connected: Callable[[], None]) -> None:
+    `patience` is how many seconds the consumer has to take a block, and as many again to ack it.
+    """
+
+    def __init__(
+        self, host: str, port: int, connected: Callable[[], None] = lambda: None, patience: float | None = None
+    ) -> None:
         self._host = host
         self._port = port
         self._connected = connected
+        self._patience = patience or ACK_TIMEOUT
         self._link: ClientConnection | None = None
         self._sent = 0  # records sent on this link, all acked unless a store is under way
+        self._pinged = False  # and nothing has come from the consumer since
         self._aborted = False
 
     @property
@@ -91,21 +99,44 @@ class LinkSink:
         """True while there is a link."""
         return self._link is not None
 
-    def store(self, batch: Batch) -> None:
-        """Returns when the consumer has acked the batch. Raises SinkError when it has not; the link is closed then."""
+    def store(self, block: Block) -> None:
+        """Returns when the consumer has acked the block. Raises SinkError when it has not; the link is closed then."""
         try:
             if self._link is None:
                 self._connect()
             assert self._link is not None
-            self._link.sock.settimeout(ACK_TIMEOUT)
-            self._link.send_bytes(encode_batch(batch.runs, batch.values))
-            self._sent += len(batch)
+            self._link.sock.settimeout(self._patience)
+            self._link.send_bytes(encode_batch(*block))
+            self._sent += len(block.values)
             self._await_ack(self._link)
+            self._pinged = False
             if self._link.ending:  # acked, and then it said goodbye
                 self.close()
         except (OSError, HandshakeError, WireError) as error:
             self._drop()
             raise SinkError(f"{self._host}:{self._port}: {error}") from error
+
+    def idle(self) -> None:
+        """Answers the consumer's pings and sends one; drops a link that has ended, or did not answer the last one.
+
+        The next block then finds a new link, instead of losing time with a dead one.
+        """
+        if self._link is None:
+            return
+        try:
+            self._link.sock.setblocking(False)
+            while data := self._link.read(wait=False):
+                self._pinged = False
+                self._link.parse(data)
+            if self._link.ending or data == b"":
+                raise ConnectionResetError("the consumer closed the connection")
+            if self._pinged:
+                raise TimeoutError(f"no answer to a ping within {IDLE_SECONDS:.0f} s")
+            self._link.ping()
+            self._pinged = True
+        except OSError as error:
+            log.debug("event=idle_link_lost reason=%r", str(error))
+            self._drop()
 
     def abort(self) -> None:
         """Makes a `store` under way, and every later one, fail. For other threads."""
@@ -122,13 +153,14 @@ class LinkSink:
     def _connect(self) -> None:
         self._link = ClientConnection(self._host, self._port, "/v1.0/ingest", SUBPROTOCOL)
         self._sent = 0
+        self._pinged = False
         if self._aborted:  # while it connected: `abort` did not see the link
             raise OSError("the server is stopping")
         self._connected()
 
     def _await_ack(self, link: ClientConnection) -> None:
-        """Reads until everything sent is acked. Raises OSError when the link ends before, or at ACK_TIMEOUT."""
-        deadline = monotonic() + ACK_TIMEOUT
+        """Reads until everything sent is acked. Raises OSError when the link ends before, or has run out of time."""
+        deadline = monotonic() + self._patience
         data = b""  # first, what came right behind the handshake
         while True:
             for message in link.parse(data):
@@ -142,7 +174,7 @@ class LinkSink:
                 raise ConnectionResetError(f"the consumer closed with {code:d} {reason}")
             left = deadline - monotonic()
             if left <= 0:
-                raise TimeoutError(f"no ack within {ACK_TIMEOUT:.0f} s")
+                raise TimeoutError(f"no ack within {self._patience:.0f} s")
             link.sock.settimeout(left)
             data = link.read() or b""
             if not data:
@@ -205,8 +237,7 @@ class Breaker:
         """Returns after the prober's pause, and to others at once: True, or False once stopped."""
         with self._lock:
             if self._prober is threading.current_thread() and self._failures:
-                longest = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(self._failures, 16))
-                until = monotonic() + random.uniform(0, longest)
+                until = monotonic() + backoff(self._failures)
                 while not self._stopping and (left := until - monotonic()) > 0:
                     self._stopped.wait(left)
             return not self._stopping
@@ -234,18 +265,25 @@ class ForwarderStats(NamedTuple):
 
 
 class Forwarder:
-    """Workers that drain `ring` into sinks that `make_sink` makes, at most `most` at once. Starts at once.
+    """Workers that drain `ring` into sinks that `make_sink` makes, at most `most` at once, in batches of at
+    most `most_records`. Starts at once.
 
     `make_sink` gets a callback, to be called when a link is made. Workers start workers, as they take a batch: what
     comes while the only one waits for its sink waits with it, and could not be acked before that batch anyway.
     """
 
-    def __init__(self, ring: Ring, make_sink: Callable[[Callable[[], None]], Sink], most: int) -> None:
+    def __init__(
+        self,
+        ring: Ring,
+        make_sink: Callable[[Callable[[], None]], Sink],
+        most: int,
+        most_records: int = BATCH_RECORDS,
+    ) -> None:
         self._ring = ring
         self._make_sink = make_sink
         self._most = most
         # Half a ring at the most, so that producers fill the other half meanwhile.
-        self._limit = min(BATCH_RECORDS, max(1, ring.capacity // 2))
+        self._limit = min(BATCH_RECORDS, most_records, max(1, ring.capacity // 2))
         self._breaker = Breaker()
 
         self._lock = threading.Lock()
@@ -288,7 +326,10 @@ class Forwarder:
         try:
             batch = self._ring.reserve(self._limit, IDLE_SECONDS)
         except TimeoutError:
-            return not self._retire()
+            if self._retire():
+                return False
+            sink.idle()
+            return True
         except Closed:
             return False
         if self._breaker.probed_by_another and not sink.ready:
@@ -296,7 +337,7 @@ class Forwarder:
             return not self._retire()
         try:
             self._start_worker()
-            sink.store(batch)
+            sink.store(Block(batch.runs, batch.values))
         except Exception as error:
             self._ring.requeue(batch)
             failures = self._breaker.failed()

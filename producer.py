@@ -14,7 +14,6 @@ gave up) share it. Nothing is sent or received under the lock.
 
 import argparse
 import json
-import random
 import select
 import signal
 import socket
@@ -29,7 +28,7 @@ from time import monotonic
 from typing import Any, BinaryIO, NoReturn
 from urllib.parse import urlsplit
 
-from websock import ClientConnection, HandshakeError
+from websock import ClientConnection, HandshakeError, backoff
 from wire import MAX_SEQUENCE, SUBPROTOCOL, Run, WireError, decode_ack, decode_plain, encode_batch
 
 URL = "ws://localhost:6660/v1.0/ingest"
@@ -39,8 +38,6 @@ MOST_UNACKED = 1_048_576
 """Records kept for sending again; `send` waits while there are more."""
 STALL_TIMEOUT = 30.0
 """Seconds without an ack, or with a message half sent, before the connection is given up."""
-BACKOFF_FIRST = 0.1
-BACKOFF_MOST = 5.0
 FOR_GOOD = (1002, 1003, 1007, 1008, 1009)
 """Close codes that say that sending the same again is of no use (RFC 6455 section 7.4.1)."""
 
@@ -197,7 +194,7 @@ class Producer:
                 self._give_up(f"{self.url} {error}")
             failures = 0 if self._acked > acked else failures + 1
             with self._lock:
-                until = monotonic() + random.uniform(0, min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(failures, 16)))
+                until = monotonic() + backoff(failures)
                 while not self._closed and (left := until - monotonic()) > 0:
                     self._work.wait(left)
                 if self._closed or self._error:

@@ -31,6 +31,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"ringoexp: error: the package {missing.name} is missing: python3 -m pip install simple-websocket")
 
 import producer
+import spool
 from forwarder import Forwarder, LinkSink, Sink, StoreSink
 from ingest import Intake, RingIntake, StoreIntake
 from ringbuffer import Ring
@@ -58,7 +59,7 @@ class CannotRun(Exception):
 
 
 class Option(NamedTuple):
-    """A flag: `-short` and `--long`, its default, how its text is read, and what help says of it."""
+    """A flag: `-short`, if it has one, and `--long`, its default, how its text is read, and what help says of it."""
 
     short: str
     long: str
@@ -66,6 +67,11 @@ class Option(NamedTuple):
     read: Callable[[str], Any]
     group: str
     help: str
+
+    @property
+    def shown(self) -> str:
+        """The flag as argparse names it in errors."""
+        return f"-{self.short}/--{self.long}" if self.short else f"--{self.long}"
 
 
 def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -165,6 +171,22 @@ OPTIONS = (
         "stored: ack what is on the consumer's disk; ring: ack what is in the ring, lost if this process is killed",
     ),
     Option(
+        "S",
+        "spool",
+        None,
+        _not_empty,
+        "publisher",
+        "file that takes over, durably, while the consumer is away; what is in it is sent on afterwards",
+    ),
+    Option(
+        "",
+        "spool_max",
+        100_000_000,
+        _whole(1, 2**62),
+        "publisher",
+        "most records in the spool; when it is full, clients have to wait",
+    ),
+    Option(
         "D",
         "database",
         DATABASE,
@@ -192,6 +214,8 @@ class Settings:
     consumer_port: int
     workers: int
     ack: str
+    spool: str | None
+    spool_max: int
     database: str
     procs: int
     profiler_port: int
@@ -225,7 +249,8 @@ def parser() -> argparse.ArgumentParser:
     for option in OPTIONS:
         group = groups.setdefault(option.group, None) or made.add_argument_group(option.group)
         groups[option.group] = group
-        names = [f"-{option.short}", f"--{option.long}"]
+        names = [f"-{option.short}"] if option.short else []
+        names.append(f"--{option.long}")
         if "_" in option.long:
             names.append(f"--{option.long.replace('_', '-')}")
         shown = option.help if option.default == "" else f"{option.help} (default {_shown(option.default)})"
@@ -247,7 +272,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _shown(default: Any) -> str:
-    return str(default).lower() if isinstance(default, bool) else str(default)
+    return "off" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def read_arguments(argv: Sequence[str]) -> Settings:
@@ -261,7 +286,7 @@ def read_arguments(argv: Sequence[str]) -> Settings:
         made.error(f"{rest[0]!r} is not a flag")
     for option in OPTIONS:
         if getattr(values, option.long) == []:  # what argparse before 3.13 makes of --flag=--
-            made.error(f"argument -{option.short}/--{option.long}: '--' is not accepted: name a value")
+            made.error(f"argument {option.shown}: '--' is not accepted: name a value")
     settings = Settings(**vars(values))
     if settings.profiler_port:
         made.error(
@@ -272,6 +297,10 @@ def read_arguments(argv: Sequence[str]) -> Settings:
         made.error("argument -T/--consumer_port: 0 is not accepted: 1 to 65535 (0 only with -p 0: its own)")
     if settings.ack == "ring" and not settings.is_publisher:
         made.error("argument -A/--ack: 'ring' is not accepted with -I false: a consumer has no ring; stored")
+    if settings.spool and not settings.is_publisher:
+        made.error(
+            f"argument -S/--spool: {settings.spool!r} is not accepted with -I false: a consumer has nobody to spool for"
+        )
     if settings.procs:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
         if settings.procs > cores:
@@ -334,12 +363,18 @@ class Parts:
         self.store: Store | None = None
         self.ring: Ring | None = None
         self.forwarder: Forwarder | None = None
+        self.spool: spool.Spool | None = None
         own = not settings.is_publisher or is_own_consumer(settings)
         family, address = resolve("-H", settings.hostname, settings.port)[0]
         if not own and settings.database != DATABASE:
             raise CannotRun(
                 f"-D {settings.database}: this publisher has no database, it forwards to "
                 f"{settings.consumer_hostname}:{settings.consumer_port} (-T {settings.port} makes it its own consumer)"
+            )
+        if own and settings.spool:
+            raise CannotRun(
+                f"-S {settings.spool}: this publisher stores in its own database, it needs no spool "
+                "(-U and -T name a consumer elsewhere)"
             )
         with ExitStack() as undo:
             try:
@@ -359,7 +394,10 @@ class Parts:
                 except MemoryError:
                     raise CannotRun(f"-r {settings.ring_size}: not that much memory to be had") from None
                 try:
-                    self.forwarder = Forwarder(self.ring, self._make_sink, settings.workers)
+                    if settings.spool:
+                        self.spool = spool.Spool(settings.spool, settings.spool_max, self._make_link())
+                        undo.callback(self.spool.stop, 5)
+                    self.forwarder = Forwarder(self.ring, self._make_sink, settings.workers, settings.spool_max)
                 except RuntimeError as error:
                     raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
             undo.pop_all()
@@ -377,10 +415,15 @@ class Parts:
     def _make_sink(self, connected: Callable[[], None]) -> Sink:
         if self.store:
             return StoreSink(self.store)
-        return LinkSink(self.settings.consumer_hostname, self.settings.consumer_port, connected)
+        link = self._make_link(connected)
+        return spool.SpoolSink(link, self.spool) if self.spool else link
+
+    def _make_link(self, connected: Callable[[], None] = lambda: None) -> LinkSink:
+        patience = spool.PATIENCE if self.settings.spool else None
+        return LinkSink(self.settings.consumer_hostname, self.settings.consumer_port, connected, patience)
 
     def stored(self) -> int:
-        """Records stored since the start: new ones in the own database, or else those the consumer has acked."""
+        """Records stored since the start: new ones in the own database, or else acked by the consumer or spooled."""
         if self.store:
             return self.store.stats().stored
         assert self.ring
@@ -413,6 +456,8 @@ class Parts:
             self.server.wait_ended(5)
         if self.forwarder:
             self.forwarder.stop(5)
+        if self.spool:
+            self.spool.stop(5)
         if self.store:
             self.store.close()
         self.server.close()
@@ -425,6 +470,7 @@ class Parts:
         ring = self.ring.stats() if self.ring else None
         forwarder = self.forwarder.stats() if self.forwarder else None
         store = self.store.stats() if self.store else None
+        spooled = self.spool.stats() if self.spool else None
         return {
             "info": {"version": __version__, "uuid": self.uuid, **settings},
             "options": self.argv,
@@ -450,6 +496,10 @@ class Parts:
                 "workers": forwarder.workers if forwarder else 0,
                 "mostWorkers": forwarder.most_workers if forwarder else 0,
                 "linkReconnects": forwarder.reconnects if forwarder else 0,
+                "spoolDepth": spooled.depth if spooled else 0,
+                "spoolOldestMs": round(spooled.oldest * 1000) if spooled else 0,
+                "spoolForwarded": spooled.forwarded if spooled else 0,
+                "consumerAwayMs": round(spooled.away * 1000) if spooled else 0,
                 "ackLatencyP50Ms": totals.ack_latency_p50_ms,
                 "ackLatencyP99Ms": totals.ack_latency_p99_ms,
             },
@@ -490,7 +540,8 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
         finally:
             signal.set_wakeup_fd(-1)
     stored, unstored = parts.stored(), parts.unstored()
-    _say(f"ringoexp: stopped, {stored} stored, {unstored} unstored")
+    tally = f"ringoexp: stopped, {stored} stored, {unstored} unstored"
+    _say(f"{tally}, {parts.spool.depth} in the spool" if parts.spool else tally)
     return EXIT_UNSTORED if unstored else EXIT_OK
 
 
@@ -529,6 +580,8 @@ def _greeting(parts: Parts) -> str:
         if parts.store
         else f"forwarding to {settings.consumer_hostname}:{settings.consumer_port}"
     )
+    if parts.spool:
+        where += f", spooling in {settings.spool}"
     return f"ringoexp {__version__}: {role} on {host}:{parts.server.port}, {where}"
 
 

@@ -8,8 +8,12 @@ worker's link.
 A connection belongs to one thread, and nothing here is locked. `abort` is for other threads: it makes
 the owner's reads and writes fail. A server's connection never waits for its client to read: acks and
 pongs wait in a short buffer, so that a client that reads late, or not at all, keeps nobody from stopping.
+
+A client that stalls is given up: one that is silent and answers no ping, that leaves a message unfinished, or that
+reads nothing until its acks no longer leave.
 """
 
+import random
 import select
 import socket
 from collections.abc import Mapping
@@ -38,6 +42,16 @@ READ_SIZE = 256 * 1024
 CLOSE_TIMEOUT = 2.0
 """Seconds the other side has to answer a Close frame before the socket is closed all the same."""
 CONNECT_TIMEOUT = 5.0
+BACKOFF_FIRST = 0.1
+BACKOFF_MOST = 5.0
+PING_AFTER = 20.0
+"""Seconds of silence after which a server asks a client, with a ping, whether it is there."""
+PING_TIMEOUT = 20.0
+"""Seconds the client has to send anything after that, its pong for one."""
+MESSAGE_TIMEOUT = 150.0
+"""Seconds a client has to finish a message, pings or not: 8 MiB at the rate that is asked of an HTTP body."""
+STALL_TIMEOUT = 60.0
+"""Seconds a peer may leave what is unsent to it where it is, when the system's buffers are full."""
 MOST_UNSENT = 64 * 1024
 """Bytes of pongs that a peer may leave unread, beyond what the system buffers, before it is given up."""
 _GONE = select.POLLHUP | select.POLLERR
@@ -75,6 +89,8 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
         self.ending: tuple[int, str] | None = None
         self.at_fault = False
         self._unsent = b""
+        self._stuck_since: float | None = None  # monotonic seconds: _unsent has not moved
+        self._begun: float | None = None  # monotonic seconds: the owner waits for the rest of a message
         self._masked = role is ConnectionType.SERVER  # clients mask what they send
         # What has arrived and is not parsed yet: less than _needed bytes, the start of a frame.
         self._tail = bytearray()
@@ -147,6 +163,8 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
                 messages.append(found)
         self._tail += data[at:]
         self._needed = needed
+        if messages:
+            self._begun = None
         return messages
 
     def _judge(self, data: bytes | bytearray, messages: list[Messages]) -> None:
@@ -187,14 +205,23 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
     def flush(self) -> bool:
         """Sends what is unsent, as far as the socket takes it. True when nothing is left.
 
-        It does not wait for that, but on a socket that has a timeout, which is a client's.
+        It does not wait for that, but on a socket that has a timeout, which is a client's. Raises OSError when
+        the connection is lost, or nothing could be sent for STALL_TIMEOUT.
         """
         if self._unsent:
             try:
                 self._unsent = self._unsent[self.sock.send(self._unsent, socket.MSG_DONTWAIT) :]
+                self._stuck_since = None
             except BlockingIOError:
-                pass
+                now = monotonic()
+                self._stuck_since = self._stuck_since or now
+                if now >= self._stuck_since + STALL_TIMEOUT:
+                    raise TimeoutError(f"the peer has read nothing for {STALL_TIMEOUT:.0f} s") from None
         return not self._unsent
+
+    def ping(self) -> None:
+        """Asks the peer whether it is there. Raises OSError as `queue` does."""
+        self.queue(self.ws.send(Ping()))
 
     def finish(self, code: int, reason: str, last: bytes = b"") -> None:
         """Closing handshake and closed socket: our Close frame, then at most CLOSE_TIMEOUT for the peer's.
@@ -245,6 +272,8 @@ class ServerConnection(Connection):
         self._extra_headers = extra_headers
         self._supported = subprotocols
         self._stop = stop
+        self._heard = monotonic()  # when the client last sent something
+        self._pinged: float | None = None  # when it was asked for something since
         super().__init__(sock, ConnectionType.SERVER)
 
     def handshake(self) -> None:
@@ -261,12 +290,36 @@ class ServerConnection(Connection):
         self.sock.sendall(self.ws.send(accept))
         self.connected = True
 
+    def read(self, wait: bool = True) -> bytes | None:
+        """As the base class says; remembers when it was."""
+        data = super().read(wait)
+        if data:
+            self._heard, self._pinged = monotonic(), None
+        return data
+
     def wait(self) -> None:
-        """Returns when there is something to read, or the server stops, or some of what was unsent is sent."""
+        """Returns when there is something to read, or the server stops, or some of what was unsent is sent; or when
+        it is time to call this again, if nothing is. Call it only when there is nothing to read.
+
+        Pings a silent client. Raises OSError when the connection is lost, TimeoutError when the client has stalled.
+        """
+        now = monotonic()
+        if self._begun is None and (self._tail or self._judged or self._fragments):
+            self._begun = now
+        if self._begun is not None and now >= self._begun + MESSAGE_TIMEOUT:
+            raise TimeoutError(f"a message was not finished within {MESSAGE_TIMEOUT:.0f} s")
+        if self._pinged is None and now >= self._heard + PING_AFTER:
+            self.ping()
+            self._pinged = now
+        elif self._pinged is not None and now >= self._pinged + PING_TIMEOUT:
+            raise TimeoutError(f"no answer to a ping within {PING_TIMEOUT:.0f} s")
+        until = self._heard + PING_AFTER if self._pinged is None else self._pinged + PING_TIMEOUT
+        if self._begun is not None:
+            until = min(until, self._begun + MESSAGE_TIMEOUT)
         poll = select.poll()
         poll.register(self.sock, select.POLLIN | (select.POLLOUT if self._unsent else 0))
         poll.register(self._stop, select.POLLIN)
-        poll.poll()
+        poll.poll(max(0.0, until - monotonic()) * 1000 + 1)
         self.flush()
 
     def send_ack(self, payload: bytes) -> bool:
@@ -334,6 +387,11 @@ class ClientConnection(Connection):
             raise HandshakeError(f"does not speak {self._wanted}")
         self.subprotocol = answer.subprotocol
         self.connected = True
+
+
+def backoff(failures: int) -> float:
+    """Seconds to wait before another connection is tried, after so many failures in a row: exponential, full jitter."""
+    return random.uniform(0, min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(failures, 16)))
 
 
 def _short_frame(payload: bytes) -> bytes:

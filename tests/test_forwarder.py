@@ -1,7 +1,10 @@
 """Workers, the breaker and the links, each against peers that fail in every way."""
 
+import base64
+import hashlib
 import logging
 import random
+import re
 import socket
 import struct
 import threading
@@ -18,9 +21,9 @@ from websockets.sync.server import serve
 import forwarder
 import websock
 from forwarder import Breaker, Forwarder, LinkSink, SinkError, StoreSink
-from ringbuffer import Batch, Closed, Ring
+from ringbuffer import Closed, Ring
 from store import Store
-from wire import SUBPROTOCOL, Run, decode_batch, encode_ack
+from wire import SUBPROTOCOL, Block, Run, decode_batch, encode_ack
 
 SOURCE = b"s" * 16
 
@@ -40,7 +43,7 @@ class FakeSink:
         self.most_busy = 0
         self.lock = threading.Lock()
 
-    def store(self, batch: Batch) -> None:
+    def store(self, block: Block) -> None:
         with self.lock:
             self.calls += 1
             self.busy += 1
@@ -50,7 +53,7 @@ class FakeSink:
             if self.error:
                 raise self.error
             with self.lock:
-                self.stored += batch.values
+                self.stored += block.values
         finally:
             with self.lock:
                 self.busy -= 1
@@ -59,13 +62,14 @@ class FakeSink:
         self.error = SinkError("aborted")
         self.gate.set()
 
+    def idle(self) -> None: ...
     def close(self) -> None: ...
 
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forwarder, "BACKOFF_FIRST", 0.001)
-    monkeypatch.setattr(forwarder, "BACKOFF_MOST", 0.01)
+    monkeypatch.setattr(websock, "BACKOFF_FIRST", 0.001)
+    monkeypatch.setattr(websock, "BACKOFF_MOST", 0.01)
     monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
 
 
@@ -200,8 +204,8 @@ def test_workers_whose_links_work_go_on_while_another_is_refused() -> None:
 
 
 def test_the_breaker_pauses_longer_and_longer_with_full_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forwarder, "BACKOFF_FIRST", 0.1)
-    monkeypatch.setattr(forwarder, "BACKOFF_MOST", 5.0)
+    monkeypatch.setattr(websock, "BACKOFF_FIRST", 0.1)
+    monkeypatch.setattr(websock, "BACKOFF_MOST", 5.0)
     pauses: list[tuple[float, float]] = []
     monkeypatch.setattr(random, "uniform", lambda low, high: pauses.append((low, high)) or 0)
     breaker = Breaker()
@@ -244,21 +248,19 @@ def test_stop_ends_a_worker_that_waits_for_its_sink() -> None:
 
 def test_the_store_sink_stores_and_says_why_it_cannot(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "s.db"))
-    sink, batch = StoreSink(store), a_batch(1, 2)
-    sink.store(batch)
+    sink, block = StoreSink(store), a_block(1, 2)
+    sink.store(block)
     assert [row[1:] for row in rows(tmp_path / "s.db")] == [(0, 1), (1, 2)]
     store.close()
     with pytest.raises(SinkError, match="s.db is closed"):
-        sink.store(batch)
+        sink.store(block)
 
 
 # Links.
 
 
-def a_batch(*values: int) -> Batch:
-    batch = Batch(0, len(values), [Run(SOURCE, 0, len(values))], 0.0)
-    batch.values = array("q", values)
-    return batch
+def a_block(*values: int) -> Block:
+    return Block([Run(SOURCE, 0, len(values))], array("q", values))
 
 
 @contextmanager
@@ -289,8 +291,8 @@ def test_a_link_sends_batches_and_returns_with_their_cumulative_acks() -> None:
 
     with consumer(answer) as port:
         sink = LinkSink("localhost", port, lambda: links.append(1))
-        sink.store(a_batch(1, 2, 3))
-        sink.store(a_batch(-1))
+        sink.store(a_block(1, 2, 3))
+        sink.store(a_block(-1))
         sink.close()
     assert got == [([Run(SOURCE, 0, 3)], [1, 2, 3]), ([Run(SOURCE, 0, 1)], [-1])]
     assert links == [1]
@@ -331,8 +333,8 @@ def test_a_link_that_is_not_acked_fails_and_the_next_store_makes_a_new_one(
     with consumer(first_bad_then_good) as port:
         sink = LinkSink("localhost", port, lambda: links.append(1))
         with pytest.raises(SinkError, match=said):
-            sink.store(a_batch(1, 2))
-        sink.store(a_batch(1, 2))
+            sink.store(a_block(1, 2))
+        sink.store(a_block(1, 2))
         sink.close()
     assert links == [1, 1]
 
@@ -352,18 +354,18 @@ def test_an_answer_that_is_garbage_is_a_sink_error_like_others() -> None:
 
         serving = Blocked(answer)
         with pytest.raises(SinkError, match="is not a WebSocket server"):
-            LinkSink("localhost", listener.getsockname()[1], lambda: None).store(a_batch(1))
+            LinkSink("localhost", listener.getsockname()[1], lambda: None).store(a_block(1))
         serving.result()
 
 
 def test_a_consumer_that_refuses_the_link_is_told_apart() -> None:
     with pytest.raises(SinkError, match="refused"):
-        LinkSink("localhost", free_port(), lambda: None).store(a_batch(1))
+        LinkSink("localhost", free_port(), lambda: None).store(a_block(1))
     with serve(lambda peer: None, "localhost", 0) as peer:  # does not speak the subprotocol
         thread = threading.Thread(target=peer.serve_forever)
         thread.start()
         with pytest.raises(SinkError, match="does not speak"):
-            LinkSink("localhost", peer.socket.getsockname()[1], lambda: None).store(a_batch(1))
+            LinkSink("localhost", peer.socket.getsockname()[1], lambda: None).store(a_block(1))
         peer.shutdown()
         thread.join(20)
     for answer, said in [
@@ -373,7 +375,7 @@ def test_a_consumer_that_refuses_the_link_is_told_apart() -> None:
     ]:
         with socket.create_server(("127.0.0.1", 0)) as fake:
             sink = LinkSink("127.0.0.1", fake.getsockname()[1], lambda: None)
-            call = Blocked(lambda sink=sink: sink.store(a_batch(1)))
+            call = Blocked(lambda sink=sink: sink.store(a_block(1)))
             accepted, _ = fake.accept()
             with accepted:
                 accepted.recv(65536)
@@ -394,13 +396,73 @@ def test_abort_from_another_thread_ends_a_store_that_waits() -> None:
 
     with consumer(answer) as port:
         sink = LinkSink("localhost", port, lambda: None)
-        call = Blocked(lambda: sink.store(a_batch(1)))
+        call = Blocked(lambda: sink.store(a_block(1)))
         assert waiting.wait(20) and call.still()
         sink.abort()
         with pytest.raises(SinkError):
             call.result()
         with pytest.raises(SinkError, match="stopping"):
-            sink.store(a_batch(1))
+            sink.store(a_block(1))
+
+
+def test_an_idle_link_answers_pings_and_asks_itself() -> None:
+    links: list[int] = []
+    answered = threading.Event()
+
+    def answer(peer: Peer) -> None:
+        peer.recv()
+        pong = peer.ping()
+        peer.send(encode_ack(1))
+        assert pong.wait(20), "within the store, or in idle"
+        assert peer.ping().wait(20)
+        answered.set()
+        peer.recv()
+        peer.send(encode_ack(2))
+
+    with consumer(answer) as port:
+        sink = LinkSink("localhost", port, lambda: links.append(1))
+        sink.store(a_block(1))
+        while not answered.wait(0.01):
+            sink.idle()
+        sink.store(a_block(2))
+        sink.close()
+    assert links == [1]
+
+
+def raw_link(listener: socket.socket) -> socket.socket:
+    """Accepts a link, answers its handshake and acks its first record; then it is the test's."""
+    peer, _ = listener.accept()
+    head = b""
+    while b"\r\n\r\n" not in head:
+        head += peer.recv(65536)
+    (key,) = re.findall(rb"Sec-WebSocket-Key: (\S+)", head)
+    accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+    peer.sendall(
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %b\r\n"
+        b"Sec-WebSocket-Protocol: %b\r\n\r\n\x82\x08%b" % (accept, SUBPROTOCOL.encode(), encode_ack(1))
+    )
+    return peer
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(lambda peer: peer.sendall(b"\x88\x02\x03\xe8"), id="says goodbye"),
+        pytest.param(lambda peer: peer.shutdown(socket.SHUT_RDWR), id="closed"),
+        pytest.param(lambda peer: None, id="silent"),
+    ],
+)
+def test_an_idle_link_that_is_dead_is_dropped_before_a_block_needs_it(fault: Callable[[socket.socket], None]) -> None:
+    with socket.create_server(("localhost", 0)) as listener:
+        sink = LinkSink("localhost", listener.getsockname()[1])
+        sink.idle()  # without a link there is nothing to do
+        for _ in range(2):
+            call = Blocked(lambda: sink.store(a_block(1)))
+            with raw_link(listener) as peer:
+                call.result()
+                assert sink.ready
+                fault(peer)
+                eventually(lambda: sink.idle() or not sink.ready)
 
 
 def test_reconnects_are_counted_and_nothing_is_lost_over_a_link_that_keeps_failing() -> None:

@@ -22,14 +22,15 @@ from websockets.sync.server import ServerConnection as Peer
 from websockets.sync.server import serve
 
 import producer
+import websock
 from producer import Producer, ProducerError
 from wire import SUBPROTOCOL, decode_batch, encode_ack
 
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(producer, "BACKOFF_FIRST", 0.005)
-    monkeypatch.setattr(producer, "BACKOFF_MOST", 0.05)
+    monkeypatch.setattr(websock, "BACKOFF_FIRST", 0.005)
+    monkeypatch.setattr(websock, "BACKOFF_MOST", 0.05)
 
 
 def send(directory: Path, *flags: str, given: bytes = b"") -> "subprocess.CompletedProcess[str]":

@@ -8,16 +8,18 @@ import tracemalloc
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import monotonic
 
 import pytest
 from harness import DEADLINE, HANDSHAKE, Blocked, eventually, frame
 
 import ingest
+import websock
 from ingest import RingIntake, Session
 from ringbuffer import Ring
 from stats import Totals
 from websock import ServerConnection
-from wire import SUBPROTOCOL, Block, Messages, Run, encode_batch, encode_plain, frame_head, take_frames
+from wire import SUBPROTOCOL, Block, Messages, Run, encode_ack, encode_batch, encode_plain, frame_head, take_frames
 
 
 class Judged(ServerConnection):
@@ -292,6 +294,82 @@ def test_a_client_that_reads_no_acks_is_read_all_the_same() -> None:
         assert run.result()[0] == 1005
     acks = [struct.unpack_from(">HQ", sent, at) for at in range(0, len(sent) - 10, 10)]
     assert {head for head, _ in acks} == {0x8208} and acks[-1][1] == 20_000
+
+
+def run_session(connection: ServerConnection) -> Blocked:
+    return Blocked(lambda: Session(connection, Memory(), Totals(), threading.Event()).run(b""))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PING_AFTER", "PING_TIMEOUT", "STALL_TIMEOUT"):
+        monkeypatch.setattr(websock, name, 0.05)
+    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
+
+
+def test_a_silent_client_that_answers_no_ping_is_given_up(impatient: None) -> None:
+    with connected(ServerConnection) as (connection, theirs):
+        run = run_session(connection)
+        assert theirs.recv(65536) == b"\x89\x00", "a ping"
+        assert run.result() == (1006, "connection lost: no answer to a ping within 0 s")
+
+
+def test_half_a_frame_and_silence_is_given_up(impatient: None) -> None:
+    with connected(ServerConnection) as (connection, theirs):
+        run = run_session(connection)
+        theirs.sendall(frame(2, bytes(1000))[:500])
+        assert run.result()[1].startswith("connection lost: no answer to a ping")
+
+
+def test_a_client_that_answers_pings_stays(impatient: None) -> None:
+    with connected(ServerConnection) as (connection, theirs):
+        run = run_session(connection)
+        for _ in range(8):
+            assert theirs.recv(2) == b"\x89\x00"
+            theirs.sendall(frame(10, b""))
+        theirs.sendall(frame(8, b""))
+        assert run.result()[0] == 1005
+
+
+def test_a_message_that_is_never_finished_ends_it(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websock, "MESSAGE_TIMEOUT", 0.5)
+    with connected(ServerConnection) as (connection, theirs):
+        run = run_session(connection)
+        theirs.sendall(frame(2, bytes(8), fin=False))
+        pings = 0
+        while theirs.recv(2) == b"\x89\x00":
+            pings += 1
+            theirs.sendall(frame(10, b""))
+        assert pings > 1
+        assert run.result()[1] == "connection lost: a message was not finished within 0 s"
+
+
+def test_messages_that_each_end_in_time_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every read ends within a frame, so that some message is unfinished all the time."""
+    monkeypatch.setattr(websock, "MESSAGE_TIMEOUT", 0.3)
+    with connected(ServerConnection) as (connection, theirs):
+        run = run_session(connection)
+        whole = frame(2, bytes(4))
+        theirs.sendall(whole[:5])
+        end = monotonic() + 1.0
+        acked = 0
+        while monotonic() < end:
+            theirs.sendall(whole[5:] + whole[:5])
+            acked += 1
+            assert theirs.recv(65536).endswith(encode_ack(acked))
+        theirs.sendall(whole[5:] + frame(8, b""))
+        assert run.result()[0] == 1005
+
+
+def test_a_client_that_never_reads_its_acks_is_given_up_when_no_more_of_them_can_leave(impatient: None) -> None:
+    class Streaming(ServerConnection):
+        def read(self, wait: bool = True) -> bytes | None:
+            return frame(2, bytes(4))
+
+    with connected(Streaming) as (connection, _):
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        run = run_session(connection)
+        assert run.result() == (1006, "connection lost: the peer has read nothing for 0 s")
 
 
 def test_a_client_that_reads_no_pongs_is_given_up() -> None:

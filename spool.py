@@ -1,0 +1,216 @@
+"""The publisher's spool: a local database that takes over, durably, while the consumer is away.
+
+A worker whose link fails stores its block here, and that counts as stored: it is on disk. From then on, until the
+consumer answers again, workers without a link store here at once. The thread `replay` forwards what is here,
+the oldest first, over a link of its own, and deletes what the consumer has acked. Sources and sequences stay as they
+are, so what is forwarded twice the consumer stores once; nothing more is needed.
+
+The file is a `Store` of its own kind, which locks for itself. `Spool._lock` guards the rest; `_changed` shares it, is
+notified when records come and by `stop`, and `replay` alone waits on it. Nothing is stored or sent under the lock.
+"""
+
+import logging
+import threading
+import time
+from time import monotonic
+from typing import NamedTuple
+
+from forwarder import BATCH_RECORDS, LinkSink, SinkError
+from store import SPOOL_APPLICATION_ID, Oldest, Store, StoreError
+from websock import backoff
+from wire import Block
+
+log = logging.getLogger("ringoexp.spool")
+
+PATIENCE = 5.0
+"""Seconds a consumer has to ack a block before the spool takes it: less than without one, where nobody takes over."""
+
+
+class SpoolStats(NamedTuple):
+    """A snapshot."""
+
+    depth: int  # records in the spool
+    oldest: float  # seconds since the oldest of them came, by the wall clock; 0 if there is none
+    forwarded: int  # records the consumer has acked from here, since the start
+    away: float  # seconds the consumer has been away, 0 if it is not
+
+
+class Spool:
+    """The file at `path`, of at most `most` records, forwarded over `link`. Starts at once.
+
+    Raises StoreError when the file cannot be opened or is not a spool.
+    """
+
+    def __init__(self, path: str, most: int, link: LinkSink) -> None:
+        self.path = path
+        self._most = most
+        self._store = Store(path, SPOOL_APPLICATION_ID)
+
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        # Guarded by _lock.
+        self._coming = 0  # records on their way into the store
+        self._away_since: float | None = None  # monotonic seconds
+        self._forwarded = 0
+        self._stopping = False
+
+        # The thread's.
+        self._link = link
+        self._failures = 0  # in a row
+        self._oldest: Oldest | None = None  # what it forwards; others read its time
+
+        # Daemon: a second signal ends the process at once, whatever it waits for.
+        self._thread = threading.Thread(target=self._run, name="replay", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # no more threads to be had
+            self._store.close()
+            raise
+
+    @property
+    def away(self) -> bool:
+        """True from a link's failure until the consumer has acked something again."""
+        return self._away_since is not None  # one read: no lock needed
+
+    @property
+    def depth(self) -> int:
+        """Records in the spool."""
+        return self._store.stats().held
+
+    def append(self, block: Block) -> None:
+        """Returns when the block is on disk. Raises SinkError when there is no room, or it could not be stored."""
+        size = len(block.values)
+        with self._lock:
+            if self._store.stats().held + self._coming + size > self._most:
+                raise SinkError(f"{self.path}: the spool is full, it has at most {self._most} records (--spool_max)")
+            self._coming += size
+        try:
+            self._store.append(*block)
+        except StoreError as error:
+            raise SinkError(str(error)) from error
+        finally:
+            with self._lock:
+                self._coming -= size
+                self._changed.notify()
+
+    def failed(self, reason: str) -> None:
+        """A link to the consumer failed: it is away."""
+        with self._lock:
+            already = self._away_since is not None
+            if not already:
+                self._away_since = monotonic()
+        log.log(logging.DEBUG if already else logging.WARNING, "event=consumer_away reason=%r", reason)
+
+    def works(self) -> None:
+        """The consumer has acked something over a new link: it is there."""
+        with self._lock:
+            since, self._away_since = self._away_since, None
+        if since is not None:
+            log.info("event=consumer_back seconds=%.1f spooled=%d", monotonic() - since, self.depth)
+
+    def stats(self) -> SpoolStats:
+        """What there is now, and the total since the start."""
+        oldest, depth = self._oldest, self.depth
+        with self._lock:
+            age = max(0.0, time.time() - oldest.received_at_ms / 1000) if depth and oldest else 0.0
+            away = 0.0 if self._away_since is None else monotonic() - self._away_since
+            return SpoolStats(depth, age, self._forwarded, away)
+
+    def stop(self, timeout: float) -> bool:
+        """Ends the thread, giving up what is under way, and closes the file; True if it ended within `timeout` seconds.
+
+        What is in the spool is forwarded after the next start.
+        """
+        with self._lock:
+            self._stopping = True
+            self._changed.notify()
+        self._link.abort()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            return False
+        self._store.close()
+        return True
+
+    # The thread.
+
+    def step(self) -> bool:
+        """One turn: waits for records, forwards the oldest and deletes them, or pauses. False when it should end."""
+        with self._lock:
+            while not self._stopping and not self._oldest and not self.depth:
+                self._changed.wait()
+            if self._stopping:
+                return False
+        try:
+            if self._oldest is None:
+                self._oldest = self._store.oldest(BATCH_RECORDS)
+                assert self._oldest is not None
+            self._link.store(self._oldest.block)
+            self.works()
+            self._store.delete(self._oldest.last_id)
+        except SinkError as error:
+            self.failed(str(error))
+        except Exception as error:
+            level = logging.ERROR if isinstance(error, StoreError) and not self._failures else logging.DEBUG
+            log.log(level, "event=replay_error error=%r", str(error), exc_info=log.isEnabledFor(logging.DEBUG))
+        else:
+            with self._lock:
+                self._forwarded += len(self._oldest.block.values)
+            self._oldest, self._failures = None, 0
+            if not self.depth:
+                self._link.close()
+            return True
+        self._failures += 1
+        until = monotonic() + backoff(self._failures)
+        with self._lock:
+            while not self._stopping and (left := until - monotonic()) > 0:
+                self._changed.wait(left)
+        return True
+
+    def _run(self) -> None:
+        """`step` until it should end; then closes the link."""
+        while self.step():
+            pass
+        self._link.close()
+
+
+class SpoolSink:
+    """A worker's sink: a link to the consumer, and the spool while the consumer is away."""
+
+    ready = True
+
+    def __init__(self, link: LinkSink, spool: Spool) -> None:
+        self._link = link
+        self._spool = spool
+
+    def store(self, block: Block) -> None:
+        """Returns when the block is on the consumer's disk, or in the spool. Raises SinkError when it is in neither."""
+        fresh = not self._link.ready
+        if fresh and self._spool.away:
+            try:
+                self._spool.append(block)
+                return
+            except SinkError:
+                pass  # full, or broken: the consumer may be back all the same
+        try:
+            self._link.store(block)
+        except SinkError as error:
+            self._spool.failed(str(error))
+            self._spool.append(block)
+        else:
+            if fresh:
+                self._spool.works()
+
+    def idle(self) -> None:
+        """Looks after the link; ends it when the spool cannot get one of its own: the consumer may have no room."""
+        if self._spool.away and self._spool.depth:
+            self._link.close()
+        else:
+            self._link.idle()
+
+    def abort(self) -> None:
+        """Makes a `store` over the link fail; the spool still takes the block."""
+        self._link.abort()
+
+    def close(self) -> None:
+        """Says goodbye to the consumer, if connected."""
+        self._link.close()
