@@ -405,7 +405,15 @@ def main(argv: list[str]) -> int:
     0 all stored; 1 refused for good, or the file cannot be read; 2 bad usage or input; 130 Ctrl-C.
     """
     made = parser()
-    given = made.parse_args(argv)
+    try:
+        return _send(made, made.parse_args(argv))
+    except KeyboardInterrupt:  # before there was something to go on with, or while it ended
+        print("ringoexp send: error: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _send(made: argparse.ArgumentParser, given: argparse.Namespace) -> int:
+    """Sends what `given` names, says how it ended, and returns the exit status."""
     status, trouble = 0, ""
     started = monotonic()
     with ExitStack() as stack:

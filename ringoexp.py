@@ -469,7 +469,9 @@ class Parts:
         totals, connections = self.totals.snapshot(), self.server.stats()
         ring = self.ring.stats() if self.ring else None
         forwarder = self.forwarder.stats() if self.forwarder else None
-        store = self.store.stats() if self.store else None
+        database = self.store or (self.spool.store if self.spool else None)
+        disk = database.stats() if database else None
+        store = disk if self.store else None
         spooled = self.spool.stats() if self.spool else None
         return {
             "info": {"version": __version__, "uuid": self.uuid, **settings},
@@ -480,9 +482,9 @@ class Parts:
                 "recordsStored": store.stored if store else ring.stored if ring else 0,
                 "recordsDuplicate": store.duplicates if store else 0,
                 "recordsRefused": totals.refused,
-                "failedCommits": store.failed_commits if store else 0,
-                "storeError": store.error if store else None,
-                "walBytes": self.store.wal_bytes() if self.store else 0,
+                "failedCommits": disk.failed_commits if disk else 0,
+                "storeError": disk.error if disk else None,
+                "walBytes": database.wal_bytes() if database else 0,
                 "bytesReceived": totals.bytes_received,
                 "connections": connections.now,
                 "totalConnections": connections.total,

@@ -44,7 +44,7 @@ class Spool:
     def __init__(self, path: str, most: int, link: LinkSink) -> None:
         self.path = path
         self._most = most
-        self._store = Store(path, SPOOL_APPLICATION_ID)
+        self.store = Store(path, SPOOL_APPLICATION_ID)  # others read its stats
 
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -64,7 +64,7 @@ class Spool:
         try:
             self._thread.start()
         except RuntimeError:  # no more threads to be had
-            self._store.close()
+            self.store.close()
             raise
 
     @property
@@ -75,17 +75,17 @@ class Spool:
     @property
     def depth(self) -> int:
         """Records in the spool."""
-        return self._store.stats().held
+        return self.store.stats().held
 
     def append(self, block: Block) -> None:
         """Returns when the block is on disk. Raises SinkError when there is no room, or it could not be stored."""
         size = len(block.values)
         with self._lock:
-            if self._store.stats().held + self._coming + size > self._most:
+            if self.store.stats().held + self._coming + size > self._most:
                 raise SinkError(f"{self.path}: the spool is full, it has at most {self._most} records (--spool_max)")
             self._coming += size
         try:
-            self._store.append(*block)
+            self.store.append(*block)
         except StoreError as error:
             raise SinkError(str(error)) from error
         finally:
@@ -128,7 +128,7 @@ class Spool:
         self._thread.join(timeout)
         if self._thread.is_alive():
             return False
-        self._store.close()
+        self.store.close()
         return True
 
     # The thread.
@@ -142,11 +142,11 @@ class Spool:
                 return False
         try:
             if self._oldest is None:
-                self._oldest = self._store.oldest(BATCH_RECORDS)
+                self._oldest = self.store.oldest(BATCH_RECORDS)
                 assert self._oldest is not None
             self._link.store(self._oldest.block)
             self.works()
-            self._store.delete(self._oldest.last_id)
+            self.store.delete(self._oldest.last_id)
         except SinkError as error:
             self.failed(str(error))
         except Exception as error:

@@ -221,6 +221,19 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert "interrupted" in said
 
 
+def test_ctrl_c_before_the_first_record_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*unused: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(producer, "Producer", interrupted)
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    with sys.stdin:
+        assert producer.main([]) == 130
+    assert capsys.readouterr().err == "ringoexp send: error: interrupted\n"
+
+
 def stat_sleeps(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 

@@ -149,8 +149,8 @@ def test_blocks_on_their_way_count_as_well(tmp_path: Path, monkeypatch: pytest.M
     replay, gate = FakeLink(), threading.Event()
     replay.error = SinkError("away")
     with spooling(tmp_path / "s", replay, most=10) as running:
-        append = running._store.append
-        monkeypatch.setattr(running._store, "append", lambda *block: (gate.wait(30), append(*block)))
+        append = running.store.append
+        monkeypatch.setattr(running.store, "append", lambda *block: (gate.wait(30), append(*block)))
         first = Blocked(lambda: running.append(a_block(0, 6)))
         eventually(lambda: running._coming == 6)
         with pytest.raises(SinkError, match="full"):
@@ -171,7 +171,7 @@ def test_a_spool_that_cannot_store_says_so_and_the_link_is_tried(
         def broken(*block: object) -> None:
             raise StoreError("s: database or disk is full")
 
-        monkeypatch.setattr(running._store, "append", broken)
+        monkeypatch.setattr(running.store, "append", broken)
         for _ in range(2):
             with pytest.raises(SinkError, match="disk is full"):
                 sink.store(a_block(0, 5))
@@ -198,7 +198,7 @@ def test_the_thread_lives_on_after_errors(tmp_path: Path, monkeypatch: pytest.Mo
     """Of the store, and some that nobody expected; what was forwarded and not deleted is forwarded again."""
     replay = FakeLink()
     with spooling(tmp_path / "s", replay) as running:
-        works = getattr(running._store, method)
+        works = getattr(running.store, method)
         errors = iter([StoreError("s: disk I/O error"), ZeroDivisionError("a bug"), StoreError("again")])
 
         def failing(given: int) -> object:
@@ -206,7 +206,7 @@ def test_the_thread_lives_on_after_errors(tmp_path: Path, monkeypatch: pytest.Mo
                 raise error
             return works(given)
 
-        monkeypatch.setattr(running._store, method, failing)
+        monkeypatch.setattr(running.store, method, failing)
         running.append(a_block(0, 5))
         eventually(lambda: running.stats().forwarded == 5)
         assert running.depth == 0 and replay.calls == (4 if method == "delete" else 1)
