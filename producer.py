@@ -36,8 +36,9 @@ CHUNK_RECORDS = 16_384
 """Most records in a message."""
 MOST_UNACKED = 1_048_576
 """Records kept for sending again; `send` waits while there are more."""
-STALL_TIMEOUT = 30.0
-"""Seconds without an ack, or with a message half sent, before the connection is given up."""
+STALL_TIMEOUT = 90.0
+"""Seconds without an ack, or with a message half sent, before the connection is given up: more than a publisher takes
+to give up a link to its consumer, or its clients would send again what it is about to store."""
 FOR_GOOD = (1002, 1003, 1007, 1008, 1009)
 """Close codes that say that sending the same again is of no use (RFC 6455 section 7.4.1)."""
 
