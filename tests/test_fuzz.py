@@ -513,14 +513,14 @@ def check_claims(claims: list[Claim], stored: dict[str, list[tuple[int, int]]]) 
     """Every acked record is stored once, in its place."""
     by_value = {records[0][1]: records for records in stored.values()}
     for claim in claims:
-        records = stored[claim.source] if claim.source else by_value[claim.values[0]]
+        records = stored[claim.source] if claim.source else by_value.get(claim.values[0], [])
         known = min(len(claim.values), claim.acked)
         assert records[:known] == list(enumerate(claim.values[:known])), claim
         if not claim.source:
             assert len(records) >= claim.acked, claim
 
 
-@pytest.mark.parametrize(("seconds", "least"), [(3.5, 1000), pytest.param(30, 100_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("seconds", "least"), [(2.0, 1000), pytest.param(30, 100_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("role", ["publisher", "consumer"])
 def test_whatever_comes_in_the_server_stays_up_keeps_nothing_and_serves_good_clients(
     tmp_path: Path, role: str, seconds: float, least: int
