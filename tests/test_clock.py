@@ -100,7 +100,7 @@ def test_everything_is_stored_once_while_the_clock_jumps_by_years(tmp_path: Path
     seed = seeded()
     patch = jumping(seed)
     ports = {"consumer": free_port(), "publisher": free_port()}
-    total, single = 300_000, 1000
+    total, single = 150_000, 500
     log: list[ServerProcess] = []
 
     def consumer() -> ServerProcess:
