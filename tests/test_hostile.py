@@ -437,6 +437,7 @@ class Crowd:
             for task in asyncio.as_completed(tasks, timeout=seconds + 10 * ENOUGH):
                 await task
         finally:
+            self.stopped = True  # a `wait_for` that has just got what it waited for ignores being cancelled
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
