@@ -423,6 +423,7 @@ class Crowd:
         self.acked = dict.fromkeys(range(1, good + 1), 0)  # records of each good client
         self.waits: list[float] = []  # for each ack
         self.pings = self.alive = 0
+        self.lag = 0.0  # of the event loop, at most: so late may a ping be answered
         self.ended: Counter[str] = Counter()  # hostile ones, by kind
         self.samples: list[Usage] = []
         self.stopped = False
@@ -450,24 +451,29 @@ class Crowd:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), ENOUGH)
             assert b" 101 " in head
         try:
-            while not self.stopped:
-                sent = self.acked[number]
-                for _ in range(self.rng.randrange(1, 6)):
-                    writer.write(frame(2, struct.pack(">q", number << 32 | sent)))
-                    sent += 1
-                started = time.monotonic()
-                while self.acked[number] < sent:
-                    left = started + ENOUGH - time.monotonic()
-                    assert left > 0, "no ack in time"
-                    self.acked[number] = max(self.acked[number], await self._read(reader, writer, left))
-                self.waits.append(time.monotonic() - started)
-                # Waiting is reading: a ping may come.
-                until = time.monotonic() + self.rng.choice([0.5, 1, 2, 4]) * self.rng.uniform(0.5, 1.5)
-                while (left := until - time.monotonic()) > 0 and not self.stopped:
-                    await self._read(reader, writer, min(left, 1))
+            await self._converse(number, reader, writer)
+        except (OSError, EOFError) as error:
+            raise AssertionError(f"good client {number} was cut off: {error!r}; lag {self.lag:.1f} s") from error
         finally:
             writer.close()
-            await writer.wait_closed()
+            await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+
+    async def _converse(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while not self.stopped:
+            sent = self.acked[number]
+            for _ in range(self.rng.randrange(1, 6)):
+                writer.write(frame(2, struct.pack(">q", number << 32 | sent)))
+                sent += 1
+            started = time.monotonic()
+            while self.acked[number] < sent:
+                left = started + ENOUGH - time.monotonic()
+                assert left > 0, "no ack in time"
+                self.acked[number] = max(self.acked[number], await self._read(reader, writer, left))
+            self.waits.append(time.monotonic() - started)
+            # Waiting is reading: a ping may come.
+            until = time.monotonic() + self.rng.choice([0.5, 1, 2, 4, 8]) * self.rng.uniform(0.5, 1.5)
+            while (left := until - time.monotonic()) > 0 and not self.stopped:
+                await self._read(reader, writer, min(left, 1))
 
     async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seconds: float) -> int:
         """Reads a frame, if one comes in time; the count if it is an ack, else 0."""
@@ -529,7 +535,9 @@ class Crowd:
             assert self.running.process.poll() is None, "the server has ended"
             assert not complaints(self.running), complaints(self.running)
             self.samples.append(usage(self.running))
+            asleep = time.monotonic()
             await asyncio.sleep(0.2)
+            self.lag = max(self.lag, time.monotonic() - asleep - 0.2)
         self.stopped = True
 
 
@@ -540,7 +548,7 @@ def mean(samples: list[Usage]) -> Usage:
 
 @pytest.mark.parametrize(
     ("good", "hostile", "seconds", "stretch"),
-    [(180, 20, 3.0, 1.0), pytest.param(900, 100, 600.0, 5.0, marks=pytest.mark.long)],
+    [(180, 20, 3.0, 2.0), pytest.param(900, 100, 600.0, 15.0, marks=pytest.mark.long)],
 )
 def test_good_clients_are_served_and_nothing_grows_while_a_tenth_of_all_is_hostile(
     tmp_path: Path, good: int, hostile: int, seconds: float, stretch: float
@@ -561,7 +569,8 @@ def test_good_clients_are_served_and_nothing_grows_while_a_tenth_of_all_is_hosti
         waits = sorted(crowd.waits)
         print(f"base {base}; early {early}; late {late}; after all {after}")
         print(f"{len(waits)} acks, the slowest after {waits[-1]:.2f} s, p99 {waits[len(waits) * 99 // 100]:.3f} s")
-        print(f"{crowd.pings} pings answered, {crowd.alive} times alive; hostile: {dict(crowd.ended)}")
+        print(f"{crowd.pings} pings answered, {crowd.alive} times alive, lag {crowd.lag:.2f} s; {dict(crowd.ended)}")
+        assert crowd.pings and crowd.alive
         assert late.memory - early.memory < GROWTH
         assert late.threads - early.threads < hostile / 4 and late.descriptors - early.descriptors < hostile / 4
         assert running.stop() == 0
