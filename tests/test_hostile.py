@@ -335,8 +335,9 @@ def test_a_hostile_client_is_cut_off_in_time_and_its_place_is_free_again(
             return neighbour.sent > 0 and gets_in(impatient.port)
 
         eventually(free, "a good client gets in", patience(kind, SHORT) + ENOUGH)
-        # The neighbour is there. The hostile ones have not closed their sockets, most of them: the server has.
-        back_to(impatient, Usage(base.memory, base.threads + 1, base.descriptors + 1))
+        # The hostile ones have not closed their sockets, most of them: the server has. The neighbour is still there.
+        eventually(lambda: impatient.stats()["connections"] <= 2, "the neighbour, and who asks")
+        eventually(lambda: usage(impatient).descriptors <= base.descriptors + 1)
         assert not any(each.step() and each.port in held(impatient.port) for each in hostile), "both are cut off"
     assert neighbour.slowest < 5
     back_to(impatient, base)
