@@ -304,7 +304,9 @@ class ServerConnection(Connection):
         Pings a silent client. Raises OSError when the connection is lost, TimeoutError when the client has stalled.
         """
         now = monotonic()
-        if self._begun is None and (self._tail or self._judged or self._fragments):
+        if not (self._tail or self._judged or self._fragments):
+            self._begun = None
+        elif self._begun is None:
             self._begun = now
         if self._begun is not None and now >= self._begun + MESSAGE_TIMEOUT:
             raise TimeoutError(f"a message was not finished within {MESSAGE_TIMEOUT:.0f} s")
