@@ -11,7 +11,7 @@ import sqlite3
 import uuid
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ import websock
 TIMEOUT = 0.5
 """Seconds after which either end gives up a silent link, where SHORT_TIMES and `short_times` apply."""
 SHORT_TIMES = (
-    f"forwarder.ACK_TIMEOUT = {TIMEOUT}; websock.BACKOFF_MOST = 0.2;"
+    f"forwarder.ACK_TIMEOUT = {TIMEOUT}; spool.PATIENCE = {TIMEOUT}; websock.BACKOFF_MOST = 0.2;"
     f"websock.CONNECT_TIMEOUT = {TIMEOUT}; websock.CLOSE_TIMEOUT = {TIMEOUT}"
 )
 """The servers' patch."""
@@ -66,11 +66,12 @@ def kept_port() -> Iterator[int]:
 class Servers:
     """A publisher and its consumer, with short timeouts, on ports that stay theirs when they are killed.
 
-    If `proxied`, with a proxy before each, by the name of its link.
+    If `proxied`, with a proxy before each, by the name of its link. If `spooling`, the publisher has a spool.
     """
 
-    def __init__(self, directory: Path, proxied: bool = False) -> None:
+    def __init__(self, directory: Path, proxied: bool = False, spooling: bool = False) -> None:
         self.database = directory / "c.db"
+        self.spool = directory / "p.spool" if spooling else None
         self._directory = directory
         self._stack = ExitStack()
         ports = [self._stack.enter_context(kept_port()) for _ in range(2)]
@@ -84,6 +85,8 @@ class Servers:
             "consumer": ["-I", "false", "-p", str(ports[1]), "-D", self.database.name],
             "publisher": ["-p", str(ports[0]), "-T", str(front[1])],
         }
+        if self.spool:
+            self._flags["publisher"] += ["-S", self.spool.name]
         self.running: dict[str, ServerProcess] = {}
 
     def __enter__(self) -> "Servers":
@@ -99,6 +102,13 @@ class Servers:
     def start(self, *roles: str) -> None:
         for role in roles:
             self.running[role] = ServerProcess(self._directory, *self._flags[role], patch=SHORT_TIMES)
+
+    def problems(self, load: "Load", still: Collection[str]) -> list[str]:
+        """How the databases break the promise, by what is acked now, while the servers of these roles do nothing."""
+        acked = load.acked()  # before a database is read
+        # The spool first: what leaves it afterwards is at the consumer by then.
+        elsewhere = spans(self.spool, "publisher" in still) if self.spool else {}
+        return problems(self.database, load.sent, acked, "consumer" in still, whole=False, elsewhere=elsewhere)
 
     def kill(self, *roles: str) -> None:
         """All of them before any is waited for."""
@@ -186,11 +196,13 @@ def problems(
     acked: Mapping[uuid.UUID, int],
     dead: bool = False,
     whole: bool = True,
+    elsewhere: Mapping[uuid.UUID, Sequence[tuple[int, int]]] | None = None,
 ) -> list[str]:
     """How the database breaks the promise: the first `acked` of each source are there, none twice, each as sent.
 
     `dead` says that its writer is killed or stopped: then a copy of the files is recovered, and they stay as they are.
-    Values and the file itself are looked at if it is to be `whole`: ten times the work, so for the end.
+    Values and the file itself are looked at if it is to be `whole`: ten times the work, so for the end. What is
+    `elsewhere`, in a spool, is not missing.
     """
     found = []
     with _reader(database, dead) as reader:
@@ -203,10 +215,10 @@ def problems(
             found += [said for (said,) in reader.execute("PRAGMA quick_check") if said != "ok"]
             values = array("q", (value for (value,) in reader.execute("SELECT value FROM record ORDER BY id")))
     at = 0
-    spans: dict[uuid.UUID, list[tuple[int, int]]] = defaultdict(list)
+    stored: dict[uuid.UUID, list[tuple[int, int]]] = defaultdict(list)
     for name, sequence, count, first_id in batches:
         source = uuid.UUID(bytes=name or bytes(16))
-        spans[source].append((sequence, sequence + count))
+        stored[source].append((sequence, sequence + count))
         if first_id != at + 1:
             found.append(f"ids: a batch begins at {first_id}, not {at + 1}")
         if whole and values[at : at + count] != sent.get(source, array("q"))[sequence : sequence + count]:
@@ -214,14 +226,29 @@ def problems(
         at += count
     if not at == records == highest:
         found.append(f"ids: {at} records in batches, {records} in all, the last is {highest}")
-    for source in {*spans, *acked}:
+    for source in {*stored, *acked}:
         end = 0
-        for first, after in [*sorted(spans[source]), (acked.get(source, 0), 0)]:
-            if first > end < acked.get(source, 0):
-                found.append(f"{source}: records {end} to {min(first, acked[source]) - 1} are acked and not stored")
-            if first < end and after:
+        for first, after in sorted(stored[source]):
+            if first < end:
                 found.append(f"{source}: records {first} to {min(end, after) - 1} are stored twice")
             end = max(end, after)
+        end = 0
+        anywhere = [*stored[source], *(elsewhere or {}).get(source, ())]
+        for first, after in [*sorted(anywhere), (acked.get(source, 0), 0)]:
+            if first > end < acked.get(source, 0):
+                found.append(f"{source}: records {end} to {min(first, acked[source]) - 1} are acked and not stored")
+            end = max(end, after)
+    return found
+
+
+def spans(database: Path, dead: bool) -> dict[uuid.UUID, list[tuple[int, int]]]:
+    """Which records of each source a database holds, as `[first, end)`."""
+    found: dict[uuid.UUID, list[tuple[int, int]]] = defaultdict(list)
+    with _reader(database, dead) as reader:
+        for name, sequence, count in reader.execute(
+            "SELECT uuid, sequence, count FROM batch JOIN source ON source.id = source_id"
+        ):
+            found[uuid.UUID(bytes=name)].append((sequence, sequence + count))
     return found
 
 

@@ -11,7 +11,7 @@ from threading import Event
 
 import pytest
 from checks import TIMEOUT, VICTIMS, Load, Servers, problems, seeded, short_times
-from harness import DEADLINE, server
+from harness import DEADLINE, eventually, server
 
 from producer import Producer
 
@@ -47,6 +47,36 @@ def test_servers_fail_at_random_moments_and_everything_is_stored_once(tmp_path: 
             killed = sum(times for victims, times in count.items() if "publisher" in victims)
             assert load.reconnects() >= killed * len(load.producers), "a killed publisher's links are gone"
         print(f"{fault}: {count}, {sum(load.acked().values())} records, {load.reconnects()} reconnects")
+
+
+@pytest.mark.parametrize("rounds", [5, pytest.param(50, marks=pytest.mark.long)])
+def test_with_a_spool_the_acks_go_on_whatever_becomes_of_the_consumer(tmp_path: Path, rounds: int) -> None:
+    """Killed or stopped, and the publisher killed meanwhile: what is acked is at the consumer or in the spool."""
+    rng = seeded()
+    with Servers(tmp_path, spooling=True) as servers, Load(servers.url, rng) as load:
+        for turn in range(rounds):
+            load.goes_on()
+            Event().wait(rng.uniform(0, 0.1))  # not to synchronise: a random moment
+            fault, back = rng.choice(((servers.kill, servers.start), (servers.stop, servers.go_on)))
+            fault("consumer")
+            load.goes_on()  # nobody misses it
+            assert not servers.problems(load, {"consumer"}), f"round {turn}"
+            if rng.random() < 0.5:
+                servers.kill("publisher")
+                assert not servers.problems(load, {"consumer", "publisher"}), f"round {turn}, publisher"
+                servers.start("publisher")
+                load.goes_on()
+            back("consumer")
+            Event().wait(rng.uniform(0, 0.2))  # while it forwards
+            if rng.random() < 0.5:
+                servers.kill("publisher")
+                assert not servers.problems(load, {"publisher"}), f"round {turn}, forwarding"
+                servers.start("publisher")
+        load.finish()
+        publisher = servers.running["publisher"]
+        eventually(lambda: publisher.stats()["spoolDepth"] == 0, "all is forwarded")
+        assert not load.problems(servers.database, whole=True)
+        print(f"{sum(load.acked().values())} records, {load.reconnects()} reconnects")
 
 
 LATE = (
