@@ -403,7 +403,7 @@ def test_what_is_acked_is_synced_before_and_survives_a_power_cut(
     tmp_path: Path, seed: int, role: str, patch: str, cuts: int
 ) -> None:
     """Whatever the disk had of what was not synced; and what is sent again afterwards is stored once."""
-    run = record(tmp_path, role, patch, seed, 8000 if cuts < 100 else 48_000)
+    run = record(tmp_path, role, patch, seed, 8000 if cuts < 100 else 20_000)
     resets = sum(c.name == "pwrite64" and c.path == f"{run.database}-wal" and c.numbers[-1] == 0 for c in run.calls)
     print(f"{len(run.calls)} calls, {len(run.acks)} acks, WAL begun {resets} times")
     assert resets > 3, "several checkpoints, and the WAL was begun anew"
