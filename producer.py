@@ -13,6 +13,7 @@ gave up) share it. Nothing is sent or received under the lock.
 """
 
 import argparse
+import errno
 import json
 import select
 import signal
@@ -36,8 +37,9 @@ CHUNK_RECORDS = 16_384
 """Most records in a message."""
 MOST_UNACKED = 1_048_576
 """Records kept for sending again; `send` waits while there are more."""
-STALL_TIMEOUT = 30.0
-"""Seconds without an ack, or with a message half sent, before the connection is given up."""
+STALL_TIMEOUT = 90.0
+"""Seconds without an ack, or with a message half sent, before the connection is given up: more than a publisher takes
+to give up a link to its consumer, or its clients would send again what it is about to store."""
 FOR_GOOD = (1002, 1003, 1007, 1008, 1009)
 """Close codes that say that sending the same again is of no use (RFC 6455 section 7.4.1)."""
 
@@ -57,10 +59,12 @@ class Producer:
     def __init__(self, url: str = URL, source: uuid.UUID | None = None, first: int = 0) -> None:
         try:
             parts = urlsplit(url)
-            host, port, right = parts.hostname or "", parts.port or 80, parts.scheme == "ws" and parts.hostname
+            host, port = parts.hostname or "", 80 if parts.port is None else parts.port
+            host.encode("idna")
+            right = parts.scheme == "ws" and host and port and not parts.query and not parts.fragment
         except ValueError:
-            right = None
-        if not right:
+            right = False
+        if not right or not all("!" <= c <= "~" for c in parts.path):
             raise ValueError(f"{url!r} is not accepted: ws://HOST:PORT/v1.0/ingest")
         if not 0 <= first < MAX_SEQUENCE:
             raise ValueError(f"first {first} is not accepted: 0 to 2**63 - 2")
@@ -108,7 +112,7 @@ class Producer:
 
         Waits while MOST_UNACKED records are not acked. Raises OverflowError for a value beyond 64 bits
         (none of `values` is taken then), ProducerError when the server has refused for good, ValueError once
-        closed.
+        closed, and where the numbers of a source end.
         """
         block = values if isinstance(values, array) and values.typecode == "q" else array("q", values)
         for start in range(0, len(block), CHUNK_RECORDS):
@@ -117,8 +121,6 @@ class Producer:
                 while self._next - self._acked >= MOST_UNACKED and not self._error and not self._closed:
                     self._progress.wait()
                 self._check()
-                if self._closed:
-                    raise ValueError("the producer is closed")
                 if self._next + len(chunk) > MAX_SEQUENCE:
                     raise ValueError("sequences end at 2**63 - 1: go on with a new source")
                 self._chunks.append((self._next, chunk))
@@ -127,7 +129,7 @@ class Producer:
                 self._wake_up()
 
     def flush(self, timeout: float | None = None) -> None:
-        """Returns when all is acked. Raises TimeoutError after `timeout` seconds, ProducerError as `send` does."""
+        """Returns when all is acked. Raises TimeoutError after `timeout` seconds, else what `send` raises."""
         deadline = None if timeout is None else monotonic() + timeout
         with self._lock:
             while self._acked < self._next:
@@ -162,6 +164,8 @@ class Producer:
         assert self._lock.locked()
         if self._error:
             raise ProducerError(str(self._error)) from self._error
+        if self._closed:
+            raise ValueError("the producer is closed")
 
     def _wake_up(self) -> None:
         """Makes the thread look at what there is to do."""
@@ -192,6 +196,8 @@ class Producer:
                     self._give_up(f"{self.url} {error}")
             except ProducerError as error:
                 self._give_up(f"{self.url} {error}")
+            except Exception as error:  # a bug: who waits must hear of it
+                self._give_up(f"{self.url}: {type(error).__name__}: {error}")
             failures = 0 if self._acked > acked else failures + 1
             with self._lock:
                 until = monotonic() + backoff(failures)
@@ -217,27 +223,29 @@ class Producer:
                 self._links += 1
                 self._unsent = len(self._chunks)
                 base = self._chunks[0][0] if self._chunks else self._next
-            link.sock.settimeout(STALL_TIMEOUT)
-            heard = monotonic()
+            link.sock.setblocking(False)
+            moved = monotonic()  # when something was acked or sent
+            sent = base  # everything before it is sent, or begun
             while True:
-                if self._read_acks(link, base):
-                    heard = monotonic()
+                before = link.unsent
+                if self._read_acks(link, base, sent) or (link.flush() and before) or link.unsent < before:
+                    moved = monotonic()
                 with self._lock:
                     if self._closed:
                         break
-                    chunk = self._chunks[-self._unsent] if self._unsent else None
+                    chunk = self._chunks[-self._unsent] if self._unsent and not link.unsent else None
                     waiting = bool(self._chunks)
+                    self._unsent -= chunk is not None
                 if chunk:
                     first, values = chunk
-                    link.send_bytes(encode_batch([Run(self.source.bytes, first, len(values))], values))
-                    with self._lock:
-                        self._unsent -= 1
+                    link.begin_bytes(encode_batch([Run(self.source.bytes, first, len(values))], values))
+                    sent = first + len(values)
                     continue
-                if waiting and monotonic() > heard + STALL_TIMEOUT:
-                    raise TimeoutError(f"no ack within {STALL_TIMEOUT:.0f} s")
-                self._wait(link, heard + STALL_TIMEOUT - monotonic() if waiting else None)
                 if not waiting:
-                    heard = monotonic()
+                    moved = monotonic()
+                elif monotonic() > moved + STALL_TIMEOUT:
+                    raise TimeoutError(f"nothing was acked, nor could be sent, within {STALL_TIMEOUT:.0f} s")
+                self._wait(link, moved + STALL_TIMEOUT - monotonic() if waiting else None)
         except BaseException:
             link.abort()
             link.sock.close()
@@ -245,41 +253,42 @@ class Producer:
         link.finish(1000, "")
 
     def _wait(self, link: ClientConnection, seconds: float | None) -> None:
-        """Returns when there is something to read or to send, or after `seconds`."""
+        """Returns when there is something to read, or to send and room for it, or after `seconds`."""
         poll = select.poll()
-        poll.register(link.sock, select.POLLIN)
+        poll.register(link.sock, select.POLLIN | (select.POLLOUT if link.unsent else 0))
         poll.register(self._waked, select.POLLIN)
         for fd, _ in poll.poll(None if seconds is None else max(0.0, seconds) * 1000):
             if fd == self._waked.fileno():
                 self._waked.recv(4096)
 
-    def _read_acks(self, link: ClientConnection, base: int) -> bool:
+    def _read_acks(self, link: ClientConnection, base: int, sent: int) -> bool:
         """Takes in the acks that have come, without waiting. True when there were some."""
-        poll = select.poll()
-        poll.register(link.sock, select.POLLIN)
-        acked = -1
-        data = b""  # first, what came right behind the handshake
-        while True:
-            for message in link.parse(data):
-                acked = base + decode_ack(message.payloads)
+        heard = False
+        data: bytes | None = b""  # first, what came right behind the handshake
+        while data is not None:
+            acks = [base + decode_ack(message.payloads) for message in link.parse(data)]
+            if acks:
+                heard = True
+                if acks[-1] > sent:
+                    raise WireError(f"acked {acks[-1] - base} records of {sent - base} sent")
+                self._take_ack(acks[-1])
             if link.ending:
                 code, reason = link.ending
                 kind = ProducerError if code in FOR_GOOD else ConnectionResetError
                 raise kind(f"closed with {code:d} {reason}")
-            if not poll.poll(0):
-                break
-            data = link.read() or b""
-            if not data:
+            data = link.read(wait=False)
+            if data == b"":
                 raise ConnectionResetError("closed the connection")
-        if acked < 0:
-            return False
+        return heard
+
+    def _take_ack(self, acked: int) -> None:
+        """Everything before `acked` is stored."""
         with self._lock:
-            self._acked = max(self._acked, min(acked, self._next))
+            self._acked = max(self._acked, acked)
             while self._chunks and self._chunks[0][0] + len(self._chunks[0][1]) <= self._acked:
                 self._chunks.popleft()
             self._unsent = min(self._unsent, len(self._chunks))
             self._progress.notify_all()
-        return True
 
 
 # The command.
@@ -309,7 +318,7 @@ def _integers(source: BinaryIO, binary: bool) -> Iterator["array[int]"]:
             if block.translate(None, b"0123456789-+ \t\r\n"):
                 yield from _up_to_the_bad_line(lines, number)
             try:
-                values = array("q", map(int, filter(None, lines)))
+                values = array("q", map(int, filter(bytes.strip, lines)))
             except (ValueError, OverflowError):
                 yield from _up_to_the_bad_line(lines, number)
             else:
@@ -327,7 +336,7 @@ def _up_to_the_bad_line(lines: list[bytes], number: int) -> Iterator["array[int]
         try:
             if line.strip(b"0123456789-+ \t\r"):
                 raise ValueError
-            if line:
+            if line.strip():
                 values.append(int(line))
         except (ValueError, OverflowError):
             yield values
@@ -418,13 +427,19 @@ def _send(made: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     started = monotonic()
     with ExitStack() as stack:
         try:
+            if given.file == "-" and sys.stdin is None:
+                raise OSError(errno.EBADF, "stdin is closed")
             source: BinaryIO = sys.stdin.buffer if given.file == "-" else stack.enter_context(open(given.file, "rb"))
-            producer = Producer(given.url, given.source, given.first)
         except OSError as error:
             print(f"ringoexp send: error: {given.file}: {error.strerror}", file=sys.stderr)
             return 1
+        try:
+            producer = Producer(given.url, given.source, given.first)
         except ValueError as error:
             made.error(str(error))
+        except (OSError, RuntimeError) as error:
+            print(f"ringoexp send: error: no socket or thread to be had: {error}", file=sys.stderr)
+            return 1
         stack.callback(producer.close)
         if sys.stderr.isatty():
             stack.enter_context(_Progress(producer))
@@ -432,7 +447,7 @@ def _send(made: argparse.ArgumentParser, given: argparse.Namespace) -> int:
             try:
                 for values in _integers(source, given.binary):
                     producer.send(values)
-            except BadInput as error:
+            except (BadInput, ValueError) as error:
                 status, trouble = 2, f"{given.file}: {error}"
             producer.flush()
         except ProducerError as error:
@@ -444,7 +459,7 @@ def _send(made: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     seconds = monotonic() - started
     if trouble:
         print(f"ringoexp send: error: {trouble}", file=sys.stderr)
-    if producer.acked < producer.sent:
+    if trouble:
         rest = f"--source {producer.source} --first {given.first + producer.acked}"
         print(f"ringoexp send: {producer.acked} of {producer.sent} acked; send the others with {rest}", file=sys.stderr)
     if given.json:

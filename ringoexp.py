@@ -32,7 +32,7 @@ except ModuleNotFoundError as missing:
 
 import producer
 import spool
-from forwarder import Forwarder, LinkSink, Sink, StoreSink
+from forwarder import BATCH_RECORDS, Forwarder, LinkSink, Sink, StoreSink
 from ingest import Intake, RingIntake, StoreIntake
 from ringbuffer import Ring
 from stats import Totals, memory
@@ -395,9 +395,11 @@ class Parts:
                     raise CannotRun(f"-r {settings.ring_size}: not that much memory to be had") from None
                 try:
                     if settings.spool:
-                        self.spool = spool.Spool(settings.spool, settings.spool_max, self._make_link())
+                        link = LinkSink(settings.consumer_hostname, settings.consumer_port)
+                        self.spool = spool.Spool(settings.spool, settings.spool_max, link)
                         undo.callback(self.spool.stop, 5)
-                    self.forwarder = Forwarder(self.ring, self._make_sink, settings.workers, settings.spool_max)
+                    most = settings.spool_max if self.spool else BATCH_RECORDS
+                    self.forwarder = Forwarder(self.ring, self._make_sink, settings.workers, most)
                 except RuntimeError as error:
                     raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
             undo.pop_all()
@@ -415,12 +417,9 @@ class Parts:
     def _make_sink(self, connected: Callable[[], None]) -> Sink:
         if self.store:
             return StoreSink(self.store)
-        link = self._make_link(connected)
+        patience = spool.PATIENCE if self.spool else None
+        link = LinkSink(self.settings.consumer_hostname, self.settings.consumer_port, connected, patience)
         return spool.SpoolSink(link, self.spool) if self.spool else link
-
-    def _make_link(self, connected: Callable[[], None] = lambda: None) -> LinkSink:
-        patience = spool.PATIENCE if self.settings.spool else None
-        return LinkSink(self.settings.consumer_hostname, self.settings.consumer_port, connected, patience)
 
     def stored(self) -> int:
         """Records stored since the start: new ones in the own database, or else acked by the consumer or spooled."""

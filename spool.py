@@ -10,20 +10,23 @@ notified when records come and by `stop`, and `replay` alone waits on it. Nothin
 """
 
 import logging
+import os
 import threading
 import time
 from time import monotonic
 from typing import NamedTuple
 
 from forwarder import BATCH_RECORDS, LinkSink, SinkError
-from store import SPOOL_APPLICATION_ID, Oldest, Store, StoreError
+from store import SPOOL_APPLICATION_ID, WAL_LARGE, Store, StoreError
 from websock import backoff
 from wire import Block
 
 log = logging.getLogger("ringoexp.spool")
 
 PATIENCE = 5.0
-"""Seconds a consumer has to ack a block before the spool takes it: less than without one, where nobody takes over."""
+"""Seconds a consumer has to take a block, and as many again to ack it, before the spool does: less than without one."""
+ROOM = 2 * WAL_LARGE
+"""Bytes of disk that the spool leaves free: it needs some to delete what was forwarded."""
 
 
 class SpoolStats(NamedTuple):
@@ -52,12 +55,14 @@ class Spool:
         self._coming = 0  # records on their way into the store
         self._away_since: float | None = None  # monotonic seconds
         self._forwarded = 0
+        self._full = False  # the last block was refused, and nothing was deleted since
         self._stopping = False
 
         # The thread's.
         self._link = link
         self._failures = 0  # in a row
-        self._oldest: Oldest | None = None  # what it forwards; others read its time
+        self._broken = False  # the file cannot be read, or not be written; others read it
+        self._oldest_ms: int | None = None  # when the oldest record came, Unix time; others read it
 
         # Daemon: a second signal ends the process at once, whatever it waits for.
         self._thread = threading.Thread(target=self._run, name="replay", daemon=True)
@@ -69,8 +74,16 @@ class Spool:
 
     @property
     def away(self) -> bool:
-        """True from a link's failure until the consumer has acked something again."""
-        return self._away_since is not None  # one read: no lock needed
+        """True from a link's failure until the consumer has acked something again.
+
+        Not while nothing can be forwarded for reasons of our own: then only the workers' links can tell.
+        """
+        return self._away_since is not None and not self._broken  # no lock needed
+
+    @property
+    def full(self) -> bool:
+        """True while there is no room."""
+        return self._full  # one read: no lock needed
 
     @property
     def depth(self) -> int:
@@ -80,9 +93,14 @@ class Spool:
     def append(self, block: Block) -> None:
         """Returns when the block is on disk. Raises SinkError when there is no room, or it could not be stored."""
         size = len(block.values)
+        disk = os.statvfs(os.path.dirname(os.path.abspath(self.path)))
         with self._lock:
-            if self.store.stats().held + self._coming + size > self._most:
+            self._full = self.store.stats().held + self._coming + size > self._most
+            if self._full:
                 raise SinkError(f"{self.path}: the spool is full, it has at most {self._most} records (--spool_max)")
+            self._full = disk.f_bavail * disk.f_frsize < ROOM
+            if self._full:
+                raise SinkError(f"{self.path}: less than {ROOM >> 20} MiB of its disk are free: make room")
             self._coming += size
         try:
             self.store.append(*block)
@@ -110,9 +128,9 @@ class Spool:
 
     def stats(self) -> SpoolStats:
         """What there is now, and the total since the start."""
-        oldest, depth = self._oldest, self.depth
+        oldest, depth = self._oldest_ms, self.depth
         with self._lock:
-            age = max(0.0, time.time() - oldest.received_at_ms / 1000) if depth and oldest else 0.0
+            age = max(0.0, time.time() - oldest / 1000) if depth and oldest else 0.0
             away = 0.0 if self._away_since is None else monotonic() - self._away_since
             return SpoolStats(depth, age, self._forwarded, away)
 
@@ -136,27 +154,33 @@ class Spool:
     def step(self) -> bool:
         """One turn: waits for records, forwards the oldest and deletes them, or pauses. False when it should end."""
         with self._lock:
-            while not self._stopping and not self._oldest and not self.depth:
+            while not self._stopping and not self.depth:
                 self._changed.wait()
             if self._stopping:
                 return False
         try:
-            if self._oldest is None:
-                self._oldest = self.store.oldest(BATCH_RECORDS)
-                assert self._oldest is not None
-            self._link.store(self._oldest.block)
+            # Ever less after failures: a slow link may have no time for more.
+            oldest = self.store.oldest(max(1, BATCH_RECORDS >> min(self._failures, 16)))
+            if oldest is None:
+                return True
+            self._oldest_ms = oldest.received_at_ms
+            self._link.store(oldest.block)
             self.works()
-            self.store.delete(self._oldest.last_id)
+            self.store.delete(oldest)
         except SinkError as error:
             self.failed(str(error))
         except Exception as error:
-            level = logging.ERROR if isinstance(error, StoreError) and not self._failures else logging.DEBUG
+            known = self._broken and isinstance(error, StoreError)
+            level = logging.DEBUG if known else logging.ERROR
             log.log(level, "event=replay_error error=%r", str(error), exc_info=log.isEnabledFor(logging.DEBUG))
+            self._broken = True
         else:
             with self._lock:
-                self._forwarded += len(self._oldest.block.values)
-            self._oldest, self._failures = None, 0
+                self._forwarded += len(oldest.block.values)
+                self._full = False
+            self._failures, self._broken = 0, False
             if not self.depth:
+                self._oldest_ms = None
                 self._link.close()
             return True
         self._failures += 1
@@ -176,11 +200,14 @@ class Spool:
 class SpoolSink:
     """A worker's sink: a link to the consumer, and the spool while the consumer is away."""
 
-    ready = True
-
     def __init__(self, link: LinkSink, spool: Spool) -> None:
         self._link = link
         self._spool = spool
+
+    @property
+    def ready(self) -> bool:
+        """True while there is a link, or room in the spool."""
+        return self._link.ready or not self._spool.full
 
     def store(self, block: Block) -> None:
         """Returns when the block is on the consumer's disk, or in the spool. Raises SinkError when it is in neither."""

@@ -23,7 +23,7 @@ import threading
 import time
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import chain
 from time import monotonic
 from typing import IO, NamedTuple
@@ -98,7 +98,7 @@ class StoreStats(NamedTuple):
 
 
 class Oldest(NamedTuple):
-    """The oldest records of a store: whole batches, the id of the last record, and when the first one arrived."""
+    """The oldest records of a store: whole batches, a run each, and when the first one arrived."""
 
     block: Block
     last_id: int
@@ -156,16 +156,15 @@ class Store:
         real = os.path.realpath(path)  # one lock whatever links lead to it
         self._wal = f"{real}-wal"
         new_guard = not os.path.exists(f"{real}-lock")
-        self._guard = _lock_file(real)
-        try:
-            _check_file(path)
-            self._db = _connect(path, application_id)
-        except BaseException:
+        with ExitStack() as undo:
+            self._guard = undo.enter_context(_lock_file(real))
             if new_guard:
-                os.unlink(self._guard.name)
-            self._guard.close()
-            raise
-        (self._held,) = self._db.execute(_HELD).fetchone()  # guarded by _lock, as the totals are
+                undo.callback(os.unlink, self._guard.name)
+            _check_file(path, self._wal)
+            self._db = undo.enter_context(closing(_connect(path, application_id)))
+            with _explained(path):
+                (self._held,) = self._db.execute(_HELD).fetchone()  # guarded by _lock, as the totals are
+            undo.pop_all()
 
     def append(self, runs: Sequence[Run], values: "array[int]") -> None:
         """Returns when every record of the block is on disk, now or from an earlier time.
@@ -195,7 +194,7 @@ class Store:
 
         Raises StoreError when they cannot be read.
         """
-        with self._alone():
+        with self._alone(), _explained(self.path):
             rows: list[tuple[int, int, bytes, int, int]] = []
             count = 0
             for row in self._db.execute(
@@ -216,15 +215,23 @@ class Store:
         runs = [Run(uuid, sequence, size) for _, size, uuid, sequence, _ in rows]
         return Oldest(Block(runs, values), last_id, rows[0][4])
 
-    def delete(self, last_id: int) -> None:
-        """Deletes the oldest batches, up to the one that ends with record `last_id`, and sources left without any.
+    def delete(self, oldest: Oldest) -> None:
+        """Deletes what `oldest` returned, and sources left without any; nothing, if that is not the oldest now.
 
-        They may come again after a power loss. An emptied file is given back to the system if it is large.
-        Raises StoreError when that failed.
+        That is so when they were deleted before, by a transaction that happened but reported an error: then their ids
+        may be those of others by now. Raises StoreError when nothing, or perhaps all, was deleted.
         """
-        with self._alone():
-            through = {"last": last_id}
+        with self._alone(), _explained(self.path):
+            self._tend_wal()
+            through = {"last": oldest.last_id}
             with self._transaction():
+                batches = self._db.execute(
+                    """SELECT uuid, sequence, count FROM batch JOIN source ON source.id = source_id
+                        WHERE first_id <= :last ORDER BY first_id""",
+                    through,
+                )
+                if [Run(*batch) for batch in batches] != oldest.block.runs:
+                    return
                 self._db.execute(
                     """DELETE FROM source WHERE id IN (SELECT source_id FROM batch WHERE first_id <= :last)
                           AND NOT EXISTS (SELECT 1 FROM batch WHERE source_id = source.id AND first_id > :last)""",
@@ -232,16 +239,12 @@ class Store:
                 )
                 self._db.execute("DELETE FROM batch WHERE first_id <= :last", through)
                 self._db.execute("DELETE FROM record WHERE id <= :last", through)
-            self._sources.clear()
-            (held,) = self._db.execute(_HELD).fetchone()
+                (held,) = self._db.execute(_HELD).fetchone()
+                self._sources.clear()
             with self._lock:
                 self._held = held
             if not held:
-                (free,) = self._db.execute("PRAGMA freelist_count").fetchone()
-                (page_size,) = self._db.execute("PRAGMA page_size").fetchone()
-                if free * page_size > WAL_LARGE:
-                    self._db.execute("VACUUM")
-                    self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._give_back()
 
     def stats(self) -> StoreStats:
         """What there is now, and the totals since the store was opened."""
@@ -280,7 +283,7 @@ class Store:
     def _commit(self, group: list[_Waiting]) -> None:
         """Writes `group` in one transaction, says so to each of it and gives up the lead."""
         stored = duplicates = 0
-        error: StoreError | None = None
+        error = None
         try:
             self._tend_wal()
             stored, duplicates = self._write(group)
@@ -288,8 +291,9 @@ class Store:
             # A commit that reported an error may have happened all the same: the cache is stale.
             self._sources.clear()
             self._wal_due = 0  # a disk that is full may be full of WAL
+            log.debug("event=commit_failed", exc_info=True)
             error = StoreError(_explain(self.path, cause))
-            error.__cause__ = cause
+            error.__cause__ = cause.with_traceback(None)  # whose frames hold the blocks, and those this error
         finally:
             self._note(error)
             with self._lock:
@@ -325,14 +329,7 @@ class Store:
             log.info("event=wal_cut bytes=%d", size)
         if size < self._wal_due:
             return
-        self._db.execute(f"PRAGMA busy_timeout = {READER_WAIT_MS}")
-        try:
-            (busy, _, _) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        except sqlite3.Error as error:  # the records are safe in the WAL; the commit will say what is wrong
-            log.debug("event=wal_not_cut bytes=%d reason=%r", size, str(error))
-            busy = False
-        finally:
-            self._db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        busy = self._start_wal_over()
         self._wal_due = self.wal_bytes() + WAL_LARGE
         if busy and not self._wal_kept and size > WAL_LARGE:
             self._wal_kept = True
@@ -340,9 +337,32 @@ class Store:
                 "event=wal_large bytes=%d reason='a reader holds a transaction: it grows until that ends'", size
             )
 
+    def _start_wal_over(self) -> bool:
+        """Copies the WAL into the file and empties it. True when a reader still needs it after READER_WAIT_MS."""
+        self._db.execute(f"PRAGMA busy_timeout = {READER_WAIT_MS}")
+        try:
+            (busy, _, _) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            return bool(busy)
+        except sqlite3.Error as error:  # the records are safe in the WAL; the commit will say what is wrong
+            log.debug("event=wal_not_cut reason=%r", str(error))
+            return False
+        finally:
+            self._db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+
+    def _give_back(self) -> None:
+        """Makes an empty file small again, if it is large. Raises nothing: what was to be done before it is done."""
+        try:
+            (free,) = self._db.execute("PRAGMA freelist_count").fetchone()
+            (page_size,) = self._db.execute("PRAGMA page_size").fetchone()
+            if free * page_size > WAL_LARGE:
+                self._db.execute("VACUUM")
+                self._start_wal_over()
+        except sqlite3.Error as error:  # it will be tried again when it is emptied the next time
+            log.warning("event=not_given_back reason=%r", str(error))
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """The lead, for other work than a commit. Makes StoreErrors of SQLite's errors."""
+        """The lead, for other work than a commit."""
         with self._lock:
             while self._leading:
                 self._turn.wait()
@@ -351,8 +371,6 @@ class Store:
             self._leading = True
         try:
             yield
-        except sqlite3.Error as error:
-            raise StoreError(_explain(self.path, error)) from error
         finally:
             with self._lock:
                 self._leading = False
@@ -497,8 +515,8 @@ def _connect(path: str, application_id: int) -> sqlite3.Connection:
         raise
 
 
-def _check_file(path: str) -> None:
-    """Raises StoreError when what is there cannot be a database."""
+def _check_file(path: str, wal: str) -> None:
+    """Raises StoreError when what is there cannot be a database, with its WAL."""
     if os.path.isdir(path):
         raise StoreError(f"{path} is a directory: name a file in it")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -510,7 +528,8 @@ def _check_file(path: str) -> None:
         return
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror}") from error
-    if begin and begin != _MAGIC:
+    # After a power cut the first page may be torn, and whole in the WAL: then it is for SQLite to say.
+    if begin and begin != _MAGIC and not (os.path.exists(wal) and os.path.getsize(wal)):
         raise StoreError(f"{path} is not a SQLite file: name another one")
 
 
@@ -528,6 +547,15 @@ def _lock_file(path: str) -> IO[bytes]:
             raise StoreError(f"{path} is in use by another ringoexp: stop that one, or name another file") from error
         raise StoreError(f"{path} cannot be locked: {error.strerror} (put it on a local file system)") from error
     return guard
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Makes StoreErrors of SQLite's errors."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StoreError(_explain(path, error)) from error
 
 
 def _explain(path: str, cause: BaseException) -> str:

@@ -89,7 +89,6 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
         self.ending: tuple[int, str] | None = None
         self.at_fault = False
         self._unsent = b""
-        self._stuck_since: float | None = None  # monotonic seconds: _unsent has not moved
         self._begun: float | None = None  # monotonic seconds: the owner waits for the rest of a message
         self._masked = role is ConnectionType.SERVER  # clients mask what they send
         # What has arrived and is not parsed yet: less than _needed bytes, the start of a frame.
@@ -198,26 +197,28 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
 
         Raises OSError when the connection is lost, or the peer has left more than MOST_UNSENT bytes unread.
         """
+        behind = len(self._unsent)
         self._unsent += frame
-        if not self.flush() and len(self._unsent) > MOST_UNSENT:
+        if not self.flush() and behind > MOST_UNSENT:
             raise TimeoutError("the peer does not read")
 
     def flush(self) -> bool:
         """Sends what is unsent, as far as the socket takes it. True when nothing is left.
 
         It does not wait for that, but on a socket that has a timeout, which is a client's. Raises OSError when
-        the connection is lost, or nothing could be sent for STALL_TIMEOUT.
+        the connection is lost.
         """
         if self._unsent:
             try:
                 self._unsent = self._unsent[self.sock.send(self._unsent, socket.MSG_DONTWAIT) :]
-                self._stuck_since = None
             except BlockingIOError:
-                now = monotonic()
-                self._stuck_since = self._stuck_since or now
-                if now >= self._stuck_since + STALL_TIMEOUT:
-                    raise TimeoutError(f"the peer has read nothing for {STALL_TIMEOUT:.0f} s") from None
+                pass
         return not self._unsent
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that `flush` has to send."""
+        return len(self._unsent)
 
     def ping(self) -> None:
         """Asks the peer whether it is there. Raises OSError as `queue` does."""
@@ -274,6 +275,7 @@ class ServerConnection(Connection):
         self._stop = stop
         self._heard = monotonic()  # when the client last sent something
         self._pinged: float | None = None  # when it was asked for something since
+        self._stuck_since: float | None = None  # when nothing of _unsent could be sent, and nothing was since
         super().__init__(sock, ConnectionType.SERVER)
 
     def handshake(self) -> None:
@@ -297,6 +299,18 @@ class ServerConnection(Connection):
             self._heard, self._pinged = monotonic(), None
         return data
 
+    def flush(self) -> bool:
+        """As the base class says; raises TimeoutError when nothing could be sent for STALL_TIMEOUT."""
+        unsent = len(self._unsent)
+        if super().flush() or len(self._unsent) < unsent:
+            self._stuck_since = None
+        else:
+            now = monotonic()
+            self._stuck_since = self._stuck_since or now
+            if now >= self._stuck_since + STALL_TIMEOUT:
+                raise TimeoutError(f"the peer has read nothing for {STALL_TIMEOUT:.0f} s")
+        return not self._unsent
+
     def wait(self) -> None:
         """Returns when there is something to read, or the server stops, or some of what was unsent is sent; or when
         it is time to call this again, if nothing is. Call it only when there is nothing to read.
@@ -304,7 +318,9 @@ class ServerConnection(Connection):
         Pings a silent client. Raises OSError when the connection is lost, TimeoutError when the client has stalled.
         """
         now = monotonic()
-        if self._begun is None and (self._tail or self._judged or self._fragments):
+        if not (self._tail or self._judged or self._fragments):
+            self._begun = None
+        elif self._begun is None:
             self._begun = now
         if self._begun is not None and now >= self._begun + MESSAGE_TIMEOUT:
             raise TimeoutError(f"a message was not finished within {MESSAGE_TIMEOUT:.0f} s")
@@ -358,6 +374,10 @@ class ClientConnection(Connection):
         """Sends one binary message, whole. Raises OSError when the connection is lost, or times out."""
         self.sock.sendall(self._unsent + self.ws.send(Message(data=payload)))
         self._unsent = b""
+
+    def begin_bytes(self, payload: bytes) -> None:
+        """Takes one binary message, which `flush` sends, piece by piece: for who reads at the same time."""
+        self._unsent += self.ws.send(Message(data=payload))
 
     def handshake(self) -> None:
         """Called by the library's constructor: asks for the upgrade and reads the answer."""

@@ -103,7 +103,7 @@ def decode_plain_messages(groups: Sequence[Messages]) -> tuple["array[int]", Wir
             try:
                 decoded = decode_plain(group.payloads)
             except WireError as error:
-                return values, error
+                return values, error.with_traceback(None)  # which holds the frames, and they the payloads
         elif size == 4:
             decoded = _int32s(group.payloads)
         elif size % 8 == 0:
@@ -160,7 +160,7 @@ def decode_batch_messages(groups: Sequence[Messages]) -> tuple[Block, WireError 
             try:
                 block = decode_batch(message)
             except WireError as error:
-                return joined, error
+                return joined, error.with_traceback(None)
             if len(groups) == 1 and len(message) == len(group.payloads):
                 return block, None
             joined.runs.extend(block.runs)

@@ -1,9 +1,11 @@
 """What the whole-process and socket tests share: servers as processes, raw sockets, and waiting for conditions."""
 
 import base64
+import hashlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -280,3 +282,18 @@ class RawClient:
                 code = struct.unpack(">H", payload[:2])[0] if payload else 1005
                 return code, payload[2:].decode(), acked
         return 1006, "", acked
+
+
+def raw_link(listener: socket.socket) -> socket.socket:
+    """Accepts a link, and answers its handshake; then it is the test's."""
+    peer, _ = listener.accept()
+    head = b""
+    while b"\r\n\r\n" not in head:
+        head += peer.recv(65536)
+    (key,) = re.findall(rb"Sec-WebSocket-Key: (\S+)", head)
+    accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+    peer.sendall(
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %b\r\n"
+        b"Sec-WebSocket-Protocol: %b\r\n\r\n" % (accept, b"ringoexp.batch.v1")
+    )
+    return peer

@@ -1,10 +1,7 @@
 """Workers, the breaker and the links, each against peers that fail in every way."""
 
-import base64
-import hashlib
 import logging
 import random
-import re
 import socket
 import struct
 import threading
@@ -14,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness import Blocked, eventually, free_port, rows
+from harness import Blocked, eventually, free_port, raw_link, rows
 from websockets.sync.server import ServerConnection as Peer
 from websockets.sync.server import serve
 
@@ -429,21 +426,6 @@ def test_an_idle_link_answers_pings_and_asks_itself() -> None:
     assert links == [1]
 
 
-def raw_link(listener: socket.socket) -> socket.socket:
-    """Accepts a link, answers its handshake and acks its first record; then it is the test's."""
-    peer, _ = listener.accept()
-    head = b""
-    while b"\r\n\r\n" not in head:
-        head += peer.recv(65536)
-    (key,) = re.findall(rb"Sec-WebSocket-Key: (\S+)", head)
-    accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
-    peer.sendall(
-        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %b\r\n"
-        b"Sec-WebSocket-Protocol: %b\r\n\r\n\x82\x08%b" % (accept, SUBPROTOCOL.encode(), encode_ack(1))
-    )
-    return peer
-
-
 @pytest.mark.parametrize(
     "fault",
     [
@@ -459,6 +441,7 @@ def test_an_idle_link_that_is_dead_is_dropped_before_a_block_needs_it(fault: Cal
         for _ in range(2):
             call = Blocked(lambda: sink.store(a_block(1)))
             with raw_link(listener) as peer:
+                peer.sendall(b"\x82\x08" + encode_ack(1))
                 call.result()
                 assert sink.ready
                 fault(peer)

@@ -15,9 +15,10 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 
 import pytest
-from harness import DEADLINE, ROOT, Blocked, ServerProcess, eventually, free_port, rows, server
+from harness import DEADLINE, ROOT, Blocked, ServerProcess, eventually, free_port, raw_link, rows, server
 from websockets.sync.server import ServerConnection as Peer
 from websockets.sync.server import serve
 
@@ -100,8 +101,11 @@ def test_a_binary_file(tmp_path: Path) -> None:
 def test_a_bad_line_is_named_and_what_came_before_is_stored(tmp_path: Path, bad: str) -> None:
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         done = send(tmp_path, "--url", running.url, "--json", given=f"7\n\n -8 \n{bad}\n9\n".encode())
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "line 4 is not a whole number" in done.stderr and (bad in done.stderr or "\\" in done.stderr)
+    summary = json.loads(done.stdout)
+    said, rest = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert "line 4 is not a whole number" in said and (bad in said or "\\" in said)
+    assert rest.endswith(f"2 of 2 acked; send the others with --source {summary['source']} --first 2")
     assert stored(tmp_path / "ringoexp.db", json.loads(done.stdout)["source"]) == [7, -8]
 
 
@@ -119,6 +123,11 @@ def test_a_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
     [
         (["--url", "http://localhost/"], "ws://HOST:PORT"),
         (["--url", "ws://localhost:99999/"], "ws://HOST:PORT"),
+        (["--url", "ws://localhost:0/"], "ws://HOST:PORT"),
+        (["--url", "ws://a..b:6660/"], "ws://HOST:PORT"),
+        (["--url", "ws://localhost:6660/a b"], "ws://HOST:PORT"),
+        (["--url", "ws://localhost:6660/\xe9"], "ws://HOST:PORT"),
+        (["--url", "ws://localhost:6660/?a=1"], "ws://HOST:PORT"),
         (["--first", "-1"], "a whole number from 0"),
         (["--source", "me"], "a UUID"),
         (["--nope"], "unrecognized arguments"),
@@ -128,6 +137,25 @@ def test_bad_usage_is_one_line(tmp_path: Path, flags: list[str], said: str) -> N
     done = send(tmp_path, *flags)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("ringoexp send: error: ") and said in done.stderr
+
+
+@pytest.mark.parametrize("given", [b"1\r\n\r\n2\r\n", b"1\n\n2\n", b" 1 \n \n2"])
+def test_empty_lines_are_skipped(tmp_path: Path, given: bytes) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        assert send(tmp_path, "--url", running.url, given=given).returncode == 0
+    assert [value for _, _, value in rows(tmp_path / "ringoexp.db")] == [1, 2]
+
+
+def test_numbers_beyond_the_last_are_said_in_one_line(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        done = send(tmp_path, "--url", running.url, "--first", str(2**63 - 3), given=b"1\n2\n3\n4\n")
+    assert done.returncode == 2 and "sequences end at 2**63 - 1" in done.stderr
+
+
+def test_a_closed_stdin_is_one_line(tmp_path: Path) -> None:
+    command = f"exec {sys.executable} {ROOT / 'ringoexp.py'} send <&-"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stderr) == (1, "ringoexp send: error: -: stdin is closed\n")
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
@@ -304,6 +332,65 @@ def test_send_waits_while_too_much_is_not_acked(monkeypatch: pytest.MonkeyPatch)
         more.result()
         sender.flush(DEADLINE)
         assert sender.acked == 13
+
+
+def test_acks_count_while_the_server_is_slow_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads a little at a time, and each time acks what it has; no message is taken whole in a STALL_TIMEOUT."""
+    monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sender = Producer(f"ws://127.0.0.1:{listener.getsockname()[1]}/")
+        sender.send(range(producer.CHUNK_RECORDS * 20))
+        with raw_link(listener) as peer:
+            start = monotonic()
+            acked = 0
+            while monotonic() < start + 2.0:  # four times the patience
+                assert peer.recv(2048)
+                acked += 10
+                peer.sendall(b"\x82\x08" + encode_ack(acked))
+                threading.Event().wait(0.02)  # the server's slowness
+            eventually(lambda: sender.acked == acked)
+            assert sender.reconnects == 0
+            sender.close()
+
+
+def test_an_ack_of_more_than_was_sent_is_not_believed() -> None:
+    links: list[int] = []
+
+    def answer(connection: Peer) -> None:
+        links.append(1)
+        connection.recv()
+        connection.send(encode_ack(3 if len(links) > 1 else 4))
+
+    with peer(answer) as url, Producer(url) as sender:
+        sender.send([1, 2, 3])
+        sender.flush(DEADLINE)
+    assert len(links) == 2
+
+
+def test_what_nobody_expected_reaches_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*unused: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(producer, "ClientConnection", broken)
+    sender = Producer()
+    sender.send([1])
+    with pytest.raises(ProducerError, match="ZeroDivisionError: a bug"):
+        sender.flush(DEADLINE)
+    sender.close()
+
+
+def test_close_ends_a_flush_and_does_not_wait_for_a_server_that_reads_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sender = Producer(f"ws://127.0.0.1:{listener.getsockname()[1]}/")
+        sender.send(range(producer.CHUNK_RECORDS * 60))
+        with raw_link(listener):
+            flush = Blocked(sender.flush)
+            eventually(lambda: sender._unsent < 60 and flush.still())
+            closing = Blocked(sender.close)
+            with pytest.raises(ValueError, match="closed"):
+                flush.result()
+            closing.result(producer.STALL_TIMEOUT / 4)
 
 
 def test_a_refusal_for_good_reaches_send_and_flush() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from harness import Blocked, ServerProcess, eventually, free_port, rows, server
 
+import spool
 import websock
 from forwarder import Forwarder, SinkError
 from producer import Producer
@@ -194,14 +195,16 @@ def test_a_full_spool_is_forwarded_after_a_restart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["oldest", "delete"])
-def test_the_thread_lives_on_after_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_the_thread_lives_on_after_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
     """Of the store, and some that nobody expected; what was forwarded and not deleted is forwarded again."""
     replay = FakeLink()
     with spooling(tmp_path / "s", replay) as running:
         works = getattr(running.store, method)
         errors = iter([StoreError("s: disk I/O error"), ZeroDivisionError("a bug"), StoreError("again")])
 
-        def failing(given: int) -> object:
+        def failing(given: object) -> object:
             for error in errors:
                 raise error
             return works(given)
@@ -211,6 +214,58 @@ def test_the_thread_lives_on_after_errors(tmp_path: Path, monkeypatch: pytest.Mo
         eventually(lambda: running.stats().forwarded == 5)
         assert running.depth == 0 and replay.calls == (4 if method == "delete" else 1)
     assert replay.stored == expected(5)
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(said) == 2 and "disk I/O error" in said[0] and "a bug" in said[1], "what is known is said once"
+
+
+def test_a_spool_that_cannot_be_read_does_not_make_the_consumer_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nobody but the workers can find out that it is back."""
+    link, replay = FakeLink(), FakeLink()
+    link.error = SinkError("away")
+    with spooling(tmp_path / "s", replay) as running:
+        oldest = running.store.oldest
+        monkeypatch.setattr(
+            running.store, "oldest", lambda most: (_ for _ in ()).throw(StoreError("s: disk I/O error"))
+        )
+        sink = SpoolSink(link, running)  # type: ignore[arg-type]
+        sink.store(a_block(0, 5))
+        eventually(lambda: running._broken)
+        link.error = None
+        sink.store(a_block(5, 10))
+        assert link.stored == {(SOURCE, n): n * 10 for n in range(5, 10)} and running.depth == 5
+        monkeypatch.setattr(running.store, "oldest", oldest)
+        eventually(lambda: running.depth == 0)
+    assert replay.stored == expected(5)
+
+
+def test_a_link_too_slow_for_much_gets_less_at_a_time(tmp_path: Path) -> None:
+    class Slow(FakeLink):
+        def store(self, block: Block) -> None:
+            self.error = SinkError("no ack within 30 s") if len(block.values) > 100 else None
+            super().store(block)
+
+    replay = Slow()
+    with spooling(tmp_path / "s", replay, most=10_000) as running:
+        for n in range(0, 5000, 50):
+            running.append(a_block(n, n + 50))
+        eventually(lambda: running.depth == 0)
+    assert replay.stored == expected(5000)
+
+
+def test_the_spool_leaves_its_disk_some_room_to_delete_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, replay = FakeLink(), FakeLink()
+    link.error = replay.error = SinkError("away")
+    with spooling(tmp_path / "s", replay) as running:
+        sink = SpoolSink(link, running)  # type: ignore[arg-type]
+        monkeypatch.setattr(spool, "ROOM", 2**62)
+        with pytest.raises(SinkError, match="of its disk are free: make room"):
+            sink.store(a_block(0, 5))
+        assert not sink.ready
+        monkeypatch.setattr(spool, "ROOM", 0)
+        sink.store(a_block(0, 5))
+        assert sink.ready
 
 
 def test_many_workers_spool_and_forward_at_random_and_everything_arrives_once(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """The store: on disk or an error, each (source, sequence) at most once, and no file of somebody else's touched."""
 
+import gc
 import logging
 import os
 import random
 import sqlite3
 import stat
 import threading
+import weakref
 from array import array
 from collections.abc import Iterator
 from contextlib import closing
@@ -321,7 +323,7 @@ def test_the_oldest_batches_are_read_whole_and_deleted(path: Path) -> None:
         *received(path)[:1],
     )
     assert spool.oldest(105) == spool.oldest(10**9)
-    spool.delete(5)
+    spool.delete(spool.oldest(5))
     assert query(path, "SELECT hex(uuid) FROM source") == [(A.hex(),)]
     assert spool.stats().held == 100
     oldest = spool.oldest(1)  # more than asked for, but whole
@@ -329,7 +331,7 @@ def test_the_oldest_batches_are_read_whole_and_deleted(path: Path) -> None:
     spool.close()
     spool = Store(str(path), SPOOL_APPLICATION_ID)
     assert spool.stats().held == 100 and spool.oldest(1) == oldest
-    spool.delete(105)
+    spool.delete(oldest)
     assert spool.stats().held == 0 and spool.oldest(1) is None
     assert [query(path, f"SELECT count(*) FROM {table}") for table in ("source", "batch", "record")] == [[(0,)]] * 3
     spool.append(*block(A, 7, 9))  # deleted is forgotten: it is stored again
@@ -338,6 +340,67 @@ def test_the_oldest_batches_are_read_whole_and_deleted(path: Path) -> None:
     Store(str(path), SPOOL_APPLICATION_ID).close()
     with pytest.raises(StoreError, match="closed"):
         spool.oldest(1)
+
+
+def test_what_was_deleted_before_is_not_deleted_again_under_its_old_ids(path: Path) -> None:
+    """A transaction may have happened though it reported an error; then ids begin again, and belong to others."""
+    spool = Store(str(path), SPOOL_APPLICATION_ID)
+    spool.append(*block(A, 0, 100))
+    oldest = spool.oldest(100)
+    assert oldest
+    spool.delete(oldest)
+    for source in (B, A):
+        spool.append(*block(source, 100, 200))
+        spool.delete(oldest)
+    assert spool.stats().held == 200
+    spool.close()
+    assert len(found(path)) == 200
+
+
+def test_a_file_that_cannot_be_given_back_is_deleted_from_all_the_same(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store, "WAL_LARGE", 100_000)
+    monkeypatch.setattr(store, "BUSY_TIMEOUT_MS", 1)
+    spool = Store(str(path), SPOOL_APPLICATION_ID)
+    spool.append(*block(A, 0, 100_000))
+    oldest = spool.oldest(100_000)
+    assert oldest
+    real, give_back = spool._give_back, []
+
+    def locked() -> None:
+        with closing(sqlite3.connect(path)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            real()
+        give_back.append(1)
+
+    monkeypatch.setattr(spool, "_give_back", locked)
+    spool.delete(oldest)
+    assert give_back and "event=not_given_back" in caplog.text
+    assert spool.stats().held == 0
+    spool.close()
+
+
+def test_a_failed_commit_keeps_nothing_of_its_blocks(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Values(array):  # type: ignore[type-arg]
+        """An array that can be referred to weakly."""
+
+    def failing(values: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(opened, "_insert", failing)
+    gc.disable()
+    try:
+        values = Values("q", range(10))
+        alive = weakref.ref(values)
+        try:
+            opened.append([Run(A, 0, 10)], values)
+        except StoreError:
+            pass
+        del values
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def received(path: Path) -> list[object]:
@@ -349,9 +412,9 @@ def test_a_large_file_is_given_back_once_it_is_empty(path: Path, monkeypatch: py
     spool = Store(str(path), SPOOL_APPLICATION_ID)
     spool.append(*block(A, 0, 100_000))
     spool.append(*block(B, 0, 10))
-    spool.delete(100_000)
+    spool.delete(spool.oldest(100_000))
     assert path.stat().st_size > 500_000
-    spool.delete(100_010)
+    spool.delete(spool.oldest(10))
     assert path.stat().st_size + spool.wal_bytes() < 50_000
     spool.append(*block(B, 0, 10))
     spool.close()

@@ -361,6 +361,24 @@ def test_messages_that_each_end_in_time_go_on_for_ever(monkeypatch: pytest.Monke
         assert run.result()[0] == 1005
 
 
+def test_a_ping_in_two_pieces_is_no_message_that_is_never_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websock, "MESSAGE_TIMEOUT", 0.3)
+    monkeypatch.setattr(websock, "PING_AFTER", 0.1)
+    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
+    with connected(ServerConnection) as (connection, theirs):
+        run = run_session(connection)
+        ping = frame(9, b"two pieces")
+        theirs.sendall(ping[:5])
+        eventually(lambda: connection._begun is not None)
+        theirs.sendall(ping[5:])
+        assert theirs.recv(100).endswith(b"two pieces")
+        for _ in range(5):
+            assert theirs.recv(2) == b"\x89\x00"
+            theirs.sendall(frame(10, b""))
+        theirs.sendall(frame(8, b""))
+        assert run.result()[0] == 1005
+
+
 def test_a_client_that_never_reads_its_acks_is_given_up_when_no_more_of_them_can_leave(impatient: None) -> None:
     class Streaming(ServerConnection):
         def read(self, wait: bool = True) -> bytes | None:
