@@ -427,6 +427,18 @@ def test_a_first_page_torn_by_a_power_cut_is_recovered_from_the_wal(tmp_path: Pa
         assert opened.stats().held == 1000
 
 
+def test_a_first_page_torn_while_the_file_is_made_is_undone_by_the_journal(tmp_path: Path) -> None:
+    """The journal that SQLite keeps until then says that there was nothing before; so there is an empty database."""
+    path = tmp_path / "numbers.db"
+    path.write_bytes(random.Random(1).randbytes(SECTOR) + bytes(4096 - SECTOR))
+    # https://www.sqlite.org/fileformat2.html#the_rollback_journal: no pages, and none before, of 4096 bytes
+    head = bytes.fromhex("d9d505f920a163d7") + struct.pack(">IIIII", 0, 1, 0, SECTOR, 4096)
+    path.with_name("numbers.db-journal").write_bytes(head.ljust(SECTOR, b"\0"))
+    with closing(store.Store(str(path))) as opened:
+        opened.append([Run(bytes(16), 0, 3)], array("q", range(3)))
+        assert opened.stats().held == 3
+
+
 def test_whatever_page_is_damaged_the_store_opens_or_refuses_in_one_line(tmp_path: Path) -> None:
     """No other exception, and nothing left open: the lock is free afterwards."""
     path = tmp_path / "numbers.db"
