@@ -160,7 +160,7 @@ class Store:
             self._guard = undo.enter_context(_lock_file(real))
             if new_guard:
                 undo.callback(os.unlink, self._guard.name)
-            _check_file(path, self._wal)
+            _check_file(path, real)
             self._db = undo.enter_context(closing(_connect(path, application_id)))
             with _explained(path):
                 (self._held,) = self._db.execute(_HELD).fetchone()  # guarded by _lock, as the totals are
@@ -515,8 +515,8 @@ def _connect(path: str, application_id: int) -> sqlite3.Connection:
         raise
 
 
-def _check_file(path: str, wal: str) -> None:
-    """Raises StoreError when what is there cannot be a database, with its WAL."""
+def _check_file(path: str, real: str) -> None:
+    """Raises StoreError when what is there cannot be a database. `real` is `path` without symbolic links."""
     if os.path.isdir(path):
         raise StoreError(f"{path} is a directory: name a file in it")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -528,8 +528,9 @@ def _check_file(path: str, wal: str) -> None:
         return
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror}") from error
-    # After a power cut the first page may be torn, and whole in the WAL: then it is for SQLite to say.
-    if begin and begin != _MAGIC and not (os.path.exists(wal) and os.path.getsize(wal)):
+    # After a power cut the first page may be torn, and whole in the WAL, or to be undone: then it is for SQLite to say.
+    recoverable = any(os.path.exists(other) and os.path.getsize(other) for other in (f"{real}-wal", f"{real}-journal"))
+    if begin and begin != _MAGIC and not recoverable:
         raise StoreError(f"{path} is not a SQLite file: name another one")
 
 
