@@ -93,7 +93,10 @@ class Spool:
     def append(self, block: Block) -> None:
         """Returns when the block is on disk. Raises SinkError when there is no room, or it could not be stored."""
         size = len(block.values)
-        disk = os.statvfs(os.path.dirname(os.path.abspath(self.path)))
+        try:
+            disk = os.statvfs(os.path.dirname(os.path.realpath(self.path)))
+        except OSError as error:
+            raise SinkError(f"{self.path}: {error.strerror}") from error
         with self._lock:
             self._full = self.store.stats().held + self._coming + size > self._most
             if self._full:
@@ -168,6 +171,7 @@ class Spool:
             self.works()
             self.store.delete(oldest)
         except SinkError as error:
+            self._broken = False
             self.failed(str(error))
         except Exception as error:
             known = self._broken and isinstance(error, StoreError)

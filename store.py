@@ -205,6 +205,9 @@ class Store:
                     break
                 rows.append(row)
                 count += row[1]
+            (held,) = self._db.execute(_HELD).fetchone()
+            with self._lock:
+                self._held = held
             if not rows:
                 return None
             first_id, last_id = rows[0][0], rows[-1][0] + rows[-1][1] - 1
@@ -283,10 +286,11 @@ class Store:
     def _commit(self, group: list[_Waiting]) -> None:
         """Writes `group` in one transaction, says so to each of it and gives up the lead."""
         stored = duplicates = 0
+        held: int | None = None
         error = None
         try:
             self._tend_wal()
-            stored, duplicates = self._write(group)
+            stored, duplicates, held = self._write(group)
         except BaseException as cause:
             # A commit that reported an error may have happened all the same: the cache is stale.
             self._sources.clear()
@@ -299,7 +303,7 @@ class Store:
             with self._lock:
                 self._stored += stored
                 self._duplicates += duplicates
-                self._held += stored
+                self._held = self._held if held is None else held
                 self._commits += error is None
                 self._failed_commits += error is not None
                 self._error = str(error) if error else None
@@ -376,8 +380,11 @@ class Store:
                 self._leading = False
                 self._turn.notify_all()
 
-    def _write(self, group: list[_Waiting]) -> tuple[int, int]:
-        """Stores what is new of `group` and returns how many records were stored and how many known."""
+    def _write(self, group: list[_Waiting]) -> tuple[int, int, int]:
+        """Stores what is new of `group`. Returns how many records were stored, how many known, and how many there are.
+
+        Those are counted anew each time: a commit that reported an error may have happened all the same.
+        """
         new = array("q")
         arrived = 0
         now = time.time_ns() // 1_000_000
@@ -397,7 +404,8 @@ class Store:
                     offset += run.count
                 arrived += offset
             self._insert(new)
-        return len(new), arrived - len(new)
+            (held,) = self._db.execute(_HELD).fetchone()
+        return len(new), arrived - len(new), held
 
     def _insert(self, values: "array[int]") -> None:
         """Appends records with the next ids, in order."""

@@ -10,7 +10,7 @@ import threading
 import weakref
 from array import array
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -174,7 +174,7 @@ def test_who_comes_while_a_commit_runs_is_committed_together_by_the_next(
 ) -> None:
     gate, groups, write = threading.Event(), [], opened._write
 
-    def slow(group: list[store._Waiting]) -> tuple[int, int]:
+    def slow(group: list[store._Waiting]) -> tuple[int, int, int]:
         groups.append(len(group))
         assert gate.wait(30)
         return write(group)
@@ -198,7 +198,7 @@ def test_a_commit_takes_a_bounded_number_of_records_along(
 ) -> None:
     gate, groups, write = threading.Event(), [], opened._write
 
-    def slow(group: list[store._Waiting]) -> tuple[int, int]:
+    def slow(group: list[store._Waiting]) -> tuple[int, int, int]:
         groups.append([len(waiting.values) for waiting in group])
         assert gate.wait(30)
         return write(group)
@@ -222,7 +222,7 @@ def test_a_failed_commit_fails_exactly_its_batches_and_the_next_starts_clean(
 ) -> None:
     gate, write, groups = threading.Event(), opened._write, []
 
-    def failing(group: list[store._Waiting]) -> tuple[int, int]:
+    def failing(group: list[store._Waiting]) -> tuple[int, int, int]:
         groups.append(len(group))
         if len(groups) == 1:
             assert gate.wait(30)
@@ -265,7 +265,7 @@ def test_the_log_and_the_stats_say_once_that_commits_fail(
     caplog.set_level(logging.INFO)
     write = opened._write
 
-    def failing(group: list[store._Waiting]) -> tuple[int, int]:
+    def failing(group: list[store._Waiting]) -> tuple[int, int, int]:
         raise sqlite3.OperationalError("disk I/O error")
 
     for outage in (1, 2):
@@ -357,6 +357,26 @@ def test_what_was_deleted_before_is_not_deleted_again_under_its_old_ids(path: Pa
     assert len(found(path)) == 200
 
 
+def test_a_deletion_that_happened_but_reported_an_error_is_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Store(str(path), SPOOL_APPLICATION_ID)
+    spool.append(*block(A, 0, 100))
+    oldest, transaction = spool.oldest(100), spool._transaction
+    assert oldest
+
+    @contextmanager
+    def lying() -> Iterator[None]:
+        with transaction():
+            yield
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(spool, "_transaction", lying)
+    with pytest.raises(StoreError):
+        spool.delete(oldest)
+    monkeypatch.setattr(spool, "_transaction", transaction)
+    assert spool.oldest(100) is None and spool.stats().held == 0
+    spool.close()
+
+
 def test_a_file_that_cannot_be_given_back_is_deleted_from_all_the_same(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -440,7 +460,7 @@ def test_a_commit_that_happened_but_reported_an_error_is_not_doubled(
     opened.append(*block(A, 0, 5))
     write = opened._write
 
-    def lying(group: list[store._Waiting]) -> tuple[int, int]:
+    def lying(group: list[store._Waiting]) -> tuple[int, int, int]:
         write(group)
         monkeypatch.setattr(opened, "_write", write)
         raise sqlite3.OperationalError("disk I/O error")
@@ -449,6 +469,7 @@ def test_a_commit_that_happened_but_reported_an_error_is_not_doubled(
     with pytest.raises(StoreError):
         opened.append(*block(A, 5, 10))
     opened.append(*block(A, 5, 10))
+    assert opened.stats().held == 10
     opened.append(*block(A, 4, 11))
     assert found(path) == {(A_TEXT, n): n * 10 for n in range(11)}
 
@@ -468,7 +489,7 @@ def test_close_waits_for_the_commit_that_runs_and_ends_the_store(path: Path, mon
     opened, gate = Store(str(path)), threading.Event()
     write, started = opened._write, threading.Event()
 
-    def slow(group: list[store._Waiting]) -> tuple[int, int]:
+    def slow(group: list[store._Waiting]) -> tuple[int, int, int]:
         started.set()
         assert gate.wait(30)
         return write(group)
