@@ -15,6 +15,7 @@ gave up) share it. Nothing is sent or received under the lock.
 import argparse
 import errno
 import json
+import os
 import select
 import signal
 import socket
@@ -83,6 +84,7 @@ class Producer:
         self._acked = first  # everything before it is stored
         self._links = 0
         self._error: ProducerError | None = None
+        self._trouble: str | None = None
         self._closed = False
 
         # Wakes the thread from waiting for its socket.
@@ -106,6 +108,11 @@ class Producer:
     def reconnects(self) -> int:
         """Connections beyond the first."""
         return max(0, self._links - 1)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the last connection failed or could not be had; None once something is acked again."""
+        return self._trouble
 
     def send(self, values: Iterable[int]) -> None:
         """Takes `values`, 64-bit integers, to be stored in this order. Returns once they are in memory here.
@@ -192,6 +199,7 @@ class Producer:
             try:
                 self._serve()
             except (OSError, HandshakeError, WireError) as error:
+                self._trouble = str(error)
                 if isinstance(error, HandshakeError) and error.status in (400, 401, 403, 404, 405, 426):
                     self._give_up(f"{self.url} {error}")
             except ProducerError as error:
@@ -285,6 +293,7 @@ class Producer:
         """Everything before `acked` is stored."""
         with self._lock:
             self._acked = max(self._acked, acked)
+            self._trouble = None
             while self._chunks and self._chunks[0][0] + len(self._chunks[0][1]) <= self._acked:
                 self._chunks.popleft()
             self._unsent = min(self._unsent, len(self._chunks))
@@ -345,10 +354,14 @@ def _up_to_the_bad_line(lines: list[bytes], number: int) -> Iterator["array[int]
 
 
 class _Progress:
-    """A line on the terminal, renewed while it runs. The thread `progress` writes it."""
+    """What `send` says on stderr while it runs: once for each new trouble, and on a terminal how far it is.
+
+    The thread `progress` writes it.
+    """
 
     def __init__(self, producer: Producer) -> None:
         self._producer = producer
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress")
 
@@ -360,10 +373,16 @@ class _Progress:
         self._thread.join()
 
     def _run(self) -> None:
-        producer, started, last = self._producer, monotonic(), 0
+        producer, started, last, known = self._producer, monotonic(), 0, None
         ended = False
         while not ended:
             ended = self._done.wait(0.5)
+            trouble = producer.trouble
+            if trouble and trouble != known and not ended:
+                say(("\r" if last else "") + f"{f'ringoexp send: {producer.url} {trouble}; trying again':{last}}", True)
+            known = trouble
+            if not self._terminal:
+                continue
             rate = producer.acked / max(0.001, monotonic() - started)
             line = f"{producer.sent:,} sent, {producer.acked:,} acked, {rate:,.0f}/s, {producer.reconnects} reconnects"
             print(f"\r{line:{last}}", end="\n" if ended else "", file=sys.stderr, flush=True)
@@ -417,59 +436,75 @@ def main(argv: list[str]) -> int:
     try:
         return _send(made, made.parse_args(argv))
     except KeyboardInterrupt:  # before there was something to go on with, or while it ended
-        print("ringoexp send: error: interrupted", file=sys.stderr)
+        say("ringoexp send: error: interrupted", error=True)
         return 128 + signal.SIGINT
 
 
 def _send(made: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     """Sends what `given` names, says how it ended, and returns the exit status."""
     status, trouble = 0, ""
+    name = "stdin" if given.file == "-" else given.file
     started = monotonic()
     with ExitStack() as stack:
         try:
             if given.file == "-" and sys.stdin is None:
-                raise OSError(errno.EBADF, "stdin is closed")
+                raise OSError(errno.EBADF, "it is closed")
             source: BinaryIO = sys.stdin.buffer if given.file == "-" else stack.enter_context(open(given.file, "rb"))
         except OSError as error:
-            print(f"ringoexp send: error: {given.file}: {error.strerror}", file=sys.stderr)
+            say(f"ringoexp send: error: {name}: {error.strerror}", error=True)
             return 1
         try:
             producer = Producer(given.url, given.source, given.first)
         except ValueError as error:
             made.error(str(error))
         except (OSError, RuntimeError) as error:
-            print(f"ringoexp send: error: no socket or thread to be had: {error}", file=sys.stderr)
+            say(f"ringoexp send: error: no socket or thread to be had: {error}", error=True)
             return 1
         stack.callback(producer.close)
-        if sys.stderr.isatty():
-            stack.enter_context(_Progress(producer))
         try:
-            try:
-                for values in _integers(source, given.binary):
-                    producer.send(values)
-            except (BadInput, ValueError) as error:
-                status, trouble = 2, f"{given.file}: {error}"
-            producer.flush()
+            with _Progress(producer):
+                try:
+                    for values in _integers(source, given.binary):
+                        producer.send(values)
+                except (BadInput, ValueError) as error:
+                    status, trouble = 2, f"{name}: {error}"
+                producer.flush()
         except ProducerError as error:
             status, trouble = 1, str(error)
         except OSError as error:
-            status, trouble = 1, f"{given.file}: {error.strerror}"
+            status, trouble = 1, f"{name}: {error.strerror}"
         except KeyboardInterrupt:
             status, trouble = 128 + signal.SIGINT, "interrupted"
-    seconds = monotonic() - started
-    if trouble:
-        print(f"ringoexp send: error: {trouble}", file=sys.stderr)
-    if trouble:
-        rest = f"--source {producer.source} --first {given.first + producer.acked}"
-        print(f"ringoexp send: {producer.acked} of {producer.sent} acked; send the others with {rest}", file=sys.stderr)
-    if given.json:
-        summary: dict[str, Any] = {
-            "source": str(producer.source),
-            "first": given.first,
-            "sent": producer.sent,
-            "acked": producer.acked,
-            "reconnects": producer.reconnects,
-            "seconds": round(seconds, 3),
-        }
-        print(json.dumps(summary), flush=True)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # until it is said how to go on
+        # Before the connection is closed, which may take a while.
+        acked, seconds = producer.acked, monotonic() - started
+        if trouble:
+            say(f"ringoexp send: error: {trouble}", error=True)
+        if trouble and producer.sent:
+            rest = f"{acked} integers with --source {producer.source} --first {given.first + acked}"
+            say(f"ringoexp send: {acked} of {producer.sent} acked; send what follows the first {rest}", error=True)
+        if given.json:
+            summary: dict[str, Any] = {
+                "source": str(producer.source),
+                "first": given.first,
+                "sent": producer.sent,
+                "acked": acked,
+                "reconnects": producer.reconnects,
+                "seconds": round(seconds, 3),
+            }
+            say(json.dumps(summary))
     return status
+
+
+def say(line: str, error: bool = False) -> None:
+    """Prints a line to stdout, or stderr, whatever became of who should read it."""
+    stream = sys.stderr if error else sys.stdout
+    if stream is None:  # closed from the start
+        return
+    try:
+        encoding = stream.encoding or "ascii"
+        print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except OSError:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())  # or Python complains once more at its end

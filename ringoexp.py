@@ -34,6 +34,7 @@ import producer
 import spool
 from forwarder import BATCH_RECORDS, Forwarder, LinkSink, Sink, StoreSink
 from ingest import Intake, RingIntake, StoreIntake
+from producer import say
 from ringbuffer import Ring
 from stats import Totals, memory
 from store import Store, StoreError
@@ -240,7 +241,8 @@ def parser() -> argparse.ArgumentParser:
         "    ringoexp -I false -p 6661 -D numbers.db\n"
         "  a publisher in front of it, with a larger ring:\n"
         "    ringoexp -p 6660 -T 6661 -r 65536\n"
-        "  a complete system on another port needs both: -p 7000 -T 7000",
+        "  a complete system on another port needs both: -p 7000 -T 7000\n"
+        "  the flags of send: ringoexp send --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
         allow_abbrev=False,
@@ -364,7 +366,13 @@ class Parts:
         self.ring: Ring | None = None
         self.forwarder: Forwarder | None = None
         self.spool: spool.Spool | None = None
-        own = not settings.is_publisher or is_own_consumer(settings)
+        try:
+            own = not settings.is_publisher or is_own_consumer(settings)
+        except CannotRun as error:  # names come and go with the network; with a spool, ingest does not
+            if not settings.spool:
+                raise
+            log.warning("event=consumer_unknown reason=%r", str(error))
+            own = False
         family, address = resolve("-H", settings.hostname, settings.port)[0]
         if not own and settings.database != DATABASE:
             raise CannotRun(
@@ -382,7 +390,8 @@ class Parts:
             except OSError as error:
                 raise CannotRun(
                     f"cannot listen on {settings.hostname}:{settings.port}: {error.strerror} "
-                    "(-H and -p name another address; a complete system there needs -T too, the same as -p)"
+                    "(is one running already? -H and -p name another address; a complete system there needs -T too, "
+                    "the same as -p)"
                 ) from error
             undo.callback(self.server.close)
             if own:
@@ -534,7 +543,7 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
             parts = Parts(settings, argv)
             try:
                 parts.start()
-                _say(_greeting(parts))
+                say(_greeting(parts))
                 woken.recv(1)
             finally:
                 parts.stop()
@@ -542,7 +551,7 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
             signal.set_wakeup_fd(-1)
     stored, unstored = parts.stored(), parts.unstored()
     tally = f"ringoexp: stopped, {stored} stored, {unstored} unstored"
-    _say(f"{tally}, {parts.spool.depth} in the spool" if parts.spool else tally)
+    say(f"{tally}, {parts.spool.depth} in the spool" if parts.spool else tally)
     return EXIT_UNSTORED if unstored else EXIT_OK
 
 
@@ -559,19 +568,6 @@ def _share_one_heap() -> None:
         pass  # another C library
 
 
-def _say(line: str, error: bool = False) -> None:
-    """Prints a line, whatever became of who should read it."""
-    stream = sys.stderr if error else sys.stdout
-    if stream is None:  # closed from the start
-        return
-    try:
-        encoding = stream.encoding or "ascii"
-        print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
-    except OSError:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())  # or Python complains once more at its end
-
-
 def _greeting(parts: Parts) -> str:
     settings = parts.settings
     host = f"[{settings.hostname}]" if ":" in settings.hostname else settings.hostname
@@ -582,7 +578,8 @@ def _greeting(parts: Parts) -> str:
         else f"forwarding to {settings.consumer_hostname}:{settings.consumer_port}"
     )
     if parts.spool:
-        where += f", spooling in {settings.spool}"
+        depth = parts.spool.depth
+        where += f", spooling in {settings.spool}" + (f" ({depth} records are in it)" if depth else "")
     return f"ringoexp {__version__}: {role} on {host}:{parts.server.port}, {where}"
 
 
@@ -601,7 +598,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(settings, arguments)
     except (CannotRun, StoreError) as error:
         log.debug("event=cannot_run", exc_info=True)
-        _say(f"ringoexp: error: {error}", error=True)
+        say(f"ringoexp: error: {error}", error=True)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -184,6 +184,7 @@ class Spool:
                 self._full = False
             self._failures, self._broken = 0, False
             if not self.depth:
+                log.info("event=spool_empty forwarded=%d", self._forwarded)
                 self._oldest_ms = None
                 self._link.close()
             return True

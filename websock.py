@@ -401,7 +401,9 @@ class ClientConnection(Connection):
         self._tail += rest
         if isinstance(answer, RejectConnection):
             raise HandshakeError(
-                f"refused with HTTP status {answer.status_code}: is it a consumer?", answer.status_code
+                f"refused with HTTP status {answer.status_code}"
+                + (": is that the /v1.0/ingest of a ringoexp?" if answer.status_code == 404 else ""),
+                answer.status_code,
             )
         if not isinstance(answer, AcceptConnection) or answer.subprotocol != self._wanted:
             raise HandshakeError(f"does not speak {self._wanted}")

@@ -105,7 +105,9 @@ def test_a_bad_line_is_named_and_what_came_before_is_stored(tmp_path: Path, bad:
     said, rest = done.stderr.splitlines()
     assert done.returncode == 2
     assert "line 4 is not a whole number" in said and (bad in said or "\\" in said)
-    assert rest.endswith(f"2 of 2 acked; send the others with --source {summary['source']} --first 2")
+    assert rest.endswith(
+        f"2 of 2 acked; send what follows the first 2 integers with --source {summary['source']} --first 2"
+    )
     assert stored(tmp_path / "ringoexp.db", json.loads(done.stdout)["source"]) == [7, -8]
 
 
@@ -155,7 +157,31 @@ def test_numbers_beyond_the_last_are_said_in_one_line(tmp_path: Path) -> None:
 def test_a_closed_stdin_is_one_line(tmp_path: Path) -> None:
     command = f"exec {sys.executable} {ROOT / 'ringoexp.py'} send <&-"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
-    assert (done.returncode, done.stderr) == (1, "ringoexp send: error: -: stdin is closed\n")
+    assert (done.returncode, done.stderr) == (1, "ringoexp send: error: stdin: it is closed\n")
+
+
+@pytest.mark.parametrize("streams", ["2>&-", ">/dev/full", ">&-", "2>/dev/full"])
+def test_what_nobody_can_read_stops_nothing(tmp_path: Path, streams: str) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        command = f"echo 7 | {sys.executable} {ROOT / 'ringoexp.py'} send --json --url {running.url} {streams}"
+        done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [value for _, _, value in rows(tmp_path / "ringoexp.db")] == [7]
+
+
+def test_why_it_makes_no_progress_is_said_once(tmp_path: Path) -> None:
+    port = free_port()
+    url = f"ws://localhost:{port}/v1.0/ingest"
+    command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdin and running.stderr
+        running.stdin.write("1\n")
+        running.stdin.close()
+        first = running.stderr.readline()
+        assert first.startswith(f"ringoexp send: {url} ") and first.endswith("Connection refused; trying again\n")
+        with server(tmp_path, "-p", str(port), "-T", str(port)):
+            assert running.wait(DEADLINE) == 0
+        assert running.stderr.read() == ""
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
@@ -167,7 +193,7 @@ def test_a_server_that_refuses_for_good_ends_it(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         done = send(tmp_path, "--url", running.url.replace("ingest", "nothing"), given=b"1\n")
     assert done.returncode == 1 and "refused with HTTP status 404" in done.stderr
-    assert "0 of 1 acked; send the others with --source " in done.stderr
+    assert "0 of 1 acked; send what follows the first 0 integers with --source " in done.stderr
 
 
 def test_what_is_sent_before_the_server_is_there_is_stored_once_it_is(tmp_path: Path) -> None:

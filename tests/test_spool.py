@@ -107,7 +107,7 @@ def test_what_a_failing_link_refuses_is_spooled_and_forwarded_in_order_once_it_w
         sink.store(a_block(50, 60))
         assert link.calls == 2 and running.depth == 0, "directly again"
     said = [record.getMessage().split()[0] for record in caplog.records]
-    assert said == ["event=consumer_away", "event=consumer_back"], "once per change"
+    assert said == ["event=consumer_away", "event=consumer_back", "event=spool_empty"], "once per change"
 
 
 def test_workers_with_a_working_link_use_it_while_others_spool(tmp_path: Path) -> None:
@@ -385,6 +385,15 @@ def test_a_stop_while_the_consumer_is_away_leaves_all_in_the_spool(tmp_path: Pat
             assert publisher.stop() == 0
     assert publisher.tally == "ringoexp: stopped, 50000 stored, 0 unstored, 50000 in the spool"
     assert by_sequence(tmp_path / "s", sender.source) == list(range(50_000))
+
+
+def test_a_publisher_with_a_spool_starts_while_the_consumers_name_does_not_resolve(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-U", "nowhere.invalid", "-T", "1", "-S", "s") as publisher:
+        with Producer(publisher.url) as sender:
+            sender.send(range(100))
+            sender.flush(30)
+    assert "event=consumer_unknown" in publisher.errors.read_text()
+    assert by_sequence(tmp_path / "s", sender.source) == list(range(100))
 
 
 @pytest.mark.parametrize(
