@@ -85,6 +85,8 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
     (RFC 6455 section 7.4): the peer's own, or ours for what it did wrong, and then `at_fault` is true.
     """
 
+    most_unsent = MOST_UNSENT
+
     def __init__(self, sock: socket.socket, role: ConnectionType) -> None:
         self.ending: tuple[int, str] | None = None
         self.at_fault = False
@@ -195,11 +197,11 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
     def queue(self, frame: bytes) -> None:
         """Sends a whole frame behind what is unsent, as far as the socket takes it without waiting.
 
-        Raises OSError when the connection is lost, or the peer has left more than MOST_UNSENT bytes unread.
+        Raises OSError when the connection is lost, or the peer has left more than `most_unsent` bytes unread.
         """
         behind = len(self._unsent)
         self._unsent += frame
-        if not self.flush() and behind > MOST_UNSENT:
+        if not self.flush() and behind > self.most_unsent:
             raise TimeoutError("the peer does not read")
 
     def flush(self) -> bool:
@@ -357,6 +359,8 @@ class ClientConnection(Connection):
     Raises OSError when the host cannot be reached, HandshakeError when it refuses. The socket's
     timeout is left at CONNECT_TIMEOUT.
     """
+
+    most_unsent = MOST_UNSENT + 2 * MAX_MESSAGE  # pongs may wait behind a message of ours
 
     def __init__(self, host: str, port: int, path: str, subprotocol: str) -> None:
         self._host = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from time import monotonic
 
 import pytest
-from harness import DEADLINE, HANDSHAKE, Blocked, eventually, frame
+from harness import DEADLINE, HANDSHAKE, Blocked, eventually, frame, raw_link
 
 import ingest
 import websock
 from ingest import RingIntake, Session
 from ringbuffer import Ring
 from stats import Totals
-from websock import ServerConnection
+from websock import ClientConnection, ServerConnection
 from wire import SUBPROTOCOL, Block, Messages, Run, encode_ack, encode_batch, encode_plain, frame_head, take_frames
 
 
@@ -398,6 +398,23 @@ def test_a_client_that_reads_no_pongs_is_given_up() -> None:
                 break
         assert connection.ending == (1006, "connection lost: the peer does not read")
         assert len(connection._unsent) < 70_000
+
+
+def test_a_ping_behind_a_clients_own_message_is_answered_when_that_has_left() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connecting = Blocked(lambda: ClientConnection("127.0.0.1", listener.getsockname()[1], "/", SUBPROTOCOL))
+        with raw_link(listener) as peer:
+            connection = connecting.result()
+            connection.sock.setblocking(False)
+            connection.begin_bytes(bytes(8_000_000))
+            connection.flush()
+            assert connection.unsent > websock.MOST_UNSENT
+            connection.parse(b"\x89\x00")
+            assert connection.ending is None
+            received = 0
+            while not connection.flush() or received < 8_000_014 + 6:
+                received += len(peer.recv(1 << 20))
+            connection.sock.close()
 
 
 def test_messages_before_a_ping_that_cannot_be_answered_count() -> None:
