@@ -79,16 +79,23 @@ class StoreSink:
 class LinkSink:
     """A WebSocket link to the consumer, connected when a block needs it. `connected` is called each time.
 
-    `patience` is how many seconds the consumer has to take a block, and as many again to ack it.
+    `patience` is how many seconds the consumer has to take a block, and as many again to ack it. A server that
+    listens on `own_port` makes no link to itself.
     """
 
     def __init__(
-        self, host: str, port: int, connected: Callable[[], None] = lambda: None, patience: float | None = None
+        self,
+        host: str,
+        port: int,
+        connected: Callable[[], None] = lambda: None,
+        patience: float | None = None,
+        own_port: int = 0,
     ) -> None:
         self._host = host
         self._port = port
         self._connected = connected
         self._patience = patience or ACK_TIMEOUT
+        self._own_port = own_port
         self._link: ClientConnection | None = None
         self._sent = 0  # records sent on this link, all acked unless a store is under way
         self._pinged = False  # and nothing has come from the consumer since
@@ -154,6 +161,9 @@ class LinkSink:
         self._link = ClientConnection(self._host, self._port, "/v1.0/ingest", SUBPROTOCOL)
         self._sent = 0
         self._pinged = False
+        ours, theirs = self._link.sock.getsockname(), self._link.sock.getpeername()
+        if theirs[1] == self._own_port and ours[0] == theirs[0]:  # the name did not resolve at the start, or changed
+            raise OSError("that is this server itself: it would forward in a circle")
         if self._aborted:  # while it connected: `abort` did not see the link
             raise OSError("the server is stopping")
         self._connected()

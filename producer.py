@@ -232,11 +232,13 @@ class Producer:
                 self._unsent = len(self._chunks)
                 base = self._chunks[0][0] if self._chunks else self._next
             link.sock.setblocking(False)
-            moved = monotonic()  # when something was acked or sent
+            moved = monotonic()  # when something was acked, or part of a waiting message sent
             sent = base  # everything before it is sent, or begun
             while True:
-                before = link.unsent
-                if self._read_acks(link, base, sent) or (link.flush() and before) or link.unsent < before:
+                before = link.unsent  # of a message that could not leave at once: what leaves at once tells nothing
+                acked = self._read_acks(link, base, sent)
+                link.flush()
+                if acked or link.unsent < before:
                     moved = monotonic()
                 with self._lock:
                     if self._closed:
@@ -248,12 +250,13 @@ class Producer:
                     first, values = chunk
                     link.begin_bytes(encode_batch([Run(self.source.bytes, first, len(values))], values))
                     sent = first + len(values)
+                    link.flush()
                     continue
-                if not waiting:
-                    moved = monotonic()
-                elif monotonic() > moved + STALL_TIMEOUT:
+                if waiting and monotonic() > moved + STALL_TIMEOUT:
                     raise TimeoutError(f"nothing was acked, nor could be sent, within {STALL_TIMEOUT:.0f} s")
                 self._wait(link, moved + STALL_TIMEOUT - monotonic() if waiting else None)
+                if not waiting:
+                    moved = monotonic()
         except BaseException:
             link.abort()
             link.sock.close()
@@ -363,14 +366,19 @@ class _Progress:
         self._producer = producer
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="progress")
+        # Daemon: Ctrl-C may come while it is started, and then nobody tells it to end.
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
     def __enter__(self) -> None:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            pass  # no more threads to be had: then it says nothing
 
     def __exit__(self, *unused: object) -> None:
         self._done.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _run(self) -> None:
         producer, started, last, known = self._producer, monotonic(), 0, None
@@ -494,6 +502,8 @@ def _send(made: argparse.ArgumentParser, given: argparse.Namespace) -> int:
                 "seconds": round(seconds, 3),
             }
             say(json.dumps(summary))
+        if status > 128 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     return status
 
 

@@ -404,7 +404,7 @@ class Parts:
                     raise CannotRun(f"-r {settings.ring_size}: not that much memory to be had") from None
                 try:
                     if settings.spool:
-                        link = LinkSink(settings.consumer_hostname, settings.consumer_port)
+                        link = LinkSink(settings.consumer_hostname, settings.consumer_port, own_port=self.server.port)
                         self.spool = spool.Spool(settings.spool, settings.spool_max, link)
                         undo.callback(self.spool.stop, 5)
                     most = settings.spool_max if self.spool else BATCH_RECORDS
@@ -427,7 +427,9 @@ class Parts:
         if self.store:
             return StoreSink(self.store)
         patience = spool.PATIENCE if self.spool else None
-        link = LinkSink(self.settings.consumer_hostname, self.settings.consumer_port, connected, patience)
+        link = LinkSink(
+            self.settings.consumer_hostname, self.settings.consumer_port, connected, patience, self.server.port
+        )
         return spool.SpoolSink(link, self.spool) if self.spool else link
 
     def stored(self) -> int:

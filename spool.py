@@ -164,12 +164,13 @@ class Spool:
         try:
             # Ever less after failures: a slow link may have no time for more.
             oldest = self.store.oldest(max(1, BATCH_RECORDS >> min(self._failures, 16)))
-            if oldest is None:
-                return True
-            self._oldest_ms = oldest.received_at_ms
-            self._link.store(oldest.block)
-            self.works()
-            self.store.delete(oldest)
+            if oldest is None and self.depth:
+                raise StoreError(f"{self.path} is corrupt: it has records that belong to no batch")
+            if oldest:
+                self._oldest_ms = oldest.received_at_ms
+                self._link.store(oldest.block)
+                self.works()
+                self.store.delete(oldest)
         except SinkError as error:
             self._broken = False
             self.failed(str(error))
@@ -180,7 +181,7 @@ class Spool:
             self._broken = True
         else:
             with self._lock:
-                self._forwarded += len(oldest.block.values)
+                self._forwarded += len(oldest.block.values) if oldest else 0  # None: deleted before, with an error
                 self._full = False
             self._failures, self._broken = 0, False
             if not self.depth:

@@ -536,10 +536,28 @@ def _check_file(path: str, real: str) -> None:
         return
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror}") from error
-    # After a power cut the first page may be torn, and whole in the WAL, or to be undone: then it is for SQLite to say.
-    recoverable = any(os.path.exists(other) and os.path.getsize(other) for other in (f"{real}-wal", f"{real}-journal"))
-    if begin and begin != _MAGIC and not recoverable:
+    if begin and begin != _MAGIC and not _may_be_torn(real):
         raise StoreError(f"{path} is not a SQLite file: name another one")
+
+
+def _may_be_torn(real: str) -> bool:
+    """True when a power cut may have torn the file's first page: its WAL has it whole, or its journal will undo it.
+
+    By what these files begin with (https://www.sqlite.org/fileformat.html#the_wal_file and #the_rollback_journal): of
+    others' files SQLite would delete what it takes for them.
+    """
+    heads = []
+    for name in (f"{real}-wal", f"{real}-journal"):
+        try:
+            with open(name, "rb") as file:
+                heads.append(file.read(12))
+        except OSError:
+            heads.append(b"")
+    wal, journal = heads
+    if wal[:4] in (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83"):
+        size, page_size = os.path.getsize(real), int.from_bytes(wal[8:12], "big")
+        return page_size > 0 and (size < page_size or size % page_size == 0)
+    return journal.startswith(b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7")
 
 
 def _lock_file(path: str) -> IO[bytes]:

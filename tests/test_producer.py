@@ -338,6 +338,50 @@ def test_a_stalled_server_is_given_up_and_tried_again(monkeypatch: pytest.Monkey
     assert len(links) == 3
 
 
+def test_a_server_that_acks_nothing_is_given_up_though_records_trickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.3)
+    links: list[int] = []
+
+    def answer(connection: Peer) -> None:
+        links.append(1)
+        for _ in connection:
+            pass
+
+    with peer(answer) as url:
+        sender = Producer(url)
+
+        def trickled() -> bool:
+            sender.send([1])
+            return len(links) > 1
+
+        eventually(trickled)
+        sender.close()
+
+
+def test_ctrl_c_counts_again_once_it_is_said_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*unused: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(producer.Producer, "flush", interrupted)
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    with sys.stdin:
+        assert producer.main([]) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert capsys.readouterr().err == "ringoexp send: error: interrupted\n"
+
+
+def test_without_a_thread_for_the_progress_it_sends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_to_be_had(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    progress = producer._Progress(None)  # type: ignore[arg-type]
+    monkeypatch.setattr(threading.Thread, "start", none_to_be_had)
+    with progress:
+        pass
+
+
 def test_send_waits_while_too_much_is_not_acked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(producer, "MOST_UNACKED", 10)
     monkeypatch.setattr(producer, "CHUNK_RECORDS", 5)

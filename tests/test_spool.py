@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from checks import kept_port
 from harness import Blocked, ServerProcess, eventually, free_port, rows, server
 
 import spool
@@ -306,8 +307,15 @@ def by_sequence(database: Path, source: uuid.UUID) -> list[int]:
     return [value for _, value in found]
 
 
-def test_a_publisher_acks_while_the_consumer_is_away_and_survives_with_a_full_spool(tmp_path: Path) -> None:
-    port, own = free_port(), free_port()
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port where nobody listens but who is told to."""
+    with kept_port() as kept:
+        yield kept
+
+
+def test_a_publisher_acks_while_the_consumer_is_away_and_survives_with_a_full_spool(tmp_path: Path, port: int) -> None:
+    own = free_port()
     flags = ["-p", str(own), "-T", str(port), "-S", "s.spool"]
     values = array("q", random.randbytes(8 * 300_000))
     running = ServerProcess(tmp_path, *flags)
@@ -343,8 +351,7 @@ def test_a_publisher_acks_while_the_consumer_is_away_and_survives_with_a_full_sp
     assert by_sequence(tmp_path / "c.db", sender.source) == [*values, 1, 2, 3]
 
 
-def test_a_full_spool_is_backpressure_and_nothing_is_lost(tmp_path: Path) -> None:
-    port = free_port()
+def test_a_full_spool_is_backpressure_and_nothing_is_lost(tmp_path: Path, port: int) -> None:
     values = array("q", range(100_000))
     with server(tmp_path, "-p", "0", "-T", str(port), "-S", "s", "--spool_max", "30000", "-r", "1024") as publisher:
         with Producer(publisher.url) as sender:
@@ -377,14 +384,31 @@ def test_a_consumer_that_takes_and_never_answers_is_away_too(tmp_path: Path) -> 
     assert by_sequence(tmp_path / "c.db", sender.source) == list(range(50_000))
 
 
-def test_a_stop_while_the_consumer_is_away_leaves_all_in_the_spool(tmp_path: Path) -> None:
-    with server(tmp_path, "-p", "0", "-T", str(free_port()), "-S", "s", "-A", "ring") as publisher:
+def test_a_stop_while_the_consumer_is_away_leaves_all_in_the_spool(tmp_path: Path, port: int) -> None:
+    with server(tmp_path, "-p", "0", "-T", str(port), "-S", "s", "-A", "ring") as publisher:
         with Producer(publisher.url) as sender:
             sender.send(range(50_000))
             sender.flush(30)
             assert publisher.stop() == 0
     assert publisher.tally == "ringoexp: stopped, 50000 stored, 0 unstored, 50000 in the spool"
     assert by_sequence(tmp_path / "s", sender.source) == list(range(50_000))
+
+
+def test_a_publisher_whose_consumers_name_turns_out_to_be_its_own_keeps_its_spool(tmp_path: Path, port: int) -> None:
+    unknown = (
+        "socket.tries = []; socket.getaddrinfo = (lambda real: lambda host, *args, **kw: real('nowhere.invalid' if"
+        " host == 'me.lan' and (socket.tries.append(1) or len(socket.tries) < 2) else"
+        " 'localhost' if host == 'me.lan' else host, *args, **kw))(socket.getaddrinfo)"
+    )
+    flags = ["-p", str(port), "-T", str(port), "-U", "me.lan", "-S", "s"]
+    with server(tmp_path, *flags, patch=unknown) as publisher:
+        with Producer(publisher.url) as sender:
+            sender.send(range(100))
+            sender.flush(30)
+        eventually(lambda: "this server itself" in publisher.errors.read_text())
+        assert publisher.stats()["spoolDepth"] == 100
+        assert publisher.stop() == 0
+    assert by_sequence(tmp_path / "s", sender.source) == list(range(100))
 
 
 def test_a_publisher_with_a_spool_starts_while_the_consumers_name_does_not_resolve(tmp_path: Path) -> None:

@@ -565,6 +565,27 @@ def test_a_file_that_is_not_ours_is_refused_in_one_line_and_left_as_it_was(path:
     assert (path.read_bytes() if path.is_file() else b"") == before
 
 
+@pytest.mark.parametrize("other", ["-wal", "-journal"])
+def test_the_files_beside_a_file_that_is_not_ours_are_left_as_they_were(path: Path, other: str) -> None:
+    beside = Path(f"{path}{other}")
+    for each in (path, beside):
+        each.write_bytes(b"somebody's notes\n" * 1000)
+    with pytest.raises(StoreError, match="is not a SQLite file"):
+        Store(str(path))
+    assert path.read_bytes() == beside.read_bytes() == b"somebody's notes\n" * 1000
+
+
+def test_a_text_put_in_the_place_of_a_database_is_not_taken_for_a_torn_one(path: Path) -> None:
+    with closing(Store(str(path))) as opened:
+        opened.append(*block(A, 0, 1000))
+        wal = Path(f"{path}-wal").read_bytes()
+    path.write_bytes(b"somebody's notes\n" * 1000)
+    Path(f"{path}-wal").write_bytes(wal)
+    with pytest.raises(StoreError, match="is not a SQLite file"):
+        Store(str(path))
+    assert path.read_bytes() == b"somebody's notes\n" * 1000
+
+
 def test_a_missing_directory_is_said(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="No such file or directory"):
         Store(str(tmp_path / "nowhere" / "numbers.db"))
