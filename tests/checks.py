@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sqlite3
 import uuid
 from array import array
@@ -19,7 +18,7 @@ from tempfile import TemporaryDirectory
 from threading import Event
 
 import pytest
-from harness import DEADLINE, Blocked, ServerProcess, eventually
+from harness import DEADLINE, Blocked, ServerProcess, eventually, free_port
 from proxy import Proxy
 
 import producer
@@ -54,15 +53,6 @@ LINKS = ("client to publisher", "publisher to consumer")
 VICTIMS = (("consumer",), ("publisher",), ("consumer", "publisher"))
 
 
-@contextmanager
-def kept_port() -> Iterator[int]:
-    """A port that the system gives to nobody else, while servers that listen on it come and go."""
-    with socket.socket() as keeper:
-        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        keeper.bind(("127.0.0.1", 0))
-        yield int(keeper.getsockname()[1])
-
-
 class Servers:
     """A publisher and its consumer, with short timeouts, on ports that stay theirs when they are killed.
 
@@ -74,7 +64,7 @@ class Servers:
         self.spool = directory / "p.spool" if spooling else None
         self._directory = directory
         self._stack = ExitStack()
-        ports = [self._stack.enter_context(kept_port()) for _ in range(2)]
+        ports = [free_port() for _ in range(2)]
         self.proxies: dict[str, Proxy] = {}
         front = ports
         if proxied:

@@ -1,5 +1,6 @@
 """What the whole-process and socket tests share: servers as processes, raw sockets, and waiting for conditions."""
 
+import atexit
 import base64
 import hashlib
 import http.client
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +153,19 @@ def server(
     assert "Traceback" not in running.errors.read_text()
 
 
+_keepers = ExitStack()
+atexit.register(_keepers.close)
+
+
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that the system gives to nobody else while these tests run, whoever listens on it in between.
+
+    Or another test's servers, on a machine where several suites run, would get it, and what is sent to it.
+    """
+    keeper = _keepers.enter_context(socket.socket())
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    keeper.bind(("127.0.0.1", 0))
+    return int(keeper.getsockname()[1])
 
 
 def request(

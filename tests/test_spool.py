@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from checks import kept_port
 from harness import Blocked, ServerProcess, eventually, free_port, rows, server
 
 import spool
@@ -308,10 +307,9 @@ def by_sequence(database: Path, source: uuid.UUID) -> list[int]:
 
 
 @pytest.fixture
-def port() -> Iterator[int]:
+def port() -> int:
     """A port where nobody listens but who is told to."""
-    with kept_port() as kept:
-        yield kept
+    return free_port()
 
 
 def test_a_publisher_acks_while_the_consumer_is_away_and_survives_with_a_full_spool(tmp_path: Path, port: int) -> None:
