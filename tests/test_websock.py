@@ -300,11 +300,15 @@ def run_session(connection: ServerConnection) -> Blocked:
     return Blocked(lambda: Session(connection, Memory(), Totals(), threading.Event()).run(b""))
 
 
+@pytest.fixture(autouse=True)
+def short_goodbyes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PING_AFTER", "PING_TIMEOUT", "STALL_TIMEOUT"):
         monkeypatch.setattr(websock, name, 0.05)
-    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
 
 
 def test_a_silent_client_that_answers_no_ping_is_given_up(impatient: None) -> None:
@@ -364,7 +368,6 @@ def test_messages_that_each_end_in_time_go_on_for_ever(monkeypatch: pytest.Monke
 def test_a_ping_in_two_pieces_is_no_message_that_is_never_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(websock, "MESSAGE_TIMEOUT", 0.3)
     monkeypatch.setattr(websock, "PING_AFTER", 0.1)
-    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
     with connected(ServerConnection) as (connection, theirs):
         run = run_session(connection)
         ping = frame(9, b"two pieces")
