@@ -32,6 +32,7 @@ from wire import SUBPROTOCOL, decode_batch, encode_ack
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(websock, "BACKOFF_FIRST", 0.005)
     monkeypatch.setattr(websock, "BACKOFF_MOST", 0.05)
+    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
 
 
 def send(directory: Path, *flags: str, given: bytes = b"") -> "subprocess.CompletedProcess[str]":
@@ -47,6 +48,15 @@ def stored(database: Path, source: object) -> list[int]:
     found = sorted((sequence, value) for of, sequence, value in rows(database) if of == str(source))
     assert [sequence for sequence, _ in found] == list(range(len(found)))
     return [value for _, value in found]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A complete system for tests that leave it as it was, but for its records."""
+    directory = tmp_path_factory.mktemp("shared")
+    with server(directory, "-p", "0", "-T", "0") as running:
+        running.database = directory / "ringoexp.db"  # type: ignore[attr-defined]
+        yield running
 
 
 @contextmanager
@@ -98,9 +108,8 @@ def test_a_binary_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", ["x", "1.5", "1 2", "1_0", "9223372036854775808", "٣", "--1", "caf\xe9"])
-def test_a_bad_line_is_named_and_what_came_before_is_stored(tmp_path: Path, bad: str) -> None:
-    with server(tmp_path, "-p", "0", "-T", "0") as running:
-        done = send(tmp_path, "--url", running.url, "--json", given=f"7\n\n -8 \n{bad}\n9\n".encode())
+def test_a_bad_line_is_named_and_what_came_before_is_stored(shared: ServerProcess, tmp_path: Path, bad: str) -> None:
+    done = send(tmp_path, "--url", shared.url, "--json", given=f"7\n\n -8 \n{bad}\n9\n".encode())
     summary = json.loads(done.stdout)
     said, rest = done.stderr.splitlines()
     assert done.returncode == 2
@@ -108,7 +117,7 @@ def test_a_bad_line_is_named_and_what_came_before_is_stored(tmp_path: Path, bad:
     assert rest.endswith(
         f"2 of 2 acked; send what follows the first 2 integers with --source {summary['source']} --first 2"
     )
-    assert stored(tmp_path / "ringoexp.db", json.loads(done.stdout)["source"]) == [7, -8]
+    assert stored(shared.database, json.loads(done.stdout)["source"]) == [7, -8]
 
 
 def test_a_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
@@ -142,10 +151,10 @@ def test_bad_usage_is_one_line(tmp_path: Path, flags: list[str], said: str) -> N
 
 
 @pytest.mark.parametrize("given", [b"1\r\n\r\n2\r\n", b"1\n\n2\n", b" 1 \n \n2"])
-def test_empty_lines_are_skipped(tmp_path: Path, given: bytes) -> None:
-    with server(tmp_path, "-p", "0", "-T", "0") as running:
-        assert send(tmp_path, "--url", running.url, given=given).returncode == 0
-    assert [value for _, _, value in rows(tmp_path / "ringoexp.db")] == [1, 2]
+def test_empty_lines_are_skipped(shared: ServerProcess, tmp_path: Path, given: bytes) -> None:
+    done = send(tmp_path, "--url", shared.url, "--json", given=given)
+    assert done.returncode == 0
+    assert stored(shared.database, json.loads(done.stdout)["source"]) == [1, 2]
 
 
 def test_numbers_beyond_the_last_are_said_in_one_line(tmp_path: Path) -> None:
@@ -161,12 +170,13 @@ def test_a_closed_stdin_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streams", ["2>&-", ">/dev/full", ">&-", "2>/dev/full"])
-def test_what_nobody_can_read_stops_nothing(tmp_path: Path, streams: str) -> None:
-    with server(tmp_path, "-p", "0", "-T", "0") as running:
-        command = f"echo 7 | {sys.executable} {ROOT / 'ringoexp.py'} send --json --url {running.url} {streams}"
-        done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
+def test_what_nobody_can_read_stops_nothing(shared: ServerProcess, tmp_path: Path, streams: str) -> None:
+    source = uuid.uuid4()
+    flags = f"--json --source {source} --url {shared.url}"
+    command = f"echo 7 | {sys.executable} {ROOT / 'ringoexp.py'} send {flags} {streams}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
     assert (done.returncode, done.stderr) == (0, "")
-    assert [value for _, _, value in rows(tmp_path / "ringoexp.db")] == [7]
+    assert stored(shared.database, source) == [7]
 
 
 def test_why_it_makes_no_progress_is_said_once(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def keep(stored: dict[tuple[bytes, int], int], block: Block) -> None:
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(websock, "BACKOFF_FIRST", 0.001)
     monkeypatch.setattr(websock, "BACKOFF_MOST", 0.01)
+    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
 
 
 @contextmanager
