@@ -42,13 +42,6 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(websock, "CLOSE_TIMEOUT", TIMEOUT)
 
 
-def seeded() -> random.Random:
-    """Random numbers whose seed is printed; RINGOEXP_SEED gives the same ones again."""
-    seed = int(os.environ.get("RINGOEXP_SEED") or random.randrange(2**32))
-    print("seed", seed)
-    return random.Random(seed)
-
-
 LINKS = ("client to publisher", "publisher to consumer")
 VICTIMS = (("consumer",), ("publisher",), ("consumer", "publisher"))
 

@@ -1,7 +1,6 @@
 """What a server process holds, and how the fault tests are seeded."""
 
 import os
-import random
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,10 +62,3 @@ def complaints(process: ServerProcess) -> str:
     lines = process.errors.read_text(errors="replace").splitlines()
     bad = ("level=ERROR", "level=CRITICAL", "Traceback", "Exception")
     return "\n".join(line for line in lines if any(word in line for word in bad))
-
-
-def seeded() -> int:
-    """A random seed, printed, or that of RINGOEXP_SEED, to do the same again."""
-    seed = int(os.environ.get("RINGOEXP_SEED") or random.randrange(2**32))
-    print("seed", seed)
-    return seed

@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -151,6 +152,20 @@ def server(
     finally:
         running.kill()
     assert "Traceback" not in running.errors.read_text()
+
+
+def seeded() -> int:
+    """A random seed, printed, or that of RINGOEXP_SEED, to make the same choices again."""
+    seed = int(os.environ.get("RINGOEXP_SEED") or random.randrange(2**32))
+    print("seed", seed)
+    return seed
+
+
+def in_order(database: Path, source: object) -> list[int]:
+    """The values of a source; fails unless its records are numbered without a gap, each once."""
+    found = sorted((sequence, value) for of, sequence, value in rows(database) if of == str(source))
+    assert [sequence for sequence, _ in found] == list(range(len(found)))
+    return [value for _, value in found]
 
 
 _keepers = ExitStack()

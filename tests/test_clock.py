@@ -14,8 +14,20 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from gauges import complaints, seeded
-from harness import DEADLINE, ROOT, Blocked, RawClient, ServerProcess, eventually, frame, free_port, request, rows
+from gauges import complaints
+from harness import (
+    DEADLINE,
+    ROOT,
+    Blocked,
+    RawClient,
+    ServerProcess,
+    eventually,
+    frame,
+    free_port,
+    request,
+    rows,
+    seeded,
+)
 
 from wire import encode_plain
 

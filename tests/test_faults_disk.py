@@ -4,7 +4,6 @@ Whatever fails, fails for a while: then everything goes on by itself, nothing ac
 and the log has said it once.
 """
 
-import os
 import random
 import resource
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 import pytest
 import strace
-from harness import Blocked, RawClient, ServerProcess, eventually, frame, request, server
+from harness import Blocked, RawClient, ServerProcess, eventually, frame, request, seeded, server
 
 import websock
 from producer import Producer
@@ -273,7 +272,7 @@ def test_commits_that_fail_now_and_then_fail_alone(
     """
     strace.needed()
     monkeypatch.setattr(websock, "BACKOFF_MOST", 0.05)
-    seed = int(os.environ.get("RINGOEXP_SEED", random.randrange(2**32)))
+    seed = seeded()
     rng = random.Random(seed)
     # Not while the store is opened; and a commit has fewer than 100 calls, so that a new connection's first succeeds.
     first = rng.randrange(100, 150) if call == "pwrite64" else rng.randrange(3, 6) if file else 2

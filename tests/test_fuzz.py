@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from gauges import RETURNING, back_to, complaints, seeded, settled
-from harness import HANDSHAKE, Blocked, RawClient, ServerProcess, frame, request, rows, server
+from gauges import RETURNING, back_to, complaints, settled
+from harness import HANDSHAKE, Blocked, RawClient, ServerProcess, frame, request, rows, seeded, server
 
 from producer import Producer
 from wire import MAX_MESSAGE, SUBPROTOCOL, Run, encode_batch, encode_plain

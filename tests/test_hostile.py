@@ -14,8 +14,20 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from gauges import RETURNING, Usage, back_to, complaints, seeded, settled, usage
-from harness import HANDSHAKE, Blocked, RawClient, ServerProcess, eventually, frame, free_port, request, rows, server
+from gauges import RETURNING, Usage, back_to, complaints, settled, usage
+from harness import (
+    HANDSHAKE,
+    Blocked,
+    RawClient,
+    ServerProcess,
+    eventually,
+    frame,
+    free_port,
+    request,
+    rows,
+    seeded,
+    server,
+)
 from websockets.sync.client import connect
 
 from producer import Producer

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import pytest
 import strace
-from harness import DEADLINE, Blocked, RawClient, ServerProcess, frame
+from harness import DEADLINE, Blocked, RawClient, ServerProcess, frame, seeded
 
 import store
 from wire import SUBPROTOCOL, Run, encode_batch, encode_plain
@@ -384,9 +384,7 @@ def power_cuts(run: Recording, directory: Path, rng: random.Random, cuts: int) -
 
 @pytest.fixture
 def seed() -> int:
-    chosen = int(os.environ.get("RINGOEXP_SEED", random.randrange(2**32)))
-    print("seed", chosen)
-    return chosen
+    return seeded()
 
 
 @pytest.mark.parametrize(

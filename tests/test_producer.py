@@ -18,7 +18,19 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
-from harness import DEADLINE, ROOT, Blocked, ServerProcess, eventually, free_port, raw_link, rows, server
+from harness import (
+    DEADLINE,
+    ROOT,
+    Blocked,
+    ServerProcess,
+    eventually,
+    free_port,
+    in_order,
+    raw_link,
+    rows,
+    seeded,
+    server,
+)
 from websockets.sync.server import ServerConnection as Peer
 from websockets.sync.server import serve
 
@@ -41,13 +53,6 @@ def send(directory: Path, *flags: str, given: bytes = b"") -> "subprocess.Comple
     done = subprocess.run(command, cwd=directory, input=given, capture_output=True, timeout=60)
     assert b"Traceback" not in done.stderr
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
-
-
-def stored(database: Path, source: object) -> list[int]:
-    """The values of a source; fails unless its records are numbered without a gap."""
-    found = sorted((sequence, value) for of, sequence, value in rows(database) if of == str(source))
-    assert [sequence for sequence, _ in found] == list(range(len(found)))
-    return [value for _, value in found]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,7 @@ def test_lines_of_a_pipe_are_stored_in_order(tmp_path: Path) -> None:
         summary = json.loads(done.stdout)
     assert (done.returncode, done.stderr) == (0, "")
     assert (summary["sent"], summary["acked"], summary["reconnects"]) == (len(values), len(values), 0)
-    assert stored(tmp_path / "ringoexp.db", summary["source"]) == values
+    assert in_order(tmp_path / "ringoexp.db", summary["source"]) == values
 
 
 def test_the_readmes_three_lines(tmp_path: Path) -> None:
@@ -103,7 +108,7 @@ def test_a_binary_file(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         done = send(tmp_path, "--url", running.url, "--binary", "--json", "numbers")
         cut = send(tmp_path, "--url", running.url, "--binary", given=bytes(11))
-    assert stored(tmp_path / "ringoexp.db", json.loads(done.stdout)["source"]) == [5, -5, 2**62]
+    assert in_order(tmp_path / "ringoexp.db", json.loads(done.stdout)["source"]) == [5, -5, 2**62]
     assert cut.returncode == 2 and "3 bytes are left at the end" in cut.stderr
 
 
@@ -117,7 +122,7 @@ def test_a_bad_line_is_named_and_what_came_before_is_stored(shared: ServerProces
     assert rest.endswith(
         f"2 of 2 acked; send what follows the first 2 integers with --source {summary['source']} --first 2"
     )
-    assert stored(shared.database, json.loads(done.stdout)["source"]) == [7, -8]
+    assert in_order(shared.database, json.loads(done.stdout)["source"]) == [7, -8]
 
 
 def test_a_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
@@ -126,7 +131,7 @@ def test_a_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         done = send(tmp_path, "--url", running.url, "--json", given="\n".join(lines).encode())
     assert "line 150001 is not" in done.stderr
-    assert stored(tmp_path / "ringoexp.db", json.loads(done.stdout)["source"]) == list(range(150_000))
+    assert in_order(tmp_path / "ringoexp.db", json.loads(done.stdout)["source"]) == list(range(150_000))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +159,7 @@ def test_bad_usage_is_one_line(tmp_path: Path, flags: list[str], said: str) -> N
 def test_empty_lines_are_skipped(shared: ServerProcess, tmp_path: Path, given: bytes) -> None:
     done = send(tmp_path, "--url", shared.url, "--json", given=given)
     assert done.returncode == 0
-    assert stored(shared.database, json.loads(done.stdout)["source"]) == [1, 2]
+    assert in_order(shared.database, json.loads(done.stdout)["source"]) == [1, 2]
 
 
 def test_numbers_beyond_the_last_are_said_in_one_line(tmp_path: Path) -> None:
@@ -176,7 +181,7 @@ def test_what_nobody_can_read_stops_nothing(shared: ServerProcess, tmp_path: Pat
     command = f"echo 7 | {sys.executable} {ROOT / 'ringoexp.py'} send {flags} {streams}"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
     assert (done.returncode, done.stderr) == (0, "")
-    assert stored(shared.database, source) == [7]
+    assert in_order(shared.database, source) == [7]
 
 
 def test_why_it_makes_no_progress_is_said_once(tmp_path: Path) -> None:
@@ -215,13 +220,12 @@ def test_what_is_sent_before_the_server_is_there_is_stored_once_it_is(tmp_path: 
         with server(tmp_path, "-p", str(port), "-T", str(port)):
             sender.flush(DEADLINE)
             assert (sender.sent, sender.acked, sender.reconnects) == (1000, 1000, 0)
-    assert stored(tmp_path / "ringoexp.db", sender.source) == list(range(1000))
+    assert in_order(tmp_path / "ringoexp.db", sender.source) == list(range(1000))
 
 
 @pytest.mark.parametrize("victim", ["consumer", "publisher"])
 def test_servers_are_killed_and_everything_is_stored_once(tmp_path: Path, victim: str) -> None:
-    seed = random.randrange(2**32)
-    print("seed", seed)
+    seed = seeded()
     rng = random.Random(seed)
     ports = {"consumer": free_port(), "publisher": free_port()}
     flags = {
@@ -247,7 +251,7 @@ def test_servers_are_killed_and_everything_is_stored_once(tmp_path: Path, victim
     finally:
         for each in running.values():
             each.kill()
-    assert stored(tmp_path / "c.db", sender.source) == list(values)
+    assert in_order(tmp_path / "c.db", sender.source) == list(values)
 
 
 def test_a_killed_sender_goes_on_with_its_source(tmp_path: Path) -> None:
@@ -266,7 +270,7 @@ def test_a_killed_sender_goes_on_with_its_source(tmp_path: Path) -> None:
         rest = b"".join(b"%d\n" % value for value in range(500, 60_000))
         done = send(tmp_path, "--url", running.url, "--source", str(source), "--first", "500", given=rest)
         assert done.returncode == 0
-    assert stored(tmp_path / "ringoexp.db", source) == list(range(60_000))
+    assert in_order(tmp_path / "ringoexp.db", source) == list(range(60_000))
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:

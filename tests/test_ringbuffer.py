@@ -5,7 +5,7 @@ import threading
 from array import array
 
 import pytest
-from harness import DEADLINE, Blocked
+from harness import DEADLINE, Blocked, seeded
 
 from ringbuffer import Batch, Closed, Full, Ring
 from wire import Run
@@ -327,8 +327,7 @@ def test_stats_agree_and_show_the_age_of_the_oldest_in_flight() -> None:
 
 
 def test_many_producers_and_failing_workers_lose_and_double_nothing() -> None:
-    seed = random.randrange(2**32)
-    print("seed", seed)
+    seed = seeded()
     ring = Ring(37)
     sources = [bytes([number]) * 16 for number in range(6)]
     stored: dict[tuple[bytes, int], int] = {}
@@ -395,8 +394,7 @@ def test_many_producers_and_failing_workers_lose_and_double_nothing() -> None:
 
 def test_producers_that_give_up_leave_no_one_waiting_beside_free_slots() -> None:
     """A slot's one notification may go to a producer whose time is just over."""
-    seed = random.randrange(2**32)
-    print("seed", seed)
+    seed = seeded()
     rng = random.Random(seed)
     ring = Ring(3)
 

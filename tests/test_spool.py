@@ -4,14 +4,13 @@ import logging
 import random
 import signal
 import threading
-import uuid
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness import Blocked, ServerProcess, eventually, free_port, rows, server
+from harness import Blocked, ServerProcess, eventually, free_port, in_order, rows, seeded, server
 
 import spool
 import websock
@@ -270,8 +269,7 @@ def test_the_spool_leaves_its_disk_some_room_to_delete_in(tmp_path: Path, monkey
 
 
 def test_many_workers_spool_and_forward_at_random_and_everything_arrives_once(tmp_path: Path) -> None:
-    seed = random.randrange(2**32)
-    print("seed", seed)
+    seed = seeded()
     rng = random.Random(seed)
     stored: dict[tuple[bytes, int], int] = {}
     lock = threading.Lock()
@@ -300,13 +298,6 @@ def test_many_workers_spool_and_forward_at_random_and_everything_arrives_once(tm
 # Whole processes.
 
 
-def by_sequence(database: Path, source: uuid.UUID) -> list[int]:
-    """The values of a source; fails unless its records are numbered without a gap, each once."""
-    found = sorted((sequence, value) for of, sequence, value in rows(database) if of == str(source))
-    assert [sequence for sequence, _ in found] == list(range(len(found)))
-    return [value for _, value in found]
-
-
 @pytest.fixture
 def port() -> int:
     """A port where nobody listens but who is told to."""
@@ -325,7 +316,7 @@ def test_a_publisher_acks_while_the_consumer_is_away_and_survives_with_a_full_sp
             sender.flush(30)  # nobody there, and all is acked
             assert running.stats()["spoolDepth"] == 200_000
             running.kill()
-            assert by_sequence(tmp_path / "s.spool", sender.source) == list(values[:200_000])
+            assert in_order(tmp_path / "s.spool", sender.source) == list(values[:200_000])
             running = ServerProcess(tmp_path, *flags)
             sender.send(values[200_000:])
             sender.flush(30)
@@ -347,7 +338,7 @@ def test_a_publisher_acks_while_the_consumer_is_away_and_survives_with_a_full_sp
     finally:
         running.kill()
     assert "Traceback" not in running.errors.read_text()
-    assert by_sequence(tmp_path / "c.db", sender.source) == [*values, 1, 2, 3]
+    assert in_order(tmp_path / "c.db", sender.source) == [*values, 1, 2, 3]
 
 
 def test_a_full_spool_is_backpressure_and_nothing_is_lost(tmp_path: Path, port: int) -> None:
@@ -364,7 +355,7 @@ def test_a_full_spool_is_backpressure_and_nothing_is_lost(tmp_path: Path, port: 
                 sender.flush(30)
                 eventually(lambda: publisher.stats()["spoolDepth"] == 0)
                 assert publisher.stop() == 0
-    assert by_sequence(tmp_path / "c.db", sender.source) == list(values)
+    assert in_order(tmp_path / "c.db", sender.source) == list(values)
 
 
 def test_a_consumer_that_takes_and_never_answers_is_away_too(tmp_path: Path) -> None:
@@ -380,7 +371,7 @@ def test_a_consumer_that_takes_and_never_answers_is_away_too(tmp_path: Path) -> 
                 assert publisher.stats()["spoolDepth"] > 0
                 consumer.send_signal(signal.SIGCONT)
                 eventually(lambda: publisher.stats()["spoolDepth"] == 0)
-    assert by_sequence(tmp_path / "c.db", sender.source) == list(range(50_000))
+    assert in_order(tmp_path / "c.db", sender.source) == list(range(50_000))
 
 
 def test_a_stop_while_the_consumer_is_away_leaves_all_in_the_spool(tmp_path: Path, port: int) -> None:
@@ -390,7 +381,7 @@ def test_a_stop_while_the_consumer_is_away_leaves_all_in_the_spool(tmp_path: Pat
             sender.flush(30)
             assert publisher.stop() == 0
     assert publisher.tally == "ringoexp: stopped, 50000 stored, 0 unstored, 50000 in the spool"
-    assert by_sequence(tmp_path / "s", sender.source) == list(range(50_000))
+    assert in_order(tmp_path / "s", sender.source) == list(range(50_000))
 
 
 def test_a_publisher_whose_consumers_name_turns_out_to_be_its_own_keeps_its_spool(tmp_path: Path, port: int) -> None:
@@ -407,7 +398,7 @@ def test_a_publisher_whose_consumers_name_turns_out_to_be_its_own_keeps_its_spoo
         eventually(lambda: "this server itself" in publisher.errors.read_text())
         assert publisher.stats()["spoolDepth"] == 100
         assert publisher.stop() == 0
-    assert by_sequence(tmp_path / "s", sender.source) == list(range(100))
+    assert in_order(tmp_path / "s", sender.source) == list(range(100))
 
 
 def test_a_publisher_with_a_spool_starts_while_the_consumers_name_does_not_resolve(tmp_path: Path) -> None:
@@ -416,7 +407,7 @@ def test_a_publisher_with_a_spool_starts_while_the_consumers_name_does_not_resol
             sender.send(range(100))
             sender.flush(30)
     assert "event=consumer_unknown" in publisher.errors.read_text()
-    assert by_sequence(tmp_path / "s", sender.source) == list(range(100))
+    assert in_order(tmp_path / "s", sender.source) == list(range(100))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from harness import Blocked, eventually, rows
+from harness import Blocked, eventually, rows, seeded
 
 import store
 from store import APPLICATION_ID, SPOOL_APPLICATION_ID, Store, StoreError
@@ -117,8 +117,7 @@ def test_only_what_is_not_covered_yet_is_stored(
 
 
 def test_random_runs_store_the_first_value_of_each_sequence(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seed = random.randrange(2**32)
-    print("seed", seed)
+    seed = seeded()
     rng = random.Random(seed)
     monkeypatch.setattr(store, "_MOST_SOURCES_CACHED", 2)  # so that sources leave the cache and come back
     model: dict[tuple[bytes, int], int] = {}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from time import monotonic
 
 import pytest
-from harness import DEADLINE, HANDSHAKE, Blocked, eventually, frame, raw_link
+from harness import DEADLINE, HANDSHAKE, Blocked, eventually, frame, raw_link, seeded
 
 import ingest
 import websock
@@ -175,8 +175,7 @@ def cuts(rng: random.Random, stream: bytes) -> list[bytes]:
 
 @pytest.mark.parametrize("subprotocol", ["", SUBPROTOCOL])
 def test_the_fast_decoder_and_wsproto_agree_on_random_streams(subprotocol: str) -> None:
-    seed = random.randrange(2**32)
-    print("seed", seed)
+    seed = seeded()
     rng = random.Random(seed)
     endings = set()
     for _ in range(150):

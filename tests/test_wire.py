@@ -5,6 +5,7 @@ import struct
 from array import array
 
 import pytest
+from harness import seeded
 
 from wire import (
     MAX_MESSAGE,
@@ -72,8 +73,7 @@ def grouped(messages: list[bytes], rng: random.Random | None = None) -> list[Mes
 
 
 def test_plain_messages_of_all_kinds_decode_as_they_do_one_by_one() -> None:
-    seed = random.randrange(2**32)
-    print("seed", seed)
+    seed = seeded()
     rng = random.Random(seed)
     for sizes in ([4], [8], [8, 16, 800], [4, 8, 24]):
         for count in (0, 1, 2, 50):
@@ -99,8 +99,7 @@ def test_a_batch_message_is_the_readmes_example() -> None:
 
 
 def test_batches_round_trip() -> None:
-    seed = random.randrange(2**32)
-    print("seed", seed)
+    seed = seeded()
     rng = random.Random(seed)
     for _ in range(100):
         runs = [Run(rng.randbytes(16), rng.randrange(2**62), rng.randrange(1, 9)) for _ in range(rng.randrange(1, 9))]
