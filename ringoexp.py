@@ -421,7 +421,7 @@ class Parts:
         else:
             assert self.store
             intake = StoreIntake(self.store)
-        self.server.start(intake)
+        self.server.serve(intake)
 
     def _make_sink(self, connected: Callable[[], None]) -> Sink:
         if self.store:
@@ -464,13 +464,13 @@ class Parts:
         if not ended and not self.server.wait_ended(5):
             self.server.abort()
             self.server.wait_ended(5)
+        self.server.close()
         if self.forwarder:
             self.forwarder.stop(5)
         if self.spool:
             self.spool.stop(5)
         if self.store:
             self.store.close()
-        self.server.close()
 
     def report(self) -> dict[str, Any]:
         """What `/v1.0/stats` says. The README explains each key."""

@@ -68,7 +68,7 @@ class Blocked:
 class ServerProcess:
     """`python ringoexp.py` with these flags, in `directory`, from its first line of output to its exit.
 
-    `patch` are statements that change something first: `wsserver.REQUEST_TIMEOUT = 1; websock.READ_SIZE = 9`, say.
+    `patch` are statements that change something first: `web.REQUEST_TIMEOUT = 1; websock.READ_SIZE = 9`, say.
     `under` is a command that runs it, `strace` with its flags, say; `env` is added to the environment.
     """
 

@@ -34,7 +34,7 @@ from producer import Producer
 from wire import MAX_MESSAGE
 
 SHORT = {
-    "wsserver.REQUEST_TIMEOUT": 0.4,
+    "web.REQUEST_TIMEOUT": 0.4,
     "websock.CLOSE_TIMEOUT": 0.4,
     "websock.PING_AFTER": 0.3,
     "websock.PING_TIMEOUT": 0.3,

@@ -8,13 +8,13 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import DEADLINE, ROOT, Blocked, RawClient, ServerProcess, eventually, frame, free_port, server
+from harness import DEADLINE, ROOT, Blocked, RawClient, ServerProcess, eventually, frame, free_port, request, server
 
 import ringoexp
 from ringoexp import OPTIONS, CannotRun, Parts, Settings, is_own_consumer, main, read_arguments
@@ -380,11 +380,51 @@ def test_a_second_signal_ends_a_draining_server_at_once(tmp_path: Path, number: 
             client.send(frame(2, bytes(4)))
             eventually(lambda: running.stats()["ringDepth"] == 1)
             running.send_signal(number)
-            eventually(lambda: not accepts(running.port), "it has stopped accepting")
+            eventually(lambda: refusal(running.port), "it takes no more")
             ended = Blocked(running.process.wait)
             assert ended.still()
             running.send_signal(number)
             assert ended.result() == -number
+    finally:
+        running.kill()
+    assert "Traceback" not in running.errors.read_text()
+
+
+def refusal(port: int) -> str:
+    """Why a POST is refused for now; empty if it is not."""
+    status, headers, body = request(port, "POST", "/v1.0/ingest", b"no integer")
+    assert status == 400 or (status == 503 and headers["Retry-After"])
+    return str(json.loads(body)["error"]) if status == 503 else ""
+
+
+def test_a_draining_server_takes_no_more_and_still_says_how_it_is(tmp_path: Path) -> None:
+    running = draining(tmp_path, 600)
+    try:
+        with RawClient(running.port) as client:
+            client.send(frame(2, bytes(4)))
+            eventually(lambda: running.stats()["ringDepth"] == 1)
+            running.send_signal(signal.SIGTERM)
+            assert eventually(lambda: refusal(running.port)) == "the server is stopping"
+            assert running.get("/v1.0/alive")[0] == 200
+            assert running.stats()["ringDepth"] == 1
+            assert running.get("/nothing")[0] == 503
+    finally:
+        running.kill()
+    assert "Traceback" not in running.errors.read_text()
+
+
+def test_who_looks_on_keeps_no_server_from_ending(tmp_path: Path) -> None:
+    """Its connection, quiet between two requests, and one that has asked for nothing yet."""
+    running = draining(tmp_path, 3)
+    try:
+        with RawClient(running.port) as client, ExitStack() as lookers:
+            client.send(frame(2, bytes(4)))
+            eventually(lambda: running.stats()["ringDepth"] == 1)
+            running.send_signal(signal.SIGTERM)
+            eventually(lambda: refusal(running.port))
+            for _ in range(3):
+                lookers.enter_context(socket.create_connection(("localhost", running.port)))
+            assert running.wait() == 3
     finally:
         running.kill()
     assert "Traceback" not in running.errors.read_text()

@@ -314,7 +314,7 @@ def test_a_post_that_is_not_stored_in_time_says_how_much_was_accepted(tmp_path: 
 
 def test_connections_beyond_the_limit_are_bounded_too_and_do_not_wait_long(tmp_path: Path) -> None:
     with server(
-        tmp_path, "-p", "0", "-T", "0", "-n", "1", patch="wsserver.MOST_REFUSED, wsserver.REFUSED_TIMEOUT = 5, 0.2"
+        tmp_path, "-p", "0", "-T", "0", "-n", "1", patch="connections.MOST_REFUSED = 5; web.REFUSED_TIMEOUT = 0.2"
     ) as running:
         with RawClient(running.port), ExitStack() as idle:
             for _ in range(50):
@@ -328,7 +328,7 @@ def test_connections_beyond_the_limit_are_bounded_too_and_do_not_wait_long(tmp_p
 
 
 def test_a_request_has_a_deadline_however_slowly_it_trickles(tmp_path: Path) -> None:
-    with server(tmp_path, "-p", "0", "-T", "0", patch="wsserver.REQUEST_TIMEOUT = 0.5") as running:
+    with server(tmp_path, "-p", "0", "-T", "0", patch="web.REQUEST_TIMEOUT = 0.5") as running:
         with socket.create_connection(("localhost", running.port), DEADLINE) as client:
 
             def ended() -> bool:

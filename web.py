@@ -1,0 +1,182 @@
+"""One HTTP connection: requests with deadlines, a table of routes, answers and errors in JSON.
+
+Knows nothing of records. A `WebHandler` belongs to its connection's thread, from `connections`; nothing here is
+shared between threads. `wsserver` serves clients with it, `profiler` developers.
+"""
+
+import io
+import json
+import logging
+import socket
+import uuid
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from time import monotonic
+from typing import Any
+
+from connections import Connections
+from websock import linger
+
+log = logging.getLogger("ringoexp.http")
+
+REQUEST_TIMEOUT = 30.0
+"""Seconds a client has to send a request, or the next one on the same connection, up to its body."""
+REFUSED_TIMEOUT = 2.0
+"""Seconds for a request on a connection that was not admitted."""
+JSON = "application/json;charset=utf-8"
+GET_OR_HEAD = ("GET", "HEAD")
+
+Routes = dict[str, dict[str, Callable[[], None]]]
+"""Path -> method -> what answers it."""
+
+
+class Refusal(Exception):
+    """A request is answered with an error: `status`, a reason a person can act on, more headers, more JSON."""
+
+    def __init__(
+        self,
+        status: int,
+        reason: str,
+        headers: dict[str, str] | None = None,
+        more: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.headers = headers or {}
+        self.body = {"error": reason, **(more or {})}
+
+
+class _Reader(io.RawIOBase):
+    """What comes from a socket until a deadline: reading beyond it raises TimeoutError."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.deadline: float | None = 0.0  # monotonic seconds; None: waits for nothing
+
+    def readable(self) -> bool:
+        """True: it is for reading."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Reads what there is, waiting for at least a byte; 0 at the end of the stream, None if it may not wait."""
+        left = 0.0 if self.deadline is None else self.deadline - monotonic()
+        if self.deadline is not None and left <= 0:
+            raise TimeoutError("too slow")
+        self._sock.settimeout(left)
+        try:
+            return self._sock.recv_into(buffer)
+        except BlockingIOError:
+            return None
+
+
+class WebHandler(BaseHTTPRequestHandler):
+    """One connection: HTTP/1.1 requests one after the other, each answered by one of `routes`.
+
+    A request on a connection that was not admitted is answered too if its path is one of `open_to_all`.
+    """
+
+    server: Connections
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    open_to_all: tuple[str, ...] = ()
+    lingering = False  # close gently: the client may still be sending what nobody reads
+    asked_to_close = False  # by the client, for after this request
+
+    def routes(self) -> Routes:
+        """What there is."""
+        raise NotImplementedError
+
+    def turn_away(self) -> Refusal:
+        """What a connection that was not admitted is told."""
+        return Refusal(503, "the server is stopping", {"Retry-After": "1"})
+
+    def setup(self) -> None:
+        """Reads through a deadline instead of a timeout for each piece."""
+        super().setup()
+        self.rfile.close()
+        self.reader = _Reader(self.connection)
+        self.rfile = io.BufferedReader(self.reader)
+
+    def handle_one_request(self) -> None:
+        """Gives the next request its time."""
+        patience = REQUEST_TIMEOUT if self.server.admitted() else REFUSED_TIMEOUT
+        self.reader.deadline = monotonic() + patience
+        super().handle_one_request()
+
+    def __getattr__(self, name: str) -> Any:
+        """Methods that HTTP does not know are wrong methods too: 405 here, not the base class's 501."""
+        if name.startswith("do_"):
+            return self.do_GET
+        raise AttributeError(name)
+
+    def do_GET(self) -> None:
+        """Answers one request, whatever its method."""
+        self.connection.settimeout(REQUEST_TIMEOUT)  # for the answer: reading sets its own
+        path = self.path.partition("?")[0]
+        self.asked_to_close = self.close_connection
+        try:
+            if self._has_body():  # until somebody has read it
+                self.close_connection = self.lingering = True
+            if not self.server.admitted():
+                self.close_connection = True
+                if path not in self.open_to_all:
+                    raise self.turn_away()
+            routes = self.routes()
+            if path not in routes:
+                raise Refusal(404, f"nothing here: there are {', '.join(routes)}")
+            methods = routes[path]
+            if self.command not in methods:
+                raise Refusal(405, f"{path} takes {', '.join(methods)}", {"Allow": ", ".join(methods)})
+            methods[self.command]()
+        except Refusal as refusal:
+            log.debug("event=refused status=%d reason=%r", refusal.status, str(refusal))
+            self.reply_json(refusal.status, refusal.body, refusal.headers)
+
+    def finish(self) -> None:
+        """Ends the connection, gently where the client may still be sending."""
+        if self.lingering:
+            linger(self.connection)
+        super().finish()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answers what the base class refuses (bad request lines and headers), in JSON like the rest."""
+        self.close_connection = self.lingering = True
+        self.command = getattr(self, "command", None) or "GET"
+        self.reply_json(code, {"error": message or HTTPStatus(code).phrase})
+
+    def version_string(self) -> str:
+        """The `Server` header: the name this server was given."""
+        return self.server.name
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """What the base class logs goes to our log, in detail only."""
+        log.debug("event=http client=%s message=%r", self.address_string(), format % args)
+
+    def reply_json(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+        """Sends a whole response in JSON."""
+        self.reply(status, json.dumps(body).encode() + b"\n", JSON, headers)
+
+    def reply(self, status: int, content: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
+        """Sends a whole response, without its body to HEAD."""
+        headers = headers or {}
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("X-Request-Id", request_id())
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if self.close_connection and "Connection" not in headers:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _has_body(self) -> bool:
+        """True when a body follows the headers."""
+        return self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
+
+
+def request_id() -> str:
+    """A fresh UUID (version 4), in upper case."""
+    return str(uuid.uuid4()).upper()
