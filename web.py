@@ -158,7 +158,7 @@ class WebHandler(BaseHTTPRequestHandler):
         self.reply(status, json.dumps(body).encode() + b"\n", JSON, headers)
 
     def reply(self, status: int, content: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
-        """Sends a whole response, without its body to HEAD."""
+        """Sends a whole response, without its body to HEAD or where the client has it already (304)."""
         headers = headers or {}
         self.send_response(status)
         self.send_header("Content-Type", kind)
@@ -169,7 +169,7 @@ class WebHandler(BaseHTTPRequestHandler):
         if self.close_connection and "Connection" not in headers:
             self.send_header("Connection", "close")
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command != "HEAD" and status != 304:
             self.wfile.write(content)
 
     def _has_body(self) -> bool:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import web
 from connections import Connections
 from ingest import Intake, Session, plain_block
+from page import HTML, page
 from stats import Totals
 from store import StoreError
 from web import GET_OR_HEAD, JSON, Refusal, Routes, WebHandler, request_id
@@ -63,11 +64,12 @@ class Handler(WebHandler):
     """One connection: HTTP/1.1 requests one after the other, or an upgrade and a WebSocket."""
 
     server: Server
-    open_to_all = ("/v1.0/alive", "/v1.0/stats")
+    open_to_all = ("/", "/v1.0/alive", "/v1.0/stats")
 
     def routes(self) -> Routes:
         """What there is."""
         return {
+            "/": dict.fromkeys(GET_OR_HEAD, self._page),
             "/v1.0/alive": dict.fromkeys(GET_OR_HEAD, self._alive),
             "/v1.0/stats": dict.fromkeys(GET_OR_HEAD, self._stats),
             "/v1.0/ingest": {**dict.fromkeys(GET_OR_HEAD, self._upgrade), "POST": self._post},
@@ -81,6 +83,14 @@ class Handler(WebHandler):
         return Refusal(503, f"too many connections: at most {self.server.limit} at once", {"Retry-After": "1"})
 
     # Routes.
+
+    def _page(self) -> None:
+        """The live page, unless the browser has it already."""
+        found = page()
+        if not found:
+            raise Refusal(404, "dashboard.html is not beside the program: the page was not installed")
+        status = 304 if found.headers["ETag"] in self.headers.get("If-None-Match", "") else 200
+        self.reply(status, found.content, HTML, found.headers)
 
     def _alive(self) -> None:
         self._want_json()
