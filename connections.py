@@ -137,7 +137,7 @@ class Connections(ThreadingHTTPServer):
             return request, address
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                log.error("event=cannot_accept error=%r", str(error))
+                log.error("cannot_accept", {"error": str(error)})
                 self.stopping.wait(0.2)
             raise
 
@@ -160,7 +160,7 @@ class Connections(ThreadingHTTPServer):
         try:
             thread.start()
         except RuntimeError as error:  # no more threads to be had
-            log.error("event=no_thread error=%r", str(error))
+            log.error("no_thread", {"error": str(error)})
             self.shutdown_request(request)
             self._leave(thread)
 
@@ -170,8 +170,8 @@ class Connections(ThreadingHTTPServer):
         level = logging.DEBUG if isinstance(error, OSError) else logging.ERROR
         log.log(
             level,
-            "event=connection_error error=%r",
-            f"{type(error).__name__}: {error}",
+            "connection_error",
+            {"client": client_address[0], "error": f"{type(error).__name__}: {error}"},
             exc_info=log.isEnabledFor(logging.DEBUG),
         )
 

@@ -1,8 +1,8 @@
 """The publisher's workers: reserve from the ring, store through a sink, commit.
 
-Each worker is a thread, `forward-N`, with a sink of its own: a WebSocket link to the consumer, or
-the local store. The first worker starts with the forwarder; more start when one has taken its batch,
-values are left and no worker is idle, up to the maximum, and retire after IDLE_SECONDS without work.
+Each worker is a thread, `forward-N`, with a sink of its own. The first worker starts with the forwarder; more
+start when one has taken its batch, values are left and no worker is idle, up to the maximum, and retire after
+IDLE_SECONDS without work.
 
 When a sink fails, its worker becomes the prober: it tries again, each time after a longer pause. Until it
 succeeds no worker is started and none makes a link but the prober, and whoever fails too retires: no storm
@@ -16,186 +16,18 @@ import logging
 import threading
 from collections.abc import Callable
 from time import monotonic
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from ringbuffer import Closed, Ring
-from store import Store, StoreError
-from websock import ClientConnection, HandshakeError, backoff
-from wire import MAX_RUNS, SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
+from sinks import LinkState, Sink, SinkError
+from websock import backoff
+from wire import MAX_RUNS, Block
 
 log = logging.getLogger("ringoexp.forward")
 
 BATCH_RECORDS = MAX_RUNS
 """Most records in a batch: with a run for each it still is a message that wire takes."""
 IDLE_SECONDS = 10.0
-ACK_TIMEOUT = 30.0
-"""Seconds a consumer has to take a batch, and to ack it, before the link is given up."""
-
-
-class SinkError(Exception):
-    """A block may not be stored: it has to be stored again. The text says why."""
-
-
-class Sink(Protocol):
-    """Where a worker stores. `store` returns when the block is on disk, or raises SinkError.
-
-    `ready` says that it would not have to connect first. `idle` is called every IDLE_SECONDS while there is
-    nothing to store. `abort` is for other threads and makes a `store` that waits for a peer fail.
-    """
-
-    @property
-    def ready(self) -> bool: ...
-    def store(self, block: Block) -> None: ...
-    def idle(self) -> None: ...
-    def abort(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class StoreSink:
-    """The local store as a sink."""
-
-    ready = True
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def store(self, block: Block) -> None:
-        """Returns when the block is on disk. Raises SinkError when the commit failed."""
-        try:
-            self._store.append(*block)
-        except StoreError as error:
-            raise SinkError(str(error)) from error
-
-    def idle(self) -> None:
-        """Does nothing: there is no link to look after."""
-
-    def abort(self) -> None:
-        """Does nothing: a commit waits for nobody."""
-
-    def close(self) -> None:
-        """Does nothing: the store is the server's."""
-
-
-class LinkSink:
-    """A WebSocket link to the consumer, connected when a block needs it. `connected` is called each time.
-
-    `patience` is how many seconds the consumer has to take a block, and as many again to ack it. A server that
-    listens on `own_port` makes no link to itself.
-    """
-
-    def __init__(
-        self,
-        host: str,
-        port: int,
-        connected: Callable[[], None] = lambda: None,
-        patience: float | None = None,
-        own_port: int = 0,
-    ) -> None:
-        self._host = host
-        self._port = port
-        self._connected = connected
-        self._patience = patience or ACK_TIMEOUT
-        self._own_port = own_port
-        self._link: ClientConnection | None = None
-        self._sent = 0  # records sent on this link, all acked unless a store is under way
-        self._pinged = False  # and nothing has come from the consumer since
-        self._aborted = False
-
-    @property
-    def ready(self) -> bool:
-        """True while there is a link."""
-        return self._link is not None
-
-    def store(self, block: Block) -> None:
-        """Returns when the consumer has acked the block. Raises SinkError when it has not; the link is closed then."""
-        try:
-            if self._link is None:
-                self._connect()
-            assert self._link is not None
-            self._link.sock.settimeout(self._patience)
-            self._link.send_bytes(encode_batch(*block))
-            self._sent += len(block.values)
-            self._await_ack(self._link)
-            self._pinged = False
-            if self._link.ending:  # acked, and then it said goodbye
-                self.close()
-        except (OSError, HandshakeError, WireError) as error:
-            self._drop()
-            raise SinkError(f"{self._host}:{self._port}: {error}") from error
-
-    def idle(self) -> None:
-        """Answers the consumer's pings and sends one; drops a link that has ended, or did not answer the last one.
-
-        The next block then finds a new link, instead of losing time with a dead one.
-        """
-        if self._link is None:
-            return
-        try:
-            self._link.sock.setblocking(False)
-            while data := self._link.read(wait=False):
-                self._pinged = False
-                self._link.parse(data)
-            if self._link.ending or data == b"":
-                raise ConnectionResetError("the consumer closed the connection")
-            if self._pinged:
-                raise TimeoutError(f"no answer to a ping within {IDLE_SECONDS:.0f} s")
-            self._link.ping()
-            self._pinged = True
-        except OSError as error:
-            log.debug("event=idle_link_lost reason=%r", str(error))
-            self._drop()
-
-    def abort(self) -> None:
-        """Makes a `store` under way, and every later one, fail. For other threads."""
-        self._aborted = True
-        if link := self._link:
-            link.abort()
-
-    def close(self) -> None:
-        """Says goodbye to the consumer, if connected."""
-        if self._link:
-            self._link.finish(1000, "")
-            self._link = None
-
-    def _connect(self) -> None:
-        self._link = ClientConnection(self._host, self._port, "/v1.0/ingest", SUBPROTOCOL)
-        self._sent = 0
-        self._pinged = False
-        ours, theirs = self._link.sock.getsockname(), self._link.sock.getpeername()
-        if theirs[1] == self._own_port and ours[0] == theirs[0]:  # the name did not resolve at the start, or changed
-            raise OSError("that is this server itself: it would forward in a circle")
-        if self._aborted:  # while it connected: `abort` did not see the link
-            raise OSError("the server is stopping")
-        self._connected()
-
-    def _await_ack(self, link: ClientConnection) -> None:
-        """Reads until everything sent is acked. Raises OSError when the link ends before, or has run out of time."""
-        deadline = monotonic() + self._patience
-        data = b""  # first, what came right behind the handshake
-        while True:
-            for message in link.parse(data):
-                acked = decode_ack(message.payloads)
-                if acked > self._sent:
-                    raise WireError(f"acked {acked} records of {self._sent} sent")
-                if acked == self._sent:
-                    return
-            if link.ending:
-                code, reason = link.ending
-                raise ConnectionResetError(f"the consumer closed with {code:d} {reason}")
-            left = deadline - monotonic()
-            if left <= 0:
-                raise TimeoutError(f"no ack within {self._patience:.0f} s")
-            link.sock.settimeout(left)
-            data = link.read() or b""
-            if not data:
-                raise ConnectionResetError("the consumer closed the connection")
-
-    def _drop(self) -> None:
-        """Closes the link without ceremony."""
-        link, self._link = self._link, None
-        if link:
-            link.abort()
-            link.sock.close()
 
 
 class Breaker:
@@ -276,7 +108,7 @@ class ForwarderStats(NamedTuple):
 
 class Forwarder:
     """Workers that drain `ring` into sinks that `make_sink` makes, at most `most` at once, in batches of at
-    most `most_records`. Starts at once.
+    most `most_records`. `link` is told what they find out, where their sinks are links. Starts at once.
 
     `make_sink` gets a callback, to be called when a link is made. Workers start workers, as they take a batch: what
     comes while the only one waits for its sink waits with it, and could not be acked before that batch anyway.
@@ -288,10 +120,12 @@ class Forwarder:
         make_sink: Callable[[Callable[[], None]], Sink],
         most: int,
         most_records: int = BATCH_RECORDS,
+        link: LinkState | None = None,
     ) -> None:
         self._ring = ring
         self._make_sink = make_sink
         self._most = most
+        self._link = link
         # Half a ring at the most, so that producers fill the other half meanwhile.
         self._limit = min(BATCH_RECORDS, most_records, max(1, ring.capacity // 2))
         self._breaker = Breaker()
@@ -352,15 +186,24 @@ class Forwarder:
             self._ring.requeue(batch)
             failures = self._breaker.failed()
             if isinstance(error, SinkError):
-                level = logging.WARNING if failures == 1 else logging.DEBUG
-                log.log(level, "event=sink_down failures=%d reason=%r", failures, str(error))
+                self._say_down(str(error), failures)
             else:
                 _log_unexpected(error)
             return failures > 0 or not self._retire()
         self._ring.commit(batch)
-        if self._breaker.succeeded():
-            log.info("event=sink_up")
+        back = self._breaker.succeeded()
+        if self._link and (back or not self._breaker.away):
+            self._link.works()
+        elif back:
+            log.info("sink_up")
         return True
+
+    def _say_down(self, reason: str, failures: int) -> None:
+        """Says why the sink failed, once for each time it does: `failures` counts the prober's, in a row."""
+        if self._link and failures == 1:
+            self._link.failed(reason)
+        else:
+            log.log(logging.WARNING if failures == 1 else logging.DEBUG, "sink_down", {"reason": reason})
 
     def _run(self, sink: Sink) -> None:
         """A worker's thread: `step` until it should retire. Logs what it did not expect, and goes on."""
@@ -398,7 +241,7 @@ class Forwarder:
             try:
                 thread.start()
             except RuntimeError as error:  # no more threads to be had: those that run go on
-                log.error("event=no_thread error=%r workers=%d", str(error), len(self._workers))
+                log.error("no_thread", {"error": str(error), "workers": len(self._workers)})
                 if first:
                     raise
                 return
@@ -417,4 +260,4 @@ class Forwarder:
 
 
 def _log_unexpected(error: Exception) -> None:
-    log.error("event=worker_error error=%r", str(error), exc_info=log.isEnabledFor(logging.DEBUG))
+    log.error("worker_error", {"error": repr(error)}, exc_info=log.isEnabledFor(logging.DEBUG))

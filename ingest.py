@@ -141,7 +141,8 @@ class Session:
         self._batches = connection.subprotocol == SUBPROTOCOL
         self._source = uuid.uuid4().bytes  # of plain messages
         # Records of this connection:
-        self._put = 0  # put into the intake
+        self.received = 0
+        self._put = 0  # of those, put into the intake
         self._stored = 0  # of those, stored
         self.acked = 0  # and of those, acked
         self._marks: deque[_Mark] = deque()
@@ -182,7 +183,9 @@ class Session:
             self._connection.abort()
         last = b""
         if self._stored > self.acked and ending[0] != LOST[0]:  # the client has not read the acks before it
-            last, self.acked = encode_ack(self._stored), self._stored
+            last = encode_ack(self._stored)
+            self._totals.acked(self._stored - self.acked)
+            self.acked = self._stored
         self._connection.finish(*ending, last)
         return ending
 
@@ -201,6 +204,7 @@ class Session:
         if error or self._connection.at_fault:
             self._totals.refused()
         if self._block.values:
+            self.received += len(self._block.values)
             self._totals.received(len(self._block.values))
         return ending
 
@@ -230,14 +234,16 @@ class Session:
     def _ack(self) -> None:
         """Tells the client how many of its records are stored, if more are than it knows."""
         stored = self._intake.stored()
-        covered = []
+        now = monotonic()
+        latencies = []
         while self._marks and self._marks[0].ticket <= stored:
-            covered.append(self._marks.popleft())
-        if covered:
-            self._stored = covered[-1].records
-            now = monotonic()
-            self._totals.acked(now - mark.read_at for mark in covered)
-        if self._stored > self.acked and self._connection.send_ack(encode_ack(self._stored)):
+            mark = self._marks.popleft()
+            self._stored = mark.records
+            latencies.append(now - mark.read_at)
+        sent = self._stored > self.acked and self._connection.send_ack(encode_ack(self._stored))
+        if sent or latencies:
+            self._totals.acked(self._stored - self.acked if sent else 0, latencies)
+        if sent:
             self.acked = self._stored
 
     def _settle(self, patient: bool) -> None:

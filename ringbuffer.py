@@ -76,6 +76,7 @@ class RingStats(NamedTuple):
 
     capacity: int
     cursor: int  # ever put
+    reserved: int  # ever handed out
     committed: int  # everything before it is stored
     stored: int  # ever committed, those beyond a gap among them
     depth: int  # slots taken: cursor - committed
@@ -84,6 +85,17 @@ class RingStats(NamedTuple):
     high_water: int  # the largest depth ever
     times_full: int  # how often a put found no free slot
     oldest_in_flight: float  # seconds since the oldest batch in flight was reserved, 0 if none
+
+
+class RingLayout(NamedTuple):
+    """Where in the ring what is, at one moment: ranges `[start, end)` of sequences, merged and in order."""
+
+    capacity: int
+    committed: int
+    reserved: int
+    cursor: int
+    in_flight: list[tuple[int, int]]
+    finished: list[tuple[int, int]]  # stored, and not free yet: older ones are not stored
 
 
 class Ring:
@@ -268,6 +280,7 @@ class Ring:
             return RingStats(
                 capacity=self.capacity,
                 cursor=self._cursor,
+                reserved=self._reserved,
                 committed=self._committed,
                 stored=self._committed + sum(end - start for start, end in self._finished.items()),
                 depth=depth,
@@ -277,6 +290,14 @@ class Ring:
                 times_full=self._times_full,
                 oldest_in_flight=monotonic() - oldest.reserved_at if oldest else 0.0,
             )
+
+    def layout(self) -> RingLayout:
+        """Where what is. What is neither free, in flight nor finished waits to be reserved."""
+        with self._lock:
+            marks = self.capacity, self._committed, self._reserved, self._cursor
+            in_flight = [(batch.start, batch.end) for batch in self._in_flight]
+            finished = list(self._finished.items())
+        return RingLayout(*marks, _merged(in_flight), _merged(finished))
 
     # Helpers. All but _read want the lock held.
 
@@ -341,6 +362,17 @@ class Ring:
         if batch not in self._in_flight:
             raise ValueError(f"batch {batch.start}..{batch.end} is not in flight")
         del self._in_flight[batch]
+
+
+def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Disjoint ranges in order, neighbours made one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((start, end))
+    return merged
 
 
 def _deadline(timeout: float | None) -> float | None:

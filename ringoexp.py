@@ -30,12 +30,17 @@ except ModuleNotFoundError as missing:
         raise
     sys.exit(f"ringoexp: error: the package {missing.name} is missing: python3 -m pip install simple-websocket")
 
+import logs
+import metrics
+import monitor
 import producer
 import spool
-from forwarder import BATCH_RECORDS, Forwarder, LinkSink, Sink, StoreSink
+from forwarder import BATCH_RECORDS, Forwarder
 from ingest import Intake, RingIntake, StoreIntake
 from producer import say
+from readiness import Readiness, Reason
 from ringbuffer import Ring
+from sinks import LinkSink, LinkState, Sink, StoreSink
 from stats import Totals, memory
 from store import Store, StoreError
 from wsserver import Server
@@ -198,6 +203,7 @@ OPTIONS = (
     Option("X", "procs", 0, _at_will, "system", "processor cores to use; 0: all the system gives"),
     Option("L", "profiler_port", 0, _at_will, "system", "port of the profiler; 0: off"),
     Option("d", "debug", False, _boolean, "common", "log in detail"),
+    Option("", "log_json", False, _boolean, "common", "log a JSON object a line, for machines"),
 )
 
 
@@ -221,6 +227,7 @@ class Settings:
     procs: int
     profiler_port: int
     debug: bool
+    log_json: bool
 
 
 class _Parser(argparse.ArgumentParser):
@@ -371,7 +378,7 @@ class Parts:
         except CannotRun as error:  # names come and go with the network; with a spool, ingest does not
             if not settings.spool:
                 raise
-            log.warning("event=consumer_unknown reason=%r", str(error))
+            log.warning("consumer_unknown", {"reason": str(error)})
             own = False
         family, address = resolve("-H", settings.hostname, settings.port)[0]
         if not own and settings.database != DATABASE:
@@ -386,7 +393,7 @@ class Parts:
             )
         with ExitStack() as undo:
             try:
-                self.server = Server(family, address, settings.name, settings.connections, self.totals, self.report)
+                self.server = Server(family, address, settings.name, settings.connections, self.totals, self)
             except OSError as error:
                 raise CannotRun(
                     f"cannot listen on {settings.hostname}:{settings.port}: {error.strerror} "
@@ -394,6 +401,9 @@ class Parts:
                     "the same as -p)"
                 ) from error
             undo.callback(self.server.close)
+            self.link: LinkState | None = None
+            if not own:
+                self.link = LinkState(f"{settings.consumer_hostname}:{settings.consumer_port}")
             if own:
                 self.store = Store(settings.database)
                 undo.callback(self.store.close)
@@ -403,15 +413,18 @@ class Parts:
                 except MemoryError:
                     raise CannotRun(f"-r {settings.ring_size}: not that much memory to be had") from None
                 try:
-                    if settings.spool:
+                    if settings.spool and self.link:
                         link = LinkSink(settings.consumer_hostname, settings.consumer_port, own_port=self.server.port)
-                        self.spool = spool.Spool(settings.spool, settings.spool_max, link)
+                        self.spool = spool.Spool(settings.spool, settings.spool_max, link, self.link)
                         undo.callback(self.spool.stop, 5)
                     most = settings.spool_max if self.spool else BATCH_RECORDS
-                    self.forwarder = Forwarder(self.ring, self._make_sink, settings.workers, most)
+                    told = None if self.spool else self.link  # or else the spool tells
+                    self.forwarder = Forwarder(self.ring, self._make_sink, settings.workers, most, told)
                 except RuntimeError as error:
                     raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
             undo.pop_all()
+        consumer = settings.consumer_hostname, settings.consumer_port
+        self._readiness = Readiness(self.ring, self.store, self.spool, self.link, consumer)
 
     def start(self) -> None:
         """Begins to serve."""
@@ -433,11 +446,8 @@ class Parts:
         return spool.SpoolSink(link, self.spool) if self.spool else link
 
     def stored(self) -> int:
-        """Records stored since the start: new ones in the own database, or else acked by the consumer or spooled."""
-        if self.store:
-            return self.store.stats().stored
-        assert self.ring
-        return self.ring.stats().stored
+        """Records stored since the start."""
+        return monitor.records_stored(self.snapshot())
 
     def unstored(self) -> int:
         """Records that were taken and are not stored."""
@@ -450,9 +460,8 @@ class Parts:
         """The ordered stop: returns within DRAIN_SECONDS and a little, with everything ended."""
         deadline = monotonic() + DRAIN_SECONDS
         if unstored := self.unstored():
-            log.warning(
-                "event=draining unstored=%d seconds=%.0f a second signal gives them up", unstored, DRAIN_SECONDS
-            )
+            hint = "a second signal gives them up"
+            log.warning("draining", {"unstored": unstored, "seconds": DRAIN_SECONDS, "hint": hint})
         self.server.stop()
         ended = self.server.wait_ended(DRAIN_SECONDS)
         if self.ring:
@@ -472,51 +481,46 @@ class Parts:
         if self.store:
             self.store.close()
 
+    def snapshot(self) -> monitor.Snapshot:
+        """What all the rooms say now."""
+        database = self.store or (self.spool.store if self.spool else None)
+        disk = database.stats() if database else None
+        return monitor.Snapshot(
+            version=__version__,
+            started_at=self.started.timestamp(),
+            totals=self.totals.snapshot(),
+            connections=self.server.stats(),
+            ring=self.ring.stats() if self.ring else None,
+            layout=self.ring.layout() if self.ring else None,
+            forwarder=self.forwarder.stats() if self.forwarder else None,
+            link=self.link.stats() if self.link else None,
+            store=disk if self.store else None,
+            spool=self.spool.stats() if self.spool else None,
+            disk=disk,
+            sizes=database.sizes() if database else None,
+        )
+
     def report(self) -> dict[str, Any]:
         """What `/v1.0/stats` says. The README explains each key."""
         settings = {_camel(key): value for key, value in asdict(self.settings).items()}
         settings["port"] = self.server.port
-        totals, connections = self.totals.snapshot(), self.server.stats()
-        ring = self.ring.stats() if self.ring else None
-        forwarder = self.forwarder.stats() if self.forwarder else None
-        database = self.store or (self.spool.store if self.spool else None)
-        disk = database.stats() if database else None
-        store = disk if self.store else None
-        spooled = self.spool.stats() if self.spool else None
+        now = self.snapshot()
+        started = self.started.isoformat(timespec="milliseconds").replace("+00:00", "Z")
         return {
             "info": {"version": __version__, "uuid": self.uuid, **settings},
             "options": self.argv,
-            "stats": {
-                "startTime": self.started.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-                "recordsReceived": totals.received,
-                "recordsStored": store.stored if store else ring.stored if ring else 0,
-                "recordsDuplicate": store.duplicates if store else 0,
-                "recordsRefused": totals.refused,
-                "failedCommits": disk.failed_commits if disk else 0,
-                "storeError": disk.error if disk else None,
-                "walBytes": database.wal_bytes() if database else 0,
-                "bytesReceived": totals.bytes_received,
-                "connections": connections.now,
-                "totalConnections": connections.total,
-                "refusedConnections": connections.refused,
-                "ringSize": ring.capacity if ring else 0,
-                "ringDepth": ring.depth if ring else 0,
-                "ringInFlight": ring.in_flight if ring else 0,
-                "ringHighWater": ring.high_water if ring else 0,
-                "ringTimesFull": ring.times_full if ring else 0,
-                "ringOldestInFlightMs": round(ring.oldest_in_flight * 1000, 3) if ring else 0,
-                "workers": forwarder.workers if forwarder else 0,
-                "mostWorkers": forwarder.most_workers if forwarder else 0,
-                "linkReconnects": forwarder.reconnects if forwarder else 0,
-                "spoolDepth": spooled.depth if spooled else 0,
-                "spoolOldestMs": round(spooled.oldest * 1000) if spooled else 0,
-                "spoolForwarded": spooled.forwarded if spooled else 0,
-                "consumerAwayMs": round(spooled.away * 1000) if spooled else 0,
-                "ackLatencyP50Ms": totals.ack_latency_p50_ms,
-                "ackLatencyP99Ms": totals.ack_latency_p99_ms,
-            },
+            "stats": {"startTime": started, **monitor.stats(now)},
+            "ring": monitor.layout(now),
             "memStats": memory(),
         }
+
+    def metrics(self) -> str:
+        """What `/metrics` says."""
+        return metrics.text(self.snapshot())
+
+    def reasons(self) -> list[Reason]:
+        """Why a record sent now would not be stored now, but for what the connections have to say."""
+        return self._readiness.reasons()
 
 
 def _camel(name: str) -> str:
@@ -592,14 +596,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         return producer.main(arguments[1:])
     settings = read_arguments(arguments)
-    logging.basicConfig(
-        level=logging.DEBUG if settings.debug else logging.INFO,
-        format="%(asctime)s level=%(levelname)s thread=%(threadName)s logger=%(name)s %(message)s",
-    )
+    logs.setup(settings.debug, settings.log_json)
     try:
         return serve(settings, arguments)
     except (CannotRun, StoreError) as error:
-        log.debug("event=cannot_run", exc_info=True)
+        log.debug("cannot_run", exc_info=True)
         say(f"ringoexp: error: {error}", error=True)
         return EXIT_FAILED
     except KeyboardInterrupt:

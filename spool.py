@@ -16,7 +16,8 @@ import time
 from time import monotonic
 from typing import NamedTuple
 
-from forwarder import BATCH_RECORDS, LinkSink, SinkError
+from forwarder import BATCH_RECORDS
+from sinks import LinkSink, LinkState, SinkError
 from store import SPOOL_APPLICATION_ID, WAL_LARGE, Store, StoreError
 from websock import backoff
 from wire import Block
@@ -35,25 +36,24 @@ class SpoolStats(NamedTuple):
     depth: int  # records in the spool
     oldest: float  # seconds since the oldest of them came, by the wall clock; 0 if there is none
     forwarded: int  # records the consumer has acked from here, since the start
-    away: float  # seconds the consumer has been away, 0 if it is not
 
 
 class Spool:
-    """The file at `path`, of at most `most` records, forwarded over `link`. Starts at once.
+    """The file at `path`, of at most `most` records, forwarded over `link`, whose state is `state`. Starts at once.
 
     Raises StoreError when the file cannot be opened or is not a spool.
     """
 
-    def __init__(self, path: str, most: int, link: LinkSink) -> None:
+    def __init__(self, path: str, most: int, link: LinkSink, state: LinkState) -> None:
         self.path = path
         self._most = most
+        self.state = state
         self.store = Store(path, SPOOL_APPLICATION_ID)  # others read its stats
 
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         # Guarded by _lock.
         self._coming = 0  # records on their way into the store
-        self._away_since: float | None = None  # monotonic seconds
         self._forwarded = 0
         self._full = False  # the last block was refused, and nothing was deleted since
         self._stopping = False
@@ -78,7 +78,7 @@ class Spool:
 
         Not while nothing can be forwarded for reasons of our own: then only the workers' links can tell.
         """
-        return self._away_since is not None and not self._broken  # no lock needed
+        return self.state.down and not self._broken  # no lock needed
 
     @property
     def full(self) -> bool:
@@ -114,28 +114,12 @@ class Spool:
                 self._coming -= size
                 self._changed.notify()
 
-    def failed(self, reason: str) -> None:
-        """A link to the consumer failed: it is away."""
-        with self._lock:
-            already = self._away_since is not None
-            if not already:
-                self._away_since = monotonic()
-        log.log(logging.DEBUG if already else logging.WARNING, "event=consumer_away reason=%r", reason)
-
-    def works(self) -> None:
-        """The consumer has acked something over a new link: it is there."""
-        with self._lock:
-            since, self._away_since = self._away_since, None
-        if since is not None:
-            log.info("event=consumer_back seconds=%.1f spooled=%d", monotonic() - since, self.depth)
-
     def stats(self) -> SpoolStats:
         """What there is now, and the total since the start."""
         oldest, depth = self._oldest_ms, self.depth
         with self._lock:
             age = max(0.0, time.time() - oldest / 1000) if depth and oldest else 0.0
-            away = 0.0 if self._away_since is None else monotonic() - self._away_since
-            return SpoolStats(depth, age, self._forwarded, away)
+            return SpoolStats(depth, age, self._forwarded)
 
     def stop(self, timeout: float) -> bool:
         """Ends the thread, giving up what is under way, and closes the file; True if it ended within `timeout` seconds.
@@ -169,15 +153,15 @@ class Spool:
             if oldest:
                 self._oldest_ms = oldest.received_at_ms
                 self._link.store(oldest.block)
-                self.works()
+                self.state.works()
                 self.store.delete(oldest)
         except SinkError as error:
             self._broken = False
-            self.failed(str(error))
+            self.state.failed(str(error))
         except Exception as error:
             known = self._broken and isinstance(error, StoreError)
             level = logging.DEBUG if known else logging.ERROR
-            log.log(level, "event=replay_error error=%r", str(error), exc_info=log.isEnabledFor(logging.DEBUG))
+            log.log(level, "replay_error", {"error": str(error)}, exc_info=log.isEnabledFor(logging.DEBUG))
             self._broken = True
         else:
             with self._lock:
@@ -185,7 +169,7 @@ class Spool:
                 self._full = False
             self._failures, self._broken = 0, False
             if not self.depth:
-                log.info("event=spool_empty forwarded=%d", self._forwarded)
+                log.info("spool_empty", {"forwarded": self._forwarded})
                 self._oldest_ms = None
                 self._link.close()
             return True
@@ -227,11 +211,11 @@ class SpoolSink:
         try:
             self._link.store(block)
         except SinkError as error:
-            self._spool.failed(str(error))
+            self._spool.state.failed(str(error))
             self._spool.append(block)
         else:
             if fresh:
-                self._spool.works()
+                self._spool.state.works()
 
     def idle(self) -> None:
         """Looks after the link; ends it when the spool cannot get one of its own: the consumer may have no room."""

@@ -1,18 +1,47 @@
-"""What the server counts, and the process's own figures for `GET /v1.0/stats`.
+"""What the server counts, and the process's own figures.
 
 `Totals._lock` guards every count in it; connection threads add to them once a read, not once a
-record. No thread runs here.
+record. A `Histogram` is guarded by whoever owns it. No thread runs here.
 """
 
+import bisect
+import datetime
 import gc
+import os
 import resource
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 LATENCIES_KEPT = 4096
+BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Upper bounds of a histogram's buckets, in seconds; one more bucket takes the rest."""
+
+
+class HistogramSnapshot(NamedTuple):
+    """Observations by bucket, each of them in one, and the sum of them all in seconds."""
+
+    counts: tuple[int, ...]
+    sum: float
+
+
+class Histogram:
+    """How often something took how long, in the buckets of BOUNDS. Whoever owns it guards it."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BOUNDS) + 1)
+        self._sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        """One observation."""
+        self._counts[bisect.bisect_left(BOUNDS, seconds)] += 1
+        self._sum += seconds
+
+    def snapshot(self) -> HistogramSnapshot:
+        """What there is now."""
+        return HistogramSnapshot(tuple(self._counts), self._sum)
 
 
 class TotalsSnapshot(NamedTuple):
@@ -21,12 +50,16 @@ class TotalsSnapshot(NamedTuple):
     received: int
     refused: int
     bytes_received: int
+    acked: int
+    clients: int
+    publishers: int
     ack_latency_p50_ms: float | None
     ack_latency_p99_ms: float | None
+    ack_latency: HistogramSnapshot
 
 
 class Totals:
-    """What came in through `/v1.0/ingest` since the start, and how long the latest acks took."""
+    """What came in through `/v1.0/ingest` since the start, from how many, and how long acks took."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -34,6 +67,10 @@ class Totals:
         self._received = 0
         self._refused = 0
         self._bytes = 0
+        self._acked = 0
+        self._clients = 0  # WebSockets open now
+        self._publishers = 0  # those of them that speak batch messages
+        self._histogram = Histogram()
         self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)  # seconds
 
     def read(self, size: int) -> None:
@@ -51,17 +88,40 @@ class Totals:
         with self._lock:
             self._refused += records
 
-    def acked(self, latencies: Iterable[float]) -> None:
-        """Acks left, these many seconds after what they ack had been read."""
+    def acked(self, records: int, latencies: Sequence[float] = ()) -> None:
+        """An ack for `records` more records left; what was read these many seconds ago is stored."""
         with self._lock:
+            self._acked += records
             self._latencies.extend(latencies)
+            for seconds in latencies:
+                self._histogram.add(seconds)
+
+    def came(self, batches: bool) -> None:
+        """A WebSocket was opened; `batches`: its client speaks batch messages."""
+        with self._lock:
+            self._clients += 1
+            self._publishers += batches
+
+    def went(self, batches: bool) -> None:
+        """It was closed."""
+        with self._lock:
+            self._clients -= 1
+            self._publishers -= batches
 
     def snapshot(self) -> TotalsSnapshot:
         """All counts at one moment, and the percentiles of the latest LATENCIES_KEPT latencies."""
         with self._lock:
-            counts = self._received, self._refused, self._bytes
-            latencies = sorted(self._latencies)
-        return TotalsSnapshot(*counts, _percentile(latencies, 50), _percentile(latencies, 99))
+            counts = self._received, self._refused, self._bytes, self._acked, self._clients, self._publishers
+            histogram = self._histogram.snapshot()
+            latencies = list(self._latencies)
+        latencies.sort()
+        return TotalsSnapshot(*counts, _percentile(latencies, 50), _percentile(latencies, 99), histogram)
+
+
+def ago(seconds: float) -> str:
+    """The time so many seconds ago, ISO 8601 in UTC, by the wall clock: for people to read."""
+    then = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(seconds=seconds)
+    return then.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def memory() -> dict[str, Any]:
@@ -74,6 +134,20 @@ def memory() -> dict[str, Any]:
         "gcCollections": [generation["collections"] for generation in gc.get_stats()],
         "gcCounts": list(gc.get_count()),
     }
+
+
+def process() -> dict[str, float]:
+    """This process's CPU seconds, and its open and allowed descriptors; of these only what the system tells."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    found: dict[str, float] = {"cpu": usage.ru_utime + usage.ru_stime}
+    try:
+        found["fds"] = len(os.listdir("/proc/self/fd")) - 1  # listing takes one
+    except OSError:
+        pass
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY:
+        found["most_fds"] = limit
+    return found
 
 
 def _percentile(ordered: list[float], percent: int) -> float | None:

@@ -28,6 +28,7 @@ from itertools import chain
 from time import monotonic
 from typing import IO, NamedTuple
 
+from stats import Histogram, HistogramSnapshot
 from wire import Block, Run
 
 log = logging.getLogger("ringoexp.store")
@@ -78,6 +79,8 @@ WAL_LARGE = 64 * 1024 * 1024
 """Bytes of WAL, or of free pages in an emptied file, that are given back to the system."""
 BUSY_TIMEOUT_MS = 5000
 """How long a commit waits for another program's write lock before it fails."""
+SLOW_COMMIT = 1.0
+"""Seconds from which on a commit is said to be slow."""
 READER_WAIT_MS = 100
 """How long a commit waits for readers that keep a large WAL from starting over: once every WAL_LARGE bytes."""
 
@@ -95,6 +98,15 @@ class StoreStats(NamedTuple):
     failed_commits: int
     error: str | None  # why the last commit failed, None if it did not
     held: int  # records in the file now
+    commit_times: HistogramSnapshot  # of those that succeeded
+
+
+class Sizes(NamedTuple):
+    """Bytes of the database file, of its WAL, and of free room on its disk, None if that cannot be told."""
+
+    database: int
+    wal: int
+    disk_free: int | None
 
 
 class Oldest(NamedTuple):
@@ -147,6 +159,7 @@ class Store:
         self._commits = 0
         self._failed_commits = 0
         self._error: str | None = None
+        self._commit_times = Histogram()
 
         # The leader's.
         self._sources: dict[bytes, _Source] = {}
@@ -154,6 +167,7 @@ class Store:
         self._wal_due = WAL_LARGE  # the size at which the WAL is to start over
         self._wal_kept = False  # by a reader
         real = os.path.realpath(path)  # one lock whatever links lead to it
+        self._real = real
         self._wal = f"{real}-wal"
         new_guard = not os.path.exists(f"{real}-lock")
         with ExitStack() as undo:
@@ -253,7 +267,13 @@ class Store:
         """What there is now, and the totals since the store was opened."""
         with self._lock:
             return StoreStats(
-                self._stored, self._duplicates, self._commits, self._failed_commits, self._error, self._held
+                self._stored,
+                self._duplicates,
+                self._commits,
+                self._failed_commits,
+                self._error,
+                self._held,
+                self._commit_times.snapshot(),
             )
 
     def wal_bytes(self) -> int:
@@ -262,6 +282,33 @@ class Store:
             return os.stat(self._wal).st_size
         except OSError:
             return 0
+
+    def sizes(self) -> Sizes:
+        """What it takes of its disk now, and what there is left."""
+        try:
+            disk = os.statvfs(os.path.dirname(self._real))
+            return Sizes(os.stat(self._real).st_size, self.wal_bytes(), disk.f_bavail * disk.f_frsize)
+        except OSError:
+            return Sizes(0, self.wal_bytes(), None)
+
+    def check(self) -> None:
+        """Returns when a commit that changes nothing is on disk. Raises StoreError when that fails.
+
+        The way to find out whether a record would be stored; it is not counted as a commit, but its error is the
+        last commit's error.
+        """
+        error = None
+        with self._alone():
+            try:
+                with self._transaction():
+                    self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            except BaseException as cause:
+                error = StoreError(_explain(self.path, cause))
+            self._note(error)
+            with self._lock:
+                self._error = str(error) if error else None
+        if error:
+            raise error
 
     def close(self) -> None:
         """Waits for the commit that runs, then closes the file. Does nothing the second time."""
@@ -288,6 +335,7 @@ class Store:
         stored = duplicates = 0
         held: int | None = None
         error = None
+        started = monotonic()
         try:
             self._tend_wal()
             stored, duplicates, held = self._write(group)
@@ -295,16 +343,23 @@ class Store:
             # A commit that reported an error may have happened all the same: the cache is stale.
             self._sources.clear()
             self._wal_due = 0  # a disk that is full may be full of WAL
-            log.debug("event=commit_failed", exc_info=True)
+            log.debug("commit_failed", exc_info=True)
             error = StoreError(_explain(self.path, cause))
             error.__cause__ = cause.with_traceback(None)  # whose frames hold the blocks, and those this error
         finally:
             self._note(error)
+            seconds = monotonic() - started
+            if seconds >= SLOW_COMMIT:
+                records = sum(len(waiting.values) for waiting in group)
+                wal = self.wal_bytes()
+                log.warning("slow_commit", {"seconds": round(seconds, 3), "records": records, "wal_bytes": wal})
             with self._lock:
                 self._stored += stored
                 self._duplicates += duplicates
                 self._held = self._held if held is None else held
-                self._commits += error is None
+                if not error:
+                    self._commits += 1
+                    self._commit_times.add(seconds)
                 self._failed_commits += error is not None
                 self._error = str(error) if error else None
                 for waiting in group:
@@ -316,9 +371,9 @@ class Store:
         """Says in the log when commits begin to fail, and when they succeed again: not once for each."""
         if error and not self._failing_since:
             self._failing_since = monotonic()
-            log.error("event=store_failing reason=%r", str(error))
+            log.error("store_failing", {"reason": str(error)})
         elif self._failing_since and not error:
-            log.info("event=store_ok seconds=%.1f", monotonic() - self._failing_since)
+            log.info("store_ok", {"failing_seconds": round(monotonic() - self._failing_since, 1)})
             self._failing_since = 0.0
 
     def _tend_wal(self) -> None:
@@ -330,16 +385,15 @@ class Store:
         size = self.wal_bytes()
         if self._wal_kept and size <= WAL_LARGE:
             self._wal_due, self._wal_kept = WAL_LARGE, False
-            log.info("event=wal_cut bytes=%d", size)
+            log.info("wal_cut", {"bytes": size})
         if size < self._wal_due:
             return
         busy = self._start_wal_over()
         self._wal_due = self.wal_bytes() + WAL_LARGE
         if busy and not self._wal_kept and size > WAL_LARGE:
             self._wal_kept = True
-            log.warning(
-                "event=wal_large bytes=%d reason='a reader holds a transaction: it grows until that ends'", size
-            )
+            reason = "a reader holds a transaction: it grows until that ends"
+            log.warning("wal_large", {"bytes": size, "reason": reason})
 
     def _start_wal_over(self) -> bool:
         """Copies the WAL into the file and empties it. True when a reader still needs it after READER_WAIT_MS."""
@@ -348,7 +402,7 @@ class Store:
             (busy, _, _) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             return bool(busy)
         except sqlite3.Error as error:  # the records are safe in the WAL; the commit will say what is wrong
-            log.debug("event=wal_not_cut reason=%r", str(error))
+            log.debug("wal_not_cut", {"reason": str(error)})
             return False
         finally:
             self._db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
@@ -362,7 +416,7 @@ class Store:
                 self._db.execute("VACUUM")
                 self._start_wal_over()
         except sqlite3.Error as error:  # it will be tried again when it is emptied the next time
-            log.warning("event=not_given_back reason=%r", str(error))
+            log.warning("not_given_back", {"reason": str(error)})
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

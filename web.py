@@ -130,7 +130,7 @@ class WebHandler(BaseHTTPRequestHandler):
                 raise Refusal(405, f"{path} takes {', '.join(methods)}", {"Allow": ", ".join(methods)})
             methods[self.command]()
         except Refusal as refusal:
-            log.debug("event=refused status=%d reason=%r", refusal.status, str(refusal))
+            log.info("refused", {"client": self.client_address[0], "status": refusal.status, "reason": str(refusal)})
             self.reply_json(refusal.status, refusal.body, refusal.headers)
 
     def finish(self) -> None:
@@ -151,7 +151,12 @@ class WebHandler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """What the base class logs goes to our log, in detail only."""
-        log.debug("event=http client=%s message=%r", self.address_string(), format % args)
+        log.debug("http", {"client": self.client_address[0], "message": format % args})
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Logs the answer to a request, in detail only; never what follows the path: that may be a secret."""
+        path = getattr(self, "path", "").partition("?")[0]
+        log.debug("request", {"client": self.client_address[0], "method": self.command, "path": path, "status": code})
 
     def reply_json(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         """Sends a whole response in JSON."""

@@ -9,16 +9,17 @@ import binascii
 import logging
 import socket
 import uuid
-from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import web
 from connections import Connections
-from ingest import Intake, Session, plain_block
+from ingest import LOST, Intake, Session, plain_block
+from metrics import CONTENT_TYPE as METRICS
 from page import HTML, page
-from stats import Totals
+from readiness import THEIR_LIMIT, Reason
+from stats import Totals, ago
 from store import StoreError
 from web import GET_OR_HEAD, JSON, Refusal, Routes, WebHandler, request_id
 from websock import HandshakeError, ServerConnection
@@ -34,10 +35,18 @@ BODY_TYPES = ("application/octet-stream", "application/x-www-form-urlencoded")
 """What a POST may call its body. The second is what `curl --data-binary` says by itself."""
 
 
-class Server(Connections):
-    """Listens on `address` from the start, takes connections for an intake once `start` is called.
+class Monitor(Protocol):
+    """What a server says of itself: `/v1.0/stats`, `/metrics`, and why it is not ready, if it is not."""
 
-    `report` makes what `/v1.0/stats` says. Raises OSError when it cannot listen.
+    def report(self) -> dict[str, Any]: ...
+    def metrics(self) -> str: ...
+    def reasons(self) -> list[Reason]: ...
+
+
+class Server(Connections):
+    """Listens on `address` from the beginning, takes connections for an intake once `serve` is called.
+
+    Raises OSError when it cannot listen.
     """
 
     def __init__(
@@ -47,11 +56,11 @@ class Server(Connections):
         name: str,
         limit: int,
         totals: Totals,
-        report: Callable[[], dict[str, Any]],
+        monitor: Monitor,
     ) -> None:
         super().__init__(family, address, Handler, name, limit)
         self.totals = totals
-        self.report = report
+        self.monitor = monitor
         self.intake: Intake  # from `serve` on, before any connection is taken
 
     def serve(self, intake: Intake) -> None:
@@ -64,15 +73,17 @@ class Handler(WebHandler):
     """One connection: HTTP/1.1 requests one after the other, or an upgrade and a WebSocket."""
 
     server: Server
-    open_to_all = ("/", "/v1.0/alive", "/v1.0/stats")
+    open_to_all = ("/", "/v1.0/alive", "/v1.0/ready", "/v1.0/stats", "/metrics")
 
     def routes(self) -> Routes:
         """What there is."""
         return {
             "/": dict.fromkeys(GET_OR_HEAD, self._page),
             "/v1.0/alive": dict.fromkeys(GET_OR_HEAD, self._alive),
+            "/v1.0/ready": dict.fromkeys(GET_OR_HEAD, self._ready),
             "/v1.0/stats": dict.fromkeys(GET_OR_HEAD, self._stats),
             "/v1.0/ingest": {**dict.fromkeys(GET_OR_HEAD, self._upgrade), "POST": self._post},
+            "/metrics": dict.fromkeys(GET_OR_HEAD, self._metrics),
         }
 
     def turn_away(self) -> Refusal:
@@ -98,7 +109,27 @@ class Handler(WebHandler):
 
     def _stats(self) -> None:
         self._want_json()
-        self.reply_json(200, self.server.report())
+        self.reply_json(200, self.server.monitor.report())
+
+    def _ready(self) -> None:
+        """Says whether a record sent now, by somebody who connects now, would be stored now."""
+        self._check_accept()
+        reasons = self.server.monitor.reasons()
+        if self.server.stopping.is_set():
+            reasons.insert(0, Reason("draining", "the server is stopping"))
+        elif not self.server.admitted():
+            reasons.append(Reason(THEIR_LIMIT, f"all {self.server.limit} connections (-n) are taken"))
+        if not reasons:
+            self.reply_json(200, {"ready": True})
+            return
+        told = [
+            {"code": reason.code, "detail": reason.detail, "since": reason.seconds and ago(reason.seconds)}
+            for reason in reasons
+        ]
+        self.reply_json(503, {"ready": False, "reasons": told}, {"Retry-After": "1"})
+
+    def _metrics(self) -> None:
+        self.reply(200, self.server.monitor.metrics().encode(), METRICS)
 
     def _post(self) -> None:
         """Stores the integers of the body and says how many they were."""
@@ -135,7 +166,7 @@ class Handler(WebHandler):
             raise self._not_now(f"{why}: {accepted} of {len(values)} records were accepted", accepted)
         if not intake.wait(ticket, max(0.0, left)):
             raise self._not_now("accepted, but not stored yet: is the consumer away?", accepted)
-        self.server.totals.acked([monotonic() - started])
+        self.server.totals.acked(accepted, [monotonic() - started])
         self.reply_json(200, {"stored": accepted})
 
     def _not_now(self, reason: str, accepted: int) -> Refusal:
@@ -153,16 +184,19 @@ class Handler(WebHandler):
             connection = ServerConnection(self.connection, headers, extra, (SUBPROTOCOL,), self.server.stop_sign)
         except HandshakeError as error:
             raise Refusal(400, f"bad WebSocket handshake: {error}") from error
-        log.debug("event=connected client=%s", self.address_string())
+        batches = connection.subprotocol == SUBPROTOCOL
+        who = {"client": "%s:%d" % self.client_address[:2], "kind": "batches" if batches else "plain"}
+        log.info("connected", who)
+        self.server.totals.came(batches)
+        since = monotonic()
         session = Session(connection, self.server.intake, self.server.totals, self.server.stopping)
-        code, reason = session.run(rest)
-        log.debug(
-            "event=disconnected client=%s code=%d reason=%r acked=%d",
-            self.address_string(),
-            code,
-            reason,
-            session.acked,
-        )
+        code, reason = LOST
+        try:
+            code, reason = session.run(rest)
+        finally:
+            self.server.totals.went(batches)
+            counts = {"received": session.received, "acked": session.acked, "seconds": round(monotonic() - since, 3)}
+            log.info("disconnected", {**who, "code": int(code), "reason": reason, **counts})
 
     # Checks. Each raises Refusal.
 

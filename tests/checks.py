@@ -27,7 +27,7 @@ import websock
 TIMEOUT = 0.5
 """Seconds after which either end gives up a silent link, where SHORT_TIMES and `short_times` apply."""
 SHORT_TIMES = (
-    f"forwarder.ACK_TIMEOUT = {TIMEOUT}; spool.PATIENCE = {TIMEOUT}; websock.BACKOFF_MOST = 0.2;"
+    f"sinks.ACK_TIMEOUT = {TIMEOUT}; spool.PATIENCE = {TIMEOUT}; websock.BACKOFF_MOST = 0.2;"
     f"websock.CONNECT_TIMEOUT = {TIMEOUT}; websock.CLOSE_TIMEOUT = {TIMEOUT}"
 )
 """The servers' patch."""

@@ -34,6 +34,9 @@ from wire import encode_plain
 ALLOWED = {
     ("store", "time.time_ns"): "received_at_ms",
     ("ringoexp", "datetime.datetime.now"): "startTime",
+    ("stats", "datetime.datetime.now"): "since when a server is not ready",
+    ("stats", "datetime.timedelta"): "the same",
+    ("logs", "datetime.datetime.fromtimestamp"): "when a line was logged",
     ("spool", "time.time"): "how old the oldest record in it is, also after a restart: a figure to show, no more",
 }
 """The uses of the wall clock that there may be, and what for."""
@@ -95,8 +98,7 @@ def jumping(seed: int) -> str:
             "time.time_ns = lambda: int(time.time() * 1e9)",
             "datetime.datetime = type('Jumping', (datetime.datetime,), {'now': classmethod(lambda kind, tz=None:"
             " kind.fromtimestamp(time.time(), tz))})",
-            "forwarder.BACKOFF_MOST = 0.2",
-            "producer.BACKOFF_MOST = 0.2",
+            "websock.BACKOFF_MOST = 0.2",
         ]
     )
 
@@ -104,7 +106,7 @@ def jumping(seed: int) -> str:
 def produce(directory: Path, url: str, count: int, patch: str) -> subprocess.Popen[bytes]:
     """`ringoexp send` of the integers below `count`, patched."""
     (directory / "numbers").write_text("".join(f"{n}\n" for n in range(count)))
-    start = f"import sys; sys.path[0] = {str(ROOT)!r}; import datetime, forwarder, producer, ringoexp, time; {patch}"
+    start = f"import sys; sys.path[0] = {str(ROOT)!r}; import datetime, ringoexp, time, websock; {patch}"
     command = [sys.executable, "-c", f"{start}; sys.exit(ringoexp.main())", "send", "numbers", "--url", url, "--json"]
     return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

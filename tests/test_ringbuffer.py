@@ -320,10 +320,25 @@ def test_stats_agree_and_show_the_age_of_the_oldest_in_flight() -> None:
     assert ring.stats().oldest_in_flight == 0
     batch = ring.reserve(3)
     stats = ring.stats()
-    assert stats[:9] == (5, 4, 0, 0, 4, 1, 3, 4, 0)
+    assert stats[:10] == (5, 4, 3, 0, 0, 4, 1, 3, 4, 0)
     assert 0 <= stats.oldest_in_flight < 60
     ring.commit(batch)
     assert (ring.stats().depth, ring.stats().high_water, ring.stats().oldest_in_flight) == (1, 4, 0)
+
+
+def test_the_layout_says_where_what_is() -> None:
+    ring = ring_of(8, *range(8))
+    assert ring.layout() == (8, 0, 0, 8, [], [])
+    first, second, third, fourth = (ring.reserve(1) for _ in range(4))
+    assert ring.layout() == (8, 0, 4, 8, [(0, 4)], [])
+    ring.requeue(second)
+    assert ring.layout() == (8, 0, 4, 8, [(0, 1), (2, 4)], [])
+    ring.commit(fourth)
+    ring.commit(third)
+    assert ring.layout() == (8, 0, 4, 8, [(0, 1)], [(2, 4)])
+    ring.commit(first)
+    ring.commit(ring.reserve(1))
+    assert ring.layout() == (8, 4, 4, 8, [], [])
 
 
 def test_many_producers_and_failing_workers_lose_and_double_nothing() -> None:

@@ -90,6 +90,7 @@ GOOD: dict[str, list[tuple[str, Any]]] = {
     "database": [("a b.db", "a b.db")],
     "procs": [("1", 1), ("0", 0), ("-1", 0)],
     "profiler_port": [("0", 0), ("-1", 0)],
+    "log_json": [("true", True), ("F", False)],
 }
 
 

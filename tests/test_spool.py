@@ -14,9 +14,10 @@ from harness import Blocked, ServerProcess, eventually, free_port, in_order, row
 
 import spool
 import websock
-from forwarder import Forwarder, SinkError
+from forwarder import Forwarder
 from producer import Producer
 from ringbuffer import Ring
+from sinks import LinkState, SinkError
 from spool import Spool, SpoolSink
 from store import Store, StoreError
 from wire import Block, Run
@@ -68,7 +69,7 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def spooling(path: Path, link: FakeLink, most: int = 1000) -> Iterator[Spool]:
-    running = Spool(str(path), most, link)  # type: ignore[arg-type]
+    running = Spool(str(path), most, link, LinkState("there:1"))  # type: ignore[arg-type]
     try:
         yield running
     finally:
@@ -97,17 +98,19 @@ def test_what_a_failing_link_refuses_is_spooled_and_forwarded_in_order_once_it_w
         assert link.calls == 1, "from then on, to the spool at once"
         eventually(lambda: replay.calls > 3)
         stats = running.stats()
-        assert (stats.depth, stats.forwarded) == (50, 0) and stats.away > 0 and stats.oldest >= 0
+        assert (stats.depth, stats.forwarded) == (50, 0) and stats.oldest >= 0
+        assert running.state.stats()[:2] == ("down", "away") and running.state.stats().away > 0
         assert len(rows(tmp_path / "s")) == 50
         link.error = replay.error = None
         eventually(lambda: running.depth == 0)
-        eventually(lambda: running.stats() == (0, 0.0, 50, 0.0))
+        eventually(lambda: running.stats() == (0, 0.0, 50))
+        assert running.state.stats() == ("up", None, 0)
         assert replay.stored == expected(50) and list(replay.stored) == list(expected(50))
         eventually(lambda: replay.closed == 1, "it needs no link while there is nothing to forward")
         sink.store(a_block(50, 60))
         assert link.calls == 2 and running.depth == 0, "directly again"
-    said = [record.getMessage().split()[0] for record in caplog.records]
-    assert said == ["event=consumer_away", "event=consumer_back", "event=spool_empty"], "once per change"
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["link_down", "link_up", "spool_empty"], "once per change"
 
 
 def test_workers_with_a_working_link_use_it_while_others_spool(tmp_path: Path) -> None:
@@ -214,7 +217,7 @@ def test_the_thread_lives_on_after_errors(
         eventually(lambda: running.stats().forwarded == 5)
         assert running.depth == 0 and replay.calls == (4 if method == "delete" else 1)
     assert replay.stored == expected(5)
-    said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    said = [str(record.args) for record in caplog.records if record.msg == "replay_error"]
     assert len(said) == 2 and "disk I/O error" in said[0] and "a bug" in said[1], "what is known is said once"
 
 

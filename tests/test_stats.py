@@ -6,7 +6,7 @@ import threading
 import pytest
 
 import stats
-from stats import Totals, memory
+from stats import BOUNDS, Histogram, Totals, memory
 
 
 def test_totals_add_up_from_many_threads() -> None:
@@ -17,18 +17,24 @@ def test_totals_add_up_from_many_threads() -> None:
             totals.read(10)
             totals.received(3)
             totals.refused()
-            totals.acked([0.001])
+            totals.acked(2, [0.001])
+            totals.came(batches=False)
+            totals.came(batches=True)
+            totals.went(batches=False)
 
     threads = [threading.Thread(target=add) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert totals.snapshot() == (12_000, 4000, 40_000, 1.0, 1.0)
+    found = totals.snapshot()
+    assert found[:-1] == (12_000, 4000, 40_000, 8000, 4000, 4000, 1.0, 1.0)
+    assert sum(found.ack_latency.counts) == 4000 and found.ack_latency.sum == pytest.approx(4)
 
 
 def test_there_is_no_latency_before_the_first_ack() -> None:
-    assert Totals().snapshot()[3:] == (None, None)
+    found = Totals().snapshot()
+    assert found.ack_latency_p50_ms is found.ack_latency_p99_ms is None
 
 
 @pytest.mark.parametrize(
@@ -37,15 +43,28 @@ def test_there_is_no_latency_before_the_first_ack() -> None:
 )
 def test_percentiles_are_by_nearest_rank(seconds: list[float], p50: float, p99: float) -> None:
     totals = Totals()
-    totals.acked(seconds)
-    assert totals.snapshot()[3:] == (p50, p99)
+    totals.acked(1, seconds)
+    found = totals.snapshot()
+    assert (found.ack_latency_p50_ms, found.ack_latency_p99_ms) == (p50, p99)
 
 
 def test_only_the_latest_latencies_count() -> None:
     totals = Totals()
-    totals.acked([9.0] * stats.LATENCIES_KEPT)
-    totals.acked([0.001] * stats.LATENCIES_KEPT)
-    assert totals.snapshot()[3:] == (1.0, 1.0)
+    totals.acked(1, [9.0] * stats.LATENCIES_KEPT)
+    totals.acked(1, [0.001] * stats.LATENCIES_KEPT)
+    found = totals.snapshot()
+    assert (found.ack_latency_p50_ms, found.ack_latency_p99_ms) == (1.0, 1.0)
+
+
+def test_an_observation_is_in_the_bucket_whose_bound_it_does_not_exceed() -> None:
+    histogram = Histogram()
+    for bound in BOUNDS:
+        histogram.add(bound)
+    assert histogram.snapshot().counts == (1,) * len(BOUNDS) + (0,)
+    histogram.add(BOUNDS[-1] + 1)
+    histogram.add(0.0)
+    assert histogram.snapshot().counts == (2,) + (1,) * len(BOUNDS)
+    assert histogram.snapshot().sum == pytest.approx(sum(BOUNDS) + BOUNDS[-1] + 1)
 
 
 def test_memory_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

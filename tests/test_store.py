@@ -278,7 +278,7 @@ def test_the_log_and_the_stats_say_once_that_commits_fail(
             opened.append(*block(A, 0, 5))
         assert (opened.stats().failed_commits, opened.stats().error) == (3 * outage, None)
     said = [record.getMessage().split()[0] for record in caplog.records]
-    assert said == ["event=store_failing", "event=store_ok"] * 2
+    assert said == ["store_failing", "store_ok"] * 2
 
 
 def test_the_wal_grows_under_a_reader_and_is_cut_when_it_ends(
@@ -305,7 +305,7 @@ def test_the_wal_grows_under_a_reader_and_is_cut_when_it_ends(
             at += 1000
     assert opened.wal_bytes() <= 2 * large
     said = [record.getMessage().split()[0] for record in caplog.records]
-    assert said == ["event=wal_large", "event=wal_cut"]
+    assert said == ["wal_large", "wal_cut"]
     assert len(found(path)) == at
 
 
@@ -395,7 +395,7 @@ def test_a_file_that_cannot_be_given_back_is_deleted_from_all_the_same(
 
     monkeypatch.setattr(spool, "_give_back", locked)
     spool.delete(oldest)
-    assert give_back and "event=not_given_back" in caplog.text
+    assert give_back and "not_given_back" in caplog.text
     assert spool.stats().held == 0
     spool.close()
 

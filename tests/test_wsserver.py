@@ -77,7 +77,7 @@ def test_alive_and_stats_have_the_exact_headers(running: ServerProcess, path: st
         assert UUID4.fullmatch(headers["X-Request-Id"])
         ids.add(headers["X-Request-Id"])
         if method == "GET" and "stats" in path:
-            assert list(json.loads(body)) == ["info", "options", "stats", "memStats"]
+            assert list(json.loads(body)) == ["info", "options", "stats", "ring", "memStats"]
             assert int(headers["Content-Length"]) == len(body)
         else:
             assert body == b""

@@ -1,0 +1,121 @@
+"""What goes to stderr: one line an event, `key=value` (logfmt) or JSON, times in UTC.
+
+A call says `log.info("link_up", {"consumer": "there:6661"})`: the message is the event's name, the one argument its
+fields. Fields say who, how many, how long and why; never a record's value, and never a token.
+
+`Lines` is the only handler; logging holds its lock while it writes. No thread runs here.
+"""
+
+import datetime
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from time import monotonic
+from typing import Any
+
+LIMITED = ("refused", "connection_error", "cannot_accept", "no_thread", "slow_commit")
+"""Events that others can cause at any rate: a line of each kind every LIMIT_SECONDS, which says how many there were."""
+LIMIT_SECONDS = 1.0
+
+
+def setup(debug: bool, as_json: bool) -> None:
+    """Sends the whole process's log to stderr; with `debug` all of it, and nothing left out."""
+    root = logging.getLogger()
+    root.setLevel(logging.DEBUG if debug else logging.INFO)
+    root.addHandler(Lines(as_json, limited=() if debug else LIMITED))
+
+
+class Lines(logging.StreamHandler[Any]):
+    """Writes records as lines; of the `limited` events what comes too fast is counted, and told by the next line."""
+
+    def __init__(self, as_json: bool, limited: tuple[str, ...] = LIMITED, stream: Any = None) -> None:
+        super().__init__(stream or sys.stderr)
+        self._line = _json if as_json else _logfmt
+        self._limited = limited
+        # Guarded by the handler's lock, which logging holds around emit.
+        self._said: dict[tuple[str, Any], float] = {}  # kind -> when its last line was written, monotonic seconds
+        self._held: dict[tuple[str, Any], tuple[int, logging.LogRecord]] = {}  # kind -> how many, and the last of them
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as a line, without its end."""
+        return self._line(_fields(record))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes the record, or counts it; then what was counted and is due."""
+        now = monotonic()
+        for kind in [kind for kind in self._held if now - self._said[kind] >= LIMIT_SECONDS]:
+            self._tell(kind, now)
+        if record.msg not in self._limited or not record.name.startswith("ringoexp"):
+            super().emit(record)
+            return
+        kind = record.msg, record.args.get("status") if isinstance(record.args, Mapping) else None
+        count, _ = self._held.get(kind, (0, None))
+        self._held[kind] = count + 1, record
+        if now - self._said.get(kind, float("-inf")) >= LIMIT_SECONDS:
+            self._tell(kind, now)
+
+    def close(self) -> None:
+        """Writes what was counted, and writes no more."""
+        self.acquire()
+        try:
+            for kind in list(self._held):
+                self._tell(kind, monotonic())
+        finally:
+            self.release()
+        super().close()
+
+    def _tell(self, kind: tuple[str, Any], now: float) -> None:
+        count, record = self._held.pop(kind)
+        record.args = {**(record.args if isinstance(record.args, Mapping) else {}), "count": count}
+        self._said[kind] = now
+        super().emit(record)
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    """What a line says, in order."""
+    at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+    ours = record.name.startswith("ringoexp")
+    found: dict[str, Any] = {
+        "time": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "level": record.levelname.lower(),
+        "event": record.msg if ours else "message",
+    }
+    if not ours:
+        found["message"] = record.getMessage()
+    elif isinstance(record.args, Mapping):
+        found.update(record.args)
+    if record.exc_info and record.exc_info[1]:
+        found["cause"] = " <- ".join(_told(record.exc_info[1]))
+    return {**found, "thread": record.threadName, "logger": record.name}
+
+
+def _told(error: BaseException | None) -> Iterator[str]:
+    """An error and those that caused it, each with where it was raised, innermost call first."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        calls = []
+        trace = error.__traceback__
+        while trace:
+            code = trace.tb_frame.f_code
+            calls.append(f"{os.path.basename(code.co_filename)}:{trace.tb_lineno} {code.co_name}")
+            trace = trace.tb_next
+        yield f"{type(error).__name__}: {error}" + (f" ({', '.join(reversed(calls))})" if calls else "")
+        error = error.__cause__ or error.__context__
+
+
+def _json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, default=str)
+
+
+def _logfmt(fields: dict[str, Any]) -> str:
+    return " ".join(f"{key}={_value(value)}" for key, value in fields.items())
+
+
+def _value(value: Any) -> str:
+    """A value that is one word as it is, others as JSON strings: quoted, in one line, in ASCII."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    plain = text.isascii() and text.isprintable() and not any(c in text for c in ' "=\\')
+    return text if text and plain else json.dumps(text)

@@ -1,0 +1,92 @@
+"""What a server says of itself: one snapshot of all its rooms, as the JSON of `/v1.0/stats`.
+
+No thread runs here and nothing is guarded: each room locks for its own snapshot.
+"""
+
+from typing import Any, NamedTuple
+
+from connections import ConnectionStats
+from forwarder import ForwarderStats
+from ringbuffer import RingLayout, RingStats
+from sinks import LinkStats
+from spool import SpoolStats
+from stats import TotalsSnapshot
+from store import Sizes, StoreStats
+
+
+class Snapshot(NamedTuple):
+    """What the rooms say at nearly one moment; None for those that this server does not have."""
+
+    version: str
+    started_at: float  # Unix time
+    totals: TotalsSnapshot
+    connections: ConnectionStats
+    ring: RingStats | None
+    layout: RingLayout | None
+    forwarder: ForwarderStats | None
+    link: LinkStats | None  # to the consumer, where that is not the server itself
+    store: StoreStats | None  # its own database, where it has one
+    spool: SpoolStats | None
+    disk: StoreStats | None  # of its own database, or else of its spool
+    sizes: Sizes | None  # of that
+
+
+def consumer_state(now: Snapshot) -> str | None:
+    """How it stands with the consumer: "own" for a publisher that is its own, None for a server without one."""
+    if now.link:
+        return now.link.state
+    return "own" if now.ring else None
+
+
+def stats(now: Snapshot) -> dict[str, Any]:
+    """The `stats` of `/v1.0/stats`. The README explains each key."""
+    totals, ring, forwarder, link, spool, disk = now.totals, now.ring, now.forwarder, now.link, now.spool, now.disk
+    return {
+        "recordsReceived": totals.received,
+        "recordsStored": records_stored(now),
+        "recordsAcked": totals.acked,
+        "recordsDuplicate": now.store.duplicates if now.store else 0,
+        "recordsRefused": totals.refused,
+        "commits": disk.commits if disk else 0,
+        "failedCommits": disk.failed_commits if disk else 0,
+        "storeError": disk.error if disk else None,
+        "databaseBytes": now.sizes.database if now.sizes else 0,
+        "walBytes": now.sizes.wal if now.sizes else 0,
+        "diskFreeBytes": now.sizes.disk_free if now.sizes else None,
+        "bytesReceived": totals.bytes_received,
+        "connections": now.connections.now,
+        "totalConnections": now.connections.total,
+        "refusedConnections": now.connections.refused,
+        "clients": totals.clients,
+        "publishers": totals.publishers,
+        "ringSize": ring.capacity if ring else 0,
+        "ringDepth": ring.depth if ring else 0,
+        "ringInFlight": ring.in_flight if ring else 0,
+        "ringHighWater": ring.high_water if ring else 0,
+        "ringTimesFull": ring.times_full if ring else 0,
+        "ringOldestInFlightMs": round(ring.oldest_in_flight * 1000, 3) if ring else 0,
+        "workers": forwarder.workers if forwarder else 0,
+        "mostWorkers": forwarder.most_workers if forwarder else 0,
+        "linkReconnects": forwarder.reconnects if forwarder else 0,
+        "consumerState": consumer_state(now),
+        "consumerReason": link.reason if link else None,
+        "consumerAwayMs": round(link.away * 1000) if link else 0,
+        "spoolDepth": spool.depth if spool else 0,
+        "spoolOldestMs": round(spool.oldest * 1000) if spool else 0,
+        "spoolForwarded": spool.forwarded if spool else 0,
+        "ackLatencyP50Ms": totals.ack_latency_p50_ms,
+        "ackLatencyP99Ms": totals.ack_latency_p99_ms,
+    }
+
+
+def records_stored(now: Snapshot) -> int:
+    """Records stored since the start: new ones in the own database, or else acked by the consumer or spooled."""
+    return now.store.stored if now.store else now.ring.stored if now.ring else 0
+
+
+def layout(now: Snapshot) -> dict[str, Any] | None:
+    """The `ring` of `/v1.0/stats`; None for a server that has none."""
+    if not now.layout:
+        return None
+    names = {"in_flight": "inFlight"}
+    return {names.get(name, name): value for name, value in now.layout._asdict().items()}

@@ -1,0 +1,237 @@
+"""Sinks: where a worker stores what it took from the ring. The local store, or a WebSocket link to the consumer.
+
+A sink belongs to its worker's thread; only `abort` is for others. `LinkState` is what all links to a consumer
+together know of it: its `_lock` guards what it says, nothing is sent under it.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import NamedTuple, Protocol
+
+from store import Store, StoreError
+from websock import ClientConnection, HandshakeError
+from wire import SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
+
+log = logging.getLogger("ringoexp.link")
+
+ACK_TIMEOUT = 30.0
+"""Seconds a consumer has to take a batch, and to ack it, before the link is given up."""
+
+
+class SinkError(Exception):
+    """A block may not be stored: it has to be stored again. The text says why."""
+
+
+class Sink(Protocol):
+    """Where a worker stores. `store` returns when the block is on disk, or raises SinkError.
+
+    `ready` says that it would not have to connect first. `idle` is called now and then while there is
+    nothing to store. `abort` is for other threads and makes a `store` that waits for a peer fail.
+    """
+
+    @property
+    def ready(self) -> bool: ...
+    def store(self, block: Block) -> None: ...
+    def idle(self) -> None: ...
+    def abort(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class StoreSink:
+    """The local store as a sink."""
+
+    ready = True
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def store(self, block: Block) -> None:
+        """Returns when the block is on disk. Raises SinkError when the commit failed."""
+        try:
+            self._store.append(*block)
+        except StoreError as error:
+            raise SinkError(str(error)) from error
+
+    def idle(self) -> None:
+        """Does nothing: there is no link to look after."""
+
+    def abort(self) -> None:
+        """Does nothing: a commit waits for nobody."""
+
+    def close(self) -> None:
+        """Does nothing: the store is the server's."""
+
+
+class LinkSink:
+    """A WebSocket link to the consumer, connected when a block needs it. `connected` is called each time.
+
+    `patience` is how many seconds the consumer has to take a block, and as many again to ack it. A server that
+    listens on `own_port` makes no link to itself.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        connected: Callable[[], None] = lambda: None,
+        patience: float | None = None,
+        own_port: int = 0,
+    ) -> None:
+        self._host = host
+        self._port = port
+        self._connected = connected
+        self._patience = patience or ACK_TIMEOUT
+        self._own_port = own_port
+        self._link: ClientConnection | None = None
+        self._sent = 0  # records sent on this link, all acked unless a store is under way
+        self._pinged = False  # and nothing has come from the consumer since
+        self._aborted = False
+
+    @property
+    def ready(self) -> bool:
+        """True while there is a link."""
+        return self._link is not None
+
+    def store(self, block: Block) -> None:
+        """Returns when the consumer has acked the block. Raises SinkError when it has not; the link is closed then."""
+        try:
+            if self._link is None:
+                self._connect()
+            assert self._link is not None
+            self._link.sock.settimeout(self._patience)
+            self._link.send_bytes(encode_batch(*block))
+            self._sent += len(block.values)
+            self._await_ack(self._link)
+            self._pinged = False
+            if self._link.ending:  # acked, and then it said goodbye
+                self.close()
+        except (OSError, HandshakeError, WireError) as error:
+            self._drop()
+            raise SinkError(f"{self._host}:{self._port}: {error}") from error
+
+    def idle(self) -> None:
+        """Answers the consumer's pings and sends one; drops a link that has ended, or did not answer the last one.
+
+        The next block then finds a new link, instead of losing time with a dead one.
+        """
+        if self._link is None:
+            return
+        try:
+            self._link.sock.setblocking(False)
+            while data := self._link.read(wait=False):
+                self._pinged = False
+                self._link.parse(data)
+            if self._link.ending or data == b"":
+                raise ConnectionResetError("the consumer closed the connection")
+            if self._pinged:
+                raise TimeoutError("no answer to the last ping")
+            self._link.ping()
+            self._pinged = True
+        except OSError as error:
+            log.debug("idle_link_lost", {"reason": str(error)})
+            self._drop()
+
+    def abort(self) -> None:
+        """Makes a `store` under way, and every later one, fail. For other threads."""
+        self._aborted = True
+        if link := self._link:
+            link.abort()
+
+    def close(self) -> None:
+        """Says goodbye to the consumer, if connected."""
+        if self._link:
+            self._link.finish(1000, "")
+            self._link = None
+
+    def _connect(self) -> None:
+        self._link = ClientConnection(self._host, self._port, "/v1.0/ingest", SUBPROTOCOL)
+        self._sent = 0
+        self._pinged = False
+        ours, theirs = self._link.sock.getsockname(), self._link.sock.getpeername()
+        if theirs[1] == self._own_port and ours[0] == theirs[0]:  # the name did not resolve at the start, or changed
+            raise OSError("that is this server itself: it would forward in a circle")
+        if self._aborted:  # while it connected: `abort` did not see the link
+            raise OSError("the server is stopping")
+        self._connected()
+
+    def _await_ack(self, link: ClientConnection) -> None:
+        """Reads until everything sent is acked. Raises OSError when the link ends before, or has run out of time."""
+        deadline = monotonic() + self._patience
+        data = b""  # first, what came right behind the handshake
+        while True:
+            for message in link.parse(data):
+                acked = decode_ack(message.payloads)
+                if acked > self._sent:
+                    raise WireError(f"acked {acked} records of {self._sent} sent")
+                if acked == self._sent:
+                    return
+            if link.ending:
+                code, reason = link.ending
+                raise ConnectionResetError(f"the consumer closed with {code:d} {reason}")
+            left = deadline - monotonic()
+            if left <= 0:
+                raise TimeoutError(f"no ack within {self._patience:.0f} s")
+            link.sock.settimeout(left)
+            data = link.read() or b""
+            if not data:
+                raise ConnectionResetError("the consumer closed the connection")
+
+    def _drop(self) -> None:
+        """Closes the link without ceremony."""
+        link, self._link = self._link, None
+        if link:
+            link.abort()
+            link.sock.close()
+
+
+class LinkStats(NamedTuple):
+    """A snapshot."""
+
+    state: str  # "unknown": nothing was on its way yet; "up"; "down"
+    reason: str | None  # why it is down
+    away: float  # seconds it has been down, 0 if it is not
+
+
+class LinkState:
+    """Whether the consumer `peer` takes what is sent, as links to it find out. Each change is logged, once."""
+
+    def __init__(self, peer: str) -> None:
+        self._peer = peer
+        self._lock = threading.Lock()
+        # Guarded by _lock.
+        self._state = "unknown"
+        self._reason: str | None = None
+        self._down_since = 0.0  # monotonic seconds, while it is down
+
+    @property
+    def down(self) -> bool:
+        """True from a link's failure until something is acked again."""
+        return self._state == "down"  # one read: no lock needed
+
+    def works(self) -> None:
+        """Something was acked: the consumer is there."""
+        if self._state == "up":  # nearly always
+            return
+        with self._lock:
+            before, self._state, self._reason = self._state, "up", None
+            seconds = monotonic() - self._down_since
+        away = {"away_seconds": round(seconds, 1)} if before == "down" else {}
+        if before != "up":
+            log.info("link_up", {"consumer": self._peer, **away})
+
+    def failed(self, reason: str) -> None:
+        """A link failed, or could not be made: the consumer is away."""
+        with self._lock:
+            already = self._state == "down"
+            if not already:
+                self._state, self._down_since = "down", monotonic()
+            self._reason = reason
+        log.log(logging.DEBUG if already else logging.WARNING, "link_down", {"consumer": self._peer, "reason": reason})
+
+    def stats(self) -> LinkStats:
+        """What is known now."""
+        with self._lock:
+            away = monotonic() - self._down_since if self._state == "down" else 0.0
+            return LinkStats(self._state, self._reason, away)
