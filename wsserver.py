@@ -113,7 +113,11 @@ class Handler(WebHandler):
             self.reply_json(200, {"ready": True})
             return
         told = [
-            {"code": reason.code, "detail": reason.detail, "since": reason.seconds and ago(reason.seconds)}
+            {
+                "code": reason.code,
+                "detail": reason.detail,
+                "since": None if reason.seconds is None else ago(reason.seconds),
+            }
             for reason in reasons
         ]
         self.reply_json(503, {"ready": False, "reasons": told}, {"Retry-After": "1"})
