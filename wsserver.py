@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 
 import web
 from connections import Connections
+from database import StoreError
 from ingest import LOST, Intake, Session, plain_block
 from metrics import CONTENT_TYPE as METRICS
 from readiness import THEIR_LIMIT, Reason
 from stats import Totals, ago
-from store import StoreError
 from web import GET_OR_HEAD, JSON, Refusal, Routes, WebHandler, request_id
 from websock import HandshakeError, ServerConnection
 from wire import MAX_MESSAGE, SUBPROTOCOL, WireError, decode_plain

@@ -17,7 +17,8 @@ import pytest
 from harness import Blocked, eventually, rows, seeded
 
 import store
-from store import APPLICATION_ID, SPOOL_APPLICATION_ID, Store, StoreError
+from database import APPLICATION_ID, SPOOL_APPLICATION_ID, StoreError
+from store import Store
 from wire import Run
 
 A, B = b"a" * 16, b"b" * 16
