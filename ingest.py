@@ -12,9 +12,10 @@ from threading import Event
 from time import monotonic
 from typing import NamedTuple, Protocol
 
+from database import StoreError
 from ringbuffer import Closed, Full, Ring
 from stats import Totals
-from store import Store, StoreError
+from store import Store
 from websock import ServerConnection
 from wire import (
     SUBPROTOCOL,

@@ -116,6 +116,6 @@ def _logfmt(fields: dict[str, Any]) -> str:
 
 def _value(value: Any) -> str:
     """A value that is one word as it is, others as JSON strings: quoted, in one line, in ASCII."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = json.dumps(value) if isinstance(value, int | float | None) else str(value)
     plain = text.isascii() and text.isprintable() and not any(c in text for c in ' "=\\')
     return text if text and plain else json.dumps(text)

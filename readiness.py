@@ -13,10 +13,11 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
+from database import StoreError
 from ringbuffer import Ring
 from sinks import LinkState
 from spool import Spool
-from store import Store, StoreError
+from store import Store
 
 FRESH = 1.0
 """Seconds for which an answer holds."""

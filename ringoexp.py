@@ -35,6 +35,7 @@ import metrics
 import monitor
 import producer
 import spool
+from database import StoreError
 from forwarder import BATCH_RECORDS, Forwarder
 from ingest import Intake, RingIntake, StoreIntake
 from producer import say
@@ -42,7 +43,7 @@ from readiness import Readiness, Reason
 from ringbuffer import Ring
 from sinks import LinkSink, LinkState, Sink, StoreSink
 from stats import Totals, memory
-from store import Store, StoreError
+from store import Store
 from wsserver import Server
 
 __version__ = "0.1.0"

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple, Protocol
 
-from store import Store, StoreError
+from database import StoreError
+from store import Store
 from websock import ClientConnection, HandshakeError
 from wire import SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
 

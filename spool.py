@@ -16,9 +16,10 @@ import time
 from time import monotonic
 from typing import NamedTuple
 
+from database import SPOOL_APPLICATION_ID, StoreError
 from forwarder import BATCH_RECORDS
 from sinks import LinkSink, LinkState, SinkError
-from store import SPOOL_APPLICATION_ID, WAL_LARGE, Store, StoreError
+from store import WAL_LARGE, Store
 from websock import backoff
 from wire import Block
 

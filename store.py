@@ -1,8 +1,8 @@
 """The consumer's database: SQLite in WAL mode, group commit, each (source, sequence) at most once.
 
-Only this room knows SQL. One connection does all writes and checkpoints (SQLite before 3.51.3 can
-corrupt a WAL reset when two connections write or checkpoint at once), and an advisory lock on
-`PATH-lock` keeps a second server off the file; readers, the `sqlite3` shell say, come and go.
+Only this room knows SQL, and `database`, which opens the file. One connection does all writes and
+checkpoints (SQLite before 3.51.3 can corrupt a WAL reset when two connections write or checkpoint at once),
+and an advisory lock on `PATH-lock` keeps a second server off the file; readers, the `sqlite3` shell say, come and go.
 
 Any thread may `append`. There is no writer thread: the first to come leads, writes what has
 gathered until then in one transaction and wakes the others; who came meanwhile waits and is
@@ -15,7 +15,6 @@ The batches of one source are disjoint intervals of its sequence; of an arriving
 do not cover yet is stored.
 """
 
-import fcntl
 import logging
 import os
 import sqlite3
@@ -26,67 +25,38 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from itertools import chain
 from time import monotonic
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
+from database import (
+    APPLICATION_ID,
+    BUSY_TIMEOUT_MS,
+    SCHEMA_VERSION,
+    StoreError,
+    check_file,
+    connect,
+    explain,
+    explained,
+    lock_file,
+)
 from stats import Histogram, HistogramSnapshot
 from wire import Block, Run
 
 log = logging.getLogger("ringoexp.store")
 
-APPLICATION_ID = 0x52494E47  # "RING", https://www.sqlite.org/pragma.html#pragma_application_id
-SPOOL_APPLICATION_ID = 0x52494E53  # "RINS": records are deleted from it, so it must never be taken for the other
-_KINDS = {APPLICATION_ID: "a consumer's database", SPOOL_APPLICATION_ID: "a publisher's spool"}
-SCHEMA_VERSION = 1
-SCHEMA = """
-CREATE TABLE source(
-  id INTEGER PRIMARY KEY,
-  uuid BLOB UNIQUE NOT NULL
-);
-CREATE TABLE record(
-  id INTEGER PRIMARY KEY,
-  value INTEGER NOT NULL
-);
-CREATE TABLE batch(
-  first_id INTEGER PRIMARY KEY,
-  count INTEGER NOT NULL,
-  source_id INTEGER NOT NULL REFERENCES source(id),
-  sequence INTEGER NOT NULL,
-  received_at_ms INTEGER NOT NULL,
-  UNIQUE(source_id, sequence)
-);
-CREATE VIEW records AS
-  SELECT record.id AS id,
-         lower(substr(hex(uuid), 1, 8) || '-' || substr(hex(uuid), 9, 4) || '-' || substr(hex(uuid), 13, 4)
-               || '-' || substr(hex(uuid), 17, 4) || '-' || substr(hex(uuid), 21)) AS source,
-         batch.sequence + (record.id - batch.first_id) AS sequence,
-         record.value AS value,
-         batch.received_at_ms AS received_at_ms
-    FROM batch
-    JOIN source ON source.id = batch.source_id
-    JOIN record ON record.id BETWEEN batch.first_id AND batch.first_id + batch.count - 1;
-"""
 # Fixed texts, so that sqlite3's statement cache holds them; one statement carries many rows.
 _INSERT_RECORDS = {size: "INSERT INTO record(value) VALUES " + ",".join(["(?)"] * size) for size in (1024, 128, 16, 1)}
 # Ids are dense: no need to count. Each with its own SELECT, or SQLite would look at every row.
 _HELD = "SELECT coalesce((SELECT max(id) FROM record) - (SELECT min(id) FROM record) + 1, 0)"
-_MAGIC = b"SQLite format 3\0"  # https://www.sqlite.org/fileformat.html#the_database_header
-_OLDEST_SQLITE = (3, 32, 0)  # the first to take 1024 parameters by default (up to 32,766)
 _MOST_SOURCES_CACHED = 10_000
 MOST_GROUPED = 262_144
 """Records after which a commit takes no more blocks along, so that nobody waits long; a run counts as RUN_COST."""
 RUN_COST = 64
 WAL_LARGE = 64 * 1024 * 1024
 """Bytes of WAL, or of free pages in an emptied file, that are given back to the system."""
-BUSY_TIMEOUT_MS = 5000
-"""How long a commit waits for another program's write lock before it fails."""
 SLOW_COMMIT = 1.0
 """Seconds from which on a commit is said to be slow."""
 READER_WAIT_MS = 100
 """How long a commit waits for readers that keep a large WAL from starting over: once every WAL_LARGE bytes."""
-
-
-class StoreError(Exception):
-    """The database cannot be opened, or a commit failed. The text says what happened and what to do."""
 
 
 class StoreStats(NamedTuple):
@@ -171,12 +141,12 @@ class Store:
         self._wal = f"{real}-wal"
         new_guard = not os.path.exists(f"{real}-lock")
         with ExitStack() as undo:
-            self._guard = undo.enter_context(_lock_file(real))
+            self._guard = undo.enter_context(lock_file(real))
             if new_guard:
                 undo.callback(os.unlink, self._guard.name)
-            _check_file(path, real)
-            self._db = undo.enter_context(closing(_connect(path, application_id)))
-            with _explained(path):
+            check_file(path, real)
+            self._db = undo.enter_context(closing(connect(path, application_id, WAL_LARGE)))
+            with explained(path):
                 (self._held,) = self._db.execute(_HELD).fetchone()  # guarded by _lock, as the totals are
             undo.pop_all()
 
@@ -208,7 +178,7 @@ class Store:
 
         Raises StoreError when they cannot be read.
         """
-        with self._alone(), _explained(self.path):
+        with self._alone(), explained(self.path):
             rows: list[tuple[int, int, bytes, int, int]] = []
             count = 0
             for row in self._db.execute(
@@ -238,7 +208,7 @@ class Store:
         That is so when they were deleted before, by a transaction that happened but reported an error: then their ids
         may be those of others by now. Raises StoreError when nothing, or perhaps all, was deleted.
         """
-        with self._alone(), _explained(self.path):
+        with self._alone(), explained(self.path):
             self._tend_wal()
             through = {"last": oldest.last_id}
             with self._transaction():
@@ -303,7 +273,7 @@ class Store:
                 with self._transaction():
                     self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             except BaseException as cause:
-                error = StoreError(_explain(self.path, cause))
+                error = StoreError(explain(self.path, cause))
             self._note(error)
             with self._lock:
                 self._error = str(error) if error else None
@@ -344,7 +314,7 @@ class Store:
             self._sources.clear()
             self._wal_due = 0  # a disk that is full may be full of WAL
             log.debug("commit_failed", exc_info=True)
-            error = StoreError(_explain(self.path, cause))
+            error = StoreError(explain(self.path, cause))
             error.__cause__ = cause.with_traceback(None)  # whose frames hold the blocks, and those this error
         finally:
             self._note(error)
@@ -527,127 +497,3 @@ class Store:
                 except sqlite3.Error:
                     pass  # the first error is the one to report
             raise
-
-
-def _connect(path: str, application_id: int) -> sqlite3.Connection:
-    """Opens the file for writing, checks that it is ours before anything is changed, and makes the schema."""
-    if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
-        raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: use a Python built with 3.32 or newer")
-    db = None
-    try:
-        db = sqlite3.connect(os.path.abspath(path), isolation_level=None, check_same_thread=False)
-        db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-        (application,) = db.execute("PRAGMA application_id").fetchone()
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if application != application_id and (application or version or tables):
-            kind = _KINDS.get(application, "another application's database")
-            raise StoreError(f"{path} is {kind}, not {_KINDS[application_id]}: name another file")
-        if version > SCHEMA_VERSION:
-            raise StoreError(
-                f"{path} has schema version {version}, this program knows {SCHEMA_VERSION}: use a newer one"
-            )
-        (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
-            raise StoreError(f"{path} cannot use WAL mode (it has {mode}): put it on a local file system")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute(f"PRAGMA journal_size_limit = {WAL_LARGE}")
-        if not application:
-            db.executescript(
-                f"""BEGIN IMMEDIATE;
-                {SCHEMA}
-                PRAGMA application_id = {application_id};
-                PRAGMA user_version = {SCHEMA_VERSION};
-                COMMIT"""
-            )
-        # Ids are dense and each belongs to a batch: what breaks that is not to be built upon.
-        (records,) = db.execute("SELECT coalesce(max(id), 0) FROM record").fetchone()
-        last = db.execute("SELECT first_id + count - 1 FROM batch ORDER BY first_id DESC LIMIT 1").fetchone()
-        if records != (last[0] if last else 0):
-            raise StoreError(f"{path} is corrupt, or was changed by another program: restore it from a backup")
-        # Proves, now, that it can be written: a read-only file would fail only at the first record.
-        db.execute("BEGIN IMMEDIATE")
-        db.execute("ROLLBACK")
-        return db
-    except BaseException as cause:
-        if db is not None:
-            db.close()
-        if isinstance(cause, sqlite3.Error):
-            raise StoreError(_explain(path, cause)) from cause
-        raise
-
-
-def _check_file(path: str, real: str) -> None:
-    """Raises StoreError when what is there cannot be a database. `real` is `path` without symbolic links."""
-    if os.path.isdir(path):
-        raise StoreError(f"{path} is a directory: name a file in it")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise StoreError(f"{path} is not a file: name another one")
-    try:
-        with open(path, "rb") as file:
-            begin = file.read(len(_MAGIC))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}") from error
-    if begin and begin != _MAGIC and not _may_be_torn(real):
-        raise StoreError(f"{path} is not a SQLite file: name another one")
-
-
-def _may_be_torn(real: str) -> bool:
-    """True when a power cut may have torn the file's first page: its WAL has it whole, or its journal will undo it.
-
-    By what these files begin with (https://www.sqlite.org/fileformat.html#the_wal_file and #the_rollback_journal): of
-    others' files SQLite would delete what it takes for them.
-    """
-    heads = []
-    for name in (f"{real}-wal", f"{real}-journal"):
-        try:
-            with open(name, "rb") as file:
-                heads.append(file.read(12))
-        except OSError:
-            heads.append(b"")
-    wal, journal = heads
-    if wal[:4] in (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83"):
-        size, page_size = os.path.getsize(real), int.from_bytes(wal[8:12], "big")
-        return page_size > 0 and (size < page_size or size % page_size == 0)
-    return journal.startswith(b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7")
-
-
-def _lock_file(path: str) -> IO[bytes]:
-    """Holds `path`-lock for this process as long as it stays open. Raises StoreError if another one holds it."""
-    try:
-        guard = open(f"{path}-lock", "ab")
-    except OSError as error:
-        raise StoreError(f"cannot write to {path}: {error.strerror}") from error
-    try:
-        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        guard.close()
-        if isinstance(error, BlockingIOError):
-            raise StoreError(f"{path} is in use by another ringoexp: stop that one, or name another file") from error
-        raise StoreError(f"{path} cannot be locked: {error.strerror} (put it on a local file system)") from error
-    return guard
-
-
-@contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """Makes StoreErrors of SQLite's errors."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise StoreError(_explain(path, error)) from error
-
-
-def _explain(path: str, cause: BaseException) -> str:
-    """One line for a person: what SQLite said, and what may help."""
-    said = str(cause)
-    hint = {
-        "file is not a database": "its head is damaged: restore it from a backup",
-        "database disk image is malformed": "it is corrupt: restore it from a backup",
-        "database or disk is full": "make room; what is waiting is stored then",
-        "unable to open database file": "check that its directory exists and may be written",
-        "attempt to write a readonly database": "check the permissions of the file and its directory",
-        "database is locked": "another program holds a write lock on it",
-    }.get(said)
-    return f"{path}: {said}" + (f" ({hint})" if hint else "")

@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 
 import web
 from connections import Connections
+from database import StoreError
 from ingest import LOST, Intake, Session, plain_block
 from metrics import CONTENT_TYPE as METRICS
 from page import HTML, page
 from readiness import THEIR_LIMIT, Reason
 from stats import Totals, ago
-from store import StoreError
 from web import GET_OR_HEAD, JSON, Refusal, Routes, WebHandler, request_id
 from websock import HandshakeError, ServerConnection
 from wire import MAX_MESSAGE, SUBPROTOCOL, WireError, decode_plain
@@ -123,7 +123,11 @@ class Handler(WebHandler):
             self.reply_json(200, {"ready": True})
             return
         told = [
-            {"code": reason.code, "detail": reason.detail, "since": reason.seconds and ago(reason.seconds)}
+            {
+                "code": reason.code,
+                "detail": reason.detail,
+                "since": None if reason.seconds is None else ago(reason.seconds),
+            }
             for reason in reasons
         ]
         self.reply_json(503, {"ready": False, "reasons": told}, {"Retry-After": "1"})

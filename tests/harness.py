@@ -154,6 +154,18 @@ def server(
     assert "Traceback" not in running.errors.read_text()
 
 
+def not_ready(running: ServerProcess) -> list[str]:
+    """The codes of why the server is not ready; none if it is."""
+    status, headers, body = running.get("/v1.0/ready")
+    said = json.loads(body)
+    if status == 200:
+        assert said == {"ready": True}
+        return []
+    assert status == 503 and said["ready"] is False and headers["Retry-After"] == "1"
+    assert all(reason["detail"] for reason in said["reasons"])
+    return [reason["code"] for reason in said["reasons"]]
+
+
 def seeded() -> int:
     """A random seed, printed, or that of RINGOEXP_SEED, to make the same choices again."""
     seed = int(os.environ.get("RINGOEXP_SEED") or random.randrange(2**32))

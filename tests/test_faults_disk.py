@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import strace
-from harness import Blocked, RawClient, ServerProcess, eventually, frame, request, seeded, server
+from harness import Blocked, RawClient, ServerProcess, eventually, frame, not_ready, request, seeded, server
 
 import websock
 from producer import Producer
@@ -242,14 +242,42 @@ def test_a_disk_that_fails_for_a_while_loses_nothing_and_goes_on_by_itself(
             eventually(lambda: events(storing, "store_ok") == events(storing, "store_failing"))
             assert events(storing, "store_failing") == said and said == outage or not fault.sudden
             if front is not storing:
-                assert events(front, "sink_down") == outage or not fault.sudden
-                assert outage <= events(front, "sink_down") <= events(storing, "store_failing")
+                assert events(front, "link_down") == outage or not fault.sudden
+                assert outage <= events(front, "link_down") <= events(storing, "store_failing")
             assert request(front.port, "POST", "/v1.0/ingest", encode_plain([2]))[0] == 200
         assert stored(database, producer) == (producer.sent, producer.sent, producer.sent, 0)
         assert query(database, "SELECT count(*) FROM record WHERE value = 2") == [(outages,)]
         assert front.stop() == 0
         assert storing is front or storing.stop() == 0
     assert query(database, "PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize("fault", [Full, NoSync])
+def test_ready_finds_out_that_the_disk_fails_and_that_it_works_again_without_any_record(
+    tmp_path: Path, place: Path, fault: type[Fault]
+) -> None:
+    """Nobody sends anything: no client is sent to a server that is not ready."""
+    database = place / "numbers.db"
+    quick = "readiness.FRESH = 0.05"
+    with ExitStack() as stack:
+        consumer = stack.enter_context(server(tmp_path, "-I", "false", "-p", "0", "-D", str(database), patch=quick))
+        front = stack.enter_context(server(tmp_path, "-p", "0", "-T", str(consumer.port), patch=quick))
+        assert [not_ready(consumer), not_ready(front)] == [[], []]
+        trouble = fault(consumer, database)
+        trouble.begin()
+        stack.callback(trouble.clean)
+        if fault is Full:
+            (place / "more").write_bytes(bytes(MEBIBYTE // 2))
+        why = "disk_full" if fault is Full else "store_failing"
+        assert eventually(lambda: not_ready(consumer)) == [why]
+        assert eventually(lambda: not_ready(front)) == ["consumer_not_ready"]
+        assert consumer.get("/v1.0/alive")[0] == front.get("/v1.0/alive")[0] == 200
+        if fault is Full:
+            (place / "more").unlink()
+        trouble.end()
+        eventually(lambda: not not_ready(consumer) and not not_ready(front), "both are ready again")
+        assert consumer.stats()["storeError"] is None
+        assert events(consumer, "store_failing") == events(consumer, "store_ok") == (0 if fault is Full else 1)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ import strace
 from harness import DEADLINE, Blocked, RawClient, ServerProcess, frame, seeded
 
 import store
+from database import APPLICATION_ID, SPOOL_APPLICATION_ID, StoreError
 from wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 
 TAG = 0x5AC3A55A
@@ -41,8 +42,8 @@ ROLES = {
     "spool": ["-p", "0", "-T", "1", "-S"],  # of a publisher whose consumer is away: nobody listens there
 }
 SMALL_WAL = (
-    "store._connect = (lambda real: lambda *args:"
-    " [db := real(*args), db.execute('PRAGMA wal_autocheckpoint = 20')][0])(store._connect)"
+    "store.connect = (lambda real: lambda *args:"
+    " [db := real(*args), db.execute('PRAGMA wal_autocheckpoint = 20')][0])(store.connect)"
 )
 CUT_WAL = "store.WAL_LARGE = 100_000"
 UNSYNCED = SMALL_WAL.replace("wal_autocheckpoint = 20", "synchronous = {}")
@@ -137,7 +138,7 @@ def record(directory: Path, role: str, patch: str, seed: int, records: int, *fla
             call.result()
         server.kill()
     calls_made = strace.parse(log)
-    kind = store.SPOOL_APPLICATION_ID if role == "spool" else store.APPLICATION_ID
+    kind = SPOOL_APPLICATION_ID if role == "spool" else APPLICATION_ID
     return Recording(database, kind, calls_made, senders, list(acks_in(calls_made, senders)))
 
 
@@ -321,7 +322,7 @@ def recovered(path: Path, run: Recording, acked: dict[Sender, int]) -> str:
                     opened.append([Run(sender.source, values[0] & 0xFFFFFF, len(values))], values)
             trouble = wrong_in(path, run, {value for sender in streams for value in sender.sent})
             return trouble and f"{trouble}, when all was sent again"
-    except (store.StoreError, sqlite3.Error) as error:
+    except (StoreError, sqlite3.Error) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -448,7 +449,7 @@ def test_whatever_page_is_damaged_the_store_opens_or_refuses_in_one_line(tmp_pat
         path.write_bytes(good[: at + 100 * (not at)] + b"\xff" * (4096 - 100 * (not at)) + good[at + 4096 :])
         try:
             store.Store(str(path)).close()
-        except store.StoreError as error:
+        except StoreError as error:
             assert "\n" not in str(error) and "in use" not in str(error)
             refused += 1
     assert refused > 2

@@ -14,12 +14,13 @@ from harness import Blocked, ServerProcess, eventually, free_port, in_order, row
 
 import spool
 import websock
+from database import StoreError
 from forwarder import Forwarder
 from producer import Producer
 from ringbuffer import Ring
 from sinks import LinkState, SinkError
 from spool import Spool, SpoolSink
-from store import Store, StoreError
+from store import Store
 from wire import Block, Run
 
 SOURCE = b"s" * 16

@@ -17,7 +17,8 @@ import pytest
 from harness import Blocked, eventually, rows, seeded
 
 import store
-from store import APPLICATION_ID, SPOOL_APPLICATION_ID, Store, StoreError
+from database import APPLICATION_ID, SPOOL_APPLICATION_ID, StoreError
+from store import Store
 from wire import Run
 
 A, B = b"a" * 16, b"b" * 16
@@ -279,6 +280,61 @@ def test_the_log_and_the_stats_say_once_that_commits_fail(
         assert (opened.stats().failed_commits, opened.stats().error) == (3 * outage, None)
     said = [record.getMessage().split()[0] for record in caplog.records]
     assert said == ["store_failing", "store_ok"] * 2
+
+
+def test_a_check_commits_without_being_a_commit_of_records(opened: Store, path: Path) -> None:
+    opened.append(*block(A, 0, 5))
+    before, size = opened.stats(), opened.wal_bytes()
+    opened.check()
+    assert opened.wal_bytes() > size, "it has written"
+    assert opened.stats() == before and len(found(path)) == 5
+
+
+def test_a_check_finds_out_that_commits_fail_and_that_they_succeed_again(
+    opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    opened._db.execute("PRAGMA busy_timeout = 1")
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for _ in range(2):
+            with pytest.raises(StoreError, match="locked"):
+                opened.check()
+        assert "locked" in (opened.stats().error or "") and opened.stats().failed_commits == 0
+        other.execute("ROLLBACK")
+    opened.check()
+    assert opened.stats().error is None
+    assert [record.getMessage() for record in caplog.records] == ["store_failing", "store_ok"]
+    opened.append(*block(A, 0, 5))
+    opened.close()
+    with pytest.raises(StoreError, match="closed"):
+        opened.check()
+
+
+def test_slow_commits_are_said_and_all_are_timed(
+    opened: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened.append(*block(A, 0, 5))
+    assert not caplog.records
+    monkeypatch.setattr(store, "SLOW_COMMIT", 0)
+    opened.append(*block(A, 5, 12))
+    (said,) = caplog.records
+    assert said.msg == "slow_commit" and isinstance(said.args, dict) and said.args["records"] == 7
+    assert sum(opened.stats().commit_times.counts) == opened.stats().commits == 2
+    assert opened.stats().commit_times.sum > 0
+
+
+def test_sizes_are_those_of_the_files_and_their_disk(opened: Store, path: Path) -> None:
+    opened.append(*block(A, 0, 10_000))
+    sizes = opened.sizes()
+    assert (sizes.database, sizes.wal) == (path.stat().st_size, os.path.getsize(f"{path}-wal"))
+    disk = os.statvfs(path.parent)
+    assert sizes.disk_free and 0 < sizes.disk_free < disk.f_blocks * disk.f_frsize
+    for name in path.parent.iterdir():
+        name.unlink()
+    path.parent.rmdir()
+    assert opened.sizes() == (0, 0, None)
+    path.parent.mkdir()
 
 
 def test_the_wal_grows_under_a_reader_and_is_cut_when_it_ends(
