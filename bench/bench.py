@@ -78,9 +78,13 @@ class Process:
             raise SystemExit(f"did not start: {' '.join(command)}")
         self.port = int(found[1])
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def resident(self) -> int:
         """Resident bytes."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        status = Path(f"/proc/{self.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0]) * 1024
 
     def stop(self) -> None:

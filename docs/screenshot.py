@@ -1,0 +1,89 @@
+"""Makes docs/dashboard.png and docs/dashboard-dark.png: the live page of a publisher at work.
+
+`python docs/screenshot.py` starts a consumer and a publisher, sends for a minute at a changing pace, and takes the
+pictures when the ring has slots that wait and slots in flight. It needs what the tests' browser part needs
+(`pip install '.[browser]'`, Debian's chromium and chromium-driver), and Pillow, which makes the pictures small.
+"""
+
+import base64
+import io
+import math
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from harness import server  # noqa: E402
+from PIL import Image  # noqa: E402
+from test_page import Browser, chromium  # noqa: E402
+
+from producer import Producer  # noqa: E402
+
+SECONDS = 64
+WIDTH, SCALE, COLOURS = 1120, 1.25, 160
+
+
+def load(port: int, over: threading.Event) -> None:
+    """Sends in waves, some 40,000 to 160,000 records a second; two of these run."""
+    with Producer(f"ws://localhost:{port}/v1.0/ingest") as producer:
+        while not over.wait(0.02):
+            now = time.monotonic()
+            producer.send(range(int(2000 + 900 * math.sin(now / 6) + 300 * math.sin(now * 1.7))))
+
+
+def busy(browser: Browser) -> bool:
+    """True when the last look shows a ring worth looking at; the page does not look again then."""
+    waiting, flying, free = (int(browser.value(f"ring{kind}")) for kind in ("Waiting", "Flying", "Free"))
+    found = waiting > 200 and flying > 200 and free > 400
+    if found:
+        browser.run("asking = true; clearTimeout(timer)")
+    return found
+
+
+def take(browser: Browser, scheme: str, path: Path) -> None:
+    """The upper part of the page, down to where the numbers begin."""
+    browser.media(prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
+    height = browser.run("return document.getElementById('numbers').offsetTop - 24")
+    browser.cdp("Emulation.setDeviceMetricsOverride", width=WIDTH, height=height, deviceScaleFactor=SCALE, mobile=False)
+    png = base64.b64decode(browser.cdp("Page.captureScreenshot", format="png")["data"])
+    picture = Image.open(io.BytesIO(png)).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    picture.save(path, optimize=True)
+    print(f"{path.relative_to(ROOT)}: {path.stat().st_size} bytes")
+
+
+def main() -> None:
+    """Takes both pictures."""
+    over = threading.Event()
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        directories = [Path(name, role) for role in ("consumer", "publisher")]
+        for directory in directories:
+            directory.mkdir()
+        consumer = stack.enter_context(server(directories[0], "-I", "false", "-p", "0"))
+        publisher = stack.enter_context(server(directories[1], "-p", "0", "-T", str(consumer.port), "-N", "edge-1"))
+        browser = Browser(stack.enter_context(chromium()))
+        browser.media(prefers_reduced_motion="reduce")
+        browser.cdp("Emulation.setScrollbarsHidden", hidden=True)
+        browser.cdp("Emulation.setDeviceMetricsOverride", width=WIDTH, height=900, deviceScaleFactor=1, mobile=False)
+        threads = [threading.Thread(target=load, args=(publisher.port, over)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            browser.open(publisher.port)
+            time.sleep(SECONDS)
+            while not busy(browser):
+                time.sleep(0.5)
+            take(browser, "light", ROOT / "docs" / "dashboard.png")
+            take(browser, "dark", ROOT / "docs" / "dashboard-dark.png")
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+
+
+if __name__ == "__main__":
+    main()
