@@ -25,7 +25,7 @@ from test_page import Browser, chromium  # noqa: E402
 from producer import Producer  # noqa: E402
 
 SECONDS = 64
-WIDTH, SCALE, COLOURS = 1120, 1.25, 160
+WIDTH, SCALE, COLOURS = 1120, 1.25, 128
 
 
 def load(port: int, over: threading.Event) -> None:
@@ -36,13 +36,21 @@ def load(port: int, over: threading.Event) -> None:
             producer.send(range(int(2000 + 900 * math.sin(now / 6) + 300 * math.sin(now * 1.7))))
 
 
-def busy(browser: Browser) -> bool:
-    """True when the last look shows a ring worth looking at; the page does not look again then."""
-    waiting, flying, free = (int(browser.value(f"ring{kind}")) for kind in ("Waiting", "Flying", "Free"))
-    found = waiting > 200 and flying > 200 and free > 400
-    if found:
-        browser.run("asking = true; clearTimeout(timer)")
-    return found
+LAST_LOOK = """
+const answered = arguments[arguments.length - 1];
+asking = true;  // the page itself looks no more
+clearTimeout(timer);
+(async () => {
+  for (;;) {
+    const report = await (await fetch("/v1.0/stats")).json(), {ring} = report;
+    const flying = lengths(ring.inFlight), waiting = ring.cursor - ring.committed - flying - lengths(ring.finished);
+    if (flying < 400 || waiting < 400 || ring.capacity - flying - waiting < 400) continue;
+    show(report, performance.now());
+    return answered();
+  }
+})();
+"""
+"""Asks until the ring is worth looking at, and shows that."""
 
 
 def take(browser: Browser, scheme: str, path: Path) -> None:
@@ -51,7 +59,11 @@ def take(browser: Browser, scheme: str, path: Path) -> None:
     height = browser.run("return document.getElementById('numbers').offsetTop - 24")
     browser.cdp("Emulation.setDeviceMetricsOverride", width=WIDTH, height=height, deviceScaleFactor=SCALE, mobile=False)
     png = base64.b64decode(browser.cdp("Page.captureScreenshot", format="png")["data"])
-    picture = Image.open(io.BytesIO(png)).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    picture = (
+        Image.open(io.BytesIO(png))
+        .convert("RGB")
+        .quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    )
     picture.save(path, optimize=True)
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size} bytes")
 
@@ -73,10 +85,11 @@ def main() -> None:
         for thread in threads:
             thread.start()
         try:
+            time.sleep(5)  # the first acks take longer
             browser.open(publisher.port)
             time.sleep(SECONDS)
-            while not busy(browser):
-                time.sleep(0.5)
+            browser.driver.set_script_timeout(120)
+            browser.driver.execute_async_script(LAST_LOOK)
             take(browser, "light", ROOT / "docs" / "dashboard.png")
             take(browser, "dark", ROOT / "docs" / "dashboard-dark.png")
         finally:

@@ -528,6 +528,24 @@ def test_a_connection_that_is_refused_is_said_to_be(browser: Browser, tmp_path: 
     eventually(lambda: browser.state() == "gone")
 
 
+def test_a_hidden_page_asks_seldom_and_looks_at_once_when_it_is_seen_again(
+    browser: Browser, running: ServerProcess
+) -> None:
+    browser.open(running.port)
+    browser.run(
+        "window.delays = []; const real = setTimeout;"
+        "window.setTimeout = (call, ms) => { delays.push(ms); return real(call, ms); };"
+        "window.hide = on => { Object.defineProperty(document, 'hidden', {value: on, configurable: true});"
+        " document.dispatchEvent(new Event('visibilitychange')); }"
+    )
+    browser.run("hide(true)")
+    assert eventually(lambda: browser.run("return delays.at(-1)")) == 10000
+    seen = browser.looks()
+    browser.run("hide(false)")
+    eventually(lambda: browser.looks() > seen, deadline=5)
+    assert browser.run("return delays.at(-1)") <= 1000
+
+
 # For everybody.
 
 
