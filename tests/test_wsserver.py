@@ -96,7 +96,8 @@ def test_stats_count_what_came_in(running: ServerProcess) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "expected", "allow"),
     [
-        ("GET", "/", 404, None),
+        ("GET", "/dashboard.html", 404, None),
+        ("PUT", "/", 405, "GET, HEAD"),
         ("GET", "/v1.0/alive/", 404, None),
         ("GET", "/v2.0/alive", 404, None),
         ("POST", "/v1.0/nothing", 404, None),
