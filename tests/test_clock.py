@@ -36,11 +36,23 @@ ALLOWED = {
     ("ringoexp", "datetime.datetime.now"): "startTime",
     ("stats", "datetime.datetime.now"): "since when a server is not ready",
     ("stats", "datetime.timedelta"): "the same",
+    ("profiler", "time.time_ns"): "when a heap profile was made",
+    ("sampling", "time.time_ns"): "when a profile was begun",
+    ("sampling", "time.clock_gettime_ns"): "the CPU clocks of threads",
     ("logs", "datetime.datetime.fromtimestamp"): "when a line was logged",
     ("spool", "time.time"): "how old the oldest record in it is, also after a restart: a figure to show, no more",
 }
 """The uses of the wall clock that there may be, and what for."""
-HARMLESS = {"monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "thread_time", "process_time", "sleep"}
+HARMLESS = {
+    "monotonic",
+    "monotonic_ns",
+    "perf_counter",
+    "perf_counter_ns",
+    "thread_time",
+    "thread_time_ns",
+    "process_time",
+    "sleep",
+}
 """What the `time` module has that is not the wall clock."""
 SQL_CLOCKS = ("current_timestamp", "current_time", "current_date", "'now'", "unixepoch(", "strftime(", "julianday(")
 

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 from harness import DEADLINE, ROOT, Blocked, RawClient, ServerProcess, eventually, frame, free_port, request, server
 
+import options
 import ringoexp
-from ringoexp import OPTIONS, CannotRun, Parts, Settings, is_own_consumer, main, read_arguments
+from options import OPTIONS, Option, Settings, read_arguments
+from ringoexp import CannotRun, Parts, is_own_consumer, main
 from store import Store
 
 README = (ROOT / "README.md").read_text()
@@ -66,7 +68,7 @@ def test_help_shows_every_option_with_its_default_in_groups(word: str, capsys: p
 @pytest.mark.parametrize("word", ["version", "--version", "-V"])
 def test_version(word: str, tmp_path: Path) -> None:
     done = run(tmp_path, word)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"ringoexp {ringoexp.__version__}\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"ringoexp {options.__version__}\n", "")
 
 
 def test_the_table_and_the_settings_are_the_same_in_the_same_order() -> None:
@@ -89,13 +91,14 @@ GOOD: dict[str, list[tuple[str, Any]]] = {
     "spool_max": [("1", 1), (str(2**62), 2**62)],
     "database": [("a b.db", "a b.db")],
     "procs": [("1", 1), ("0", 0), ("-1", 0)],
-    "profiler_port": [("0", 0), ("-1", 0)],
+    "profiler_port": [("0", 0), ("-1", 0), ("6061", 6061)],
+    "profiler_host": [("::1", "::1")],
     "log_json": [("true", True), ("F", False)],
 }
 
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.long != "debug"], ids=lambda o: o.long)
-def test_every_flag_in_every_spelling(option: ringoexp.Option) -> None:
+def test_every_flag_in_every_spelling(option: Option) -> None:
     for text, value in GOOD[option.long]:
         for flag in {f"--{option.long}", f"--{option.long.replace('_', '-')}"}:
             assert getattr(read_arguments([flag, text]), option.long) == value
@@ -147,7 +150,8 @@ BAD: dict[str, list[str]] = {
     "spool_max": ["0", "-1", str(2**62 + 1), *NUMBERS],
     "database": ["", "a\0b"],
     "procs": ["100000", *NUMBERS],
-    "profiler_port": ["6000", *NUMBERS],
+    "profiler_port": ["65536", *NUMBERS],
+    "profiler_host": ["", " "],
 }
 
 
@@ -160,7 +164,7 @@ BAD: dict[str, list[str]] = {
     ],
 )
 def test_a_bad_value_is_one_line_with_flag_value_and_what_is_accepted(
-    option: ringoexp.Option, text: str, capsys: pytest.CaptureFixture[str]
+    option: Option, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = usage_error(capsys, f"--{option.long}={text}")
     assert f"argument {option.shown}" in said
@@ -177,7 +181,7 @@ def test_a_bad_value_is_one_line_with_flag_value_and_what_is_accepted(
         (["--ring", "5"], "'--ring' is not a flag"),
         (["-p"], "-p/--port: expected one argument"),
         (["-A", "ring", "-I", "false"], "a consumer has no ring"),
-        (["-L", "6000"], "the profiler is not part of this version"),
+        (["-L", "65536"], "1 to 65535, or 0 (off)"),
     ],
 )
 def test_other_bad_usage_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,266 @@
+"""The flags: one table. argparse, --help and `Settings` follow it, and the README's table too (tests see to it)."""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+__version__ = "0.1.0"
+
+MAX_RING = 2**31
+DATABASE = "ringoexp.db"
+EXIT_USAGE = 2
+
+
+class Option(NamedTuple):
+    """A flag: `-short`, if it has one, and `--long`, its default, how its text is read, and what help says of it."""
+
+    short: str
+    long: str
+    default: Any
+    read: Callable[[str], Any]
+    group: str
+    help: str
+
+    @property
+    def shown(self) -> str:
+        """The flag as argparse names it in errors."""
+        return f"-{self.short}/--{self.long}" if self.short else f"--{self.long}"
+
+
+def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A reader of whole numbers from `low` to `high`."""
+
+    def read(text: str) -> int:
+        digits = text.removeprefix("-")
+        value = int(text) if digits.isascii() and digits.isdigit() and len(digits) < 20 else None
+        if value is None or value < low or (high is not None and value > high):
+            span = f"{low} or more" if high is None else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a whole number, {span}")
+        return value
+
+    return read
+
+
+def _at_will(text: str) -> int:
+    """A whole number; 0 or less means no change, and is read as 0."""
+    try:
+        return max(0, _whole(-(10**18), 10**9)(text))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not accepted: a whole number up to 1000000000, 0 or less for no change"
+        ) from None
+
+
+def _boolean(text: str) -> bool:
+    """true or false, in any case, also t/f and 1/0."""
+    value = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}.get(text.lower())
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: true or false, t or f, 1 or 0")
+    return value
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    """A reader of one of these words."""
+
+    def read(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is not accepted: {' or '.join(choices)}")
+        return text
+
+    return read
+
+
+def _header_text(text: str) -> str:
+    """Text that can stand in an HTTP header."""
+    if not all(" " <= c <= "~" for c in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: printable ASCII, on one line")
+    return text
+
+
+def _not_empty(text: str) -> str:
+    """Any text but none, and no NUL."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: it must not be empty")
+    return text
+
+
+OPTIONS = (
+    Option("N", "name", "", _header_text, "basic", "the server's name, sent as the Server header"),
+    Option("H", "hostname", "localhost", _not_empty, "basic", "address to listen on"),
+    Option("p", "port", 6660, _whole(0, 65535), "basic", "port to listen on; 0: any free one, printed at start"),
+    Option(
+        "n",
+        "connections",
+        0,
+        _at_will,
+        "basic",
+        "most incoming connections, WebSocket and HTTP together; 0: no limit",
+    ),
+    Option(
+        "I",
+        "is_publisher",
+        True,
+        _boolean,
+        "basic",
+        "true: a publisher; false: a consumer. Also t/f and 1/0; the bare flag means true",
+    ),
+    Option("r", "ring_size", 4096, _whole(1, MAX_RING), "publisher", "slots in the ring, 8 bytes each"),
+    Option("U", "consumer_hostname", "localhost", _not_empty, "publisher", "the consumer's host"),
+    Option(
+        "T",
+        "consumer_port",
+        6660,
+        _whole(0, 65535),
+        "publisher",
+        "the consumer's port; where host and port are the publisher's own, it stores in a database of its own",
+    ),
+    Option("W", "workers", 1024, _whole(1, 65536), "publisher", "most worker connections to the consumer"),
+    Option(
+        "A",
+        "ack",
+        "stored",
+        _choice("stored", "ring"),
+        "publisher",
+        "stored: ack what is on the consumer's disk; ring: ack what is in the ring, lost if this process is killed",
+    ),
+    Option(
+        "S",
+        "spool",
+        None,
+        _not_empty,
+        "publisher",
+        "file that takes over, durably, while the consumer is away; what is in it is sent on afterwards",
+    ),
+    Option(
+        "",
+        "spool_max",
+        100_000_000,
+        _whole(1, 2**62),
+        "publisher",
+        "most records in the spool; when it is full, clients have to wait",
+    ),
+    Option(
+        "D",
+        "database",
+        DATABASE,
+        _not_empty,
+        "consumer",
+        "SQLite file to store in; a publisher that is its own consumer has one too, no other has",
+    ),
+    Option("X", "procs", 0, _at_will, "system", "processor cores to use; 0: all the system gives"),
+    Option("L", "profiler_port", 0, _at_will, "system", "port of the profiler, /debug/pprof/; 0: off"),
+    Option("", "profiler_host", "localhost", _not_empty, "system", "address the profiler listens on"),
+    Option("d", "debug", False, _boolean, "common", "log in detail"),
+    Option("", "log_json", False, _boolean, "common", "log a JSON object a line, for machines"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The value of every option, in the table's units."""
+
+    name: str
+    hostname: str
+    port: int
+    connections: int
+    is_publisher: bool
+    ring_size: int
+    consumer_hostname: str
+    consumer_port: int
+    workers: int
+    ack: str
+    spool: str | None
+    spool_max: int
+    database: str
+    procs: int
+    profiler_port: int
+    profiler_host: str
+    debug: bool
+    log_json: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, and where to find more; no usage text in between."""
+        self.exit(EXIT_USAGE, f"ringoexp: error: {message} (ringoexp --help lists the flags)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser, made from OPTIONS."""
+    made = _Parser(
+        prog="ringoexp",
+        usage="ringoexp [flags] | send [flags] [FILE] | help | version",
+        description="Takes integers over WebSocket or HTTP, buffers them in a ring and stores them in SQLite.\n"
+        "With no flags: a complete system on localhost:6660.",
+        epilog="examples:\n"
+        "  a consumer that stores in numbers.db:\n"
+        "    ringoexp -I false -p 6661 -D numbers.db\n"
+        "  a publisher in front of it, with a larger ring:\n"
+        "    ringoexp -p 6660 -T 6661 -r 65536\n"
+        "  a complete system on another port needs both: -p 7000 -T 7000\n"
+        "  the flags of send: ringoexp send --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for option in OPTIONS:
+        group = groups.setdefault(option.group, None) or made.add_argument_group(option.group)
+        groups[option.group] = group
+        names = [f"-{option.short}"] if option.short else []
+        names.append(f"--{option.long}")
+        if "_" in option.long:
+            names.append(f"--{option.long.replace('_', '-')}")
+        shown = option.help if option.default == "" else f"{option.help} (default {_shown(option.default)})"
+        if option.long == "debug":
+            group.add_argument(*names, action="store_true", help=option.help)
+        elif isinstance(option.default, bool):
+            group.add_argument(
+                *names, type=option.read, nargs="?", const=True, default=option.default, metavar="BOOL", help=shown
+            )
+        else:
+            metavar = "N" if isinstance(option.default, int) else "TEXT"
+            group.add_argument(*names, type=option.read, default=option.default, metavar=metavar, help=shown)
+    common = groups["common"]
+    common.add_argument("-h", "--help", action="help", help="print this and exit; so does the word help")
+    common.add_argument(
+        "-V", "--version", action="version", version=f"ringoexp {__version__}", help="print the version and exit"
+    )
+    return made
+
+
+def _shown(default: Any) -> str:
+    return "off" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def read_arguments(argv: Sequence[str]) -> Settings:
+    """The settings that `argv` gives. Prints and raises SystemExit for help, version (0) and bad values (2)."""
+    made = parser()
+    words = [word for word in argv if word in ("help", "version")]
+    if len(argv) == 1 and words:
+        argv = [f"--{words[0]}"]
+    values, rest = made.parse_known_args(argv)
+    if rest:
+        made.error(f"{rest[0]!r} is not a flag")
+    for option in OPTIONS:
+        if getattr(values, option.long) == []:  # what argparse before 3.13 makes of --flag=--
+            made.error(f"argument {option.shown}: '--' is not accepted: name a value")
+    settings = Settings(**vars(values))
+    if settings.profiler_port > 65535:
+        made.error(f"argument -L/--profiler_port: {settings.profiler_port} is not accepted: 1 to 65535, or 0 (off)")
+    if settings.is_publisher and not settings.consumer_port and settings.port:
+        made.error("argument -T/--consumer_port: 0 is not accepted: 1 to 65535 (0 only with -p 0: its own)")
+    if settings.ack == "ring" and not settings.is_publisher:
+        made.error("argument -A/--ack: 'ring' is not accepted with -I false: a consumer has no ring; stored")
+    if settings.spool and not settings.is_publisher:
+        made.error(
+            f"argument -S/--spool: {settings.spool!r} is not accepted with -I false: a consumer has nobody to spool for"
+        )
+    if settings.procs:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        if settings.procs > cores:
+            most = f"at most {cores}, the cores there are" if cores else "0, this system cannot choose"
+            made.error(f"argument -X/--procs: {settings.procs} is not accepted: {most}")
+    return settings
