@@ -80,6 +80,8 @@ def test_the_page_is_one_file_without_inline_attributes() -> None:
     assert set(addresses) == {"http://www.w3.org/2000/svg"}, "a name space, not an address"
     assert set(re.findall(r"\s(?:src|href|action|data)=\"([^#\"][^\"]*)\"", PAGE)) <= {
         "/v1.0/stats",
+        "/v1.0/ready",
+        "/metrics",
         *re.findall(r'href="(data:image/svg\+xml,[^"]*)"', PAGE),
     }
     markup = re.sub(r"<(script|style)>.*?</\1>", "", PAGE, flags=re.DOTALL)
@@ -180,9 +182,10 @@ class Browser:
         self.driver = driver
 
     def open(self, port: int) -> None:
-        """Loads the page, and waits until it shows numbers."""
+        """Loads the page, waits until it shows numbers, and has it look more often than a reader needs."""
         self.driver.get(f"http://localhost:{port}/")
         eventually(lambda: self.looks() > 0, "the page has not seen the stats")
+        self.run("TIMES.poll = TIMES.slow = 200; look()")
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
@@ -198,6 +201,40 @@ class Browser:
         """Waits until the page has had another answer."""
         seen = self.looks()
         eventually(lambda: self.looks() > seen)
+
+    def stop_looking(self) -> None:
+        """From here on the page shows what `shows` gives it, and nothing else."""
+        eventually(
+            lambda: self.run("if (asking) return false; clearTimeout(timer); TIMES.poll = 1000; return asking = true")
+        )
+
+    def shows(
+        self, later: float, ring: dict[str, Any] | None = None, info: dict[str, Any] | None = None, **stats: Any
+    ) -> None:
+        """The last report with these changes, as if it had come so many seconds later."""
+        self.run(
+            "const report = structuredClone(before.report), [later, ...changes] = arguments;"
+            "['ring', 'info', 'stats'].forEach((part, i) => report[part] && Object.assign(report[part], changes[i]));"
+            "show(report, before.at + later * 1000)",
+            later,
+            ring,
+            info,
+            stats,
+        )
+
+    def chart(self, name: str) -> str:
+        """What is to be read as the present value of a chart."""
+        return str(self.run("return document.getElementById(`chart-${arguments[0]}`).innerText", name))
+
+    def drawn(self, name: str, what: str) -> str:
+        """The path of a chart's line or dots: `.line.first`, say."""
+        return str(
+            self.run(
+                "return document.querySelector(`[data-chart=${arguments[0]}] ${arguments[1]}`).getAttribute('d')",
+                name,
+                what,
+            )
+        )
 
     def value(self, name: str) -> str:
         """The exact number with this id; empty where the page has none."""
@@ -357,7 +394,7 @@ def test_a_consumers_page_counts_duplicates_and_publishers(browser: Browser, tmp
             client.acked(1000)
         eventually(lambda: browser.value("recordsDuplicate") == "2000" and browser.value("publishers") == "3")
         assert same_as_stats(browser, consumer)
-        assert browser.value("storedTotal") == "1000" and "3 publishers" in browser.text("storedNote")
+        assert browser.value("storedTotal") == "1000" and "3 batch connections" in browser.text("storedNote")
         assert not browser.run("return document.getElementById('ring').checkVisibility()")
         charts = browser.run("return [...document.querySelectorAll('[data-chart]')].map(row => row.dataset.chart)")
         assert {"stored", "duplicates", "commit"} <= set(charts)
@@ -463,7 +500,7 @@ def test_the_page_says_that_the_server_is_gone_and_comes_back_by_itself(browser:
     browser.click("sendThem")
     eventually(lambda: "Nothing was sent" in browser.text("sent"))
     pair.start("publisher")
-    eventually(lambda: browser.state() == "well")
+    eventually(lambda: browser.state() == "idle")
     assert "another run" in browser.text("stateDetail")
     browser.looked_again()
     assert browser.run("return window.unchanged") is True, "it was not loaded again"
@@ -554,6 +591,116 @@ def test_a_hidden_page_asks_seldom_and_looks_at_once_when_it_is_seen_again(
     browser.run("hide(false)")
     eventually(lambda: browser.looks() > seen, deadline=5)
     assert browser.run("return delays.at(-1)") <= 1000
+
+
+# What it makes of a report, whatever the servers do meanwhile.
+
+
+def test_a_rate_is_never_taken_over_a_short_time(browser: Browser, running: ServerProcess) -> None:
+    """A look right after a send: 10,000 records were not sent at 77,700 a second."""
+    browser.open(running.port)
+    browser.stop_looking()
+    browser.shows(10)
+    received = int(browser.value("recordsReceived"))
+    browser.shows(0.13, recordsReceived=received + 10_000)
+    assert browser.chart("in") == "0" and browser.value("recordsReceived") == str(received + 10_000)
+    browser.shows(1)
+    assert 8000 < float(browser.chart("in").replace(",", "")) < 9000, "10,000 in 1.13 s"
+    for more in range(1, 9):  # looks that are all short
+        browser.shows(0.3, recordsReceived=received + 10_000 + 300 * more)
+        assert browser.chart("in") in ("1,000", "8,850")
+    assert browser.chart("in") == "1,000"
+
+
+def test_where_nothing_was_acked_the_latency_has_a_gap_and_a_lone_sample_is_a_dot(
+    browser: Browser, running: ServerProcess
+) -> None:
+    browser.open(running.port)
+    browser.stop_looking()
+    browser.shows(100)
+    acked = int(browser.value("recordsAcked"))
+    for more, said in (0, "no acks"), (1, "1.5"), (1, "no acks"):
+        browser.shows(1, recordsAcked=acked + more, ackLatencyP50Ms=1.5, ackLatencyP99Ms=4)
+        assert browser.chart("latency") == said
+    assert "no acks" in browser.run("return document.querySelector('[data-chart=latency] svg').ariaLabel")
+    assert browser.drawn("latency", ".line.first") == browser.drawn("latency", ".area") == ""
+    assert browser.drawn("latency", ".dots.first") == "M59.00 62.50h0"
+    assert browser.drawn("latency", ".dots.second") == "M59.00 0.00h0"
+    for more in 2, 3:
+        browser.shows(1, recordsAcked=acked + more)
+    assert browser.drawn("latency", ".line.first") == "M59.00 62.50L60.00 62.50"
+    assert browser.drawn("latency", ".dots.first") == "M57.00 62.50h0"
+    assert "latest 4,096 reads" in browser.text("chartsNote") and "4,096 reads" in browser.text("acksTitle")
+
+
+NOT_READY = {
+    "consumer_unreachable": r"The consumer is away, since [\d:]+\.",
+    "consumer_not_ready": r"The consumer cannot store\.",
+    "ring_full": r"The ring is full, and clients wait\.",
+    "disk_full": r"The disk of the database is full\.",
+    "store_failing": r"The database fails, and stores nothing\.",
+    "spool_full": r"The consumer is away, and the spool has no room\.",
+    "something_new": r"A record sent now would not be stored\.",
+}
+
+
+def test_all_is_well_only_where_a_record_sent_now_would_be_stored(browser: Browser, pair: Pair) -> None:
+    browser.open(pair.publisher.port)
+    browser.stop_looking()
+    for code, said in NOT_READY.items():
+        browser.shows(1, consumerState="up", notReady=[code])
+        assert re.fullmatch(said, browser.text("stateText")) and browser.state() in ("away", "failing")
+        assert browser.driver.title.startswith("▲")
+        browser.shows(1, notReady=[])
+        assert browser.text("stateText") == "All is well." and not browser.driver.title.startswith("▲")
+    browser.shows(1, consumerState="unknown")
+    assert browser.text("stateText") == "Nothing was sent yet." and browser.state() == "idle"
+    assert "shows when the first record goes there" in browser.text("stateDetail")
+
+
+def test_a_ring_with_something_in_it_is_not_at_rest(browser: Browser, pair: Pair) -> None:
+    browser.open(pair.publisher.port)
+    browser.stop_looking()
+    cursor, none = int(browser.value("ringCursor")), {"inFlight": [], "finished": []}
+    for committed, put, said in (
+        (cursor, cursor, "at rest"),
+        (cursor, cursor + 3, "turning slowly"),
+        (cursor, cursor + 3, "stands still"),
+        (cursor + 1, cursor + 3, "emptying"),
+        (cursor + 1, cursor + 1001, "full, clients wait"),
+    ):
+        browser.shows(1, ring={"committed": committed, "reserved": committed, "cursor": put, **none})
+        assert browser.text("speed") == said
+
+
+def test_words_that_would_mislead_are_not_there(browser: Browser, running: ServerProcess, pair: Pair) -> None:
+    hidden = "return ['linkReconnects', 'consumerAwayMs'].map(id => !document.getElementById(id).checkVisibility())"
+    browser.open(pair.publisher.port)
+    assert browser.run(hidden) == [False, False]
+    browser.open(running.port)
+    assert browser.run(hidden) == [True, True], "it is its own consumer"
+    numbers = browser.text("numbers")
+    assert "oldest not stored" in numbers and "batch connections" in numbers
+    assert re.search(r"since the start, .+ (UTC|GMT|[A-Z]{3,4})", browser.text("since"))
+
+
+def test_the_disk_is_summed_up_and_a_bar_that_is_not_to_scale_says_so(browser: Browser, running: ServerProcess) -> None:
+    browser.open(running.port)
+    browser.stop_looking()
+    browser.shows(1, databaseBytes=4096, walBytes=900_000, diskFreeBytes=79_000_000_000)
+    assert browser.value("barUsedBytes") == "904096" and "Not to scale" in browser.text("barNote")
+    browser.shows(1, databaseBytes=4_000_000_000, walBytes=0)
+    assert not browser.run("return document.getElementById('barNote').checkVisibility()")
+
+
+def test_what_was_said_of_the_last_send_goes_with_a_wrong_input(browser: Browser, running: ServerProcess) -> None:
+    browser.open(running.port)
+    browser.click("sendThem")
+    browser.sent()
+    browser.write("x")
+    browser.click("sendThem")
+    assert browser.text("wrong") and browser.text("sent") == browser.text("passing") == ""
+    assert not browser.run("return document.getElementById('sendProgress').checkVisibility()")
 
 
 # For everybody.
@@ -663,7 +810,7 @@ def test_a_screen_reader_finds_its_way(browser: Browser, running: ServerProcess)
 def test_the_keyboard_reaches_everything_and_shows_where_it_is(browser: Browser, running: ServerProcess) -> None:
     browser.open(running.port)
     reached: list[str] = []
-    for _ in range(5):
+    for _ in range(7):
         for kind in "rawKeyDown", "keyUp":
             browser.cdp("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
         at, outline, width = browser.run(
@@ -672,4 +819,4 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(browser: Browser,
         )
         reached.append(at)
         assert outline == "solid" and width > 20, reached
-    assert reached == ["#numbers", "integers", "sendThem", "sendMany", "/v1.0/stats"]
+    assert reached == ["#numbers", "integers", "sendThem", "sendMany", "/v1.0/stats", "/v1.0/ready", "/metrics"]
