@@ -144,7 +144,17 @@ def test_a_zipapp_serves_the_page(tmp_path: Path) -> None:
 
 def test_what_pip_installs_serves_the_page(tmp_path: Path) -> None:
     source = copied(tmp_path / "source", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "installed")]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-compile",
+        "--disable-pip-version-check",
+    ]
+    pip += ["--target", str(tmp_path / "installed")]
     done = subprocess.run([*pip, str(source)], capture_output=True, text=True)
     if "No matching distribution found for setuptools" in done.stderr:
         pytest.skip("pip cannot get setuptools: no package index")
