@@ -139,6 +139,9 @@ class Parts:
                     "the same as -p)"
                 ) from error
             undo.callback(self.server.close)
+            self.profiler = self._open_profiler()
+            if self.profiler:
+                undo.callback(self.profiler.close)
             self.link: LinkState | None = None
             if not own:
                 self.link = LinkState(f"{settings.consumer_hostname}:{settings.consumer_port}")
@@ -160,7 +163,6 @@ class Parts:
                     self.forwarder = Forwarder(self.ring, self._make_sink, settings.workers, most, told)
                 except RuntimeError as error:
                     raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
-            self.profiler = self._open_profiler()
             undo.pop_all()
         consumer = settings.consumer_hostname, settings.consumer_port
         self._readiness = Readiness(self.ring, self.store, self.spool, self.link, consumer)

@@ -401,8 +401,8 @@ def test_real_threads_that_work_wait_or_do_both() -> None:
         over.wait()
 
     def shift(over: threading.Event) -> None:
-        while not over.wait(0.03):
-            spin(0.005)
+        while not over.wait(0.05):
+            spin(0.025)
         used["shift"] = time.thread_time_ns()
 
     def cruncher(over: threading.Event) -> None:
