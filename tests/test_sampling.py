@@ -284,6 +284,8 @@ def test_nothing_is_lost_and_nothing_invented(world: World) -> None:
         born[actor.native_id] = (world.times[-1] if world.times else world.now, 0)
 
     def act() -> None:
+        if not world.times:
+            return
         for actor in alive:
             if chance.random() < 0.3:
                 actor.go(chance.choice("abcd"), chance.choice([0, 0, 0.4, 1]))
@@ -294,7 +296,7 @@ def test_nothing_is_lost_and_nothing_invented(world: World) -> None:
             begin(0, 0, 3, 4, 5)
             for actor in gone - set(world.actors.values()):
                 ended[actor.native_id] = (world.times[-1], -1)
-        if alive and chance.random() < 0.08:
+        if len(alive) > 3 and chance.random() < 0.08:
             actor = alive.pop(chance.randrange(len(alive)))
             del world.actors[actor.ident]
             ended[actor.native_id] = (world.times[-1], -1)
@@ -308,7 +310,7 @@ def test_nothing_is_lost_and_nothing_invented(world: World) -> None:
     for (_, native_id, _), cost in profile.costs.items():
         wall[native_id] += cost.wall
         cpu[native_id] += cost.cpu
-        assert cost.samples > 0 and cost.cpu >= 0 and cost.wall >= 0
+        assert cost.samples > 0 and cost.cpu >= 0 <= cost.wall
     final = {actor.native_id: actor.cpu for actor in world.actors.values()}
     assert len(final) > 1 and len(ended) > 5
     for native_id, (since, used) in born.items():
