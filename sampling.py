@@ -1,8 +1,8 @@
 """Where the threads of this process are, and what they cost: samples of all stacks, and the formats for them.
 
-Runs in the thread of whoever calls `sample`, which is left out itself; nothing is shared. Between two samples one
-reference to each thread's innermost frame is kept, to see whether it has moved: what such a frame holds is freed up to
-an interval late.
+Runs in the thread of whoever calls `sample`, one at a time, which is left out itself. Nothing is shared but Python's
+switch interval, which is shorter meanwhile. Between two samples one reference to each thread's innermost frame is kept,
+to see whether it has moved: what such a frame holds is freed up to an interval late.
 
 Formats: pprof's profile.proto (https://github.com/google/pprof/blob/main/proto/profile.proto), gzipped; collapsed
 stacks, a line each, for flame graphs; speedscope's JSON (https://www.speedscope.app/file-format-schema.json).
@@ -25,6 +25,9 @@ INTERVAL_NS = 10_000_000
 """A hundred samples a second."""
 MOST_COST = 12
 """Where a sample takes long, the next one waits for so many times as long: less than a tenth of a core is used."""
+SWITCH_SECONDS = 0.0005
+"""How soon a thread at work lets go of Python's lock while there is sampling. After Python's usual 5 ms, most have done
+what they had to do, and are found where they wait for more: their work would never be seen."""
 MOMENT_NS = 100_000
 """How long to see whether a thread is at work: then it uses CPU for half of it. One that begins to wait uses less."""
 
@@ -84,6 +87,16 @@ def sample(seconds: float, wait: Callable[[float], bool]) -> Profile:
     it is found in, if it is at work there; if it is not, it waits, and has used its time elsewhere: that goes to the
     next stack in which it is found at work, or else to the last one.
     """
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, SWITCH_SECONDS))
+    try:
+        return _sample(seconds, wait)
+    finally:
+        sys.setswitchinterval(usual)
+
+
+def _sample(seconds: float, wait: Callable[[float], bool]) -> Profile:
+    """See `sample`."""
     me = threading.get_ident()
     found: dict[tuple[str, int, Stack], list[int]] = defaultdict(lambda: [0, 0, 0])
     seen: dict[int, _Seen] = {}

@@ -64,7 +64,9 @@ class World:
         self.times: list[int] = []
         self.ids = itertools.count(100)
         fakes = {
-            "sys": SimpleNamespace(_current_frames=self._frames, platform="linux", executable="python"),
+            "sys": SimpleNamespace(
+                _current_frames=self._frames, getswitchinterval=sys.getswitchinterval, setswitchinterval=lambda _: None
+            ),
             "threading": SimpleNamespace(get_ident=lambda: 1, enumerate=self._enumerate),
             "time": SimpleNamespace(time_ns=lambda: 5, sleep=self._pass),
             "monotonic_ns": lambda: self.now,
@@ -425,6 +427,40 @@ def test_real_threads_that_work_wait_or_do_both() -> None:
     assert both["wait"].wall > 0.3 * both["shift"].wall
     call = of_thread(profile, "cruncher")
     assert call["crunch"].cpu > 0.8 * call["cruncher"].cpu > profile.duration / 20
+
+
+@LINUX
+def test_short_work_is_seen_too() -> None:
+    """Less than Python's switch interval: the sampler must not have to wait until it is done."""
+    used = {}
+
+    def shift(over: threading.Event) -> None:
+        while not over.wait(0.02):
+            spin(0.003)
+        used["shift"] = time.thread_time_ns()
+
+    def rival(over: threading.Event) -> None:
+        while not over.is_set():
+            spin(0.01)
+
+    with running(shift, rival):
+        profile = sample(1.5, threading.Event().wait)
+    found = of_thread(profile, "shift")
+    assert used["shift"] >= found["shift"].cpu > 0.5 * used["shift"]
+    assert found["spin"].cpu > 0.5 * found["shift"].cpu
+
+
+def test_the_switch_interval_is_shorter_only_meanwhile() -> None:
+    usual = sys.getswitchinterval()
+    meanwhile = []
+
+    def wait(seconds: float) -> bool:
+        meanwhile.append(sys.getswitchinterval())
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        sample(1, wait)
+    assert meanwhile[0] < usual == sys.getswitchinterval()
 
 
 @LINUX
