@@ -18,9 +18,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
@@ -106,9 +107,7 @@ def sampler(threads: int, seconds: int) -> tuple[float, float]:
     totals: dict[str, int] = {}
     for (name, _, _), cost in profile.costs.items():
         totals[name] = totals.get(name, 0) + cost.samples
-    return used / taken, totals[
-        "MainThread" if threading.current_thread().name != "MainThread" else waiting[0].name
-    ] / taken
+    return used / taken, totals[waiting[0].name] / taken
 
 
 def throughput(records: int, how: str) -> float:
