@@ -138,7 +138,9 @@ class Connections(ThreadingHTTPServer):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                 log.error("cannot_accept", {"error": str(error)})
-                self.stopping.wait(0.2)
+                with self._lock:
+                    if not self._closing:
+                        self._ended.wait(0.2)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:

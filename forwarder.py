@@ -192,15 +192,15 @@ class Forwarder:
             return failures > 0 or not self._retire()
         self._ring.commit(batch)
         back = self._breaker.succeeded()
-        if self._link and (back or not self._breaker.away):
+        if self._link:
             self._link.works()
         elif back:
             log.info("sink_up")
         return True
 
     def _say_down(self, reason: str, failures: int) -> None:
-        """Says why the sink failed, once for each time it does: `failures` counts the prober's, in a row."""
-        if self._link and failures == 1:
+        """Says why the sink failed; `failures` counts the prober's, in a row, others do not count."""
+        if self._link and failures:
             self._link.failed(reason)
         else:
             log.log(logging.WARNING if failures == 1 else logging.DEBUG, "sink_down", {"reason": reason})

@@ -10,7 +10,7 @@ import datetime
 import json
 import logging
 import os
-import sys
+import select
 from collections.abc import Iterator, Mapping
 from time import monotonic
 from typing import Any
@@ -18,6 +18,10 @@ from typing import Any
 LIMITED = ("refused", "connection_error", "cannot_accept", "no_thread", "slow_commit")
 """Events that others can cause at any rate: a line of each kind every LIMIT_SECONDS, which says how many there were."""
 LIMIT_SECONDS = 1.0
+STALL_SECONDS = 0.1
+"""How long a line waits for a reader of stderr that has stalled. The next ones do not: they are counted and dropped."""
+MOST_TEXT = 1000
+"""Characters of a text; more is cut off: others may have written it."""
 
 
 def setup(debug: bool, as_json: bool) -> None:
@@ -27,12 +31,18 @@ def setup(debug: bool, as_json: bool) -> None:
     root.addHandler(Lines(as_json, limited=() if debug else LIMITED))
 
 
-class Lines(logging.StreamHandler[Any]):
-    """Writes records as lines; of the `limited` events what comes too fast is counted, and told by the next line."""
+class Lines(logging.Handler):
+    """Writes records as lines to `descriptor`; of the `limited` events what comes too fast is counted, and told by the
+    next line. Never waits for a reader that has stalled: it could hold up the whole server.
+    """
 
-    def __init__(self, as_json: bool, limited: tuple[str, ...] = LIMITED, stream: Any = None) -> None:
-        super().__init__(stream or sys.stderr)
+    def __init__(self, as_json: bool, limited: tuple[str, ...] = LIMITED, descriptor: int = 2) -> None:
+        super().__init__()
+        self._descriptor = descriptor
         self._line = _json if as_json else _logfmt
+        self._writable = select.poll()
+        self._writable.register(descriptor, select.POLLOUT)
+        self._dropped = 0  # lines, since the reader has stalled; guarded as what follows
         self._limited = limited
         # Guarded by the handler's lock, which logging holds around emit.
         self._said: dict[tuple[str, Any], float] = {}  # kind -> when its last line was written, monotonic seconds
@@ -48,7 +58,7 @@ class Lines(logging.StreamHandler[Any]):
         for kind in [kind for kind in self._held if now - self._said[kind] >= LIMIT_SECONDS]:
             self._tell(kind, now)
         if record.msg not in self._limited or not record.name.startswith("ringoexp"):
-            super().emit(record)
+            self._write(self.format(record))
             return
         kind = record.msg, record.args.get("status") if isinstance(record.args, Mapping) else None
         count, _ = self._held.get(kind, (0, None))
@@ -70,7 +80,24 @@ class Lines(logging.StreamHandler[Any]):
         count, record = self._held.pop(kind)
         record.args = {**(record.args if isinstance(record.args, Mapping) else {}), "count": count}
         self._said[kind] = now
-        super().emit(record)
+        self._write(self.format(record))
+
+    def _write(self, line: str) -> None:
+        """Writes a line, or counts it."""
+        if not self._writable.poll(0 if self._dropped else STALL_SECONDS * 1000):
+            self._dropped += 1
+            return
+        lines = [line]
+        if self._dropped:
+            told = logging.LogRecord("ringoexp.log", logging.WARNING, "", 0, "log_dropped", None, None)
+            told.args = {"count": self._dropped}
+            lines.insert(0, self.format(told))
+            self._dropped = 0
+        for each in lines:
+            try:
+                os.write(self._descriptor, f"{each}\n".encode(errors="replace"))
+            except OSError:  # nobody reads any more
+                return
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
@@ -88,6 +115,9 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
         found.update(record.args)
     if record.exc_info and record.exc_info[1]:
         found["cause"] = " <- ".join(_told(record.exc_info[1]))
+    for key, value in found.items():
+        if isinstance(value, str) and len(value) > MOST_TEXT:
+            found[key] = value[:MOST_TEXT] + "..."
     return {**found, "thread": record.threadName, "logger": record.name}
 
 

@@ -78,7 +78,7 @@ def _metrics(now: Snapshot) -> Iterator[tuple[str, str, str, Samples]]:
         _histogram(totals.ack_latency),
     )
     yield gauge("connections", connections.now, "Connections open, HTTP and WebSocket.")
-    yield counter("connections_accepted", connections.total, "Connections accepted.")
+    yield counter("connections_admitted", connections.total, "Connections admitted: within the limit.")
     yield counter("connections_refused", connections.refused, "Requests refused because of the limit of connections.")
     yield gauge("clients", totals.clients, "WebSockets open.")
     yield gauge("publishers", totals.publishers, "WebSockets open that speak batch messages.")
@@ -88,7 +88,8 @@ def _metrics(now: Snapshot) -> Iterator[tuple[str, str, str, Samples]]:
         yield gauge("ring_in_flight_slots", ring.in_flight, "Slots taken that a worker is storing.")
         yield gauge("ring_high_water_slots", ring.high_water, "Most slots ever taken.")
         yield counter("ring_full", ring.times_full, "Times somebody waited for a free slot, each second counted.")
-        yield gauge("ring_oldest_in_flight_seconds", ring.oldest_in_flight, "Age of the oldest batch in flight.")
+        age = "How long ago the oldest batch that is not stored was first handed to a worker."
+        yield gauge("ring_oldest_in_flight_seconds", ring.oldest_in_flight, age)
     if forwarder := now.forwarder:
         yield gauge("workers", forwarder.workers, "Workers.")
         yield counter("link_reconnects", forwarder.reconnects, "Links made beyond each worker's first.")

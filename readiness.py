@@ -1,13 +1,14 @@
 """`GET /v1.0/ready`: would a record sent now be stored now? Finds out instead of remembering, where nobody knows.
 
 A server that is asked and has no news of its own asks further: its database with a commit that changes nothing, its
-consumer with the same request. It does so at most once every FRESH seconds, in the thread of whoever asks;
-`_Fresh._lock` guards the last answer, and `_answered` shares it and is notified when there is one. Nothing is asked
-under the lock.
+consumer with the same request. It does so at most once every FRESH seconds, in the threads `ask-disk` and
+`ask-consumer`, so that who asks is answered in time, whatever hangs. `_Question._lock` guards the last answer;
+`_answered` shares it and is notified when there is one. Nothing is asked under the lock.
 """
 
 import http.client
 import json
+import logging
 import threading
 from collections.abc import Callable
 from time import monotonic
@@ -19,16 +20,22 @@ from sinks import LinkState
 from spool import Spool
 from store import Store
 
+log = logging.getLogger("ringoexp.ready")
+
 FRESH = 1.0
 """Seconds for which an answer holds."""
 PATIENCE = 2.0
-"""Seconds the consumer has to answer."""
+"""Seconds that database and consumer have to answer."""
 STUCK = 1.0
 """Seconds for which a full ring has to wait for its oldest batch until it counts as full: less is backpressure."""
 LITTLE_ROOM = 1 << 20
 """Bytes of free disk below which no commit is to be hoped for."""
 THEIR_LIMIT = "connections_full"
-"""A consumer's reason that is none of ours: our links are some of its connections."""
+"""A reason that is none for who has a link: that is one of the connections."""
+
+
+Answer = tuple[str, str] | None
+"""A reason's code and detail, or none."""
 
 
 class Reason(NamedTuple):
@@ -39,44 +46,65 @@ class Reason(NamedTuple):
     seconds: float | None = None
 
 
-class _Fresh:
-    """`ask`, called by one thread at a time, and its answer kept for FRESH seconds; with the time it has lasted."""
+class _Question:
+    """`ask`, asked by one thread at a time, and its answer, kept for FRESH seconds, with the time it has lasted.
 
-    def __init__(self, ask: Callable[[], tuple[str, str] | None]) -> None:
+    `late` is the answer while it has none after PATIENCE.
+    """
+
+    def __init__(self, name: str, ask: Callable[[], Answer], late: Answer) -> None:
+        self._name = name
         self._ask = ask
+        self._late = late
         self._lock = threading.Lock()
         self._answered = threading.Condition(self._lock)
         # Guarded by _lock.
         self._asking = False
-        self._answer: tuple[str, str] | None = None
+        self._answer: Answer = None
         self._at = float("-inf")  # monotonic seconds
         self._since = 0.0  # since when the answer has had this code
 
     def reason(self) -> Reason | None:
-        """The answer, at most FRESH seconds old."""
-        deadline = monotonic() + 2 * PATIENCE
+        """The answer, at most FRESH seconds old; comes within PATIENCE."""
+        deadline = monotonic() + PATIENCE
         with self._lock:
+            if not self._asking and monotonic() - self._at >= FRESH:
+                self._begin()
             while self._asking and (left := deadline - monotonic()) > 0:
                 self._answered.wait(left)
-            if self._asking or monotonic() - self._at < FRESH:
-                return self._told()
+            if self._asking:
+                self._say(self._late)
+            return self._answer and Reason(*self._answer, monotonic() - self._since)
+
+    def _begin(self) -> None:
+        """Has it asked by a thread of its own."""
+        assert self._lock.locked()
+        # Daemon, and nobody waits for its end: what it asks may hang, and nothing depends on it.
+        thread = threading.Thread(target=self._run, name=f"ask-{self._name}", daemon=True)
+        try:
+            thread.start()
             self._asking = True
-        answer: tuple[str, str] | None = ("failed", "could not be asked")
+        except RuntimeError as error:
+            self._say(("failed", f"no thread to be had: {error}"))
+
+    def _run(self) -> None:
+        """The thread: one question."""
         try:
             answer = self._ask()
-        finally:
-            with self._lock:
-                if answer is None or self._answer is None or answer[0] != self._answer[0]:
-                    self._since = monotonic()
-                self._answer, self._at = answer, monotonic()
-                self._asking = False
-                self._answered.notify_all()
+        except Exception as error:
+            log.error("worker_error", {"error": repr(error)}, exc_info=log.isEnabledFor(logging.DEBUG))
+            answer = "failed", f"{type(error).__name__}: {error}"
         with self._lock:
-            return self._told()
+            self._say(answer)
+            self._at = monotonic()
+            self._asking = False
+            self._answered.notify_all()
 
-    def _told(self) -> Reason | None:
+    def _say(self, answer: Answer) -> None:
         assert self._lock.locked()
-        return self._answer and Reason(*self._answer, monotonic() - self._since)
+        if answer is None or self._answer is None or answer[0] != self._answer[0]:
+            self._since = monotonic()
+        self._answer = answer
 
 
 class Readiness:
@@ -94,8 +122,13 @@ class Readiness:
         self._spool = spool
         self._link = link
         self._disk = store or (spool.store if spool else None)
-        self._ask_disk = _Fresh(self._check_disk)
-        self._ask_consumer = _Fresh(lambda: _check_consumer(*consumer))
+        late = f"no answer within {PATIENCE:.0f} s"
+        self._ask_disk = _Question("disk", self._check_disk, ("store_failing", f"the database: {late}"))
+        self._ask_consumer = _Question(
+            "consumer",
+            lambda: _check_consumer(*consumer, linked=link is not None and link.stats().state == "up"),
+            ("consumer_unreachable", "%s:%d: %s" % (*consumer, late)),
+        )
 
     def reasons(self) -> list[Reason]:
         """Why a record sent now would not be stored now; none if it would."""
@@ -115,14 +148,14 @@ class Readiness:
     def _consumer_away(self) -> Reason | None:
         assert self._link
         link = self._link.stats()
-        if link.state == "down":  # somebody tries all the time: no need to ask
+        if link.state == "down":  # a worker, or the spool's thread, has records for it and tries all the time
             return Reason("consumer_unreachable", link.reason or "", link.away)
-        return self._ask_consumer.reason()
+        return None if link.quiet < FRESH else self._ask_consumer.reason()
 
     def _spool_refuses(self) -> Reason | None:
         assert self._spool
-        if self._spool.full:
-            return Reason("spool_full", f"{self._spool.path}: no room for more records")
+        if why := self._spool.refuses():
+            return Reason("spool_full", why)
         return self._ask_disk.reason()
 
     def _ring_full(self) -> Reason | None:
@@ -133,7 +166,7 @@ class Readiness:
             return None
         return Reason("ring_full", f"all {ring.capacity} slots are taken", ring.oldest_in_flight)
 
-    def _check_disk(self) -> tuple[str, str] | None:
+    def _check_disk(self) -> Answer:
         assert self._disk
         free = self._disk.sizes().disk_free
         if free is not None and free < LITTLE_ROOM:
@@ -142,26 +175,32 @@ class Readiness:
             self._disk.check()
         except StoreError as error:
             return "store_failing", str(error)
-        return None
+        failing = self._disk.stats().error  # of records: a check needs less
+        return ("store_failing", failing) if failing else None
 
 
-def _check_consumer(host: str, port: int) -> tuple[str, str] | None:
-    """What the consumer says when it is asked whether it is ready; nothing if it is."""
+def _check_consumer(host: str, port: int, linked: bool) -> Answer:
+    """What the consumer says when it is asked whether it is ready; nothing if it is.
+
+    That all its connections are taken is no matter for who is `linked` to it already.
+    """
     where = f"{host}:{port}"
-    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
+    connection = None
     try:
+        connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
         connection.request("GET", "/v1.0/ready", headers={"Accept": "application/json", "Connection": "close"})
         response = connection.getresponse()
         status, body = response.status, response.read(65536)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no host can have such a name
         return "consumer_unreachable", f"{where}: {error or type(error).__name__}"
     finally:
-        connection.close()
+        if connection:
+            connection.close()
     if status in (200, 404):  # 404: an older one
         return None
     try:
         theirs = [(str(each["code"]), str(each["detail"])) for each in json.loads(body)["reasons"]]
     except (ValueError, KeyError, TypeError):
         return "consumer_unreachable", f"{where}: answered {status}"
-    ours = [detail for code, detail in theirs if code != THEIR_LIMIT]
+    ours = [detail for code, detail in theirs if code != THEIR_LIMIT or not linked]
     return ("consumer_not_ready", f"{where}: {'; '.join(ours)}") if ours else None

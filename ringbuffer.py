@@ -65,7 +65,7 @@ class Batch:
         self.end = end
         self.runs = runs
         self.values = array("q")
-        self.reserved_at = reserved_at  # monotonic seconds
+        self.reserved_at = reserved_at  # the first time, monotonic seconds
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -84,7 +84,7 @@ class RingStats(NamedTuple):
     in_flight: int  # reserved, neither committed nor requeued
     high_water: int  # the largest depth ever
     times_full: int  # how often a put found no free slot
-    oldest_in_flight: float  # seconds since the oldest batch in flight was reserved, 0 if none
+    oldest_in_flight: float  # seconds since the oldest batch that is not stored was first reserved, 0 if none
 
 
 class RingLayout(NamedTuple):
@@ -172,7 +172,6 @@ class Ring:
             now = monotonic()
             if self._requeued:
                 batch = self._requeued.pop(0)
-                batch.reserved_at = now
             else:
                 end = min(self._cursor, self._reserved + limit)
                 batch = Batch(self._reserved, end, self._disown(end - self._reserved), now)
@@ -276,7 +275,7 @@ class Ring:
         with self._lock:
             depth = self._cursor - self._committed
             in_flight = sum(map(len, self._in_flight))
-            oldest = next(iter(self._in_flight), None)
+            oldest = min((batch.reserved_at for batch in (*self._in_flight, *self._requeued)), default=None)
             return RingStats(
                 capacity=self.capacity,
                 cursor=self._cursor,
@@ -288,7 +287,7 @@ class Ring:
                 in_flight=in_flight,
                 high_water=self._high_water,
                 times_full=self._times_full,
-                oldest_in_flight=monotonic() - oldest.reserved_at if oldest else 0.0,
+                oldest_in_flight=0.0 if oldest is None else monotonic() - oldest,
             )
 
     def layout(self) -> RingLayout:

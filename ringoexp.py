@@ -244,12 +244,13 @@ class Parts:
 
     def snapshot(self) -> monitor.Snapshot:
         """What all the rooms say now."""
+        totals = self.totals.snapshot()  # first: what is acked is stored
         database = self.store or (self.spool.store if self.spool else None)
         disk = database.stats() if database else None
         return monitor.Snapshot(
             version=__version__,
             started_at=self.started.timestamp(),
-            totals=self.totals.snapshot(),
+            totals=totals,
             connections=self.server.stats(),
             ring=self.ring.stats() if self.ring else None,
             layout=self.ring.layout() if self.ring else None,

@@ -1,7 +1,8 @@
 """Sinks: where a worker stores what it took from the ring. The local store, or a WebSocket link to the consumer.
 
 A sink belongs to its worker's thread; only `abort` is for others. `LinkState` is what all links to a consumer
-together know of it: its `_lock` guards what it says, nothing is sent under it.
+together know of it: its `_lock` guards what it says, in the log too, so that lines are in order; nothing is sent
+under it.
 """
 
 import logging
@@ -193,6 +194,7 @@ class LinkStats(NamedTuple):
     state: str  # "unknown": nothing was on its way yet; "up"; "down"
     reason: str | None  # why it is down
     away: float  # seconds it has been down, 0 if it is not
+    quiet: float  # seconds since something was acked; infinite before
 
 
 class LinkState:
@@ -203,6 +205,7 @@ class LinkState:
         self._lock = threading.Lock()
         # Guarded by _lock.
         self._state = "unknown"
+        self._acked_at = float("-inf")  # monotonic seconds
         self._reason: str | None = None
         self._down_since = 0.0  # monotonic seconds, while it is down
 
@@ -213,14 +216,14 @@ class LinkState:
 
     def works(self) -> None:
         """Something was acked: the consumer is there."""
-        if self._state == "up":  # nearly always
+        self._acked_at = monotonic()
+        if self._state == "up":  # nearly always; a float or a string is read and written at once
             return
         with self._lock:
             before, self._state, self._reason = self._state, "up", None
-            seconds = monotonic() - self._down_since
-        away = {"away_seconds": round(seconds, 1)} if before == "down" else {}
-        if before != "up":
-            log.info("link_up", {"consumer": self._peer, **away})
+            if before != "up":
+                away = {"away_seconds": round(monotonic() - self._down_since, 1)} if before == "down" else {}
+                log.info("link_up", {"consumer": self._peer, **away})
 
     def failed(self, reason: str) -> None:
         """A link failed, or could not be made: the consumer is away."""
@@ -229,10 +232,11 @@ class LinkState:
             if not already:
                 self._state, self._down_since = "down", monotonic()
             self._reason = reason
-        log.log(logging.DEBUG if already else logging.WARNING, "link_down", {"consumer": self._peer, "reason": reason})
+            level = logging.DEBUG if already else logging.WARNING
+            log.log(level, "link_down", {"consumer": self._peer, "reason": reason})
 
     def stats(self) -> LinkStats:
         """What is known now."""
         with self._lock:
             away = monotonic() - self._down_since if self._state == "down" else 0.0
-            return LinkStats(self._state, self._reason, away)
+            return LinkStats(self._state, self._reason, away, monotonic() - self._acked_at)

@@ -10,7 +10,6 @@ notified when records come and by `stop`, and `replay` alone waits on it. Nothin
 """
 
 import logging
-import os
 import threading
 import time
 from time import monotonic
@@ -94,17 +93,12 @@ class Spool:
     def append(self, block: Block) -> None:
         """Returns when the block is on disk. Raises SinkError when there is no room, or it could not be stored."""
         size = len(block.values)
-        try:
-            disk = os.statvfs(os.path.dirname(os.path.realpath(self.path)))
-        except OSError as error:
-            raise SinkError(f"{self.path}: {error.strerror}") from error
+        free = self.store.sizes().disk_free
         with self._lock:
-            self._full = self.store.stats().held + self._coming + size > self._most
-            if self._full:
-                raise SinkError(f"{self.path}: the spool is full, it has at most {self._most} records (--spool_max)")
-            self._full = disk.f_bavail * disk.f_frsize < ROOM
-            if self._full:
-                raise SinkError(f"{self.path}: less than {ROOM >> 20} MiB of its disk are free: make room")
+            why = self._refuses(size, free)
+            self._full = why is not None
+            if why:
+                raise SinkError(why)
             self._coming += size
         try:
             self.store.append(*block)
@@ -114,6 +108,21 @@ class Spool:
             with self._lock:
                 self._coming -= size
                 self._changed.notify()
+
+    def refuses(self) -> str | None:
+        """Why it would not take a record now; None if it would, as far as room goes."""
+        free = self.store.sizes().disk_free
+        with self._lock:
+            return self._refuses(1, free)
+
+    def _refuses(self, size: int, free: int | None) -> str | None:
+        """Why there is no room for `size` records, with so many bytes of disk free."""
+        assert self._lock.locked()
+        if self.store.stats().held + self._coming + size > self._most:
+            return f"{self.path}: the spool is full, it has at most {self._most} records (--spool_max)"
+        if free is not None and free < ROOM:
+            return f"{self.path}: less than {ROOM >> 20} MiB of its disk are free: make room"
+        return None
 
     def stats(self) -> SpoolStats:
         """What there is now, and the total since the start."""
@@ -215,7 +224,7 @@ class SpoolSink:
             self._spool.state.failed(str(error))
             self._spool.append(block)
         else:
-            if fresh:
+            if fresh or not self._spool.state.down:
                 self._spool.state.works()
 
     def idle(self) -> None:

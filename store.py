@@ -53,6 +53,10 @@ MOST_GROUPED = 262_144
 RUN_COST = 64
 WAL_LARGE = 64 * 1024 * 1024
 """Bytes of WAL, or of free pages in an emptied file, that are given back to the system."""
+TRUST_SECONDS = 1.0
+"""For how long a commit of records that succeeded shows that the next one would: no check is needed then."""
+DOUBT_SECONDS = 15.0
+"""For how long one that failed is not made good by a check, which needs less room: by then it was tried again."""
 SLOW_COMMIT = 1.0
 """Seconds from which on a commit is said to be slow."""
 READER_WAIT_MS = 100
@@ -130,6 +134,7 @@ class Store:
         self._failed_commits = 0
         self._error: str | None = None
         self._commit_times = Histogram()
+        self._committed_at = self._failed_at = float("-inf")  # commits of records, monotonic seconds
 
         # The leader's.
         self._sources: dict[bytes, _Source] = {}
@@ -264,19 +269,27 @@ class Store:
     def check(self) -> None:
         """Returns when a commit that changes nothing is on disk. Raises StoreError when that fails.
 
-        The way to find out whether a record would be stored; it is not counted as a commit, but its error is the
-        last commit's error.
+        The way to find out whether a record would be stored, when no commit of records has just shown it. It is not
+        counted as a commit, but its error is the last commit's error.
         """
         error = None
+        with self._lock:
+            recently = monotonic() - self._committed_at < TRUST_SECONDS
+            if recently and not self._error and not self._closed:
+                return
         with self._alone():
             try:
+                self._tend_wal()
                 with self._transaction():
                     self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             except BaseException as cause:
                 error = StoreError(explain(self.path, cause))
-            self._note(error)
             with self._lock:
-                self._error = str(error) if error else None
+                doubt = monotonic() - self._failed_at < DOUBT_SECONDS
+                if error or not doubt:
+                    self._error = str(error) if error else None
+            if error or not doubt:
+                self._note(error)
         if error:
             raise error
 
@@ -327,10 +340,13 @@ class Store:
                 self._stored += stored
                 self._duplicates += duplicates
                 self._held = self._held if held is None else held
-                if not error:
+                if error:
+                    self._failed_commits += 1
+                    self._failed_at = monotonic()
+                else:
                     self._commits += 1
                     self._commit_times.add(seconds)
-                self._failed_commits += error is not None
+                    self._committed_at = monotonic()
                 self._error = str(error) if error else None
                 for waiting in group:
                     waiting.done, waiting.error = True, error

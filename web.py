@@ -14,6 +14,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from time import monotonic
 from typing import Any
+from urllib.parse import urlsplit
 
 from connections import Connections
 from websock import linger
@@ -102,6 +103,7 @@ class WebHandler(BaseHTTPRequestHandler):
         """Gives the next request its time."""
         patience = REQUEST_TIMEOUT if self.server.admitted() else REFUSED_TIMEOUT
         self.reader.deadline = monotonic() + patience
+        self.command, self.path = "", ""  # or a bad request's answer would be logged with those of the one before
         super().handle_one_request()
 
     def __getattr__(self, name: str) -> Any:
@@ -116,6 +118,8 @@ class WebHandler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.asked_to_close = self.close_connection
         try:
+            if self.server.stopping.is_set():
+                self.close_connection = True
             if self._has_body():  # until somebody has read it
                 self.close_connection = self.lingering = True
             if not self.server.admitted():
@@ -142,7 +146,7 @@ class WebHandler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answers what the base class refuses (bad request lines and headers), in JSON like the rest."""
         self.close_connection = self.lingering = True
-        self.command = getattr(self, "command", None) or "GET"
+        self.command = self.command or "GET"
         self.reply_json(code, {"error": message or HTTPStatus(code).phrase})
 
     def version_string(self) -> str:
@@ -155,8 +159,8 @@ class WebHandler(BaseHTTPRequestHandler):
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Logs the answer to a request, in detail only; never what follows the path: that may be a secret."""
-        path = getattr(self, "path", "").partition("?")[0]
-        log.debug("request", {"client": self.client_address[0], "method": self.command, "path": path, "status": code})
+        asked = {"method": self.command, "path": _path(self.path)}
+        log.debug("request", {"client": self.client_address[0], **asked, "status": code})
 
     def reply_json(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         """Sends a whole response in JSON."""
@@ -180,6 +184,20 @@ class WebHandler(BaseHTTPRequestHandler):
     def _has_body(self) -> bool:
         """True when a body follows the headers."""
         return self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
+
+
+def _path(target: str) -> str:
+    """The path of a request's target, or its beginning: no query, no name and password, which may be secret."""
+    try:
+        return urlsplit(target).path[:200]
+    except ValueError:
+        return ""
+
+
+def peer_name(address: tuple[Any, ...]) -> str:
+    """Host and port of a socket's address, `[host]:port` for IPv6."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def request_id() -> str:

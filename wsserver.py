@@ -21,7 +21,7 @@ from metrics import CONTENT_TYPE as METRICS
 from page import HTML, page
 from readiness import THEIR_LIMIT, Reason
 from stats import Totals, ago
-from web import GET_OR_HEAD, JSON, Refusal, Routes, WebHandler, request_id
+from web import GET_OR_HEAD, JSON, Refusal, Routes, WebHandler, peer_name, request_id
 from websock import HandshakeError, ServerConnection
 from wire import MAX_MESSAGE, SUBPROTOCOL, WireError, decode_plain
 
@@ -114,9 +114,10 @@ class Handler(WebHandler):
     def _ready(self) -> None:
         """Says whether a record sent now, by somebody who connects now, would be stored now."""
         self._check_accept()
-        reasons = self.server.monitor.reasons()
-        if self.server.stopping.is_set():
-            reasons.insert(0, Reason("draining", "the server is stopping"))
+        stopping = self.server.stopping.is_set()
+        reasons = [] if stopping else self.server.monitor.reasons()
+        if stopping:  # reason enough: nothing is to be asked any more
+            reasons.append(Reason("draining", "the server is stopping"))
         elif not self.server.admitted():
             reasons.append(Reason(THEIR_LIMIT, f"all {self.server.limit} connections (-n) are taken"))
         if not reasons:
@@ -141,7 +142,7 @@ class Handler(WebHandler):
         self._check_accept()
         kind = self.headers.get_content_type() if "Content-Type" in self.headers else BODY_TYPES[0]
         if kind not in BODY_TYPES:
-            raise Refusal(415, f"the body is {kind}: send {BODY_TYPES[0]}")
+            raise Refusal(415, f"the body is {kind[:100]}: send {BODY_TYPES[0]}")
         body = self._read_body()
         self.lingering = False
         self.close_connection = self.asked_to_close or self.server.stopping.is_set()
@@ -189,7 +190,7 @@ class Handler(WebHandler):
         except HandshakeError as error:
             raise Refusal(400, f"bad WebSocket handshake: {error}") from error
         batches = connection.subprotocol == SUBPROTOCOL
-        who = {"client": "%s:%d" % self.client_address[:2], "kind": "batches" if batches else "plain"}
+        who = {"client": peer_name(self.client_address), "kind": "batches" if batches else "plain"}
         log.info("connected", who)
         self.server.totals.came(batches)
         since = monotonic()
@@ -199,8 +200,10 @@ class Handler(WebHandler):
             code, reason = session.run(rest)
         finally:
             self.server.totals.went(batches)
+            theirs = connection.ending == (code, reason) and code != LOST[0] and not connection.at_fault
+            ended = {"code": int(code), "by": "client"} if theirs else {"code": int(code), "reason": reason}
             counts = {"received": session.received, "acked": session.acked, "seconds": round(monotonic() - since, 3)}
-            log.info("disconnected", {**who, "code": int(code), "reason": reason, **counts})
+            log.info("disconnected", {**who, **ended, **counts})
 
     # Checks. Each raises Refusal.
 
@@ -210,7 +213,7 @@ class Handler(WebHandler):
         if "Content-Type" in self.headers:
             kind = self.headers["Content-Type"].partition(";")[0].strip().lower()
             if kind not in ("application/json", "*/*"):
-                raise Refusal(415, f"Content-Type is {kind}: send application/json, or none")
+                raise Refusal(415, f"Content-Type is {kind[:100]}: send application/json, or none")
 
     def _check_accept(self) -> None:
         accept = ",".join(self.headers.get_all("Accept", []))
@@ -228,7 +231,7 @@ class Handler(WebHandler):
             except ValueError:
                 same = False
             if not same:
-                raise Refusal(403, f"pages of {origin} may not write here, only this server's own")
+                raise Refusal(403, "pages from elsewhere may not write here, only this server's own")
 
     def _check_handshake(self) -> dict[str, str]:
         """The headers of a valid opening handshake (RFC 6455 section 4.2.1), without extensions."""

@@ -1,17 +1,23 @@
 """What a line of the log says, how it is written, and what it never says."""
 
-import io
 import json
 import logging
+import os
 import re
 import shlex
+import socket
 import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
-from harness import RawClient, ServerProcess, eventually, frame, free_port, request, server
+from harness import ROOT, RawClient, ServerProcess, eventually, frame, free_port, request, server
 
 import logs
 from wire import encode_plain
@@ -19,8 +25,9 @@ from wire import encode_plain
 LINE = re.compile(r"time=(\S+) level=(debug|info|warning|error) event=(\S+) (.*)thread=(\S+) logger=(\S+)")
 
 
-def logged(stream: io.StringIO) -> list[str]:
-    return stream.getvalue().splitlines()
+def logged(stream: IO[bytes]) -> list[str]:
+    stream.seek(0)
+    return stream.read().decode().splitlines()
 
 
 def lines(running: ServerProcess) -> list[dict[str, str]]:
@@ -38,13 +45,18 @@ def of(running: ServerProcess, event: str) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def log() -> logging.Logger:
-    return logging.Logger("ringoexp.test", logging.DEBUG)
+def log() -> Iterator[logging.Logger]:
+    made = logging.Logger("ringoexp.test", logging.DEBUG)
+    with files:
+        yield made
 
 
-def attached(log: logging.Logger, as_json: bool = False, limited: tuple[str, ...] = ()) -> io.StringIO:
-    stream = io.StringIO()
-    log.addHandler(logs.Lines(as_json, limited, stream))
+files = ExitStack()
+
+
+def attached(log: logging.Logger, as_json: bool = False, limited: tuple[str, ...] = ()) -> IO[bytes]:
+    stream = files.enter_context(tempfile.TemporaryFile())
+    log.addHandler(logs.Lines(as_json, limited, stream.fileno()))
     return stream
 
 
@@ -115,8 +127,8 @@ def test_a_cause_is_told_with_its_places_and_its_own_causes_on_the_same_line(
         assert part in line
 
 
-def test_what_others_log_is_a_message() -> None:
-    log = logging.Logger("other", logging.DEBUG)
+def test_what_others_log_is_a_message(log: logging.Logger) -> None:
+    log.name = "other"
     stream = attached(log)
     log.warning("%d of %s", 3, "those")
     (line,) = logged(stream)
@@ -153,6 +165,52 @@ def test_what_comes_too_fast_is_counted_and_told_by_the_next_line(
     assert told() == ["refused status=404 n=6 count=1"], "nothing is left untold in the end"
 
 
+def test_a_reader_that_stalls_stops_nothing_and_what_is_missing_is_counted(log: logging.Logger) -> None:
+    theirs, ours = os.pipe()
+    with open(theirs, "rb", buffering=0) as reader, open(ours, "wb", buffering=0):
+        log.addHandler(logs.Lines(as_json=False, limited=(), descriptor=ours))
+        for n in range(2000):
+            log.info("happened", {"n": n, "more": "x" * 100})
+        text = reader.read(1 << 20)
+        log.info("went_on")
+        while b"went_on" not in text:
+            text += reader.read(1 << 20)
+    said = text.decode().splitlines()
+    kept = sum("event=happened" in line for line in said)
+    dropped = re.findall(r"event=log_dropped count=(\d+)", said[-2])
+    assert 100 < kept < 2000 and dropped == [str(2000 - kept)] and "event=went_on" in said[-1]
+
+
+def test_a_server_whose_log_nobody_reads_serves_and_ends(tmp_path: Path) -> None:
+    theirs, ours = os.pipe()
+    with open(theirs, "rb"):
+        running = subprocess.Popen(
+            [sys.executable, ROOT / "ringoexp.py", "-p", "0", "-T", "0", "-d"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=ours,
+            text=True,
+        )
+        os.close(ours)
+        try:
+            assert running.stdout
+            port = int(running.stdout.readline().split(",")[0].rsplit(":", 1)[1])
+            for _ in range(600):
+                assert request(port, "POST", "/v1.0/ingest", bytes(4))[0] == 200
+            running.terminate()
+            assert running.communicate(timeout=30)[0] == "ringoexp: stopped, 600 stored, 0 unstored\n"
+        finally:
+            running.kill()
+            running.wait()
+
+
+def test_long_texts_are_cut(log: logging.Logger) -> None:
+    stream = attached(log)
+    log.info("happened", {"reason": "x" * 5000})
+    (line,) = logged(stream)
+    assert f"reason={'x' * logs.MOST_TEXT}... thread=" in line
+
+
 def test_a_client_is_logged_when_it_comes_and_when_it_goes_and_why(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         with RawClient(running.port) as client:
@@ -169,6 +227,11 @@ def test_a_client_is_logged_when_it_comes_and_when_it_goes_and_why(tmp_path: Pat
         assert [line["client"] for line in came] == [line["client"] for line in went]
         assert (went[0]["code"], went[0]["received"], went[0]["acked"]) == ("1007", "3", "3") and went[0]["reason"]
         assert (went[1]["code"], went[1]["received"], went[1]["reason"]) == ("1006", "0", "connection lost")
+        with RawClient(running.port) as client:
+            client.send(frame(8, struct.pack(">H", 3000) + b"s3cret"))
+            assert client.closed()[0] == 3000
+        last = eventually(lambda: of(running, "disconnected")[2:])[0]
+        assert (last["code"], last["by"]) == ("3000", "client") and "reason" not in last
         assert running.stats()["clients"] == running.stats()["publishers"] == 0
 
 
@@ -182,6 +245,7 @@ def test_a_link_is_logged_once_per_change(tmp_path: Path) -> None:
                 eventually(lambda turn=turn: len(of(publisher, "link_down")) == turn)
                 with server(tmp_path, "-I", "false", "-p", str(port)):
                     client.acked(10 * turn)
+        eventually(lambda: len(of(publisher, "link_up")) == 3)
         events = [line["event"] for line in lines(publisher) if line["event"].startswith(("link_", "sink_"))]
         assert events == ["link_down", "link_up"] * 3
         down, up = of(publisher, "link_down")[0], of(publisher, "link_up")[0]
@@ -213,7 +277,15 @@ def everything(running: ServerProcess) -> None:
     assert request(running.port, "POST", "/v1.0/ingest", body, {**auth, "Content-Type": "text/plain"})[0] == 415
     for path in ("/v1.0/stats", "/nothing", "/v1.0/ingest"):
         request(running.port, "GET", f"{path}?access_token=s3cret-token", headers=auth)
+    for header in ("Origin", "Content-Type", "Accept"):
+        request(running.port, "POST", "/v1.0/ingest", body, {header: "http://me:s3cret-token@x/?t=s3cret-token"})
+    with socket.create_connection(("localhost", running.port)) as raw:
+        raw.sendall(b"GET http://me:s3cret-token@x/v1.0/alive?s3cret-token HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert raw.recv(100).startswith(b"HTTP/1.1 404")
+        raw.sendall(b"GET /v1.0/alive?s3cret-token s3cret-token HTTP/1.1\r\n\r\n")
+        assert raw.recv(65536)
     sent = [
+        frame(8, struct.pack(">H", 3000) + b"s3cret-token"),
         frame(2, struct.pack(">q", VALUE)),
         frame(2, struct.pack(">q", VALUE) + b"x"),
         frame(1, str(VALUE).encode()),
@@ -223,7 +295,7 @@ def everything(running: ServerProcess) -> None:
     for each in sent:
         with RawClient(running.port, {"Authorization": "Bearer s3cret-token"}) as client:
             client.send(frame(2, struct.pack(">q", VALUE)) + each)
-            if each is not sent[0]:
+            if each is not sent[1]:
                 client.closed()
 
 

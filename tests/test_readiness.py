@@ -23,7 +23,7 @@ from harness import (
 )
 
 import readiness
-from readiness import Reason, _Fresh
+from readiness import Reason, _Question
 
 QUICK = "readiness.FRESH = 0.05; readiness.PATIENCE = 0.5; readiness.STUCK = 0.1"
 
@@ -108,7 +108,7 @@ def test_a_draining_server_says_so(tmp_path: Path) -> None:
         client.send(frame(2, bytes(4)))
         eventually(lambda: publisher.stats()["ringDepth"] == 1)
         publisher.send_signal(signal.SIGTERM)
-        eventually(lambda: not_ready(publisher) == ["draining", "consumer_unreachable"])
+        eventually(lambda: not_ready(publisher) == ["draining"])
 
 
 def test_a_server_with_all_its_connections_taken_is_not_ready_for_the_next_client(tmp_path: Path) -> None:
@@ -125,7 +125,11 @@ def test_a_consumer_whose_connections_are_all_links_of_a_publisher_makes_that_no
     ):
         assert request(publisher.port, "POST", "/v1.0/ingest", bytes(4))[0] == 200
         assert not_ready(consumer) == ["connections_full"]
-        assert not_ready(publisher) == []
+        for _ in range(5):
+            assert not_ready(publisher) == []
+            eventually(lambda: publisher.stats()["totalConnections"])
+        with server(tmp_path, "-p", "0", "-T", str(consumer.port), patch=QUICK) as other:
+            assert not_ready(other) == ["consumer_not_ready"], "it has no link, and would get none"
 
 
 def test_a_chain_is_ready_when_all_of_it_is(tmp_path: Path) -> None:
@@ -141,14 +145,68 @@ def test_a_chain_is_ready_when_all_of_it_is(tmp_path: Path) -> None:
 
 
 def test_with_a_spool_a_publisher_is_ready_until_that_is_full(tmp_path: Path) -> None:
-    flags = ["-S", "s.spool", "--spool_max", "3"]
+    flags = ["-S", "s.spool", "--spool_max", "4"]
     with server(tmp_path, "-p", "0", "-T", str(free_port()), *flags, patch=QUICK) as publisher:
         assert not_ready(publisher) == []
         assert request(publisher.port, "POST", "/v1.0/ingest", bytes(24))[0] == 200
         assert publisher.stats()["consumerState"] == "down" and not_ready(publisher) == []
-        with RawClient(publisher.port) as client:
-            client.send(frame(2, bytes(8)))
-            eventually(lambda: not_ready(publisher) == ["consumer_unreachable", "spool_full"])
+        assert request(publisher.port, "POST", "/v1.0/ingest", bytes(8))[0] == 200
+        assert not_ready(publisher) == ["consumer_unreachable", "spool_full"]
+
+
+def test_a_spool_leaves_room_on_its_disk_and_ready_knows(tmp_path: Path) -> None:
+    flags = ["-S", "s.spool"]
+    patch = f"{QUICK}; spool.ROOM = 2**62"
+    with server(tmp_path, "-p", "0", "-T", str(free_port()), *flags, patch=patch) as publisher:
+        assert not_ready(publisher) == ["consumer_unreachable", "spool_full"]
+
+
+def test_what_one_link_loses_and_another_one_stores_leaves_the_consumer_up(tmp_path: Path) -> None:
+    """The worker whose link failed has nothing to try again with; ready must not wait for it."""
+    with (
+        server(tmp_path, "-I", "false", "-p", "0", "-n", "1", patch=QUICK) as consumer,
+        server(
+            tmp_path, "-p", "0", "-T", str(consumer.port), "-r", "64", patch=f"forwarder.IDLE_SECONDS = 0.3; {QUICK}"
+        ) as publisher,
+        RawClient(publisher.port) as client,
+    ):
+        sent = 0
+        while publisher.stats()["mostWorkers"] < 2 or "link_down" not in publisher.errors.read_text():
+            client.send(frame(2, bytes(8)) * 100)
+            sent += 100
+            assert sent < 1_000_000
+        client.acked(sent)
+        eventually(lambda: publisher.stats()["consumerState"] == "up")
+        eventually(lambda: not_ready(publisher) == [])
+
+
+@pytest.mark.parametrize("role", ["consumer", "publisher"])
+def test_whatever_hangs_who_asks_is_answered_and_the_server_ends(tmp_path: Path, role: str) -> None:
+    """The consumer's disk hangs; to the publisher the consumer answers, but ever so slowly."""
+    patch = f"{QUICK}; ringoexp.DRAIN_SECONDS = 1"
+    with socket.create_server(("localhost", 0)) as listener:
+        if role == "consumer":
+            flags = ["-I", "false"]
+            patch += "; store.Store.check = lambda self: __import__('time').sleep(600)"
+        else:
+            flags = ["-T", str(listener.getsockname()[1])]
+        with server(tmp_path, "-p", "0", *flags, patch=patch) as running:
+            over = threading.Event()
+
+            def dribble() -> None:
+                peer, _ = listener.accept()
+                with peer:
+                    while not over.wait(0.1):
+                        peer.sendall(b"H" if peer.recv(65536) else b"")
+
+            dribbling = Blocked(dribble) if role == "publisher" else None
+            codes = ["store_failing"] if role == "consumer" else ["consumer_unreachable"]
+            asking = [Blocked(lambda: not_ready(running)) for _ in range(5)]
+            assert [each.result(10) for each in asking] == [codes] * 5
+            assert not_ready(running) == codes
+            over.set()
+            assert dribbling is None or dribbling.result() is None
+            assert running.stop() == 0
 
 
 @pytest.mark.parametrize(
@@ -163,7 +221,7 @@ def test_with_a_spool_a_publisher_is_ready_until_that_is_full(tmp_path: Path) ->
 )
 def test_a_consumer_that_answers_otherwise(answer: bytes, expected: str | None) -> None:
     with socket.create_server(("localhost", 0)) as listener:
-        asked = Blocked(lambda: readiness._check_consumer("localhost", listener.getsockname()[1]))
+        asked = Blocked(lambda: readiness._check_consumer("localhost", listener.getsockname()[1], linked=False))
         peer, _ = listener.accept()
         with peer:
             peer.recv(65536)
@@ -181,12 +239,34 @@ def test_many_who_ask_at_once_get_one_answer(monkeypatch: pytest.MonkeyPatch) ->
         assert gate.wait(30)
         return "away", "why"
 
-    fresh = _Fresh(ask)
-    asking = [Blocked(fresh.reason) for _ in range(10)]
+    question = _Question("x", ask, ("late", "no answer"))
+    monkeypatch.setattr(readiness, "PATIENCE", 600)
+    asking = [Blocked(question.reason) for _ in range(10)]
     assert all(each.still(0.01) for each in asking)
     gate.set()
     assert {each.result()[:2] for each in asking} == {("away", "why")} and len(calls) == 1
-    assert isinstance(fresh.reason(), Reason) and len(calls) == 1
+    assert isinstance(question.reason(), Reason) and len(calls) == 1
+
+
+def test_while_there_is_no_answer_the_last_one_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "FRESH", 0)
+    monkeypatch.setattr(readiness, "PATIENCE", 0.1)
+    gate = threading.Event()
+    gate.set()
+    question = _Question("x", lambda: None if gate.wait(30) else None, ("late", "no answer"))
+    eventually(lambda: question.reason() is None)
+    gate.clear()
+    for _ in range(2):
+        found = question.reason()
+        assert found and found.code == "late"
+    gate.set()
+    eventually(lambda: question.reason() is None)
+
+
+@pytest.mark.parametrize("name", ["a b", "a..b", "x" * 64, "caf\xe9.invalid"])
+def test_a_name_that_no_host_can_have_is_a_consumer_that_cannot_be_reached(name: str) -> None:
+    found = readiness._check_consumer(name, 1, linked=False)
+    assert found and found[0] == "consumer_unreachable" and name in found[1]
 
 
 def test_an_error_nobody_expected_is_an_answer_for_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,8 +275,7 @@ def test_an_error_nobody_expected_is_an_answer_for_those_who_wait(monkeypatch: p
     def ask() -> None:
         raise ZeroDivisionError
 
-    fresh = _Fresh(ask)
-    with pytest.raises(ZeroDivisionError):
-        fresh.reason()
-    again = fresh.reason()
-    assert again and again.code == "failed"
+    question = _Question("x", ask, ("late", "no answer"))
+    for _ in range(2):
+        found = question.reason()
+        assert found and found[:2] == ("failed", "ZeroDivisionError: ")

@@ -7,6 +7,7 @@ from array import array
 import pytest
 from harness import DEADLINE, Blocked, seeded
 
+import ringbuffer
 from ringbuffer import Batch, Closed, Full, Ring
 from wire import Run
 
@@ -324,6 +325,21 @@ def test_stats_agree_and_show_the_age_of_the_oldest_in_flight() -> None:
     assert 0 <= stats.oldest_in_flight < 60
     ring.commit(batch)
     assert (ring.stats().depth, ring.stats().high_water, ring.stats().oldest_in_flight) == (1, 4, 0)
+
+
+def test_the_age_of_a_batch_that_fails_again_and_again_counts_from_the_first_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(ringbuffer, "monotonic", lambda: now[0])
+    ring = ring_of(5, 1, 2)
+    for age in (0, 10, 20):
+        assert ring.stats().oldest_in_flight == age
+        batch = ring.reserve(1)
+        ring.requeue(batch)
+        now[0] += 10
+    ring.commit(ring.reserve(1))
+    assert ring.stats().oldest_in_flight == 0
 
 
 def test_the_layout_says_where_what_is() -> None:

@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from contextlib import ExitStack, closing
 from dataclasses import fields
 from pathlib import Path
@@ -434,6 +437,64 @@ def test_who_looks_on_keeps_no_server_from_ending(tmp_path: Path) -> None:
     finally:
         running.kill()
     assert "Traceback" not in running.errors.read_text()
+
+
+def test_who_goes_on_asking_keeps_no_server_from_ending(tmp_path: Path) -> None:
+    """A client that has sent a thousand requests on one connection, and does not wait for answers."""
+    with (
+        server(tmp_path, "-p", "0", "-T", "0") as running,
+        socket.create_connection(("localhost", running.port), DEADLINE) as asker,
+    ):
+        asker.sendall(b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert asker.recv(100)
+        stop = threading.Event()
+
+        def ask() -> None:
+            try:
+                while not stop.is_set():
+                    asker.sendall(b"GET /v1.0/stats HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10)
+            except OSError:
+                pass  # ended by the server
+
+        def read() -> None:
+            try:
+                while asker.recv(65536):
+                    pass
+            except OSError:
+                pass
+
+        calls = Blocked(ask), Blocked(read)
+        try:
+            assert running.stop(deadline=20) == 0
+        finally:
+            stop.set()
+        for each in calls:
+            each.result()
+
+
+def test_a_draining_server_without_descriptors_waits_for_some(tmp_path: Path) -> None:
+    """It must not try to accept all the time."""
+    running = draining(tmp_path, 600)
+    try:
+        with RawClient(running.port) as client, ExitStack() as waiting:
+            client.send(frame(2, bytes(4)))
+            eventually(lambda: running.stats()["ringDepth"] == 1)
+            used = len(os.listdir(f"/proc/{running.process.pid}/fd"))
+            resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (used, used))
+            for _ in range(3):
+                waiting.enter_context(socket.create_connection(("localhost", running.port)))
+            running.send_signal(signal.SIGTERM)
+            tried = 0
+
+            def told() -> int:
+                return sum(map(int, re.findall(r"event=cannot_accept .*count=(\d+)", running.errors.read_text())))
+
+            tried = eventually(told)
+            began = time.monotonic()
+            eventually(lambda: told() > tried + 3)
+            assert told() - tried < 50 * (time.monotonic() - began), "five times a second"
+    finally:
+        running.kill()
 
 
 def accepts(port: int) -> bool:

@@ -282,7 +282,10 @@ def test_the_log_and_the_stats_say_once_that_commits_fail(
     assert said == ["store_failing", "store_ok"] * 2
 
 
-def test_a_check_commits_without_being_a_commit_of_records(opened: Store, path: Path) -> None:
+def test_a_check_commits_without_being_a_commit_of_records(
+    opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "TRUST_SECONDS", 0)
     opened.append(*block(A, 0, 5))
     before, size = opened.stats(), opened.wal_bytes()
     opened.check()
@@ -294,6 +297,7 @@ def test_a_check_finds_out_that_commits_fail_and_that_they_succeed_again(
     opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(store, "BUSY_TIMEOUT_MS", 1)
     opened._db.execute("PRAGMA busy_timeout = 1")
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -309,6 +313,34 @@ def test_a_check_finds_out_that_commits_fail_and_that_they_succeed_again(
     opened.close()
     with pytest.raises(StoreError, match="closed"):
         opened.check()
+
+
+def test_a_check_does_not_make_good_what_failed_for_records(
+    opened: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It needs less room: until they have been tried again, their error stands."""
+    caplog.set_level(logging.INFO)
+
+    def failing(group: list[store._Waiting]) -> tuple[int, int, int]:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as short:
+        short.setattr(opened, "_write", failing)
+        with pytest.raises(StoreError):
+            opened.append(*block(A, 0, 5))
+        opened.check()
+        assert "full" in (opened.stats().error or "")
+    monkeypatch.setattr(store, "DOUBT_SECONDS", 0)
+    opened.check()
+    assert opened.stats().error is None, "nobody has tried again"
+    assert [record.getMessage() for record in caplog.records] == ["store_failing", "store_ok"]
+
+
+def test_no_check_is_needed_right_after_a_commit(opened: Store) -> None:
+    opened.append(*block(A, 0, 5))
+    size = opened.wal_bytes()
+    opened.check()
+    assert opened.wal_bytes() == size
 
 
 def test_slow_commits_are_said_and_all_are_timed(
