@@ -141,8 +141,9 @@ def _sample(seconds: float, wait: Callable[[float], bool]) -> Profile:
         last, number = now, number + 1
         if now >= end:
             break
-        due = max(due, now - INTERVAL_NS) + INTERVAL_NS  # what is missed stays missed
-        due = min(max(due, now + (thread_time_ns() - cost) * MOST_COST), end)
+        due = min(
+            max(due + INTERVAL_NS, now + (thread_time_ns() - cost) * MOST_COST), end
+        )  # what is missed stays missed
     for thread in seen.values():
         _leave(thread, last, number)
         _end(thread)

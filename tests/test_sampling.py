@@ -156,6 +156,20 @@ def test_a_thread_never_seen_at_work_keeps_its_cpu(world: World) -> None:
     assert by_place(world.sample(1))["shy", "begin"].cpu == 100 * MS
 
 
+def test_to_go_on_in_the_same_function_is_to_move(world: World) -> None:
+    actor = world.thread("t")
+    actor.go("both", 1)
+
+    def go_on() -> None:
+        if world.now == 1_500_000_000:
+            actor.frame.f_lasti, actor.load = 2, 0
+
+    world.at = go_on
+    profile = world.sample(1)
+    found = {stack[0][1]: cost for (_, _, stack), cost in profile.costs.items()}
+    assert found[0].cpu == 500 * MS and found[2].cpu == 0 and found[0].wall + found[2].wall == 10**9
+
+
 def test_one_long_call_keeps_its_cpu(world: World) -> None:
     """It does not move, and is not at work for all of the time."""
     actor = world.thread("zip")
