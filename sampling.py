@@ -1,8 +1,9 @@
 """Where the threads of this process are, and what they cost: samples of all stacks, and the formats for them.
 
 Runs in the thread of whoever calls `sample`, one at a time, which is left out itself. Nothing is shared but Python's
-switch interval, which is shorter meanwhile. Between two samples one reference to each thread's innermost frame is kept,
-to see whether it has moved: what such a frame holds is freed up to an interval late.
+switch interval, which is shorter meanwhile. No frame is kept for longer than it takes to look at it: it would keep
+what its call worked with, and a bytearray with a view of it cannot be resized. So whether a thread has moved is seen by
+the address of its innermost frame, by the position in it, and, as another frame may come to lie there, by its clock.
 
 Formats: pprof's profile.proto (https://github.com/google/pprof/blob/main/proto/profile.proto), gzipped; collapsed
 stacks, a line each, for flame graphs; speedscope's JSON (https://www.speedscope.app/file-format-schema.json).
@@ -28,6 +29,9 @@ MOST_COST = 12
 SWITCH_SECONDS = 0.0005
 """How soon a thread at work lets go of Python's lock while there is sampling. After Python's usual 5 ms, most have done
 what they had to do, and are found where they wait for more: their work would never be seen."""
+AWHILE_NS = 10 * INTERVAL_NS
+RECHECK = 4
+"""The clock of a thread that has been still for AWHILE_NS is looked at in one of so many samples, others' in each."""
 MOMENT_NS = 100_000
 """How long to see whether a thread is at work: then it uses CPU for half of it. One that begins to wait uses less."""
 
@@ -72,7 +76,7 @@ class _Seen:
         self.cpu = cpu  # ns, when it was last looked at
         self.pending = 0  # ns of CPU that were spent before it came where it is, nobody has seen where
         self.runs = False  # it used CPU where it is
-        self.frame: FrameType | None = None  # the innermost
+        self.frame = 0  # the innermost one's address
         self.lasti = -1
         self.cost = [0, 0, 0]  # of its stack: samples, cpu, wall
         self.worked: list[int] | None = None  # the same of the last stack in which it was found at work
@@ -106,11 +110,21 @@ def _sample(seconds: float, wait: Callable[[float], bool]) -> Profile:
         now, cost = monotonic_ns(), thread_time_ns()
         frames = sys._current_frames()
         del frames[me]
+        frame: FrameType | None
         moved: list[_Seen] = []
         threads: dict[int | None, threading.Thread] = {}
-        for ident, frame in frames.items():  # most have not moved: this is what a sample costs
+        idents = set(frames)
+        turn = number
+        while frames:  # most are still: this is what a sample costs
+            ident, frame = frames.popitem()
+            turn += 1
             thread = seen.get(ident)
-            if thread is None or frame is not thread.frame or frame.f_lasti != thread.lasti:
+            if (
+                thread is None
+                or id(frame) != thread.frame
+                or frame.f_lasti != thread.lasti
+                or ((turn % RECHECK == 0 or now - thread.since < AWHILE_NS or thread.runs) and _has_run(thread))
+            ):
                 threads = threads or {each.ident: each for each in threading.enumerate()}
                 known = threads.get(ident)
                 native_id = (known and known.native_id) or 0
@@ -121,16 +135,15 @@ def _sample(seconds: float, wait: Callable[[float], bool]) -> Profile:
                         _end(thread)
                     born = (thread_cpu(native_id) or 0) - (now - last)  # at most: it was not there at the last sample
                     thread = seen[ident] = _Seen(native_id, max(0, born))
-                    _look(thread, 0)
-                thread.frame, thread.lasti = frame, frame.f_lasti
+                    _look(thread)
+                thread.frame, thread.lasti = id(frame), frame.f_lasti
                 thread.number, thread.since = number, last
                 name = known.name if known else f"thread-{ident}"
                 thread.cost = found[name, native_id, _stack(frame)]
                 moved.append(thread)
-            elif thread.runs:
-                _look(thread, now - last)
-        if len(seen) > len(frames):
-            for ident in seen.keys() - frames.keys():
+        frame = None
+        if len(seen) > len(idents):
+            for ident in seen.keys() - idents:
                 gone = seen.pop(ident)
                 _leave(gone, last, number)
                 _end(gone)
@@ -141,30 +154,32 @@ def _sample(seconds: float, wait: Callable[[float], bool]) -> Profile:
         last, number = now, number + 1
         if now >= end:
             break
-        due = min(
-            max(due + INTERVAL_NS, now + (thread_time_ns() - cost) * MOST_COST), end
-        )  # what is missed stays missed
+        # What is missed stays missed.
+        due = min(max(due + INTERVAL_NS, now + (thread_time_ns() - cost) * MOST_COST), end)
     for thread in seen.values():
         _leave(thread, last, number)
         _end(thread)
     return Profile(started_at, max(1, last - started), {key: Cost(*cost) for key, cost in found.items()})
 
 
+def _has_run(thread: _Seen) -> bool:
+    """True when a thread has used CPU since the last look, so that it may be elsewhere."""
+    return thread_cpu(thread.native_id) != thread.cpu
+
+
 def _leave(thread: _Seen, last: int, number: int) -> None:
     """Counts the time of a thread in its place, where it was until the `last` sample, the one before `number`."""
     thread.cost[0] += number - thread.number
     thread.cost[2] += last - thread.since
-    _look(thread, 0)
+    _look(thread)
 
 
-def _look(thread: _Seen, there: int) -> None:
-    """Counts the CPU time a thread has used since the last look: `there` ns of it at most for where it is."""
+def _look(thread: _Seen) -> None:
+    """Takes note of the CPU time that a thread has used since the last look."""
     cpu = thread_cpu(thread.native_id)
     if cpu is not None:
-        used, thread.cpu = max(0, cpu - thread.cpu), cpu
-        there = min(used, there)
-        thread.cost[1] += there
-        thread.pending += used - there
+        thread.pending += max(0, cpu - thread.cpu)
+        thread.cpu = cpu
 
 
 def _arrive(thread: _Seen) -> None:
