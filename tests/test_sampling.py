@@ -265,6 +265,23 @@ def test_the_ident_of_an_ended_thread_may_be_a_new_ones(world: World, names: tup
     assert found[names[1], ids[1]].cpu == 502 * MS and found[names[1], ids[1]].wall == 510 * MS
 
 
+def test_what_a_thread_did_unseen_is_not_the_next_ones_with_its_ident(world: World) -> None:
+    first = world.thread("first", 7)
+    first.go("burn", 1)
+
+    def change() -> None:
+        if world.now == 1_300_000_000:
+            first.cpu += 4 * MS
+            first.go("doze", 0)
+        elif world.now == 1_500_000_000:
+            world.thread("second", 7).go("burn", 1)
+
+    world.at = change
+    found = by_place(world.sample(1))
+    assert found["first", "burn"].cpu == first.cpu == 304 * MS
+    assert found["second", "burn"].cpu == 500 * MS
+
+
 def test_a_thread_may_be_renamed(world: World) -> None:
     actor = world.thread("before")
     actor.go("burn", 1)
