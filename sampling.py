@@ -141,9 +141,7 @@ def _sample(seconds: float, wait: Callable[[float], bool]) -> Profile:
         last, number = now, number + 1
         if now >= end:
             break
-        due = min(
-            max(due + INTERVAL_NS, now + (thread_time_ns() - cost) * MOST_COST), end
-        )  # what is missed stays missed
+        due = min(max(due + INTERVAL_NS, now + (thread_time_ns() - cost) * MOST_COST), end)
     for thread in seen.values():
         _leave(thread, last, number)
         _end(thread)
