@@ -449,7 +449,7 @@ def test_real_threads_that_work_wait_or_do_both() -> None:
         hashlib.sha256(block).digest()  # without Python's lock, for long: the thread does not move
 
     with running(sleeper, shift, cruncher):
-        profile = sample(1.5, threading.Event().wait)
+        profile = sample(1, threading.Event().wait)
     assert not of_thread(profile, threading.current_thread().name), "the sampling thread is left out"
     idle, both = of_thread(profile, "sleeper")["sleeper"], of_thread(profile, "shift")
     assert abs(idle.wall - profile.duration) < profile.duration / 10 and idle.cpu < profile.duration / 50
@@ -475,7 +475,7 @@ def test_short_work_is_seen_too() -> None:
             spin(0.01)
 
     with running(shift, rival):
-        profile = sample(1.5, threading.Event().wait)
+        profile = sample(1, threading.Event().wait)
     found = of_thread(profile, "shift")
     assert used["shift"] >= found["shift"].cpu > 0.5 * used["shift"]
     assert found["spin"].cpu > 0.5 * found["shift"].cpu
