@@ -219,12 +219,13 @@ class Handler(WebHandler):
         """Web pages from elsewhere may not ask; nor, on the loopback address, under another name than its own."""
         if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") or "Origin" in self.headers:
             raise Refusal(403, "web pages from elsewhere may not ask the profiler")
+        given = self.headers.get("Host") or "localhost"
         try:
-            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
+            host = urlsplit(f"//{given}").hostname or ""
         except ValueError:
-            raise Refusal(400, "the Host header is none") from None
-        if self.server.loopback and host and not _is_loopback(host) and host not in self.server.hosts:
-            raise Refusal(403, f"this is not {host}: ask for localhost")
+            host = ""
+        if self.server.loopback and not _is_loopback(host) and host not in self.server.hosts:
+            raise Refusal(403, f"this is not {given[:100]}: ask for localhost")
 
     def _parameters(self, **defaults: str) -> dict[str, str]:
         """The query's parameters, with defaults; unknown ones are refused."""

@@ -101,12 +101,11 @@ def test_the_index_links_to_all_there_is(one: Profiled) -> None:
     assert b"<script" not in body and b"style" not in body
     links = [link.replace("&amp;", "&") for link in re.findall('href="([^"]*)"', body.decode())]
     assert len(links) == len(set(links)) == 9
-    answers = {link: one.get(link.replace("seconds=5", "seconds=1")) for link in links}
-    assert {answer[0] for answer in answers.values()} == {200}
-    _, headers, body = answers["profile?seconds=5&format=speedscope"]
-    assert headers["Content-Type"] == "application/json"
-    assert headers["Content-Disposition"] == 'attachment; filename="profile.speedscope.json"'
-    check_speedscope(json.loads(body))
+    profiles = {f"profile?seconds=5{more}" for more in ("", "&format=collapsed", "&format=speedscope")}
+    assert profiles < set(links), "tests of their own ask for these"
+    for link in links:  # in this order: to stop the tracing is after its start
+        assert link in profiles or one.get(link)[0] == 200, link
+    assert one.get("heap")[0] == 409
     status, headers, _ = request(one.port, "GET", BASE.rstrip("/"))
     assert status == 301 and headers["Location"] == BASE
 
@@ -124,7 +123,7 @@ def test_only_reading_is_for_head(one: Profiled) -> None:
     assert one.running.get(BASE)[0] == 404, "and only on its port"
 
 
-@pytest.mark.parametrize("seconds", ["0", "61", "-1", "x", "", "1.5", "+5", "٣", "9" * 400])
+@pytest.mark.parametrize("seconds", ["0", "61", "-1", "x", "", "1.5", "+5", "٣", "9" * 9, "9" * 5000])
 def test_other_numbers_of_seconds_are_refused_with_what_is_accepted(one: Profiled, seconds: str) -> None:
     quoted = "%D9%A3" if seconds == "٣" else seconds
     answer = one.get(f"profile?seconds={quoted}")
@@ -215,9 +214,9 @@ def test_people_and_its_own_pages_may(one: Profiled, headers: dict[str, str]) ->
     assert one.get("cmdline", **headers)[0] == 200
 
 
-@pytest.mark.parametrize("host", ["[", "[::1", "a b", "]:[", "%", "[x]"])
+@pytest.mark.parametrize("host", ["[", "[::1", "a b", "]:[", "%", "[x]", ":", ":80"])
 def test_a_host_that_is_none_is_refused(one: Profiled, host: str) -> None:
-    assert one.get("cmdline", Host=host)[0] in (400, 403)
+    assert one.get("cmdline", Host=host)[0] == 403
 
 
 @LINUX
@@ -307,6 +306,22 @@ def test_where_it_cannot_listen_nothing_is_left_open(tmp_path: Path, monkeypatch
     assert set(threading.enumerate()) == before
     with server(tmp_path, "-p", "0", "-T", "0"):
         pass
+
+
+def test_where_the_database_is_taken_the_profilers_port_is_free_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ringoexp
+    from options import read_arguments
+    from store import StoreError
+
+    monkeypatch.chdir(tmp_path)
+    port = free_port()
+    with server(tmp_path, "-p", "0", "-T", "0"):
+        with pytest.raises(StoreError) as failed:
+            ringoexp.Parts(read_arguments(["-p", "0", "-T", "0", "-L", str(port)]), [])
+        socket.create_server(("127.0.0.1", port)).close()
+        assert failed.value
 
 
 # Profiles.
@@ -419,11 +434,11 @@ def test_a_thousand_threads(tmp_path: Path) -> None:
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", found.running.port), DEADLINE))
             sock.sendall(b"GET / HTTP/1.1\r\n")  # and no more
         eventually(lambda: len(found.threads()) > 1000)
-        read = found.profile(2)
+        read = found.profile(1)
         conns = {each.labels["thread"]: each for each in read.samples if str(each.labels["thread"]).startswith("conn-")}
         assert len(conns) == 1000
         counts = [each.values[0] for each in read.samples if each.labels["thread"] == "MainThread"]
-        assert sum(counts) > 20, "samples, in 2 seconds; how many: bench/profile_cost.py"
+        assert sum(counts) > 5, "samples, in a second; how many: bench/profile_cost.py"
         text = found.get("threads")[2]
         assert re.search(rb"^1000 threads$", text, re.M) and len(text) < 100_000
 
@@ -481,15 +496,20 @@ def test_asking_while_another_stops_the_tracing(tmp_path: Path) -> None:
 # Secrets.
 
 
-def test_what_was_sent_is_not_shown(tmp_path: Path) -> None:
+def test_what_was_sent_is_not_shown_in_any_format(tmp_path: Path) -> None:
     """Names and places of code, not what is in variables."""
     secret = "s3cr3t"
     with profiled(tmp_path) as found, closing(socket.create_connection(("localhost", found.running.port))) as sock:
         sock.sendall(f"POST /v1.0/ingest?key={secret} HTTP/1.1\r\nAuthorization: {secret}\r\n".encode())
         assert found.get("heap?start=1")[0] == 200
         pages = ("", "threads", "heap?format=text", "profile?seconds=1&format=speedscope", "cmdline")
-        for path in pages:
-            assert secret.encode() not in found.get(path)[2]
+        answers = {path: found.get(path) for path in pages}
+        for status, _, body in answers.values():
+            assert status == 200 and secret.encode() not in body
+        _, headers, body = answers[pages[3]]
+        assert headers["Content-Type"] == "application/json"
+        assert headers["Content-Disposition"] == 'attachment; filename="profile.speedscope.json"'
+        check_speedscope(json.loads(body))
         assert found.get(f"profile?seconds=1&{secret}=1")[0] == 400
 
 

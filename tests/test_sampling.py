@@ -20,7 +20,7 @@ from harness import Blocked, eventually, seeded
 from pprof_reader import read_profile
 
 import sampling
-from sampling import INTERVAL_NS, Cost, Profile, Stack, sample
+from sampling import INTERVAL_NS, MOMENT_NS, Cost, Profile, Stack, sample
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="CPU time of threads is known on Linux only")
 MS = 1_000_000
@@ -128,7 +128,7 @@ def test_a_busy_thread_has_cpu_and_an_idle_one_wall_only(world: World) -> None:
     profile = world.sample(1)
     found = by_place(profile)
     assert profile.duration == 10**9 and profile.started_at == 5
-    assert found["busy", "burn"] == Cost(101, 10**9, 10**9)
+    assert found["busy", "burn"] == Cost(101, 10**9 + MOMENT_NS, 10**9), "and the moment in which that is found out"
     assert found["idle", "doze"] == Cost(101, 0, 10**9)
     assert len(found) == 2, "the sampling thread is left out"
 
@@ -212,7 +212,7 @@ def test_a_thread_that_starts_while_sampling_has_all_its_cpu(world: World) -> No
 
     world.at = begin
     found = by_place(world.sample(1))
-    assert found["late", "burn"].cpu == 506 * MS and found["late", "burn"].wall == 510 * MS
+    assert found["late", "burn"].cpu == 506 * MS + MOMENT_NS and found["late", "burn"].wall == 510 * MS
 
 
 def test_a_thread_that_only_shows_itself_late_has_no_more_cpu_than_there_was_time(world: World) -> None:
@@ -262,7 +262,24 @@ def test_the_ident_of_an_ended_thread_may_be_a_new_ones(world: World, names: tup
     found = {(name, native_id): cost for (name, native_id, _), cost in profile.costs.items()}
     assert found.keys() == set(zip(names, ids, strict=True))
     assert found[names[0], ids[0]].cpu == 490 * MS and found[names[0], ids[0]].wall == 490 * MS
-    assert found[names[1], ids[1]].cpu == 502 * MS and found[names[1], ids[1]].wall == 510 * MS
+    assert found[names[1], ids[1]].cpu == 502 * MS + MOMENT_NS and found[names[1], ids[1]].wall == 510 * MS
+
+
+def test_what_a_thread_did_unseen_is_not_the_next_ones_with_its_ident(world: World) -> None:
+    first = world.thread("first", 7)
+    first.go("burn", 1)
+
+    def change() -> None:
+        if world.now == 1_300_000_000:
+            first.cpu += 4 * MS
+            first.go("doze", 0)
+        elif world.now == 1_500_000_000:
+            world.thread("second", 7).go("burn", 1)
+
+    world.at = change
+    found = by_place(world.sample(1))
+    assert found["first", "burn"].cpu == first.cpu == 304 * MS
+    assert found["second", "burn"].cpu == 500 * MS + MOMENT_NS
 
 
 def test_a_thread_may_be_renamed(world: World) -> None:
@@ -276,7 +293,7 @@ def test_a_thread_may_be_renamed(world: World) -> None:
 
     world.at = rename
     found = by_place(world.sample(1))
-    assert found["before", "burn"].cpu + found["after", "burn"].cpu == 10**9
+    assert found["before", "burn"].cpu + found["after", "burn"].cpu == 10**9 + MOMENT_NS
     assert abs(found["before", "burn"].cpu - found["after", "burn"].cpu) < 30 * MS
 
 
@@ -352,7 +369,7 @@ def test_dear_samples_are_rarer(world: World) -> None:
     profile = world.sample(1)
     assert sum(each.samples for each in profile.costs.values()) == len(world.times)
     assert len(world.times) * world.cost < 0.1 * 10**9 + 2 * world.cost
-    assert by_place(profile)["t", "burn"].cpu == 10**9
+    assert by_place(profile)["t", "burn"].cpu == 10**9 + MOMENT_NS
 
 
 def test_missed_samples_are_not_made_up_for(world: World) -> None:
@@ -432,7 +449,7 @@ def test_real_threads_that_work_wait_or_do_both() -> None:
         hashlib.sha256(block).digest()  # without Python's lock, for long: the thread does not move
 
     with running(sleeper, shift, cruncher):
-        profile = sample(1.5, threading.Event().wait)
+        profile = sample(1, threading.Event().wait)
     assert not of_thread(profile, threading.current_thread().name), "the sampling thread is left out"
     idle, both = of_thread(profile, "sleeper")["sleeper"], of_thread(profile, "shift")
     assert abs(idle.wall - profile.duration) < profile.duration / 10 and idle.cpu < profile.duration / 50
@@ -458,7 +475,7 @@ def test_short_work_is_seen_too() -> None:
             spin(0.01)
 
     with running(shift, rival):
-        profile = sample(1.5, threading.Event().wait)
+        profile = sample(1, threading.Event().wait)
     found = of_thread(profile, "shift")
     assert used["shift"] >= found["shift"].cpu > 0.5 * used["shift"]
     assert found["spin"].cpu > 0.5 * found["shift"].cpu
@@ -548,6 +565,56 @@ def test_what_a_frame_holds_is_freed_soon() -> None:
 
 
 @LINUX
+def test_what_a_finished_call_worked_with_is_free_again() -> None:
+    """A bytearray cannot be resized while a view of it is kept, be it by a frame that is kept."""
+    tries = errors = 0
+
+    def job(over: threading.Event) -> None:
+        nonlocal tries, errors
+        buffer = bytearray(1000)
+
+        def look() -> None:
+            view = memoryview(buffer)
+            spin(0.0002)
+            assert view
+
+        while not over.is_set():
+            look()
+            tries += 1
+            try:
+                buffer.append(1)
+            except BufferError:
+                errors += 1
+
+    with running(job):
+        sample(1, threading.Event().wait)
+    assert tries > 100 and errors < tries / 50, "a frame that is looked at right then may be seen"
+
+
+def test_a_frame_at_the_address_of_another_is_another(world: World) -> None:
+    """As it comes to be when a call ends and the next one begins: only the thread's clock tells."""
+    actor = world.thread("t")
+    actor.go("first", 0.5)
+    world.at = lambda: setattr(actor.frame, "f_code", named("second")) if world.now >= 1_500_000_000 else None
+    found = by_place(world.sample(1))
+    assert found["t", "first"].wall == 490 * MS and found["t", "second"].wall == 510 * MS
+
+
+def test_a_still_thread_is_looked_at_now_and_then(world: World) -> None:
+    """Its clock, in one of a few samples: where it has been for long, it hardly can be anywhere else."""
+    actor = world.thread("t")
+    actor.go("wait", 0)
+
+    def change() -> None:
+        if world.now == 1_500_000_000:
+            actor.frame.f_code, actor.load = named("work"), 1
+
+    world.at = change
+    found = by_place(world.sample(1))
+    assert found["t", "work"].wall >= (510 - 10 * (sampling.RECHECK - 1)) * MS
+    assert found["t", "work"].cpu == 500 * MS + MOMENT_NS
+
+
 def test_the_cpu_time_of_a_thread_is_its_own() -> None:
     me = threading.get_native_id()
     before, own = sampling.thread_cpu(me), time.thread_time_ns()
