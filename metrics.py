@@ -77,6 +77,7 @@ def _metrics(now: Snapshot) -> Iterator[tuple[str, str, str, Samples]]:
         "From reading records to sending their ack, for each read.",
         _histogram(totals.ack_latency),
     )
+    yield gauge("ready", int(not now.not_ready), "1 if a record sent now would be stored now, as far as known, else 0.")
     yield gauge("connections", connections.now, "Connections open, HTTP and WebSocket.")
     yield counter("connections_admitted", connections.total, "Connections admitted: within the limit.")
     yield counter("connections_refused", connections.refused, "Requests refused because of the limit of connections.")
@@ -89,13 +90,13 @@ def _metrics(now: Snapshot) -> Iterator[tuple[str, str, str, Samples]]:
         yield gauge("ring_high_water_slots", ring.high_water, "Most slots ever taken.")
         yield counter("ring_full", ring.times_full, "Times somebody waited for a free slot, each second counted.")
         age = "How long ago the oldest batch that is not stored was first handed to a worker."
-        yield gauge("ring_oldest_in_flight_seconds", ring.oldest_in_flight, age)
+        yield gauge("ring_oldest_unstored_seconds", ring.oldest_in_flight, age)
     if forwarder := now.forwarder:
         yield gauge("workers", forwarder.workers, "Workers.")
         yield counter("link_reconnects", forwarder.reconnects, "Links made beyond each worker's first.")
     if now.link:
         up = consumer_state(now) != "down"
-        yield gauge("consumer_up", int(up), "0 while the consumer is known to be away, else 1.")
+        yield gauge("consumer_up", int(up), "0 while the consumer cannot be reached, else 1.")
         yield gauge("consumer_away_seconds", now.link.away, "How long the consumer has been away.")
     if spool := now.spool:
         yield gauge("spool_records", spool.depth, "Records in the spool.")

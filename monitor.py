@@ -29,6 +29,7 @@ class Snapshot(NamedTuple):
     spool: SpoolStats | None
     disk: StoreStats | None  # of its own database, or else of its spool
     sizes: Sizes | None  # of that
+    not_ready: list[str]  # the codes of why a record sent now would not be stored now, as far as known without a commit
 
 
 def consumer_state(now: Snapshot) -> str | None:
@@ -68,6 +69,7 @@ def stats(now: Snapshot) -> dict[str, Any]:
         "workers": forwarder.workers if forwarder else 0,
         "mostWorkers": forwarder.most_workers if forwarder else 0,
         "linkReconnects": forwarder.reconnects if forwarder else 0,
+        "notReady": now.not_ready,
         "consumerState": consumer_state(now),
         "consumerReason": link.reason if link else None,
         "consumerAwayMs": round(link.away * 1000) if link else 0,

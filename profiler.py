@@ -7,6 +7,7 @@ Who can connect can see the code's names, its stacks and its arguments: it liste
 
 import html
 import ipaddress
+import select
 import socket
 import sys
 import threading
@@ -15,7 +16,7 @@ import traceback
 import tracemalloc
 from collections import defaultdict
 from time import monotonic
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -31,6 +32,8 @@ HEAP_FRAMES = 10
 MOST_FRAMES = 100
 LOOK_SECONDS = 0.25
 """How often a request that samples looks whether its client is still there."""
+_CLOSED: int = getattr(select, "POLLRDHUP", select.POLLIN)
+"""What a connection has when the client has closed its side, whatever it has sent before; Linux knows the former."""
 TEXT = "text/plain; charset=utf-8"
 PROTO = "application/octet-stream"
 PAGES = {
@@ -103,17 +106,16 @@ class Handler(WebHandler):
         """All stacks, most recent call last; threads in the same place together."""
         self._parameters()
         threads = {thread.ident: thread for thread in threading.enumerate()}
-        places: dict[Any, list[int]] = defaultdict(list)
-        frames = sys._current_frames()
-        for ident, frame in frames.items():
+        places: dict[tuple[tuple[CodeType, int], ...], list[int]] = defaultdict(list)
+        for ident, frame in sys._current_frames().items():
             places[_position(frame)].append(ident)
+        del frame
         blocks = []
-        for idents in sorted(places.values(), key=len, reverse=True):
+        for place, idents in sorted(places.items(), key=lambda each: len(each[1]), reverse=True):
             told = [_about(threads.get(ident), ident) for ident in idents]
-            stack = "".join(traceback.format_stack(frames[idents[0]]))
+            calls = [traceback.FrameSummary(code.co_filename, line, code.co_name) for code, line in reversed(place)]
             count = "1 thread" if len(idents) == 1 else f"{len(idents)} threads"
-            blocks.append("\n".join([count, *told, stack]))
-        del frames, frame
+            blocks.append("\n".join([count, *told, "".join(traceback.format_list(calls))]))
         self._tell("\n".join(blocks).encode(errors="replace"), TEXT)
 
     def _profile(self) -> None:
@@ -142,18 +144,20 @@ class Handler(WebHandler):
         if asked["start"] and asked["stop"]:
             raise Refusal(400, "start=1 or stop=1, not both")
         if asked["start"]:
-            tracemalloc.start(frames)
+            tracemalloc.start(frames)  # does nothing where it has been started
+            frames = tracemalloc.get_traceback_limit()
             self._tell(f"tracing memory, {frames} calls of each allocation; ?stop=1 ends it\n".encode(), TEXT)
             return
         if asked["stop"]:
             tracemalloc.stop()
             self._tell(b"not tracing memory\n", TEXT)
             return
-        if not tracemalloc.is_tracing():
+        try:
+            snapshot = tracemalloc.take_snapshot()
+        except RuntimeError:
             raise Refusal(
                 409, "memory is not traced: ask for /debug/pprof/heap?start=1 first, and a little later again"
-            )
-        snapshot = tracemalloc.take_snapshot()
+            ) from None
         if asked["format"] == "text":
             now, peak = tracemalloc.get_traced_memory()
             lines = [f"{now} bytes now, {peak} at the peak, since the tracing began\n"]
@@ -202,23 +206,26 @@ class Handler(WebHandler):
 
     def _is_gone(self) -> bool:
         """True when the client has closed its side."""
-        self.connection.setblocking(False)
-        try:
-            return not self.connection.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
+        poll = select.poll()
+        poll.register(self.connection, _CLOSED)
+        if not poll.poll(0):
             return False
+        try:  # where the system does not tell, this is the next request, perhaps
+            return _CLOSED != select.POLLIN or not self.connection.recv(1, socket.MSG_PEEK)
         except OSError:
             return True
-        finally:
-            self.connection.settimeout(30)
 
     def _check_who(self) -> None:
         """Web pages from elsewhere may not ask; nor, on the loopback address, under another name than its own."""
         if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") or "Origin" in self.headers:
             raise Refusal(403, "web pages from elsewhere may not ask the profiler")
-        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
-        if self.server.loopback and host and not _is_loopback(host) and host not in self.server.hosts:
-            raise Refusal(403, f"this is not {host}: ask for localhost")
+        given = self.headers.get("Host") or "localhost"
+        try:
+            host = urlsplit(f"//{given}").hostname or ""
+        except ValueError:
+            host = ""
+        if self.server.loopback and not _is_loopback(host) and host not in self.server.hosts:
+            raise Refusal(403, f"this is not {given[:100]}: ask for localhost")
 
     def _parameters(self, **defaults: str) -> dict[str, str]:
         """The query's parameters, with defaults; unknown ones are refused."""
@@ -245,8 +252,8 @@ class Handler(WebHandler):
         )
 
 
-def _position(frame: FrameType | None) -> tuple[Any, ...]:
-    """Where a thread is: equal for threads whose stacks read the same."""
+def _position(frame: FrameType | None) -> tuple[tuple[CodeType, int], ...]:
+    """Where a thread is, innermost call first: equal for threads whose stacks read the same."""
     places = []
     while frame:
         places.append((frame.f_code, frame.f_lineno))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from database import StoreError
 from ringbuffer import Ring
-from sinks import LinkState
+from sinks import LinkState, LinkStats
 from spool import Spool
 from store import Store
 
@@ -60,19 +60,25 @@ class _Question:
         self._answered = threading.Condition(self._lock)
         # Guarded by _lock.
         self._asking = False
+        self._asked_at = 0.0  # monotonic seconds
         self._answer: Answer = None
         self._at = float("-inf")  # monotonic seconds
         self._since = 0.0  # since when the answer has had this code
 
-    def reason(self) -> Reason | None:
-        """The answer, at most FRESH seconds old; comes within PATIENCE."""
+    @property
+    def answered(self) -> bool:
+        """True once there was an answer."""
+        return self._at > float("-inf")
+
+    def reason(self, wait: bool) -> Reason | None:
+        """The answer, at most FRESH seconds old, within PATIENCE; without `wait` the last one, while it asks again."""
         deadline = monotonic() + PATIENCE
         with self._lock:
             if not self._asking and monotonic() - self._at >= FRESH:
                 self._begin()
-            while self._asking and (left := deadline - monotonic()) > 0:
+            while wait and self._asking and (left := deadline - monotonic()) > 0:
                 self._answered.wait(left)
-            if self._asking:
+            if self._asking and (wait or monotonic() - self._asked_at >= PATIENCE):
                 self._say(self._late)
             return self._answer and Reason(*self._answer, monotonic() - self._since)
 
@@ -83,7 +89,7 @@ class _Question:
         thread = threading.Thread(target=self._run, name=f"ask-{self._name}", daemon=True)
         try:
             thread.start()
-            self._asking = True
+            self._asking, self._asked_at = True, monotonic()
         except RuntimeError as error:
             self._say(("failed", f"no thread to be had: {error}"))
 
@@ -130,33 +136,54 @@ class Readiness:
             ("consumer_unreachable", "%s:%d: %s" % (*consumer, late)),
         )
 
-    def reasons(self) -> list[Reason]:
-        """Why a record sent now would not be stored now; none if it would."""
+    def reasons(self, wait: bool = True) -> list[Reason]:
+        """Why a record sent now would not be stored now; none if it would.
+
+        Without `wait` the database is not asked, and of the consumer the last answer is taken.
+        """
         found = []
         if self._link:
-            away = self._consumer_away()
-            if away and (not self._spool or (why := self._spool_refuses())):
+            away = self._consumer_away(wait)
+            if away and (not self._spool or (why := self._spool_refuses(wait))):
                 found.append(away)
                 if self._spool and why:
                     found.append(why)
-        elif why := self._ask_disk.reason():
+        elif why := self._disk_fails(wait):
             found.append(why)
         if full := self._ring_full():
             found.append(full)
         return found
 
-    def _consumer_away(self) -> Reason | None:
+    def link(self) -> LinkStats | None:
+        """What records on their way have shown of the consumer, or else its last answer; None without a link."""
+        if not self._link:
+            return None
+        link, away = self._link.stats(), self._consumer_away(wait=False)
+        if away and away.code == "consumer_unreachable":
+            return link._replace(state="down", reason=away.detail, away=away.seconds or 0.0)
+        if link.state == "unknown" and self._ask_consumer.answered:
+            return link._replace(state="up")
+        return link
+
+    def _consumer_away(self, wait: bool) -> Reason | None:
         assert self._link
         link = self._link.stats()
         if link.state == "down":  # a worker, or the spool's thread, has records for it and tries all the time
             return Reason("consumer_unreachable", link.reason or "", link.away)
-        return None if link.quiet < FRESH else self._ask_consumer.reason()
+        return None if link.quiet < FRESH else self._ask_consumer.reason(wait)
 
-    def _spool_refuses(self) -> Reason | None:
+    def _spool_refuses(self, wait: bool) -> Reason | None:
         assert self._spool
         if why := self._spool.refuses():
             return Reason("spool_full", why)
-        return self._ask_disk.reason()
+        return self._disk_fails(wait)
+
+    def _disk_fails(self, wait: bool) -> Reason | None:
+        if wait:
+            return self._ask_disk.reason(wait)
+        assert self._disk
+        error = self._disk.stats().error
+        return Reason("store_failing", error) if error else None
 
     def _ring_full(self) -> Reason | None:
         if not self._ring:
@@ -191,6 +218,8 @@ def _check_consumer(host: str, port: int, linked: bool) -> Answer:
         connection.request("GET", "/v1.0/ready", headers={"Accept": "application/json", "Connection": "close"})
         response = connection.getresponse()
         status, body = response.status, response.read(65536)
+    except TimeoutError:
+        return "consumer_unreachable", f"{where}: no answer within {PATIENCE:.0f} s"
     except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no host can have such a name
         return "consumer_unreachable", f"{where}: {error or type(error).__name__}"
     finally:

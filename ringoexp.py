@@ -52,6 +52,8 @@ log = logging.getLogger("ringoexp")
 DRAIN_SECONDS = 30.0
 """How long a stopping server tries to store what it has accepted."""
 M_ARENA_MAX = -8  # malloc.h
+SAME_SIGNAL = 0.5
+"""Seconds within which another signal is the same one: a Ctrl-C may come from the terminal and from a wrapper."""
 EXIT_OK, EXIT_FAILED, EXIT_UNSTORED = 0, 1, 3  # and options.EXIT_USAGE
 
 
@@ -139,6 +141,9 @@ class Parts:
                     "the same as -p)"
                 ) from error
             undo.callback(self.server.close)
+            self.profiler = self._open_profiler()
+            if self.profiler:
+                undo.callback(self.profiler.close)
             self.link: LinkState | None = None
             if not own:
                 self.link = LinkState(f"{settings.consumer_hostname}:{settings.consumer_port}")
@@ -160,7 +165,6 @@ class Parts:
                     self.forwarder = Forwarder(self.ring, self._make_sink, settings.workers, most, told)
                 except RuntimeError as error:
                     raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
-            self.profiler = self._open_profiler()
             undo.pop_all()
         consumer = settings.consumer_hostname, settings.consumer_port
         self._readiness = Readiness(self.ring, self.store, self.spool, self.link, consumer)
@@ -253,11 +257,12 @@ class Parts:
             ring=self.ring.stats() if self.ring else None,
             layout=self.ring.layout() if self.ring else None,
             forwarder=self.forwarder.stats() if self.forwarder else None,
-            link=self.link.stats() if self.link else None,
+            link=self._readiness.link(),
             store=disk if self.store else None,
             spool=self.spool.stats() if self.spool else None,
             disk=disk,
             sizes=database.sizes() if database else None,
+            not_ready=[reason.code for reason in self._readiness.reasons(wait=False)],
         )
 
     def report(self) -> dict[str, Any]:
@@ -297,9 +302,14 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
     woken, wake = socket.socketpair()
     wake.setblocking(False)
 
+    first: list[float] = []
+
     def end(number: int, frame: object) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)  # the second one ends at once
+        """The first signal wakes the main thread, by the descriptor; another one ends the process at once."""
+        first.append(monotonic())
+        if first[-1] - first[0] >= SAME_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     with woken, wake:
         signal.set_wakeup_fd(wake.fileno())

@@ -1,13 +1,15 @@
 """Where the threads of this process are, and what they cost: samples of all stacks, and the formats for them.
 
-Runs in the thread of whoever calls `sample`, which is left out itself; nothing is shared. Between two samples one
-reference to each thread's innermost frame is kept, to see whether it has moved: what such a frame holds is freed up to
-an interval late.
+Runs in the thread of whoever calls `sample`, one at a time, which is left out itself. Nothing is shared but Python's
+switch interval, which is shorter meanwhile. No frame is kept for longer than it takes to look at it: it would keep
+what its call worked with, and a bytearray with a view of it cannot be resized. So whether a thread has moved is seen by
+the address of its innermost frame, by the position in it, and, as another frame may come to lie there, by its clock.
 
 Formats: pprof's profile.proto (https://github.com/google/pprof/blob/main/proto/profile.proto), gzipped; collapsed
 stacks, a line each, for flame graphs; speedscope's JSON (https://www.speedscope.app/file-format-schema.json).
 """
 
+import functools
 import gzip
 import json
 import os
@@ -24,6 +26,12 @@ INTERVAL_NS = 10_000_000
 """A hundred samples a second."""
 MOST_COST = 12
 """Where a sample takes long, the next one waits for so many times as long: less than a tenth of a core is used."""
+SWITCH_SECONDS = 0.0005
+"""How soon a thread at work lets go of Python's lock while there is sampling. After Python's usual 5 ms, most have done
+what they had to do, and are found where they wait for more: their work would never be seen."""
+AWHILE_NS = 10 * INTERVAL_NS
+RECHECK = 4
+"""The clock of a thread that has been still for AWHILE_NS is looked at in one of so many samples, others' in each."""
 MOMENT_NS = 100_000
 """How long to see whether a thread is at work: then it uses CPU for half of it. One that begins to wait uses less."""
 
@@ -59,21 +67,21 @@ class Profile(NamedTuple):
 
 
 class _Seen:
-    """A thread at the last sample."""
+    """A thread, and where it is: in the same place since it arrived there."""
 
-    __slots__ = ("name", "native_id", "frame", "lasti", "stack", "cost", "cpu", "pending", "runs", "still")
+    __slots__ = ("native_id", "frame", "lasti", "cost", "worked", "number", "since", "cpu", "pending", "runs")
 
-    def __init__(self, name: str, native_id: int) -> None:
-        self.name = name
+    def __init__(self, native_id: int, cpu: int) -> None:
         self.native_id = native_id
-        self.frame: FrameType | None = None
-        self.lasti = -1
-        self.stack: Stack = ()
-        self.cost = [0, 0, 0]  # of its stack: samples, cpu, wall
-        self.cpu = thread_cpu(native_id) or 0  # ns, when it was last looked at
+        self.cpu = cpu  # ns, when it was last looked at
         self.pending = 0  # ns of CPU that were spent before it came where it is, nobody has seen where
         self.runs = False  # it used CPU where it is
-        self.still = 0  # ns for which it has not moved
+        self.frame = 0  # the innermost one's address
+        self.lasti = -1
+        self.cost = [0, 0, 0]  # of its stack: samples, cpu, wall
+        self.worked: list[int] | None = None  # the same of the last stack in which it was found at work
+        self.number = 0  # of the sample that found it there first
+        self.since = 0  # monotonic ns of the sample before that one
 
 
 def sample(seconds: float, wait: Callable[[float], bool]) -> Profile:
@@ -81,68 +89,97 @@ def sample(seconds: float, wait: Callable[[float], bool]) -> Profile:
 
     Wall time is that between samples. The CPU time that a thread has used since it was last looked at goes to the stack
     it is found in, if it is at work there; if it is not, it waits, and has used its time elsewhere: that goes to the
-    next stack in which it is found at work.
+    next stack in which it is found at work, or else to the last one.
     """
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, SWITCH_SECONDS))
+    try:
+        return _sample(seconds, wait)
+    finally:
+        sys.setswitchinterval(usual)
+
+
+def _sample(seconds: float, wait: Callable[[float], bool]) -> Profile:
+    """See `sample`."""
     me = threading.get_ident()
     found: dict[tuple[str, int, Stack], list[int]] = defaultdict(lambda: [0, 0, 0])
     seen: dict[int, _Seen] = {}
     started_at, started = time.time_ns(), monotonic_ns()
-    last, end, due = started, started + int(seconds * 1e9), started
+    last, end, due, number = started, started + int(seconds * 1e9), started, 0
     while not wait(max(0, due - monotonic_ns()) / 1e9):
         now, cost = monotonic_ns(), thread_time_ns()
         frames = sys._current_frames()
         del frames[me]
+        frame: FrameType | None
         moved: list[_Seen] = []
         threads: dict[int | None, threading.Thread] = {}
-        for ident, frame in frames.items():
+        idents = set(frames)
+        turn = number
+        while frames:  # most are still: this is what a sample costs
+            ident, frame = frames.popitem()
+            turn += 1
             thread = seen.get(ident)
-            lasti = frame.f_lasti
-            if thread is not None and frame is thread.frame and lasti == thread.lasti:
-                thread.still += now - last
-            else:
+            if (
+                thread is None
+                or id(frame) != thread.frame
+                or frame.f_lasti != thread.lasti
+                or ((turn % RECHECK == 0 or now - thread.since < AWHILE_NS or thread.runs) and _has_run(thread))
+            ):
                 threads = threads or {each.ident: each for each in threading.enumerate()}
-                thread = seen[ident] = _same_or_new(thread, threads.get(ident), ident)
-                _leave(thread)
-                thread.frame, thread.lasti, thread.stack = frame, lasti, _stack(frame)
-                thread.cost = found[thread.name, thread.native_id, thread.stack]
+                known = threads.get(ident)
+                native_id = (known and known.native_id) or 0
+                if thread is not None:
+                    _leave(thread, last, number)
+                if thread is None or thread.native_id != native_id:  # the ident of one that has ended, perhaps
+                    if thread is not None:
+                        _end(thread)
+                    born = (thread_cpu(native_id) or 0) - (now - last)  # at most: it was not there at the last sample
+                    thread = seen[ident] = _Seen(native_id, max(0, born))
+                    _look(thread)
+                thread.frame, thread.lasti = id(frame), frame.f_lasti
+                thread.number, thread.since = number, last
+                name = known.name if known else f"thread-{ident}"
+                thread.cost = found[name, native_id, _stack(frame)]
                 moved.append(thread)
-            thread.cost[0] += 1
-            thread.cost[2] += now - last
-        if len(seen) > len(frames):
-            seen = {ident: thread for ident, thread in seen.items() if ident in frames}
-        del frames, frame
+        frame = None
+        if len(seen) > len(idents):
+            for ident in seen.keys() - idents:
+                gone = seen.pop(ident)
+                _leave(gone, last, number)
+                _end(gone)
         if moved:
             time.sleep(MOMENT_NS / 1e9)
             for thread in moved:
                 _arrive(thread)
-        last = now
+        last, number = now, number + 1
         if now >= end:
             break
-        due = max(due + INTERVAL_NS, now + (thread_time_ns() - cost) * MOST_COST)
-        due = min(due, max(end, now + 1))
+        # What is missed stays missed.
+        due = min(max(due + INTERVAL_NS, now + (thread_time_ns() - cost) * MOST_COST), end)
     for thread in seen.values():
-        _leave(thread)
-        thread.cost[1] += thread.pending
+        _leave(thread, last, number)
+        _end(thread)
     return Profile(started_at, max(1, last - started), {key: Cost(*cost) for key, cost in found.items()})
 
 
-def _same_or_new(before: _Seen | None, thread: threading.Thread | None, ident: int) -> _Seen:
-    """What is known of a thread that has moved; nothing, if it is new and has the `ident` of one that has ended."""
-    name = thread.name if thread else f"thread-{ident}"
-    native_id = (thread and thread.native_id) or 0
-    same = before and before.native_id == native_id and before.name == name
-    return before if before and same else _Seen(name, native_id)
+def _has_run(thread: _Seen) -> bool:
+    """True when a thread has used CPU since the last look, so that it may be elsewhere."""
+    return thread_cpu(thread.native_id) != thread.cpu
 
 
-def _leave(thread: _Seen) -> None:
-    """Counts the CPU time of a thread that has left its place: for that, as far as it was at work there."""
+def _leave(thread: _Seen, last: int, number: int) -> None:
+    """Counts the time of a thread in its place, where it was until the `last` sample, the one before `number`."""
+    thread.cost[0] += number - thread.number
+    thread.cost[2] += last - thread.since
+    _look(thread)
+
+
+def _look(thread: _Seen) -> None:
+    """Takes note of the CPU time that a thread has used since the last look."""
     cpu = thread_cpu(thread.native_id)
     if cpu is not None:
-        used, thread.cpu = max(0, cpu - thread.cpu), cpu
-        there = min(used, thread.still) if thread.runs else 0
-        thread.cost[1] += there
-        thread.pending += used - there
-    thread.still = 0
+        thread.pending += max(0, cpu - thread.cpu)
+        thread.cpu = cpu
 
 
 def _arrive(thread: _Seen) -> None:
@@ -150,8 +187,14 @@ def _arrive(thread: _Seen) -> None:
     cpu = thread_cpu(thread.native_id)
     thread.runs = cpu is not None and cpu > thread.cpu + MOMENT_NS // 2
     if thread.runs:
+        thread.worked = thread.cost
         thread.cost[1] += thread.pending
         thread.pending = 0
+
+
+def _end(thread: _Seen) -> None:
+    """Nobody will look at this thread any more: what it did unseen counts for where it was last seen at work."""
+    (thread.worked or thread.cost)[1] += thread.pending
 
 
 def _stack(frame: FrameType | None) -> Stack:
@@ -192,9 +235,9 @@ def site(place: Place) -> Site:
 def pprof(profile: Profile) -> bytes:
     """Gzipped profile.proto with the values samples, cpu and wall, and the thread's name and id as labels."""
     types = [("samples", "count"), ("cpu", "nanoseconds"), ("wall", "nanoseconds")]
-    encoder = _Encoder(types, default="cpu")
+    encoder, known = _Encoder(types, default="cpu"), functools.cache(site)
     for (name, native_id, stack), cost in profile.costs.items():
-        encoder.sample(map(site, stack), cost, {"thread": name, "thread id": native_id})
+        encoder.sample(map(known, stack), cost, {"thread": name, "thread id": native_id})
     return encoder.done(profile.started_at, profile.duration, ("cpu", "nanoseconds"), INTERVAL_NS)
 
 
@@ -210,25 +253,30 @@ def pprof_heap(traces: Iterable[tuple[Iterable[tuple[str, int]], int, int]], at:
     return encoder.done(at, 0, ("space", "bytes"), 1)
 
 
+_NOT_IN_LINES = str.maketrans(";\r\n", ":  ")
+
+
 def collapsed(profile: Profile, value: str) -> str:
     """A line a stack: thread, calls from the outermost on, joined by `;`, and `cpu` or `wall` time in µs."""
     totals: dict[str, int] = defaultdict(int)
+    known = functools.cache(site)
     for (name, _, stack), cost in profile.costs.items():
-        calls = [name, *(site(place).function for place in reversed(stack))]
-        totals[";".join(call.replace(";", ":") for call in calls)] += getattr(cost, value)
+        calls = [name, *(known(place).function for place in reversed(stack))]
+        totals[";".join(call.translate(_NOT_IN_LINES) for call in calls)] += getattr(cost, value)
     return "".join(f"{calls} {total // 1000}\n" for calls, total in sorted(totals.items()) if total >= 1000)
 
 
 def speedscope(profile: Profile, name: str) -> str:
     """Speedscope's JSON: a profile of CPU time and one of wall time, threads as the outermost frames."""
     frames: dict[Site, int] = {}
+    known = functools.cache(site)
 
     def index(of: Site) -> int:
         return frames.setdefault(of, len(frames))
 
     profiles = []
     stacks = [
-        [index(Site(thread, "", 0, 0)), *(index(site(place)) for place in reversed(stack))]
+        [index(Site(thread, "", 0, 0)), *(index(known(place)) for place in reversed(stack))]
         for thread, _, stack in profile.costs
     ]
     for value in ("cpu", "wall"):

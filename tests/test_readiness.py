@@ -61,7 +61,29 @@ def test_a_publisher_is_ready_while_its_consumer_is_before_any_record_is_sent(tm
                 eventually(lambda: not_ready(publisher) == [])
             eventually(lambda: not_ready(publisher) == ["consumer_unreachable"])
         assert publisher.get("/v1.0/alive")[0] == 200
-        assert publisher.stats()["totalConnections"] > 0 and publisher.stats()["consumerState"] == "unknown"
+        assert publisher.stats()["totalConnections"] > 0 and publisher.stats()["consumerState"] == "down"
+        assert publisher.errors.read_text() == "", "no record has found it out, so nothing is logged"
+
+
+def test_stats_and_metrics_know_of_an_idle_publishers_consumer(tmp_path: Path) -> None:
+    """They ask, too, but wait for nobody: the next look has the answer."""
+    port = free_port()
+    with server(tmp_path, "-p", "0", "-T", str(port), patch=QUICK) as publisher:
+
+        def known(state: str, codes: list[str]) -> bool:
+            stats, metrics = publisher.stats(), publisher.get("/metrics")[2].decode()
+            up = f"\nringoexp_consumer_up {int(state != 'down')}\n" in metrics
+            ready = f"\nringoexp_ready {int(not codes)}\n" in metrics
+            return (stats["consumerState"], stats["notReady"]) == (state, codes) and up and ready
+
+        assert publisher.stats()["consumerState"] == "unknown"
+        eventually(lambda: known("down", ["consumer_unreachable"]))
+        stats = publisher.stats()
+        assert f"localhost:{port}" in stats["consumerReason"] and stats["consumerAwayMs"] > 0
+        with server(tmp_path, "-I", "false", "-p", str(port), patch=QUICK):
+            eventually(lambda: known("up", []))
+            assert publisher.stats()["consumerAwayMs"] == 0
+        eventually(lambda: known("down", ["consumer_unreachable"]))
 
 
 def test_since_is_when_it_began_and_stays(tmp_path: Path) -> None:
@@ -241,11 +263,11 @@ def test_many_who_ask_at_once_get_one_answer(monkeypatch: pytest.MonkeyPatch) ->
 
     question = _Question("x", ask, ("late", "no answer"))
     monkeypatch.setattr(readiness, "PATIENCE", 600)
-    asking = [Blocked(question.reason) for _ in range(10)]
+    asking = [Blocked(lambda: question.reason(wait=True)) for _ in range(10)]
     assert all(each.still(0.01) for each in asking)
     gate.set()
     assert {each.result()[:2] for each in asking} == {("away", "why")} and len(calls) == 1
-    assert isinstance(question.reason(), Reason) and len(calls) == 1
+    assert isinstance(question.reason(wait=True), Reason) and len(calls) == 1
 
 
 def test_while_there_is_no_answer_the_last_one_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,13 +276,13 @@ def test_while_there_is_no_answer_the_last_one_does_not_count(monkeypatch: pytes
     gate = threading.Event()
     gate.set()
     question = _Question("x", lambda: None if gate.wait(30) else None, ("late", "no answer"))
-    eventually(lambda: question.reason() is None)
+    eventually(lambda: question.reason(wait=True) is None)
     gate.clear()
     for _ in range(2):
-        found = question.reason()
+        found = question.reason(wait=True)
         assert found and found.code == "late"
     gate.set()
-    eventually(lambda: question.reason() is None)
+    eventually(lambda: question.reason(wait=True) is None)
 
 
 @pytest.mark.parametrize("name", ["a b", "a..b", "x" * 64, "caf\xe9.invalid"])
@@ -277,5 +299,5 @@ def test_an_error_nobody_expected_is_an_answer_for_those_who_wait(monkeypatch: p
 
     question = _Question("x", ask, ("late", "no answer"))
     for _ in range(2):
-        found = question.reason()
+        found = question.reason(wait=True)
         assert found and found[:2] == ("failed", "ZeroDivisionError: ")

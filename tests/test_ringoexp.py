@@ -392,11 +392,26 @@ def test_a_second_signal_ends_a_draining_server_at_once(tmp_path: Path, number: 
             eventually(lambda: refusal(running.port), "it takes no more")
             ended = Blocked(running.process.wait)
             assert ended.still()
-            running.send_signal(number)
+            eventually(lambda: running.send_signal(number) or running.process.poll() is not None)
             assert ended.result() == -number
     finally:
         running.kill()
     assert "Traceback" not in running.errors.read_text()
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT), (2, 2, 2)])
+def test_signals_that_come_together_are_one(tmp_path: Path, numbers: tuple[int, ...]) -> None:
+    """A shell and a process manager may both send one. SIGSTOP makes sure that they come together."""
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        with RawClient(running.port) as client:
+            client.send(frame(2, bytes(4)))
+            client.acked(1)
+            running.send_signal(signal.SIGSTOP)
+            for number in numbers:
+                running.send_signal(number)
+            running.send_signal(signal.SIGCONT)
+            assert running.wait() == 0
+        assert running.tally == "ringoexp: stopped, 1 stored, 0 unstored"
 
 
 def refusal(port: int) -> str:
