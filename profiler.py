@@ -27,7 +27,7 @@ from web import GET_OR_HEAD, Refusal, Routes, WebHandler
 MOST_SECONDS = 60
 DEFAULT_SECONDS = 30
 """As Go's."""
-HEAP_FRAMES = 10
+HEAP_FRAMES = 1
 """Calls that are kept of each allocation, where ?frames= does not say otherwise."""
 MOST_FRAMES = 100
 LOOK_SECONDS = 0.25

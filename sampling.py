@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 
 INTERVAL_NS = 10_000_000
 """A hundred samples a second."""
-MOST_COST = 12
+MOST_COST = 11
 """Where a sample takes long, the next one waits for so many times as long: less than a tenth of a core is used."""
 SWITCH_SECONDS = 0.0005
 """How soon a thread at work lets go of Python's lock while there is sampling. After Python's usual 5 ms, most have done
 what they had to do, and are found where they wait for more: their work would never be seen."""
-AWHILE_NS = 10 * INTERVAL_NS
-RECHECK = 4
+AWHILE_NS = 3 * INTERVAL_NS
+RECHECK = 20
 """The clock of a thread that has been still for AWHILE_NS is looked at in one of so many samples, others' in each."""
 MOMENT_NS = 100_000
 """How long to see whether a thread is at work: then it uses CPU for half of it. One that begins to wait uses less."""
@@ -66,18 +66,24 @@ class Profile(NamedTuple):
     costs: dict[tuple[str, int, Stack], Cost]
 
 
+class _Places(NamedTuple):
+    """Where all threads are: idents, the addresses of the innermost frames, and the positions in them."""
+
+    idents: list[int]
+    frames: list[int]
+    positions: list[int]
+
+
 class _Seen:
     """A thread, and where it is: in the same place since it arrived there."""
 
-    __slots__ = ("native_id", "frame", "lasti", "cost", "worked", "number", "since", "cpu", "pending", "runs")
+    __slots__ = ("native_id", "cost", "worked", "number", "since", "cpu", "pending", "runs")
 
     def __init__(self, native_id: int, cpu: int) -> None:
         self.native_id = native_id
         self.cpu = cpu  # ns, when it was last looked at
         self.pending = 0  # ns of CPU that were spent before it came where it is, nobody has seen where
         self.runs = False  # it used CPU where it is
-        self.frame = 0  # the innermost one's address
-        self.lasti = -1
         self.cost = [0, 0, 0]  # of its stack: samples, cpu, wall
         self.worked: list[int] | None = None  # the same of the last stack in which it was found at work
         self.number = 0  # of the sample that found it there first
@@ -104,53 +110,47 @@ def _sample(seconds: float, wait: Callable[[float], bool]) -> Profile:
     me = threading.get_ident()
     found: dict[tuple[str, int, Stack], list[int]] = defaultdict(lambda: [0, 0, 0])
     seen: dict[int, _Seen] = {}
+    places = _Places([], [], [])
+    restless: set[int] = set()  # who has moved lately, or is at work
     started_at, started = time.time_ns(), monotonic_ns()
     last, end, due, number = started, started + int(seconds * 1e9), started, 0
     while not wait(max(0, due - monotonic_ns()) / 1e9):
         now, cost = monotonic_ns(), thread_time_ns()
+        before = places
         frames = sys._current_frames()
         del frames[me]
-        frame: FrameType | None
-        moved: list[_Seen] = []
-        threads: dict[int | None, threading.Thread] = {}
-        idents = set(frames)
-        turn = number
-        while frames:  # most are still: this is what a sample costs
-            ident, frame = frames.popitem()
-            turn += 1
-            thread = seen.get(ident)
-            if (
-                thread is None
-                or id(frame) != thread.frame
-                or frame.f_lasti != thread.lasti
-                or ((turn % RECHECK == 0 or now - thread.since < AWHILE_NS or thread.runs) and _has_run(thread))
-            ):
-                threads = threads or {each.ident: each for each in threading.enumerate()}
-                known = threads.get(ident)
-                native_id = (known and known.native_id) or 0
+        # Most threads are still: what is done for each of them is what a sample costs.
+        positions = [frame.f_lasti for frame in frames.values()]
+        places = _Places(list(frames), list(map(id, frames.values())), positions)
+        moved = _moved(before, places)
+        asked = restless.union(places.idents[number % RECHECK :: RECHECK])
+        moved.update(ident for ident in asked - moved if ident in frames and _has_run(seen[ident]))
+        stacks = {ident: _stack(frames[ident]) for ident in moved}
+        del frames
+        threads = {each.ident: each for each in threading.enumerate()} if moved else {}
+        for ident, stack in stacks.items():
+            thread, known = seen.get(ident), threads.get(ident)
+            native_id = (known and known.native_id) or 0
+            if thread is not None:
+                _leave(thread, last, number)
+            if thread is None or thread.native_id != native_id:  # the ident of one that has ended, perhaps
                 if thread is not None:
-                    _leave(thread, last, number)
-                if thread is None or thread.native_id != native_id:  # the ident of one that has ended, perhaps
-                    if thread is not None:
-                        _end(thread)
-                    born = (thread_cpu(native_id) or 0) - (now - last)  # at most: it was not there at the last sample
-                    thread = seen[ident] = _Seen(native_id, max(0, born))
-                    _look(thread)
-                thread.frame, thread.lasti = id(frame), frame.f_lasti
-                thread.number, thread.since = number, last
-                name = known.name if known else f"thread-{ident}"
-                thread.cost = found[name, native_id, _stack(frame)]
-                moved.append(thread)
-        frame = None
-        if len(seen) > len(idents):
-            for ident in seen.keys() - idents:
+                    _end(thread)
+                born = (thread_cpu(native_id) or 0) - (now - last)  # at most: it was not there at the last sample
+                thread = seen[ident] = _Seen(native_id, max(0, born))
+                _look(thread)
+            thread.number, thread.since = number, last
+            thread.cost = found[known.name if known else f"thread-{ident}", native_id, stack]
+        if len(seen) > len(places.idents):
+            for ident in seen.keys() - set(places.idents):
                 gone = seen.pop(ident)
                 _leave(gone, last, number)
                 _end(gone)
         if moved:
             time.sleep(MOMENT_NS / 1e9)
-            for thread in moved:
-                _arrive(thread)
+            for ident in moved:
+                _arrive(seen[ident])
+        restless = {each for each in restless | moved if each in seen and _is_restless(seen[each], now)}
         last, number = now, number + 1
         if now >= end:
             break
@@ -160,6 +160,23 @@ def _sample(seconds: float, wait: Callable[[float], bool]) -> Profile:
         _leave(thread, last, number)
         _end(thread)
     return Profile(started_at, max(1, last - started), {key: Cost(*cost) for key, cost in found.items()})
+
+
+def _moved(before: _Places, now: _Places) -> set[int]:
+    """The idents of the threads that are elsewhere now, or new."""
+    if before == now:
+        return set()
+    if before.idents == now.idents:
+        pairs = zip(now.idents, before.frames, now.frames, before.positions, now.positions, strict=True)
+        return {ident for ident, a, b, c, d in pairs if a != b or c != d}
+    known = dict(zip(before.idents, zip(before.frames, before.positions, strict=True), strict=True))
+    places = zip(now.idents, zip(now.frames, now.positions, strict=True), strict=True)
+    return {ident for ident, place in places if known.get(ident) != place}
+
+
+def _is_restless(thread: _Seen, now: int) -> bool:
+    """True for a thread whose clock is to be looked at in each sample."""
+    return thread.runs or now - thread.since < AWHILE_NS
 
 
 def _has_run(thread: _Seen) -> bool:

@@ -611,7 +611,7 @@ def test_a_still_thread_is_looked_at_now_and_then(world: World) -> None:
 
     world.at = change
     found = by_place(world.sample(1))
-    assert found["t", "work"].wall >= (510 - 10 * (sampling.RECHECK - 1)) * MS
+    assert found["t", "work"].wall >= (510 - 10 * sampling.RECHECK) * MS
     assert found["t", "work"].cpu == 500 * MS + MOMENT_NS
 
 
