@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import select
+import time
 from collections.abc import Iterator, Mapping
 from time import monotonic
 from typing import Any
@@ -79,6 +80,7 @@ class Lines(logging.Handler):
     def _tell(self, kind: tuple[str, Any], now: float) -> None:
         count, record = self._held.pop(kind)
         record.args = {**(record.args if isinstance(record.args, Mapping) else {}), "count": count}
+        record.created = time.time()  # of the line, or times would run backwards
         self._said[kind] = now
         self._write(self.format(record))
 

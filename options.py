@@ -53,6 +53,14 @@ def _at_will(text: str) -> int:
         ) from None
 
 
+def _port_at_will(text: str) -> int:
+    """A port; 0 or less means none, and is read as 0."""
+    try:
+        return max(0, _whole(-(10**18), 65535)(text))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: 1 to 65535, 0 or less for off") from None
+
+
 def _boolean(text: str) -> bool:
     """true or false, in any case, also t/f and 1/0."""
     value = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}.get(text.lower())
@@ -150,7 +158,7 @@ OPTIONS = (
         "SQLite file to store in; a publisher that is its own consumer has one too, no other has",
     ),
     Option("X", "procs", 0, _at_will, "system", "processor cores to use; 0: all the system gives"),
-    Option("L", "profiler_port", 0, _at_will, "system", "port of the profiler, /debug/pprof/; 0: off"),
+    Option("L", "profiler_port", 0, _port_at_will, "system", "port of the profiler, /debug/pprof/; 0 or less: off"),
     Option("", "profiler_host", "localhost", _not_empty, "system", "address the profiler listens on"),
     Option("d", "debug", False, _boolean, "common", "log in detail"),
     Option("", "log_json", False, _boolean, "common", "log a JSON object a line, for machines"),
@@ -248,8 +256,6 @@ def read_arguments(argv: Sequence[str]) -> Settings:
         if getattr(values, option.long) == []:  # what argparse before 3.13 makes of --flag=--
             made.error(f"argument {option.shown}: '--' is not accepted: name a value")
     settings = Settings(**vars(values))
-    if settings.profiler_port > 65535:
-        made.error(f"argument -L/--profiler_port: {settings.profiler_port} is not accepted: 1 to 65535, or 0 (off)")
     if settings.is_publisher and not settings.consumer_port and settings.port:
         made.error("argument -T/--consumer_port: 0 is not accepted: 1 to 65535 (0 only with -p 0: its own)")
     if settings.ack == "ring" and not settings.is_publisher:

@@ -33,7 +33,7 @@ def page() -> Page | None:
         content = pkgutil.get_data(__name__, FILE)
         reason = "the modules' loader cannot read files"
     except OSError as error:
-        content, reason = None, str(error)
+        content, reason = None, f"{FILE} is not beside the modules ({type(error).__name__})"
     if content is None:
         log.warning("page_missing", {"reason": reason})
         return None

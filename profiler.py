@@ -41,7 +41,7 @@ PAGES = {
     "profile?seconds=5&format=collapsed": "the same in lines for flame graphs: CPU time in µs; &value=wall: wall time",
     "profile?seconds=5&format=speedscope": "the same for speedscope.app",
     "threads": "where each thread is now",
-    "heap?start=1": "begins to trace memory, which slows the server down; &frames=N keeps N calls of each allocation",
+    "heap?start=1": "begins to trace memory, which slows a busy server down a lot; &frames=N keeps N calls for each",
     "heap": "memory that was allocated since then and is not freed, for go tool pprof",
     "heap?format=text": "the same as a list",
     "heap?stop=1": "traces no more",
@@ -71,6 +71,7 @@ class Handler(WebHandler):
         read = {
             "/debug/pprof/": self._index,
             "/debug/pprof": self._redirect,
+            "/": self._redirect,
             "/debug/pprof/threads": self._threads,
             "/debug/pprof/cmdline": self._cmdline,
         }

@@ -39,6 +39,7 @@ ALLOWED = {
     ("profiler", "time.time_ns"): "when a heap profile was made",
     ("sampling", "time.time_ns"): "when a profile was begun",
     ("sampling", "time.clock_gettime_ns"): "the CPU clocks of threads",
+    ("logs", "time.time"): "the same",
     ("logs", "datetime.datetime.fromtimestamp"): "when a line was logged",
     ("spool", "time.time"): "how old the oldest record in it is, also after a restart: a figure to show, no more",
 }

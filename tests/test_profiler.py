@@ -118,7 +118,8 @@ def test_only_reading_is_for_head(one: Profiled) -> None:
         assert (status, headers["Allow"]) == (405, "GET")
     for method in ("POST", "DELETE", "OPTIONS"):
         assert one.get("", method)[0] == one.get("profile?seconds=1", method)[0] == 405
-    assert one.get("elsewhere")[0] == request(one.port, "GET", "/")[0] == 404
+    assert one.get("elsewhere")[0] == request(one.port, "GET", "/elsewhere")[0] == 404
+    assert request(one.port, "GET", "/")[1]["Location"] == "/debug/pprof/"
     assert request(one.port, "GET", "/v1.0/stats")[0] == 404, "only the profiler"
     assert one.running.get(BASE)[0] == 404, "and only on its port"
 

@@ -184,7 +184,7 @@ def test_a_bad_value_is_one_line_with_flag_value_and_what_is_accepted(
         (["--ring", "5"], "'--ring' is not a flag"),
         (["-p"], "-p/--port: expected one argument"),
         (["-A", "ring", "-I", "false"], "a consumer has no ring"),
-        (["-L", "65536"], "1 to 65535, or 0 (off)"),
+        (["-L", "65536"], "1 to 65535, 0 or less for off"),
     ],
 )
 def test_other_bad_usage_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
