@@ -27,6 +27,11 @@ MOST_TEXT = 1000
 
 def setup(debug: bool, as_json: bool) -> None:
     """Sends the whole process's log to stderr; with `debug` all of it, and nothing left out."""
+    for descriptor in range(3):  # who starts a program without one would have a socket take its place, and get the log
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
     root = logging.getLogger()
     root.setLevel(logging.DEBUG if debug else logging.INFO)
     root.addHandler(Lines(as_json, limited=() if debug else LIMITED))

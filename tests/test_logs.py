@@ -204,6 +204,25 @@ def test_a_server_whose_log_nobody_reads_serves_and_ends(tmp_path: Path) -> None
             running.wait()
 
 
+def test_a_server_without_stderr_logs_to_nobody(tmp_path: Path) -> None:
+    """Or the next descriptor, a socket or the database, would have its number, and get the lines."""
+    port = free_port()
+    command = ["sh", "-c", 'exec "$0" "$@" 0<&- 2>&-', sys.executable, str(ROOT / "ringoexp.py")]
+    running = subprocess.Popen(
+        [*command, "-p", str(port), "-T", str(port), "-d"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert running.stdout and running.stdout.readline()
+        for descriptor in (0, 2):
+            assert os.readlink(f"/proc/{running.pid}/fd/{descriptor}") == os.devnull
+        assert request(port, "POST", "/v1.0/ingest", bytes(4))[0] == 200
+        running.terminate()
+        assert running.communicate(timeout=30)[0] == "ringoexp: stopped, 1 stored, 0 unstored\n"
+    finally:
+        running.kill()
+        running.wait()
+
+
 def test_long_texts_are_cut(log: logging.Logger) -> None:
     stream = attached(log)
     log.info("happened", {"reason": "x" * 5000})
