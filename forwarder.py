@@ -27,6 +27,8 @@ log = logging.getLogger("ringoexp.forward")
 
 BATCH_RECORDS = MAX_RUNS
 """Most records in a batch: with a run for each it still is a message that wire takes."""
+QUIET_SECONDS = 1.0
+"""Seconds without an ack on any link after which a failing one means that the consumer is away."""
 IDLE_SECONDS = 10.0
 
 
@@ -141,6 +143,12 @@ class Forwarder:
 
         self._start_worker(first=True)
 
+    @property
+    def linked(self) -> bool:
+        """True while a worker could store without connecting first."""
+        with self._lock:
+            return any(sink.ready for sink in self._workers.values())
+
     def stats(self) -> ForwarderStats:
         """The workers now and the totals since the start."""
         with self._lock:
@@ -200,8 +208,10 @@ class Forwarder:
 
     def _say_down(self, reason: str, failures: int) -> None:
         """Says why the sink failed; `failures` counts the prober's, in a row, others do not count."""
-        if self._link and failures:
+        if self._link and failures and self._link.stats().quiet >= QUIET_SECONDS:
             self._link.failed(reason)
+        elif self._link:  # others store: this is one link's trouble, or the first sign of all of them
+            log.debug("link_failed", {"reason": reason})
         else:
             log.log(logging.WARNING if failures == 1 else logging.DEBUG, "sink_down", {"reason": reason})
 

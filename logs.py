@@ -16,13 +16,15 @@ from collections.abc import Iterator, Mapping
 from time import monotonic
 from typing import Any
 
-LIMITED = ("refused", "connection_error", "cannot_accept", "no_thread", "slow_commit")
+LIMITED = ("refused", "page_missing", "connection_error", "cannot_accept", "no_thread", "slow_commit")
 """Events that others can cause at any rate: a line of each kind every LIMIT_SECONDS, which says how many there were."""
 LIMIT_SECONDS = 1.0
 STALL_SECONDS = 0.1
 """How long a line waits for a reader of stderr that has stalled. The next ones do not: they are counted and dropped."""
 MOST_TEXT = 1000
 """Characters of a text; more is cut off: others may have written it."""
+MOST_BYTES = 4096
+"""Bytes of a line, or its texts are cut further: so many a pipe that has room takes at once (PIPE_BUF)."""
 
 
 def setup(debug: bool, as_json: bool) -> None:
@@ -56,7 +58,13 @@ class Lines(logging.Handler):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as a line, without its end."""
-        return self._line(_fields(record))
+        fields = _fields(record)
+        line = self._line(fields)
+        most = MOST_TEXT
+        while len(line) >= MOST_BYTES and most > 10:  # ASCII: a character is a byte
+            most //= 4
+            line = self._line({key: _cut(value, most) for key, value in fields.items()})
+        return line
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes the record, or counts it; then what was counted and is due."""
@@ -91,20 +99,21 @@ class Lines(logging.Handler):
 
     def _write(self, line: str) -> None:
         """Writes a line, or counts it."""
-        if not self._writable.poll(0 if self._dropped else STALL_SECONDS * 1000):
-            self._dropped += 1
-            return
-        lines = [line]
-        if self._dropped:
+        if self._dropped and self._writable.poll(0):
             told = logging.LogRecord("ringoexp.log", logging.WARNING, "", 0, "log_dropped", None, None)
             told.args = {"count": self._dropped}
-            lines.insert(0, self.format(told))
+            self._put(self.format(told))
             self._dropped = 0
-        for each in lines:
-            try:
-                os.write(self._descriptor, f"{each}\n".encode(errors="replace"))
-            except OSError:  # nobody reads any more
-                return
+        if self._dropped or not self._writable.poll(STALL_SECONDS * 1000):
+            self._dropped += 1
+            return
+        self._put(line)
+
+    def _put(self, line: str) -> None:
+        try:
+            os.write(self._descriptor, f"{line}\n".encode(errors="replace"))
+        except OSError:
+            pass  # nobody reads any more
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
@@ -122,10 +131,13 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
         found.update(record.args)
     if record.exc_info and record.exc_info[1]:
         found["cause"] = " <- ".join(_told(record.exc_info[1]))
-    for key, value in found.items():
-        if isinstance(value, str) and len(value) > MOST_TEXT:
-            found[key] = value[:MOST_TEXT] + "..."
+    found = {key: _cut(value, MOST_TEXT) for key, value in found.items()}
     return {**found, "thread": record.threadName, "logger": record.name}
+
+
+def _cut(value: Any, most: int) -> Any:
+    """A text of at most so many characters; other values as they are."""
+    return f"{value[:most]}..." if isinstance(value, str) and len(value) > most else value
 
 
 def _told(error: BaseException | None) -> Iterator[str]:

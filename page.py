@@ -26,17 +26,21 @@ class Page(NamedTuple):
     headers: dict[str, str]
 
 
-@functools.cache
 def page() -> Page | None:
-    """The page; None when it was not installed."""
+    """The page; None when it cannot be read."""
     try:
-        content = pkgutil.get_data(__name__, FILE)
-        reason = "the modules' loader cannot read files"
+        return _read()
     except OSError as error:
-        content, reason = None, f"{FILE} is not beside the modules ({type(error).__name__})"
-    if content is None:
-        log.warning("page_missing", {"reason": reason})
+        log.warning("page_missing", {"reason": f"{FILE} cannot be read from beside the modules: {error}"})
         return None
+
+
+@functools.cache
+def _read() -> Page:
+    """The page, read once. Raises OSError, and then it is tried again."""
+    content = pkgutil.get_data(__name__, FILE)
+    if content is None:
+        raise FileNotFoundError("the modules' loader cannot read files")
     headers = {
         "Content-Security-Policy": policy(content),
         "X-Content-Type-Options": "nosniff",

@@ -24,6 +24,10 @@ log = logging.getLogger("ringoexp.ready")
 
 FRESH = 1.0
 """Seconds for which an answer holds."""
+BRIEFLY = 0.1
+"""Seconds that who only wants to know waits for an answer."""
+STALE = 60.0
+"""Seconds after which an old answer says nothing any more."""
 PATIENCE = 2.0
 """Seconds that database and consumer have to answer."""
 STUCK = 1.0
@@ -71,12 +75,16 @@ class _Question:
         return self._at > float("-inf")
 
     def reason(self, wait: bool) -> Reason | None:
-        """The answer, at most FRESH seconds old, within PATIENCE; without `wait` the last one, while it asks again."""
-        deadline = monotonic() + PATIENCE
+        """The answer, at most FRESH seconds old, within PATIENCE. Without `wait`, within BRIEFLY: or else the last one,
+        if it is not STALE.
+        """
+        deadline = monotonic() + (PATIENCE if wait else BRIEFLY)
         with self._lock:
             if not self._asking and monotonic() - self._at >= FRESH:
+                if monotonic() - self._at >= STALE:
+                    self._answer, self._at = None, float("-inf")
                 self._begin()
-            while wait and self._asking and (left := deadline - monotonic()) > 0:
+            while self._asking and (left := deadline - monotonic()) > 0:
                 self._answered.wait(left)
             if self._asking and (wait or monotonic() - self._asked_at >= PATIENCE):
                 self._say(self._late)
@@ -123,6 +131,7 @@ class Readiness:
         spool: Spool | None,
         link: LinkState | None,
         consumer: tuple[str, int],
+        linked: Callable[[], bool],
     ) -> None:
         self._ring = ring
         self._spool = spool
@@ -132,7 +141,7 @@ class Readiness:
         self._ask_disk = _Question("disk", self._check_disk, ("store_failing", f"the database: {late}"))
         self._ask_consumer = _Question(
             "consumer",
-            lambda: _check_consumer(*consumer, linked=link is not None and link.stats().state == "up"),
+            lambda: _check_consumer(*consumer, linked()),
             ("consumer_unreachable", "%s:%d: %s" % (*consumer, late)),
         )
 
@@ -161,7 +170,7 @@ class Readiness:
         link, away = self._link.stats(), self._consumer_away(wait=False)
         if away and away.code == "consumer_unreachable":
             return link._replace(state="down", reason=away.detail, away=away.seconds or 0.0)
-        if link.state == "unknown" and self._ask_consumer.answered:
+        if link.state == "unknown" and self._ask_consumer.answered and (not away or away.code == "consumer_not_ready"):
             return link._replace(state="up")
         return link
 
@@ -183,7 +192,9 @@ class Readiness:
             return self._ask_disk.reason(wait)
         assert self._disk
         error = self._disk.stats().error
-        return Reason("store_failing", error) if error else None
+        if not error:
+            return None
+        return self._ask_disk.reason(wait) or Reason("store_failing", error)  # a check may make it good
 
     def _ring_full(self) -> Reason | None:
         if not self._ring:

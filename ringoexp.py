@@ -15,11 +15,12 @@ import datetime
 import logging
 import os
 import socket
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 try:
@@ -54,6 +55,8 @@ DRAIN_SECONDS = 30.0
 M_ARENA_MAX = -8  # malloc.h
 SAME_SIGNAL = 0.5
 """Seconds within which another signal is the same one: a Ctrl-C may come from the terminal and from a wrapper."""
+STUCK_SECONDS = 0.5
+"""Seconds that the main thread has to handle a signal."""
 EXIT_OK, EXIT_FAILED, EXIT_UNSTORED = 0, 1, 3  # and options.EXIT_USAGE
 
 
@@ -167,7 +170,9 @@ class Parts:
                     raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
             undo.pop_all()
         consumer = settings.consumer_hostname, settings.consumer_port
-        self._readiness = Readiness(self.ring, self.store, self.spool, self.link, consumer)
+        forwarder = self.forwarder
+        linked = (lambda: forwarder.linked) if forwarder else (lambda: False)
+        self._readiness = Readiness(self.ring, self.store, self.spool, self.link, consumer, linked)
 
     def start(self) -> None:
         """Begins to serve."""
@@ -321,6 +326,8 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
                 parts.start()
                 say(_greeting(parts))
                 woken.recv(1)
+                # Daemon: it is there for when the main thread does nothing any more.
+                threading.Thread(target=_end_anyway, args=(woken,), name="signals", daemon=True).start()
             finally:
                 parts.stop()
         finally:
@@ -329,6 +336,21 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
     tally = f"ringoexp: stopped, {stored} stored, {unstored} unstored"
     say(f"{tally}, {parts.spool.depth} in the spool" if parts.spool else tally)
     return EXIT_UNSTORED if unstored else EXIT_OK
+
+
+def _end_anyway(woken: socket.socket) -> None:
+    """A thread, from the first signal on: ends the process at a later one that the main thread does not get to handle.
+
+    It may be in a call that never returns, of SQLite's on a disk that hangs, say.
+    """
+    first = monotonic()
+    try:
+        while number := woken.recv(1):
+            if monotonic() - first >= SAME_SIGNAL:
+                sleep(STUCK_SECONDS)
+                os._exit(128 + number[0])
+    except OSError:
+        pass  # closed: the server has stopped
 
 
 def _share_one_heap() -> None:

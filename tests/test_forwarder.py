@@ -20,7 +20,7 @@ import sinks
 import websock
 from forwarder import Breaker, Forwarder
 from ringbuffer import Closed, Ring
-from sinks import LinkSink, SinkError, StoreSink
+from sinks import LinkSink, LinkState, SinkError, StoreSink
 from store import Store
 from wire import SUBPROTOCOL, Block, Run, decode_batch, encode_ack
 
@@ -114,6 +114,31 @@ def test_what_a_failing_sink_refuses_is_requeued_until_it_is_stored(caplog: pyte
         assert sorted(sink.stored) == list(range(10))
     said = [record.getMessage() for record in caplog.records]
     assert said == ["sink_down", "sink_up"], "once per change, not once a try"
+
+
+def test_a_link_that_fails_while_others_store_is_no_consumer_that_is_away(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(forwarder, "QUIET_SECONDS", 600)
+    ring, sink, state = Ring(10), FakeSink(), LinkState("there:1")
+    state.works()
+    sink.error = SinkError("503")
+    running = Forwarder(ring, lambda connected: sink, 8, link=state)
+    try:
+        end = put(ring, 1)
+        eventually(lambda: sink.calls > 3)
+        assert not state.down
+        monkeypatch.setattr(forwarder, "QUIET_SECONDS", 0)
+        eventually(lambda: state.down)
+        sink.error = None
+        assert ring.wait_committed(end, 20)
+        eventually(lambda: not state.down)
+        assert running.linked == sink.ready
+    finally:
+        ring.abort()
+        assert running.stop(20)
+    assert [record.getMessage() for record in caplog.records] == ["link_up", "link_down", "link_up"]
 
 
 def test_a_worker_lives_on_after_an_error_nobody_expected(caplog: pytest.LogCaptureFixture) -> None:

@@ -204,6 +204,15 @@ def test_a_server_whose_log_nobody_reads_serves_and_ends(tmp_path: Path) -> None
             running.wait()
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_line_fits_into_what_a_pipe_takes_at_once(log: logging.Logger, as_json: bool) -> None:
+    stream = attached(log, as_json)
+    log.info("happened", {"reason": "\xfc" * 900, "more": "\xfc" * 900, "count": 3})
+    (line,) = logged(stream)
+    assert len(line) < 4096 and "\\u00fc" in line and ("count=3" in line or '"count": 3' in line)
+    assert not as_json or json.loads(line)["count"] == 3
+
+
 def test_a_server_without_stderr_logs_to_nobody(tmp_path: Path) -> None:
     """Or the next descriptor, a socket or the database, would have its number, and get the lines."""
     port = free_port()

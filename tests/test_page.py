@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import pytest
 from harness import ROOT, RawClient, ServerProcess, eventually, frame, free_port, request, rows, server
 
+import page
 from wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 
 PAGE = (ROOT / "dashboard.html").read_text()
@@ -834,3 +835,20 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(browser: Browser,
         reached.append(at)
         assert outline == "solid" and width > 20, reached
     assert reached == ["#numbers", "integers", "sendThem", "sendMany", "/v1.0/stats", "/v1.0/ready", "/metrics"]
+
+
+def test_a_page_that_cannot_be_read_once_is_read_the_next_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when the server is out of descriptors for a while."""
+    page._read.cache_clear()
+
+    def no_descriptor(*unused: object) -> bytes:
+        raise OSError("Too many open files")
+
+    with monkeypatch.context() as short:
+        short.setattr(page.pkgutil, "get_data", no_descriptor)
+        assert page.page() is None
+    assert [record.msg for record in caplog.records] == ["page_missing"]
+    found = page.page()
+    assert found and b"<h1" in found.content

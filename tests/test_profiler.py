@@ -229,7 +229,10 @@ def listening(profiled: Profiled) -> set[tuple[str, int]]:
     """Address and port of the server's listening sockets."""
     inodes = set()
     for descriptor in Path(f"/proc/{profiled.running.process.pid}/fd").iterdir():
-        found = re.match(r"socket:\[(\d+)\]", os.readlink(descriptor))
+        try:
+            found = re.match(r"socket:\[(\d+)\]", os.readlink(descriptor))
+        except FileNotFoundError:
+            continue  # closed meanwhile: none that listens
         inodes.add(found[1] if found else "")
     sockets = set()
     for table in ("tcp", "tcp6"):

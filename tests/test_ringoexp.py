@@ -399,6 +399,20 @@ def test_a_second_signal_ends_a_draining_server_at_once(tmp_path: Path, number: 
     assert "Traceback" not in running.errors.read_text()
 
 
+def test_a_second_signal_ends_a_server_that_hangs_in_a_call_too(tmp_path: Path) -> None:
+    """A statement of SQLite's that does not end stands for a disk that hangs."""
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+    patch = f"store.Store.close = lambda self: self._db.execute('{endless}').fetchone()"
+    running = ServerProcess(tmp_path, "-p", "0", "-T", "0", patch=patch)
+    try:
+        running.send_signal(signal.SIGTERM)
+        assert Blocked(running.process.wait).still(ringoexp.SAME_SIGNAL)
+        running.send_signal(signal.SIGTERM)
+        assert Blocked(running.process.wait).result() == 128 + signal.SIGTERM
+    finally:
+        running.kill()
+
+
 @pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT), (2, 2, 2)])
 def test_signals_that_come_together_are_one(tmp_path: Path, numbers: tuple[int, ...]) -> None:
     """A shell and a process manager may both send one. SIGSTOP makes sure that they come together."""
