@@ -31,7 +31,7 @@ BASE = 2**62
 MEBIBYTE = 1024 * 1024
 ENDS = "SELECT (SELECT max(id) FROM record), (SELECT first_id + count - 1 FROM batch ORDER BY first_id DESC LIMIT 1)"
 COUNTS = "SELECT (SELECT count(*) FROM record), (SELECT sum(count) FROM batch)"
-QUICK = "websock.BACKOFF_MOST = 0.2; ingest.PATIENCE = 0.1; wsserver.INGEST_TIMEOUT = 0.3"
+QUICK = "websock.BACKOFF_MOST = 0.2; ingest.PATIENCE = 0.1; wsserver.INGEST_TIMEOUT = 0.3; forwarder.QUIET_SECONDS = 0"
 ROLES = ["consumer behind a publisher", "single process"]
 
 

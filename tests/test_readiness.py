@@ -187,7 +187,14 @@ def test_what_one_link_loses_and_another_one_stores_leaves_the_consumer_up(tmp_p
     with (
         server(tmp_path, "-I", "false", "-p", "0", "-n", "1", patch=QUICK) as consumer,
         server(
-            tmp_path, "-p", "0", "-T", str(consumer.port), "-r", "64", patch=f"forwarder.IDLE_SECONDS = 0.3; {QUICK}"
+            tmp_path,
+            "-p",
+            "0",
+            "-T",
+            str(consumer.port),
+            "-r",
+            "64",
+            patch=f"forwarder.IDLE_SECONDS = 0.3; forwarder.QUIET_SECONDS = 0; {QUICK}",
         ) as publisher,
         RawClient(publisher.port) as client,
     ):

@@ -51,6 +51,7 @@ class Actor:
     def go(self, place: str, load: float) -> None:
         """Moves it."""
         self.frame, self.load = Frame(place), load
+        self.world.kept.append(self.frame)  # no two at one address: that has a test of its own
 
 
 class World:
@@ -63,6 +64,7 @@ class World:
         self.at: Callable[[], None] = lambda: None  # after each wait
         self.times: list[int] = []
         self.ids = itertools.count(100)
+        self.kept: list[Frame] = []
         fakes = {
             "sys": SimpleNamespace(
                 _current_frames=self._frames, getswitchinterval=sys.getswitchinterval, setswitchinterval=lambda _: None
