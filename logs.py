@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from time import monotonic
 from typing import Any
 
+from stats import iso
+
 LIMITED = ("refused", "page_missing", "connection_error", "cannot_accept", "no_thread", "slow_commit")
 """Events that others can cause at any rate: a line of each kind every LIMIT_SECONDS, which says how many there were."""
 LIMIT_SECONDS = 1.0
@@ -121,7 +123,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
     ours = record.name.startswith("ringoexp")
     found: dict[str, Any] = {
-        "time": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "time": iso(at),
         "level": record.levelname.lower(),
         "event": record.msg if ours else "message",
     }

@@ -65,7 +65,7 @@ def _metrics(now: Snapshot) -> Iterator[tuple[str, str, str, Samples]]:
     yield counter("records_received", totals.received, "Valid records that came in.")
     yield counter(
         "records_stored",
-        records_stored(now),
+        records_stored(now.store, now.ring),
         "Records new in the own database; without one, acked by the consumer or spooled.",
     )
     yield counter("records_acked", totals.acked, "Records acked to clients.")

@@ -44,7 +44,7 @@ def stats(now: Snapshot) -> dict[str, Any]:
     totals, ring, forwarder, link, spool, disk = now.totals, now.ring, now.forwarder, now.link, now.spool, now.disk
     return {
         "recordsReceived": totals.received,
-        "recordsStored": records_stored(now),
+        "recordsStored": records_stored(now.store, ring),
         "recordsAcked": totals.acked,
         "recordsDuplicate": now.store.duplicates if now.store else 0,
         "recordsRefused": totals.refused,
@@ -81,9 +81,9 @@ def stats(now: Snapshot) -> dict[str, Any]:
     }
 
 
-def records_stored(now: Snapshot) -> int:
+def records_stored(store: StoreStats | None, ring: RingStats | None) -> int:
     """Records stored since the start: new ones in the own database, or else acked by the consumer or spooled."""
-    return now.store.stored if now.store else now.ring.stored if now.ring else 0
+    return store.stored if store else ring.stored if ring else 0
 
 
 def layout(now: Snapshot) -> dict[str, Any] | None:

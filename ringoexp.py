@@ -44,7 +44,7 @@ from profiler import Profiler
 from readiness import Readiness, Reason
 from ringbuffer import Ring
 from sinks import LinkSink, LinkState, Sink, StoreSink
-from stats import Totals, memory
+from stats import Totals, iso, memory
 from store import Store
 from wsserver import Server
 
@@ -213,7 +213,8 @@ class Parts:
 
     def stored(self) -> int:
         """Records stored since the start."""
-        return monitor.records_stored(self.snapshot())
+        store = self.store.stats() if self.store else None
+        return monitor.records_stored(store, self.ring.stats() if self.ring else None)
 
     def unstored(self) -> int:
         """Records that were taken and are not stored."""
@@ -275,11 +276,10 @@ class Parts:
         settings = {_camel(key): value for key, value in asdict(self.settings).items()}
         settings["port"] = self.server.port
         now = self.snapshot()
-        started = self.started.isoformat(timespec="milliseconds").replace("+00:00", "Z")
         return {
             "info": {"version": __version__, "uuid": self.uuid, **settings},
             "options": self.argv,
-            "stats": {"startTime": started, **monitor.stats(now)},
+            "stats": {"startTime": iso(self.started), **monitor.stats(now)},
             "ring": monitor.layout(now),
             "memStats": memory(),
         }

@@ -118,10 +118,14 @@ class Totals:
         return TotalsSnapshot(*counts, _percentile(latencies, 50), _percentile(latencies, 99), histogram)
 
 
+def iso(moment: datetime.datetime) -> str:
+    """A moment in UTC, ISO 8601, to the millisecond."""
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def ago(seconds: float) -> str:
     """The time so many seconds ago, ISO 8601 in UTC, by the wall clock: for people to read."""
-    then = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(seconds=seconds)
-    return then.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return iso(datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(seconds=seconds))
 
 
 def memory() -> dict[str, Any]:
