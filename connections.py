@@ -1,8 +1,8 @@
 """The connections of an HTTP server: who is accepted, by which thread each is served, and how all of it ends.
 
 `Connections` is a `ThreadingHTTPServer` that owns its threads: `accept` takes connections, and each
-connection has one, `conn-N`, that reads, works and writes for it from beginning to end.
-`Connections._lock` guards the table of connections and its counts; `_ended` shares it and is notified
+connection has one, `conn-N`, that shakes hands, where TLS is spoken, reads, works and writes for it from beginning to
+end. `Connections._lock` guards the table of connections and its counts; `_ended` shares it and is notified
 when a connection ends, or the server begins to stop or to close.
 
 Shutdown, all from the program's main thread: `stop` makes every connection read no more, and admits none
@@ -11,14 +11,21 @@ what it had read; `abort` ends those that do not; `close` stops to accept, and c
 """
 
 import errno
+import ipaddress
 import logging
 import select
 import socket
+import ssl
 import sys
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from time import monotonic
 from typing import Any, NamedTuple
+
+import tls
+from access import Access
+from websock import linger
 
 log = logging.getLogger("ringoexp.http")
 
@@ -30,17 +37,31 @@ CLOSE_TIMEOUT = 2.0
 """Seconds that those who only look on have to end when the server closes."""
 
 
+_HINT = b'{"error": "TLS is spoken on this port: ask for https:// or wss://"}\n'
+PLAIN_ON_TLS = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json;charset=utf-8\r\n"
+    b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(_HINT), _HINT)
+)
+"""What a client is told that speaks HTTP where TLS is spoken."""
+
+
 class ConnectionStats(NamedTuple):
-    """Connections admitted and open now, admitted ever, and requests refused because there were too many."""
+    """Connections admitted and open now, admitted ever; requests refused because there were too many, and those without
+    the token; connections that ended in the TLS handshake.
+    """
 
     now: int
     total: int
     refused: int
+    unauthorized: int
+    tls_failed: int
 
 
 class _Entry(NamedTuple):
     sock: socket.socket
+    address: str  # the client's
     admitted: bool
+    crowding: bool  # not admitted, because of `per_address`
     late: bool  # it came after `stop`
     stream: bool = False
 
@@ -48,8 +69,9 @@ class _Entry(NamedTuple):
 class Connections(ThreadingHTTPServer):
     """Listens on `address` from the beginning, and accepts once `start` is called; `handler` is one connection's job.
 
-    At most `limit` connections are admitted at once (0: any number), none once it stops; what the others get is the
-    handler's choice. `thread` names the acceptor. Raises OSError when it cannot listen.
+    At most `limit` connections are admitted at once, `per_address` of one client's address (0: any number), none once
+    it stops; what the others get is the handler's choice. With a certificate in `access` it speaks TLS. `thread` names
+    the acceptor. Raises OSError when it cannot listen.
     """
 
     daemon_threads = True  # `wait_ended` waits for them; a second signal must not
@@ -62,12 +84,16 @@ class Connections(ThreadingHTTPServer):
         handler: type[BaseHTTPRequestHandler],
         name: str,
         limit: int = 0,
+        per_address: int = 0,
+        access: Access | None = None,
         thread: str = "accept",
         connection: str = "conn",
     ) -> None:
         self.address_family = family
         self.name = name
         self.limit = limit
+        self.per_address = per_address
+        self.access = access or Access()
         self.stopping = threading.Event()
         self._connection = connection
 
@@ -78,7 +104,10 @@ class Connections(ThreadingHTTPServer):
         self._admitted = 0
         self._total = 0
         self._refused = 0
+        self._unauthorized = 0
+        self._tls_failed = 0
         self._accepted = 0
+        self._admitted_of: Counter[str] = Counter()  # by the client's address
         self._closing = False
 
         super().__init__(address, handler)
@@ -92,6 +121,11 @@ class Connections(ThreadingHTTPServer):
     def port(self) -> int:
         """The port it listens on."""
         return int(self.socket.getsockname()[1])
+
+    @property
+    def loopback(self) -> bool:
+        """True when only this machine can reach it."""
+        return ipaddress.ip_address(str(self.server_address[0]).partition("%")[0]).is_loopback
 
     def server_bind(self) -> None:
         """Binds as the base class does, but does not ask the resolver for the host's name."""
@@ -122,14 +156,19 @@ class Connections(ThreadingHTTPServer):
     def _crowded(self) -> bool:
         """True while the next connection would be one too many beyond the limit."""
         assert self._lock.locked()
-        refused = len(self._entries) - self._admitted
-        full = self.stopping.is_set() or self._admitted >= self.limit
-        return refused >= MOST_REFUSED and full and not self._closing
+        full = self.stopping.is_set() or bool(self.limit and self._admitted >= self.limit)
+        return full and self._turned_away() >= MOST_REFUSED and not self._closing
+
+    def _turned_away(self) -> int:
+        """Connections that are open and were not admitted."""
+        assert self._lock.locked()
+        return len(self._entries) - self._admitted
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accepts one connection. Out of descriptors, it waits a little for some to be closed."""
         try:
             request, address = super().get_request()
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in KEEPALIVE.items():
                 if hasattr(socket, option):  # macOS has other names
@@ -144,12 +183,20 @@ class Connections(ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Starts the connection's own thread."""
+        """Starts the connection's own thread. Of an address that has too many, there are MOST_REFUSED at most."""
+        address = str(client_address[0])
         with self._lock:
             late = self.stopping.is_set()
-            admitted = not late and (not self.limit or self._admitted < self.limit)
+            crowding = bool(self.per_address) and self._admitted_of[address] >= self.per_address
+            admitted = not late and not crowding and (not self.limit or self._admitted < self.limit)
+            if crowding and self._turned_away() >= MOST_REFUSED:
+                self._refused += 1
+                self.shutdown_request(request)
+                return
             self._total += admitted
             self._admitted += admitted
+            if admitted and self.per_address:
+                self._admitted_of[address] += 1
             self._accepted += 1
             # Daemon: see daemon_threads.
             thread = threading.Thread(
@@ -158,7 +205,7 @@ class Connections(ThreadingHTTPServer):
                 name=f"{self._connection}-{self._accepted}",
                 daemon=True,
             )
-            self._entries[thread] = _Entry(request, admitted, late)
+            self._entries[thread] = _Entry(request, address, admitted, crowding, late)
         try:
             thread.start()
         except RuntimeError as error:  # no more threads to be had
@@ -182,15 +229,25 @@ class Connections(ThreadingHTTPServer):
         with self._lock:
             return self._entries[threading.current_thread()].admitted
 
+    def crowding(self) -> bool:
+        """True when the calling connection's thread was not admitted because its client's address had too many."""
+        with self._lock:
+            return self._entries[threading.current_thread()].crowding
+
     def refuse(self) -> None:
         """Counts a request answered 503 because there are too many connections."""
         with self._lock:
             self._refused += 1
 
+    def unauthorized(self) -> None:
+        """Counts a request that came without the token."""
+        with self._lock:
+            self._unauthorized += 1
+
     def stats(self) -> ConnectionStats:
         """The connections now and since the start."""
         with self._lock:
-            return ConnectionStats(self._admitted, self._total, self._refused)
+            return ConnectionStats(self._admitted, self._total, self._refused, self._unauthorized, self._tls_failed)
 
     @property
     def stop_sign(self) -> socket.socket:
@@ -259,13 +316,41 @@ class Connections(ThreadingHTTPServer):
     def _serve(self, request: socket.socket, client_address: Any) -> None:
         """A connection's thread."""
         try:
-            self.process_request_thread(request, client_address)
+            context = self.access.keys.server
+            secured = self._shake_hands(request, context, client_address) if context else request
+            if secured:
+                self.process_request_thread(secured, client_address)  # type: ignore[arg-type]  # a socket, or as one
         finally:
             self._leave(threading.current_thread())
 
+    def _shake_hands(
+        self, request: socket.socket, context: ssl.SSLContext, client_address: Any
+    ) -> tls.TLSSocket | None:
+        """The connection, over TLS; None, and it is closed, if that cannot be had."""
+        try:
+            secured = tls.TLSSocket(request, context)
+            secured.handshake(tls.HANDSHAKE_TIMEOUT if self.admitted() else CLOSE_TIMEOUT)
+            return secured
+        except OSError as error:
+            with self._lock:
+                self._tls_failed += 1
+            log.warning("tls_failed", {"client": client_address[0], "reason": str(error)})
+            if isinstance(error, tls.NotTLS) and error.http:
+                try:
+                    request.send(PLAIN_ON_TLS)
+                    linger(request)
+                except OSError:
+                    pass  # gone
+            self.shutdown_request(request)
+            return None
+
     def _leave(self, thread: threading.Thread) -> None:
         with self._lock:
-            self._admitted -= self._entries.pop(thread).admitted
+            entry = self._entries.pop(thread)
+            self._admitted -= entry.admitted
+            if entry.admitted and self.per_address:
+                self._admitted_of[entry.address] -= 1
+                self._admitted_of += Counter()  # without those that have none left
             self._ended.notify_all()
 
     def _shut_all(self, how: int, streams: bool) -> None:

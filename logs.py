@@ -18,7 +18,7 @@ from typing import Any
 
 from stats import iso
 
-LIMITED = ("refused", "page_missing", "connection_error", "cannot_accept", "no_thread", "slow_commit")
+LIMITED = ("refused", "tls_failed", "page_missing", "connection_error", "cannot_accept", "no_thread", "slow_commit")
 """Events that others can cause at any rate: a line of each kind every LIMIT_SECONDS, which says how many there were."""
 LIMIT_SECONDS = 1.0
 STALL_SECONDS = 0.1

@@ -10,6 +10,9 @@ __version__ = "0.1.0"
 
 MAX_RING = 2**31
 DATABASE = "ringoexp.db"
+THREADS = 10_000
+OTHER_THREADS = 128
+"""Threads that are neither an admitted connection's nor a worker's: those who are turned away, and who works here."""
 EXIT_USAGE = 2
 
 
@@ -157,6 +160,52 @@ OPTIONS = (
         "consumer",
         "SQLite file to store in; a publisher that is its own consumer has one too, no other has",
     ),
+    Option(
+        "",
+        "token_file",
+        None,
+        _not_empty,
+        "security",
+        "file with the token that every request needs, but alive and ready; links show it to the consumer; else the "
+        "variable RINGOEXP_TOKEN, if it is set",
+    ),
+    Option(
+        "", "tls_cert", None, _not_empty, "security", "certificate chain, PEM: TLS is spoken then, and nothing else"
+    ),
+    Option("", "tls_key", None, _not_empty, "security", "its key, PEM, if that is in another file"),
+    Option(
+        "",
+        "client_ca",
+        None,
+        _not_empty,
+        "security",
+        "authorities, PEM: clients need a certificate that one of them has signed",
+    ),
+    Option(
+        "",
+        "consumer_tls",
+        False,
+        _boolean,
+        "security",
+        "publisher: links to the consumer speak TLS; they show the certificate of --tls_cert, if there is one",
+    ),
+    Option(
+        "",
+        "consumer_ca",
+        None,
+        _not_empty,
+        "security",
+        "publisher: authorities, PEM, that may have signed the consumer's certificate; else the system's",
+    ),
+    Option("", "per_address", 0, _at_will, "limits", "most connections from one client's address; 0: no limit"),
+    Option(
+        "",
+        "threads",
+        THREADS,
+        _whole(512, 10**6),
+        "limits",
+        "most threads: one for each connection and worker, 128 for the rest; refuses connections as -n does",
+    ),
     Option("X", "procs", 0, _at_will, "system", "processor cores to use; 0: all the system gives"),
     Option("L", "profiler_port", 0, _port_at_will, "system", "port of the profiler, /debug/pprof/; 0 or less: off"),
     Option("", "profiler_host", "localhost", _not_empty, "system", "address the profiler listens on"),
@@ -182,11 +231,30 @@ class Settings:
     spool: str | None
     spool_max: int
     database: str
+    token_file: str | None
+    tls_cert: str | None
+    tls_key: str | None
+    client_ca: str | None
+    consumer_tls: bool
+    consumer_ca: str | None
+    per_address: int
+    threads: int
     procs: int
     profiler_port: int
     profiler_host: str
     debug: bool
     log_json: bool
+
+    @property
+    def most_connections(self) -> int:
+        """How many connections may be admitted at once: what `connections` says, and `threads` leaves room for."""
+        room = self.threads - OTHER_THREADS - (self.most_workers if self.is_publisher else 0)
+        return min(self.connections or room, room)
+
+    @property
+    def most_workers(self) -> int:
+        """How many workers there may be at once: what `workers` says, but not more than half of all threads."""
+        return min(self.workers, self.threads // 2)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -264,6 +332,15 @@ def read_arguments(argv: Sequence[str]) -> Settings:
         made.error(
             f"argument -S/--spool: {settings.spool!r} is not accepted with -I false: a consumer has nobody to spool for"
         )
+    for flag, value, needs, given in (
+        ("--tls_key", settings.tls_key, "--tls_cert", settings.tls_cert),
+        ("--client_ca", settings.client_ca, "--tls_cert", settings.tls_cert),
+        ("--consumer_ca", settings.consumer_ca, "--consumer_tls", settings.consumer_tls),
+    ):
+        if value and not given:
+            made.error(f"argument {flag}: {value!r} is of no use without {needs}")
+    if settings.consumer_tls and not settings.is_publisher:
+        made.error("argument --consumer_tls: not accepted with -I false: a consumer has no links")
     if settings.procs:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
         if settings.procs > cores:

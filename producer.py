@@ -19,6 +19,7 @@ import os
 import select
 import signal
 import socket
+import ssl
 import sys
 import threading
 import uuid
@@ -30,6 +31,8 @@ from time import monotonic
 from typing import Any, BinaryIO, NoReturn
 from urllib.parse import urlsplit
 
+from access import BadKeys, read_token
+from tls import BadFile, client_context
 from websock import ClientConnection, HandshakeError, backoff
 from wire import MAX_SEQUENCE, SUBPROTOCOL, Run, WireError, decode_ack, decode_plain, encode_batch
 
@@ -53,26 +56,40 @@ class Producer:
     """Sends integers to the `/v1.0/ingest` of `url`, as records `first`, `first + 1`, ... of `source`.
 
     A new source unless one is given. To go on after the program itself was killed, give the same source, and as
-    `first` a number up to which all is known to be acked, with the values from there on. Raises ValueError for
-    a URL that is not `ws://HOST[:PORT]/PATH`. As a context manager, it flushes at the end of the block.
+    `first` a number up to which all is known to be acked, with the values from there on. To a server that wants a
+    `token`, give it. `wss://` is checked against `context`, or else the system's authorities. Raises ValueError for
+    a URL that is not `ws://HOST[:PORT]/PATH` or `wss://HOST[:PORT]/PATH`. As a context manager, it flushes at the end
+    of the block.
     """
 
-    def __init__(self, url: str = URL, source: uuid.UUID | None = None, first: int = 0) -> None:
+    def __init__(
+        self,
+        url: str = URL,
+        source: uuid.UUID | None = None,
+        first: int = 0,
+        token: str | None = None,
+        context: ssl.SSLContext | None = None,
+    ) -> None:
         try:
             parts = urlsplit(url)
-            host, port = parts.hostname or "", 80 if parts.port is None else parts.port
+            secure = parts.scheme == "wss"
+            host, port = parts.hostname or "", (443 if secure else 80) if parts.port is None else parts.port
             host.encode("idna")
-            right = parts.scheme == "ws" and host and port and not parts.query and not parts.fragment
+            right = parts.scheme in ("ws", "wss") and host and port and not parts.query and not parts.fragment
         except ValueError:
             right = False
         if not right or not all("!" <= c <= "~" for c in parts.path):
-            raise ValueError(f"{url!r} is not accepted: ws://HOST:PORT/v1.0/ingest")
+            raise ValueError(f"{url!r} is not accepted: ws://HOST:PORT/v1.0/ingest, or wss:// for TLS")
+        if context and not secure:
+            raise ValueError(f"{url!r} is not accepted with certificates: TLS is wss://")
         if not 0 <= first < MAX_SEQUENCE:
             raise ValueError(f"first {first} is not accepted: 0 to 2**63 - 2")
         self.url = url
         self.source = source or uuid.uuid4()
         self.first = first
         self._host, self._port, self._path = host, port, parts.path or "/"
+        self._token = token
+        self._context = (context or client_context(None)) if secure else None
 
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -225,7 +242,7 @@ class Producer:
         Raises OSError or HandshakeError when it is lost or cannot be had, ProducerError when the server
         refuses for good.
         """
-        link = ClientConnection(self._host, self._port, self._path, SUBPROTOCOL)
+        link = ClientConnection(self._host, self._port, self._path, SUBPROTOCOL, self._context, self._token)
         try:
             with self._lock:
                 self._links += 1
@@ -426,6 +443,17 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("file", nargs="?", default="-", metavar="FILE", help="where they are; -: stdin (default)")
     made.add_argument("--url", default=URL, help=f"where they go (default {URL})")
+    made.add_argument(
+        "--token_file",
+        "--token-file",
+        metavar="PATH",
+        help="file with the token that the server wants; else the variable RINGOEXP_TOKEN, if it is set",
+    )
+    made.add_argument(
+        "--ca", metavar="PATH", help="wss: who may have signed the server's certificate, PEM; else the system's"
+    )
+    made.add_argument("--cert", metavar="PATH", help="wss: certificate to show, for a server with --client_ca, PEM")
+    made.add_argument("--key", metavar="PATH", help="wss: its key, if that is in another file")
     made.add_argument("--binary", action="store_true", help="8 bytes each, big-endian, signed; else text, one a line")
     made.add_argument("--source", type=_uuid, metavar="UUID", help="go on with this source; else a new one")
     made.add_argument(
@@ -462,9 +490,15 @@ def _send(made: argparse.ArgumentParser, given: argparse.Namespace) -> int:
             say(f"ringoexp send: error: {name}: {error.strerror}", error=True)
             return 1
         try:
-            producer = Producer(given.url, given.source, given.first)
+            token = read_token(given.token_file)
+            certificates = given.ca or given.cert or given.key
+            context = client_context(given.ca, given.cert, given.key) if certificates else None
+            producer = Producer(given.url, given.source, given.first, token, context)
         except ValueError as error:
             made.error(str(error))
+        except (BadKeys, BadFile) as error:
+            say(f"ringoexp send: error: {error}", error=True)
+            return 1
         except (OSError, RuntimeError) as error:
             say(f"ringoexp send: error: no socket or thread to be had: {error}", error=True)
             return 1

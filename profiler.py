@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import sampling
+from access import Access
 from connections import Connections
 from web import GET_OR_HEAD, Refusal, Routes, WebHandler
 
@@ -52,12 +53,13 @@ PAGES = {
 class Profiler(Connections):
     """Listens on `address` from the beginning, answers from `start` on. Raises OSError when it cannot listen."""
 
-    def __init__(self, family: socket.AddressFamily, address: tuple[Any, ...], host: str, name: str) -> None:
-        super().__init__(family, address, Handler, name, thread="profiler", connection="profiler")
+    def __init__(
+        self, family: socket.AddressFamily, address: tuple[Any, ...], host: str, name: str, access: Access
+    ) -> None:
+        super().__init__(family, address, Handler, name, access=access, thread="profiler", connection="profiler")
         self.busy = threading.Lock()
         self.busy_until = 0.0  # monotonic seconds; the holder of `busy` writes it
         self.hosts = {host.lower()}
-        self.loopback = _is_loopback(str(self.server_address[0]))
 
 
 class Handler(WebHandler):

@@ -9,16 +9,19 @@ consumer with the same request. It does so at most once every FRESH seconds, in 
 import http.client
 import json
 import logging
+import ssl
 import threading
 from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
+from access import Access, Keys
 from database import StoreError
 from ringbuffer import Ring
 from sinks import LinkState, LinkStats
 from spool import Spool
 from store import Store
+from tls import explain
 
 log = logging.getLogger("ringoexp.ready")
 
@@ -131,6 +134,7 @@ class Readiness:
         spool: Spool | None,
         link: LinkState | None,
         consumer: tuple[str, int],
+        access: Access,
         linked: Callable[[], bool],
     ) -> None:
         self._ring = ring
@@ -141,7 +145,7 @@ class Readiness:
         self._ask_disk = _Question("disk", self._check_disk, ("store_failing", f"the database: {late}"))
         self._ask_consumer = _Question(
             "consumer",
-            lambda: _check_consumer(*consumer, linked()),
+            lambda: _check_consumer(*consumer, access.keys, linked()),
             ("consumer_unreachable", "%s:%d: %s" % (*consumer, late)),
         )
 
@@ -217,30 +221,44 @@ class Readiness:
         return ("store_failing", failing) if failing else None
 
 
-def _check_consumer(host: str, port: int, linked: bool) -> Answer:
+def _check_consumer(host: str, port: int, keys: Keys, linked: bool) -> Answer:
     """What the consumer says when it is asked whether it is ready; nothing if it is.
 
     That all its connections are taken is no matter for who is `linked` to it already.
     """
     where = f"{host}:{port}"
-    connection = None
+    connection: http.client.HTTPConnection | None = None
     try:
-        connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
-        connection.request("GET", "/v1.0/ready", headers={"Accept": "application/json", "Connection": "close"})
+        if keys.client:
+            connection = http.client.HTTPSConnection(host, port, timeout=PATIENCE, context=keys.client)
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
+        headers = {"Accept": "application/json", "Connection": "close"}
+        if keys.token:
+            headers["Authorization"] = f"Bearer {keys.token}"
+        connection.request("GET", "/v1.0/ready", headers=headers)
         response = connection.getresponse()
         status, body = response.status, response.read(65536)
     except TimeoutError:
         return "consumer_unreachable", f"{where}: no answer within {PATIENCE:.0f} s"
+    except ssl.SSLError as error:
+        return "consumer_unreachable", f"{where}: {explain(error)}"
     except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no host can have such a name
         return "consumer_unreachable", f"{where}: {error or type(error).__name__}"
     finally:
         if connection:
             connection.close()
-    if status in (200, 404):  # 404: an older one
+    if status == 404:  # an older one
         return None
     try:
-        theirs = [(str(each["code"]), str(each["detail"])) for each in json.loads(body)["reasons"]]
-    except (ValueError, KeyError, TypeError):
+        said = json.loads(body)
+        theirs = [(str(each["code"]), str(each["detail"])) for each in said.get("reasons", ())]
+        unauthorized = said.get("authorized") is False
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "consumer_unreachable", f"{where}: answered {status}"
+    if unauthorized:
+        return "consumer_unreachable", f"{where}: it wants a token, or another one (--token_file, or RINGOEXP_TOKEN)"
+    if status != 200 and not theirs:
         return "consumer_unreachable", f"{where}: answered {status}"
     ours = [detail for code, detail in theirs if code != THEIR_LIMIT or not linked]
     return ("consumer_not_ready", f"{where}: {'; '.join(ours)}") if ours else None

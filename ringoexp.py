@@ -1,8 +1,9 @@
 """Ringo Exp: integers over WebSocket, through a ring buffer, into SQLite. This room is the command line.
 
 It builds the servers' parts as the flags say, and runs them. The main thread only waits for a
-signal; SIGINT or SIGTERM starts the ordered stop, which it does itself: connections first, then the
-ring, the workers and the store. A second signal has its default effect and ends the process.
+signal; SIGHUP makes it read token and certificates again, SIGINT or SIGTERM starts the ordered stop, which it does
+itself: connections first, then the ring, the workers and the store. A second signal has its default effect and ends
+the process.
 """
 
 import signal
@@ -35,6 +36,7 @@ import metrics
 import monitor
 import producer
 import spool
+from access import Access, BadKeys, Files
 from database import StoreError
 from forwarder import BATCH_RECORDS, Forwarder
 from ingest import Intake, RingIntake, StoreIntake
@@ -123,6 +125,7 @@ class Parts:
                 raise
             log.warning("consumer_unknown", {"reason": str(error)})
             own = False
+        self.access = _read_keys(settings)
         family, address = resolve("-H", settings.hostname, settings.port)[0]
         if not own and settings.database != DATABASE:
             raise CannotRun(
@@ -136,7 +139,16 @@ class Parts:
             )
         with ExitStack() as undo:
             try:
-                self.server = Server(family, address, settings.name, settings.connections, self.totals, self)
+                self.server = Server(
+                    family,
+                    address,
+                    settings.name,
+                    settings.most_connections,
+                    settings.per_address,
+                    self.access,
+                    self.totals,
+                    self,
+                )
             except OSError as error:
                 raise CannotRun(
                     f"cannot listen on {settings.hostname}:{settings.port}: {error.strerror} "
@@ -160,22 +172,23 @@ class Parts:
                     raise CannotRun(f"-r {settings.ring_size}: not that much memory to be had") from None
                 try:
                     if settings.spool and self.link:
-                        link = LinkSink(settings.consumer_hostname, settings.consumer_port, own_port=self.server.port)
+                        link = self._make_link(lambda: None)
                         self.spool = spool.Spool(settings.spool, settings.spool_max, link, self.link)
                         undo.callback(self.spool.stop, 5)
                     most = settings.spool_max if self.spool else BATCH_RECORDS
                     told = None if self.spool else self.link  # or else the spool tells
-                    self.forwarder = Forwarder(self.ring, self._make_sink, settings.workers, most, told)
+                    self.forwarder = Forwarder(self.ring, self._make_sink, settings.most_workers, most, told)
                 except RuntimeError as error:
                     raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
             undo.pop_all()
         consumer = settings.consumer_hostname, settings.consumer_port
         forwarder = self.forwarder
         linked = (lambda: forwarder.linked) if forwarder else (lambda: False)
-        self._readiness = Readiness(self.ring, self.store, self.spool, self.link, consumer, linked)
+        self._readiness = Readiness(self.ring, self.store, self.spool, self.link, consumer, self.access, linked)
 
     def start(self) -> None:
         """Begins to serve."""
+        self._say_who_may_come()
         intake: Intake
         if self.ring:
             intake = RingIntake(self.ring, self.settings.ack == "ring")
@@ -188,6 +201,24 @@ class Parts:
             where = {"host": self.settings.profiler_host, "port": self.profiler.port}
             log.log(logging.INFO if self.profiler.loopback else logging.WARNING, "profiling", where)
 
+    def reload(self) -> None:
+        """Reads token and certificates again; connections that are open keep what they have."""
+        try:
+            self.access.reload()
+        except BadKeys as error:
+            log.error("not_reloaded", {"reason": str(error)})
+            return
+        log.info("reloaded")
+        self._say_who_may_come()
+
+    def _say_who_may_come(self) -> None:
+        """One line if that is everybody who can connect, and one if the certificate will be refused."""
+        if not self.access.keys.token and not self.server.loopback and not self.settings.client_ca:
+            hint = "whoever can connect may write and look on: --token_file keeps others out"
+            log.warning("no_token", {"address": f"{self.settings.hostname}:{self.server.port}", "hint": hint})
+        if trouble := self.access.trouble():
+            log.warning("certificate_refused", {"file": self.settings.tls_cert, "reason": trouble})
+
     def _open_profiler(self) -> Profiler | None:
         """The profiler's port, if there is to be one. Raises CannotRun."""
         settings = self.settings
@@ -195,7 +226,7 @@ class Parts:
             return None
         family, address = resolve("--profiler_host", settings.profiler_host, settings.profiler_port)[0]
         try:
-            return Profiler(family, address, settings.profiler_host, settings.name)
+            return Profiler(family, address, settings.profiler_host, settings.name, self.access)
         except OSError as error:
             raise CannotRun(
                 f"-L: cannot listen on {settings.profiler_host}:{settings.profiler_port}: {error.strerror} "
@@ -205,11 +236,14 @@ class Parts:
     def _make_sink(self, connected: Callable[[], None]) -> Sink:
         if self.store:
             return StoreSink(self.store)
-        patience = spool.PATIENCE if self.spool else None
-        link = LinkSink(
-            self.settings.consumer_hostname, self.settings.consumer_port, connected, patience, self.server.port
-        )
+        link = self._make_link(connected)
         return spool.SpoolSink(link, self.spool) if self.spool else link
+
+    def _make_link(self, connected: Callable[[], None]) -> LinkSink:
+        settings = self.settings
+        patience = spool.PATIENCE if settings.spool else None
+        consumer = settings.consumer_hostname, settings.consumer_port
+        return LinkSink(*consumer, connected, patience, self.server.port, self.access)
 
     def stored(self) -> int:
         """Records stored since the start."""
@@ -293,6 +327,22 @@ class Parts:
         return self._readiness.reasons()
 
 
+def _read_keys(settings: Settings) -> Access:
+    """Token and certificates. Raises CannotRun."""
+    files = Files(
+        settings.token_file,
+        settings.tls_cert,
+        settings.tls_key,
+        settings.client_ca,
+        settings.consumer_tls,
+        settings.consumer_ca,
+    )
+    try:
+        return Access(files)
+    except BadKeys as error:
+        raise CannotRun(str(error)) from error
+
+
 def _camel(name: str) -> str:
     head, *tail = name.split("_")
     return head + "".join(word.capitalize() for word in tail)
@@ -308,6 +358,7 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
     wake.setblocking(False)
 
     first: list[float] = []
+    reloads = any((settings.token_file, settings.tls_cert, settings.consumer_ca))
 
     def end(number: int, frame: object) -> None:
         """The first signal wakes the main thread, by the descriptor; another one ends the process at once."""
@@ -321,11 +372,14 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
         try:
             for each in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(each, end)
+            if reloads:  # or else it ends the process, as ever
+                signal.signal(signal.SIGHUP, lambda number, frame: None)
             parts = Parts(settings, argv)
             try:
                 parts.start()
                 say(_greeting(parts))
-                woken.recv(1)
+                while woken.recv(1)[0] == signal.SIGHUP:
+                    parts.reload()
                 # Daemon: it is there for when the main thread does nothing any more.
                 threading.Thread(target=_end_anyway, args=(woken,), name="signals", daemon=True).start()
             finally:
@@ -346,7 +400,7 @@ def _end_anyway(woken: socket.socket) -> None:
     first = monotonic()
     try:
         while number := woken.recv(1):
-            if monotonic() - first >= SAME_SIGNAL:
+            if number[0] != signal.SIGHUP and monotonic() - first >= SAME_SIGNAL:
                 sleep(STUCK_SECONDS)
                 os._exit(128 + number[0])
     except OSError:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple, Protocol
 
+from access import Access
 from database import StoreError
 from store import Store
 from websock import ClientConnection, HandshakeError
@@ -70,7 +71,7 @@ class LinkSink:
     """A WebSocket link to the consumer, connected when a block needs it. `connected` is called each time.
 
     `patience` is how many seconds the consumer has to take a block, and as many again to ack it. A server that
-    listens on `own_port` makes no link to itself.
+    listens on `own_port` makes no link to itself. What it shows the consumer, and whether over TLS, is in `access`.
     """
 
     def __init__(
@@ -80,12 +81,14 @@ class LinkSink:
         connected: Callable[[], None] = lambda: None,
         patience: float | None = None,
         own_port: int = 0,
+        access: Access | None = None,
     ) -> None:
         self._host = host
         self._port = port
         self._connected = connected
         self._patience = patience or ACK_TIMEOUT
         self._own_port = own_port
+        self._access = access or Access()
         self._link: ClientConnection | None = None
         self._sent = 0  # records sent on this link, all acked unless a store is under way
         self._pinged = False  # and nothing has come from the consumer since
@@ -148,7 +151,8 @@ class LinkSink:
             self._link = None
 
     def _connect(self) -> None:
-        self._link = ClientConnection(self._host, self._port, "/v1.0/ingest", SUBPROTOCOL)
+        keys = self._access.keys
+        self._link = ClientConnection(self._host, self._port, "/v1.0/ingest", SUBPROTOCOL, keys.client, keys.token)
         self._sent = 0
         self._pinged = False
         ours, theirs = self._link.sock.getsockname(), self._link.sock.getpeername()

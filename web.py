@@ -4,6 +4,7 @@ Knows nothing of records. A `WebHandler` belongs to its connection's thread, fro
 shared between threads. `wsserver` serves clients with it, `profiler` developers.
 """
 
+import http.client
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from connections import Connections
+from tls import RECORD_TYPE
 from websock import linger
 
 log = logging.getLogger("ringoexp.http")
@@ -25,6 +27,8 @@ REQUEST_TIMEOUT = 30.0
 """Seconds a client has to send a request, or the next one on the same connection, up to its body."""
 REFUSED_TIMEOUT = 2.0
 """Seconds for a request on a connection that was not admitted."""
+MOST_HEAD = 32 * 1024
+"""Bytes of a request up to its body: its first line and its headers, of which `http.client` takes a hundred."""
 JSON = "application/json;charset=utf-8"
 GET_OR_HEAD = ("GET", "HEAD")
 
@@ -48,12 +52,17 @@ class Refusal(Exception):
         self.body = {"error": reason, **(more or {})}
 
 
+class _TooLarge(http.client.HTTPException):
+    """A request's head is larger than MOST_HEAD."""
+
+
 class _Reader(io.RawIOBase):
-    """What comes from a socket until a deadline: reading beyond it raises TimeoutError."""
+    """What comes from a socket until a deadline: reading beyond it raises TimeoutError, beyond `most` _TooLarge."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self.deadline: float | None = 0.0  # monotonic seconds; None: waits for nothing
+        self.most: int | None = None  # bytes; None: any number
 
     def readable(self) -> bool:
         """True: it is for reading."""
@@ -65,22 +74,44 @@ class _Reader(io.RawIOBase):
         if self.deadline is not None and left <= 0:
             raise TimeoutError("too slow")
         self._sock.settimeout(left)
+        if self.most is not None and self.most <= 0:
+            raise _TooLarge
         try:
-            return self._sock.recv_into(buffer)
+            size = self._sock.recv_into(buffer)
         except BlockingIOError:
             return None
+        if self.most is not None:
+            self.most -= size
+        return size
+
+
+class _Writer(io.BufferedIOBase):
+    """What goes to a socket, whole."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def writable(self) -> bool:
+        """True: it is for writing."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Returns once all of it is with the system. Raises OSError when it is not within the socket's timeout."""
+        self._sock.sendall(data)
+        return len(data)
 
 
 class WebHandler(BaseHTTPRequestHandler):
     """One connection: HTTP/1.1 requests one after the other, each answered by one of `routes`.
 
-    A request on a connection that was not admitted is answered too if its path is one of `open_to_all`.
+    A request on a connection that was not admitted is answered too if its path is one of `open_to_all`. Those of
+    `without_token` are answered to who does not have the server's token.
     """
 
     server: Connections
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
     open_to_all: tuple[str, ...] = ()
+    without_token: tuple[str, ...] = ()
     lingering = False  # close gently: the client may still be sending what nobody reads
     asked_to_close = False  # by the client, for after this request
 
@@ -92,19 +123,44 @@ class WebHandler(BaseHTTPRequestHandler):
         """What a connection that was not admitted is told."""
         return Refusal(503, "the server is stopping", {"Retry-After": "1"})
 
+    def unauthorized(self, path: str) -> None:
+        """Answers a request that does not have the token. Raises Refusal."""
+        self.server.unauthorized()
+        challenge = 'Bearer realm="ringoexp"'
+        if "Authorization" not in self.headers:
+            raise Refusal(
+                401, "this server wants its token: Authorization: Bearer TOKEN", {"WWW-Authenticate": challenge}
+            )
+        wrong = f'{challenge}, error="invalid_token"'
+        raise Refusal(401, "that is not the token of this server", {"WWW-Authenticate": wrong})
+
     def setup(self) -> None:
         """Reads through a deadline instead of a timeout for each piece."""
-        super().setup()
-        self.rfile.close()
+        self.connection = self.request
         self.reader = _Reader(self.connection)
         self.rfile = io.BufferedReader(self.reader)
+        self.wfile = _Writer(self.connection)
 
     def handle_one_request(self) -> None:
-        """Gives the next request its time."""
+        """Gives the next request its time, and its head its size."""
         patience = REQUEST_TIMEOUT if self.server.admitted() else REFUSED_TIMEOUT
         self.reader.deadline = monotonic() + patience
+        self.reader.most = MOST_HEAD
         self.command, self.path = "", ""  # or a bad request's answer would be logged with those of the one before
-        super().handle_one_request()
+        self.requestline = ""  # and in its version
+        self.request_version = self.protocol_version
+        try:
+            if self.rfile.peek(1)[:1] == bytes([RECORD_TYPE]):  # type: ignore[attr-defined]  # a BufferedReader
+                reason = "a client speaks TLS where none is spoken (--tls_cert, --tls_key)"
+                log.info("refused", {"client": self.client_address[0], "status": 400, "reason": reason})
+                self.send_error(400, "no TLS is spoken on this port: ask for http:// or ws://")
+                return
+            super().handle_one_request()
+        except TimeoutError as error:  # of the first byte
+            self.log_error("Request timed out: %r", error)
+            self.close_connection = True
+        except _TooLarge:
+            self.send_error(414, f"a request has at most {MOST_HEAD} bytes up to its body")
 
     def __getattr__(self, name: str) -> Any:
         """Methods that HTTP does not know are wrong methods too: 405 here, not the base class's 501."""
@@ -115,6 +171,7 @@ class WebHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answers one request, whatever its method."""
         self.connection.settimeout(REQUEST_TIMEOUT)  # for the answer: reading sets its own
+        self.reader.most = None
         path = self.path.partition("?")[0]
         self.asked_to_close = self.close_connection
         try:
@@ -126,6 +183,9 @@ class WebHandler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 if path not in self.open_to_all:
                     raise self.turn_away()
+            if path not in self.without_token and not self.has_token():
+                self.unauthorized(path)
+                return
             routes = self.routes()
             if path not in routes:
                 raise Refusal(404, f"nothing here: there are {', '.join(routes)}")
@@ -137,16 +197,30 @@ class WebHandler(BaseHTTPRequestHandler):
             log.info("refused", {"client": self.client_address[0], "status": refusal.status, "reason": str(refusal)})
             self.reply_json(refusal.status, refusal.body, refusal.headers)
 
+    def has_token(self) -> bool:
+        """True when the request has the server's token, or it has none."""
+        return self.server.access.admits(self.headers.get_all("Authorization", []), self.offered())
+
+    def offered(self) -> list[str]:
+        """The WebSocket subprotocols that the request offers, as they are written."""
+        found = [
+            part.strip() for value in self.headers.get_all("Sec-WebSocket-Protocol", []) for part in value.split(",")
+        ]
+        return [part for part in found if part]
+
     def finish(self) -> None:
         """Ends the connection, gently where the client may still be sending."""
         if self.lingering:
             linger(self.connection)
-        super().finish()
+        self.wfile.close()
+        self.rfile.close()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answers what the base class refuses (bad request lines and headers), in JSON like the rest."""
         self.close_connection = self.lingering = True
         self.command = self.command or "GET"
+        if code == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+            message = f"a request has at most 100 headers, and at most {MOST_HEAD} bytes up to its body"
         self.reply_json(code, {"error": message or HTTPStatus(code).phrase})
 
     def version_string(self) -> str:

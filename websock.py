@@ -16,6 +16,7 @@ reads nothing until its acks no longer leave.
 import random
 import select
 import socket
+import ssl
 from collections.abc import Mapping
 from time import monotonic
 from typing import Any
@@ -36,6 +37,7 @@ from wsproto.events import (
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import LocalProtocolError
 
+from tls import TLSSocket
 from wire import MAX_MESSAGE, Messages, frame_head, take_frames
 
 READ_SIZE = 256 * 1024
@@ -54,6 +56,11 @@ STALL_TIMEOUT = 60.0
 """Seconds a peer may leave what is unsent to it where it is, when the system's buffers are full."""
 MOST_UNSENT = 64 * 1024
 """Bytes of pongs that a peer may leave unread, beyond what the system buffers, before it is given up."""
+_HINTS = {
+    400: ": does it want TLS (wss://, --consumer_tls)?",
+    401: ": it wants a token, or another one than it got (--token_file, or RINGOEXP_TOKEN)",
+    404: ": is that the /v1.0/ingest of a ringoexp?",
+}
 _GONE = select.POLLHUP | select.POLLERR
 _HALF_CLOSED = getattr(select, "POLLRDHUP", 0)  # Linux
 
@@ -356,19 +363,31 @@ class ServerConnection(Connection):
 class ClientConnection(Connection):
     """The client's end of `ws://host:port/path`, connected. Speaks `subprotocol` or does not connect at all.
 
-    Raises OSError when the host cannot be reached, HandshakeError when it refuses. The socket's
-    timeout is left at CONNECT_TIMEOUT.
+    With `context` it is `wss://`. Shows `token`, if there is one. Raises OSError when the host cannot be reached,
+    HandshakeError when it refuses. The socket's timeout is left at CONNECT_TIMEOUT.
     """
 
     most_unsent = MOST_UNSENT + 2 * MAX_MESSAGE  # pongs may wait behind a message of ours
 
-    def __init__(self, host: str, port: int, path: str, subprotocol: str) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        path: str,
+        subprotocol: str,
+        context: ssl.SSLContext | None = None,
+        token: str | None = None,
+    ) -> None:
         self._host = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._path = path
         self._wanted = subprotocol
-        sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
+        self._token = token
+        sock: Any = socket.create_connection((host, port), CONNECT_TIMEOUT)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if context:
+                sock = TLSSocket(sock, context, host)
+                sock.handshake(CONNECT_TIMEOUT)
             super().__init__(sock, ConnectionType.CLIENT)
         except BaseException:
             sock.close()
@@ -385,7 +404,8 @@ class ClientConnection(Connection):
 
     def handshake(self) -> None:
         """Called by the library's constructor: asks for the upgrade and reads the answer."""
-        request = Request(host=self._host, target=self._path, subprotocols=[self._wanted])
+        headers = [(b"Authorization", f"Bearer {self._token}".encode())] if self._token else []
+        request = Request(host=self._host, target=self._path, subprotocols=[self._wanted], extra_headers=headers)
         self.sock.sendall(self.ws.send(request))
         deadline = monotonic() + CONNECT_TIMEOUT
         head, end, rest = b"", b"", b""
@@ -405,8 +425,7 @@ class ClientConnection(Connection):
         self._tail += rest
         if isinstance(answer, RejectConnection):
             raise HandshakeError(
-                f"refused with HTTP status {answer.status_code}"
-                + (": is that the /v1.0/ingest of a ringoexp?" if answer.status_code == 404 else ""),
+                f"refused with HTTP status {answer.status_code}{_HINTS.get(answer.status_code, '')}",
                 answer.status_code,
             )
         if not isinstance(answer, AcceptConnection) or answer.subprotocol != self._wanted:

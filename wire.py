@@ -13,6 +13,8 @@ from typing import NamedTuple
 Buffer = bytes | bytearray
 
 SUBPROTOCOL = "ringoexp.batch.v1"
+PLAIN_SUBPROTOCOL = "ringoexp.plain.v1"
+"""Plain messages, as without a subprotocol: for clients that have to offer one, to offer their token beside it."""
 MAX_MESSAGE = 8 * 1024 * 1024
 """Most bytes in one message or HTTP body."""
 MAX_RUNS = 65_536

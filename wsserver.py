@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import web
+from access import PROTOCOL as BEARER
+from access import Access
 from connections import Connections
 from database import StoreError
 from ingest import LOST, Intake, Session, plain_block
@@ -23,7 +25,7 @@ from readiness import THEIR_LIMIT, Reason
 from stats import Totals, ago
 from web import GET_OR_HEAD, JSON, Refusal, Routes, WebHandler, peer_name, request_id
 from websock import HandshakeError, ServerConnection
-from wire import MAX_MESSAGE, SUBPROTOCOL, WireError, decode_plain
+from wire import MAX_MESSAGE, PLAIN_SUBPROTOCOL, SUBPROTOCOL, WireError, decode_plain
 
 log = logging.getLogger("ringoexp.http")
 
@@ -55,10 +57,12 @@ class Server(Connections):
         address: tuple[Any, ...],
         name: str,
         limit: int,
+        per_address: int,
+        access: Access,
         totals: Totals,
         monitor: Monitor,
     ) -> None:
-        super().__init__(family, address, Handler, name, limit)
+        super().__init__(family, address, Handler, name, limit, per_address, access)
         self.totals = totals
         self.monitor = monitor
         self.intake: Intake  # from `serve` on, before any connection is taken
@@ -74,6 +78,7 @@ class Handler(WebHandler):
 
     server: Server
     open_to_all = ("/", "/v1.0/alive", "/v1.0/ready", "/v1.0/stats", "/metrics")
+    without_token = ("/v1.0/alive", "/v1.0/ready")
 
     def routes(self) -> Routes:
         """What there is."""
@@ -91,7 +96,18 @@ class Handler(WebHandler):
         if self.server.stopping.is_set():
             return super().turn_away()
         self.server.refuse()
-        return Refusal(503, f"too many connections: at most {self.server.limit} at once", {"Retry-After": "1"})
+        most = f"{self.server.limit} at once"
+        if self.server.crowding():
+            most = f"{self.server.per_address} from one address"
+        return Refusal(503, f"too many connections: at most {most}", {"Retry-After": "1"})
+
+    def unauthorized(self, path: str) -> None:
+        """Answers as the base class does, but with the live page where it was asked for: that asks for the token."""
+        if path == "/" and self.command in GET_OR_HEAD and (found := page()):
+            challenge = {"WWW-Authenticate": 'Bearer realm="ringoexp"', "Cache-Control": "no-store"}
+            self.reply(401, found.content, HTML, {**found.headers, **challenge})
+            return
+        super().unauthorized(path)
 
     # Routes.
 
@@ -119,9 +135,11 @@ class Handler(WebHandler):
         if stopping:  # reason enough: nothing is to be asked any more
             reasons.append(Reason("draining", "the server is stopping"))
         elif not self.server.admitted():
-            reasons.append(Reason(THEIR_LIMIT, f"all {self.server.limit} connections (-n) are taken"))
+            reasons.append(Reason(THEIR_LIMIT, f"all {self.server.limit} connections (-n, --threads) are taken"))
+        # For a publisher, whose links will be asked for it.
+        told_of_token = {"authorized": self.has_token()} if self.server.access.keys.token else {}
         if not reasons:
-            self.reply_json(200, {"ready": True})
+            self.reply_json(200, {"ready": True, **told_of_token})
             return
         told = [
             {
@@ -131,7 +149,7 @@ class Handler(WebHandler):
             }
             for reason in reasons
         ]
-        self.reply_json(503, {"ready": False, "reasons": told}, {"Retry-After": "1"})
+        self.reply_json(503, {"ready": False, "reasons": told, **told_of_token}, {"Retry-After": "1"})
 
     def _metrics(self) -> None:
         self.reply(200, self.server.monitor.metrics().encode(), METRICS)
@@ -186,7 +204,7 @@ class Handler(WebHandler):
         self.server.stream()
         extra = {"X-Request-Id": request_id(), "Server": self.server.name}
         try:
-            connection = ServerConnection(self.connection, headers, extra, (SUBPROTOCOL,), self.server.stop_sign)
+            connection = ServerConnection(self.connection, headers, extra, self._spoken(), self.server.stop_sign)
         except HandshakeError as error:
             raise Refusal(400, f"bad WebSocket handshake: {error}") from error
         batches = connection.subprotocol == SUBPROTOCOL
@@ -204,6 +222,15 @@ class Handler(WebHandler):
             ended = {"code": int(code), "by": "client"} if theirs else {"code": int(code), "reason": reason}
             counts = {"received": session.received, "acked": session.acked, "seconds": round(monotonic() - since, 3)}
             log.info("disconnected", {**who, **ended, **counts})
+
+    def _spoken(self) -> tuple[str, ...]:
+        """The subprotocols to choose from: ours, or, for a client that offers its token only, that one. It would
+        take none for a failure.
+        """
+        offered = self.offered()
+        if not {SUBPROTOCOL, PLAIN_SUBPROTOCOL} & set(offered):
+            return tuple(each for each in offered if each.startswith(BEARER))
+        return SUBPROTOCOL, PLAIN_SUBPROTOCOL
 
     # Checks. Each raises Refusal.
 
@@ -263,8 +290,8 @@ class Handler(WebHandler):
             "Sec-WebSocket-Key": keys[0].strip(),
             "Sec-WebSocket-Version": "13",
         }
-        if "Sec-WebSocket-Protocol" in self.headers:
-            headers["Sec-WebSocket-Protocol"] = ", ".join(self.headers.get_all("Sec-WebSocket-Protocol", []))
+        if offered := self.offered():
+            headers["Sec-WebSocket-Protocol"] = ", ".join(offered)
         return headers
 
     # Helpers.
