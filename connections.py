@@ -1,7 +1,7 @@
 """The connections of an HTTP server: who is accepted, by which thread each is served, and how all of it ends.
 
-`Connections` is a `ThreadingHTTPServer` that owns its threads: `accept` takes connections, and each
-connection has one, `conn-N`, that reads, works and writes for it from beginning to end.
+`Connections` is a `ThreadingHTTPServer` that owns its threads: `accept` takes connections from every listening socket,
+and each connection has one, `conn-N`, that reads, works and writes for it from beginning to end.
 `Connections._lock` guards the table of connections and its counts; `_ended` shares it and is notified
 when a connection ends, or the server begins to stop or to close.
 
@@ -17,8 +17,11 @@ import socket
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import BaseServer
 from time import monotonic
 from typing import Any, NamedTuple
+
+from addresses import UNIX_PEER, Listeners
 
 log = logging.getLogger("ringoexp.http")
 
@@ -46,26 +49,25 @@ class _Entry(NamedTuple):
 
 
 class Connections(ThreadingHTTPServer):
-    """Listens on `address` from the beginning, and accepts once `start` is called; `handler` is one connection's job.
+    """Owns `listeners`, and accepts from them once `start` is called; `handler` is one connection's job.
 
     At most `limit` connections are admitted at once (0: any number), none once it stops; what the others get is the
-    handler's choice. `thread` names the acceptor. Raises OSError when it cannot listen.
+    handler's choice. `thread` names the acceptor.
     """
 
     daemon_threads = True  # `wait_ended` waits for them; a second signal must not
-    request_queue_size = 1024
 
     def __init__(
         self,
-        family: socket.AddressFamily,
-        address: tuple[Any, ...],
+        listeners: Listeners,
         handler: type[BaseHTTPRequestHandler],
         name: str,
         limit: int = 0,
         thread: str = "accept",
         connection: str = "conn",
     ) -> None:
-        self.address_family = family
+        BaseServer.__init__(self, listeners.addresses[0][1], handler)  # the class between would make a socket
+        self.listeners = listeners
         self.name = name
         self.limit = limit
         self.stopping = threading.Event()
@@ -81,8 +83,6 @@ class Connections(ThreadingHTTPServer):
         self._accepted = 0
         self._closing = False
 
-        super().__init__(address, handler)
-        self.socket.setblocking(False)  # a client may be gone between select and accept
         self._stop_wake, self._stop_sign = socket.socketpair()
         self._close_wake, self._close_sign = socket.socketpair()
         # Daemon: a second signal ends the process at once.
@@ -90,34 +90,28 @@ class Connections(ThreadingHTTPServer):
 
     @property
     def port(self) -> int:
-        """The port it listens on."""
-        return int(self.socket.getsockname()[1])
-
-    def server_bind(self) -> None:
-        """Binds as the base class does, but does not ask the resolver for the host's name."""
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
+        """The port it listens on; 0 on a Unix socket."""
+        return self.listeners.port
 
     def start(self) -> None:
         """Starts to accept."""
         self._acceptor.start()
 
     def serve_forever(self, poll_interval: float = 0.0) -> None:
-        """Accepts until `close`. Does not poll, as the base class would."""
+        """Accepts until `close`, one connection at a time from each socket. Does not poll, as the base class would."""
+        sockets = {sock.fileno(): sock for sock in self.listeners.sockets}
         poll = select.poll()  # not select: it ends at descriptor 1023
-        poll.register(self.socket, select.POLLIN)
-        poll.register(self._close_sign, select.POLLIN)
+        for each in (*sockets, self._close_sign.fileno()):
+            poll.register(each, select.POLLIN)
         while True:
-            poll.poll()
-            with self._lock:  # beyond the limit, connections have to make room for each other
-                while self._crowded():
-                    self._ended.wait()
-                if self._closing:
-                    return
-            self._handle_request_noblock()  # type: ignore[attr-defined]  # the documented loop body
+            for ready, _ in poll.poll():
+                with self._lock:  # beyond the limit, connections have to make room for each other
+                    while self._crowded():
+                        self._ended.wait()
+                    if self._closing:
+                        return
+                self.socket = sockets[ready]
+                self._handle_request_noblock()  # type: ignore[attr-defined]  # the documented loop body
 
     def _crowded(self) -> bool:
         """True while the next connection would be one too many beyond the limit."""
@@ -130,6 +124,9 @@ class Connections(ThreadingHTTPServer):
         """Accepts one connection. Out of descriptors, it waits a little for some to be closed."""
         try:
             request, address = super().get_request()
+            if request.family == socket.AF_UNIX:
+                return request, UNIX_PEER
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in KEEPALIVE.items():
                 if hasattr(socket, option):  # macOS has other names
@@ -253,8 +250,8 @@ class Connections(ThreadingHTTPServer):
         self._shut_all(socket.SHUT_RDWR, streams=True)
 
     def server_close(self) -> None:
-        """Closes the listening socket; threads are waited for elsewhere."""
-        self.socket.close()
+        """Closes the listening sockets; threads are waited for elsewhere."""
+        self.listeners.close()
 
     def _serve(self, request: socket.socket, client_address: Any) -> None:
         """A connection's thread."""

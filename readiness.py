@@ -14,6 +14,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
+from addresses import connect, host_header, shown
 from database import StoreError
 from ringbuffer import Ring
 from sinks import LinkState, LinkStats
@@ -142,7 +143,7 @@ class Readiness:
         self._ask_consumer = _Question(
             "consumer",
             lambda: _check_consumer(*consumer, linked()),
-            ("consumer_unreachable", "%s:%d: %s" % (*consumer, late)),
+            ("consumer_unreachable", f"{shown(*consumer)}: {late}"),
         )
 
     def reasons(self, wait: bool = True) -> list[Reason]:
@@ -222,11 +223,13 @@ def _check_consumer(host: str, port: int, linked: bool) -> Answer:
 
     That all its connections are taken is no matter for who is `linked` to it already.
     """
-    where = f"{host}:{port}"
+    where = shown(host, port)
     connection = None
     try:
         connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
-        connection.request("GET", "/v1.0/ready", headers={"Accept": "application/json", "Connection": "close"})
+        connection.sock = connect(host, port, PATIENCE)
+        headers = {"Host": host_header(host, port), "Accept": "application/json", "Connection": "close"}
+        connection.request("GET", "/v1.0/ready", headers=headers)
         response = connection.getresponse()
         status, body = response.status, response.read(65536)
     except TimeoutError:

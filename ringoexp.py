@@ -35,6 +35,8 @@ import metrics
 import monitor
 import producer
 import spool
+from addresses import Address, AddressError, Listeners, reaches, shown
+from addresses import resolve as find
 from database import StoreError
 from forwarder import BATCH_RECORDS, Forwarder
 from ingest import Intake, RingIntake, StoreIntake
@@ -64,40 +66,19 @@ class CannotRun(Exception):
     """The server cannot start. The text says what happened and what to do."""
 
 
-def resolve(flag: str, host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
+def resolve(flag: str, host: str, port: int) -> list[Address]:
     """The addresses of a host, IPv4 first. Raises CannotRun when there is none."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise CannotRun(f"{flag} {host}: the host's name cannot be resolved ({error})") from error
-    addresses = [(info[0], info[4]) for info in found if info[0] in (socket.AF_INET, socket.AF_INET6)]
-    if not addresses:
-        raise CannotRun(f"{flag} {host}: the host has no IP address")
-    return sorted(addresses, key=lambda address: address[0] != socket.AF_INET)
+        return find(host, port)
+    except AddressError as error:
+        raise CannotRun(f"{flag} {host}: {error}") from error
 
 
 def is_own_consumer(settings: Settings) -> bool:
     """True when the consumer's address is this publisher's own. Raises CannotRun for names that do not resolve."""
-    if settings.port != settings.consumer_port:
-        resolve("-U", settings.consumer_hostname, settings.consumer_port)
-        return False
-    own = [address[0] for _, address in resolve("-H", settings.hostname, settings.port)]
+    own = resolve("-H", settings.hostname, settings.port)
     theirs = resolve("-U", settings.consumer_hostname, settings.consumer_port)
-    if any(address[0] in own for _, address in theirs):
-        return True
-    if not {"0.0.0.0", "::"} & set(own):
-        return False
-    return any(_is_local(family, address[0]) for family, address in theirs)
-
-
-def _is_local(family: socket.AddressFamily, host: str) -> bool:
-    """True when `host` is an address of this machine: only then can a socket be bound to it."""
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError:
-            return False
-        return True
+    return any(reaches(address, listening) for address in theirs for listening in own)
 
 
 class Parts:
@@ -123,11 +104,12 @@ class Parts:
                 raise
             log.warning("consumer_unknown", {"reason": str(error)})
             own = False
-        family, address = resolve("-H", settings.hostname, settings.port)[0]
+        addresses = resolve("-H", settings.hostname, settings.port)
+        consumer = settings.consumer_hostname, settings.consumer_port
         if not own and settings.database != DATABASE:
             raise CannotRun(
                 f"-D {settings.database}: this publisher has no database, it forwards to "
-                f"{settings.consumer_hostname}:{settings.consumer_port} (-T {settings.port} makes it its own consumer)"
+                f"{shown(*consumer)} (-U and -T the same as -H and -p make it its own consumer)"
             )
         if own and settings.spool:
             raise CannotRun(
@@ -136,20 +118,20 @@ class Parts:
             )
         with ExitStack() as undo:
             try:
-                self.server = Server(family, address, settings.name, settings.connections, self.totals, self)
-            except OSError as error:
+                listeners = Listeners(shown(settings.hostname, settings.port), addresses)
+            except AddressError as error:
                 raise CannotRun(
-                    f"cannot listen on {settings.hostname}:{settings.port}: {error.strerror} "
-                    "(is one running already? -H and -p name another address; a complete system there needs -T too, "
-                    "the same as -p)"
+                    f"{error} (is one running already? -H and -p name another address; a complete system there needs "
+                    "-T too, the same as -p)"
                 ) from error
+            self.server = Server(listeners, settings.name, settings.connections, self.totals, self)
             undo.callback(self.server.close)
             self.profiler = self._open_profiler()
             if self.profiler:
                 undo.callback(self.profiler.close)
             self.link: LinkState | None = None
             if not own:
-                self.link = LinkState(f"{settings.consumer_hostname}:{settings.consumer_port}")
+                self.link = LinkState(shown(*consumer))
             if own:
                 self.store = Store(settings.database)
                 undo.callback(self.store.close)
@@ -160,7 +142,7 @@ class Parts:
                     raise CannotRun(f"-r {settings.ring_size}: not that much memory to be had") from None
                 try:
                     if settings.spool and self.link:
-                        link = LinkSink(settings.consumer_hostname, settings.consumer_port, own_port=self.server.port)
+                        link = LinkSink(*consumer, is_own=listeners.is_own)
                         self.spool = spool.Spool(settings.spool, settings.spool_max, link, self.link)
                         undo.callback(self.spool.stop, 5)
                     most = settings.spool_max if self.spool else BATCH_RECORDS
@@ -169,7 +151,6 @@ class Parts:
                 except RuntimeError as error:
                     raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
             undo.pop_all()
-        consumer = settings.consumer_hostname, settings.consumer_port
         forwarder = self.forwarder
         linked = (lambda: forwarder.linked) if forwarder else (lambda: False)
         self._readiness = Readiness(self.ring, self.store, self.spool, self.link, consumer, linked)
@@ -193,22 +174,19 @@ class Parts:
         settings = self.settings
         if not settings.profiler_port:
             return None
-        family, address = resolve("--profiler_host", settings.profiler_host, settings.profiler_port)[0]
+        host, port = settings.profiler_host, settings.profiler_port
+        addresses = resolve("--profiler_host", host, port)
         try:
-            return Profiler(family, address, settings.profiler_host, settings.name)
-        except OSError as error:
-            raise CannotRun(
-                f"-L: cannot listen on {settings.profiler_host}:{settings.profiler_port}: {error.strerror} "
-                "(-L and --profiler_host name another address)"
-            ) from error
+            return Profiler(Listeners(shown(host, port), addresses), host, settings.name)
+        except AddressError as error:
+            raise CannotRun(f"-L: {error} (-L and --profiler_host name another address)") from error
 
     def _make_sink(self, connected: Callable[[], None]) -> Sink:
         if self.store:
             return StoreSink(self.store)
         patience = spool.PATIENCE if self.spool else None
-        link = LinkSink(
-            self.settings.consumer_hostname, self.settings.consumer_port, connected, patience, self.server.port
-        )
+        host, port = self.settings.consumer_hostname, self.settings.consumer_port
+        link = LinkSink(host, port, connected, patience, self.server.listeners.is_own)
         return spool.SpoolSink(link, self.spool) if self.spool else link
 
     def stored(self) -> int:
@@ -368,17 +346,16 @@ def _share_one_heap() -> None:
 
 def _greeting(parts: Parts) -> str:
     settings = parts.settings
-    host = f"[{settings.hostname}]" if ":" in settings.hostname else settings.hostname
     role = "publisher" if settings.is_publisher else "consumer"
     where = (
         f"storing in {settings.database}"
         if parts.store
-        else f"forwarding to {settings.consumer_hostname}:{settings.consumer_port}"
+        else f"forwarding to {shown(settings.consumer_hostname, settings.consumer_port)}"
     )
     if parts.spool:
         depth = parts.spool.depth
         where += f", spooling in {settings.spool}" + (f" ({depth} records are in it)" if depth else "")
-    return f"ringoexp {__version__}: {role} on {host}:{parts.server.port}, {where}"
+    return f"ringoexp {__version__}: {role} on {shown(settings.hostname, parts.server.port)}, {where}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

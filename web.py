@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
 
+from addresses import shown
 from connections import Connections
 from websock import linger
 
@@ -79,7 +80,6 @@ class WebHandler(BaseHTTPRequestHandler):
 
     server: Connections
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
     open_to_all: tuple[str, ...] = ()
     lingering = False  # close gently: the client may still be sending what nobody reads
     asked_to_close = False  # by the client, for after this request
@@ -195,9 +195,8 @@ def _path(target: str) -> str:
 
 
 def peer_name(address: tuple[Any, ...]) -> str:
-    """Host and port of a socket's address, `[host]:port` for IPv6."""
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    """Host and port of a client's address, `[host]:port` for IPv6; `unix` for one on a Unix socket."""
+    return shown(*address[:2]) if len(address) > 1 else str(address[0])
 
 
 def request_id() -> str:

@@ -36,6 +36,7 @@ from wsproto.events import (
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import LocalProtocolError
 
+from addresses import connect, host_header
 from wire import MAX_MESSAGE, Messages, frame_head, take_frames
 
 READ_SIZE = 256 * 1024
@@ -356,19 +357,18 @@ class ServerConnection(Connection):
 class ClientConnection(Connection):
     """The client's end of `ws://host:port/path`, connected. Speaks `subprotocol` or does not connect at all.
 
-    Raises OSError when the host cannot be reached, HandshakeError when it refuses. The socket's
+    `host` may be `unix:PATH`. Raises OSError when it cannot be reached, HandshakeError when it refuses. The socket's
     timeout is left at CONNECT_TIMEOUT.
     """
 
     most_unsent = MOST_UNSENT + 2 * MAX_MESSAGE  # pongs may wait behind a message of ours
 
     def __init__(self, host: str, port: int, path: str, subprotocol: str) -> None:
-        self._host = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._host = host_header(host, port)
         self._path = path
         self._wanted = subprotocol
-        sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
+        sock = connect(host, port, CONNECT_TIMEOUT)
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             super().__init__(sock, ConnectionType.CLIENT)
         except BaseException:
             sock.close()
