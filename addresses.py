@@ -221,11 +221,13 @@ class Listeners:
             with _Turn(path):
                 self._make_room(path)
                 sock.bind(path)
+                self._file = _inode(path)
                 os.chmod(path, SOCKET_MODE)  # nobody can connect before it listens
                 sock.listen(BACKLOG)
-                self._file = _inode(path)
         except (OSError, AddressError) as error:
             sock.close()
+            if self._file and _inode(path) == self._file:
+                os.unlink(path)
             reason = error.strerror if isinstance(error, OSError) else error
             raise AddressError(f"cannot listen on {self._name}: {reason}") from error
         return sock
@@ -237,7 +239,7 @@ class Listeners:
         except FileNotFoundError:
             return
         if not stat.S_ISSOCK(mode):
-            raise AddressError("there is a file, and it is no socket: remove it, or name another path")
+            raise AddressError("there is a file, and it is no socket: name another path, or remove it")
         with socket.socket(socket.AF_UNIX) as probe:
             probe.setblocking(False)
             try:
@@ -250,7 +252,7 @@ class Listeners:
             except OSError as error:
                 if error.errno != errno.EPROTOTYPE:  # a socket of another kind
                     raise
-        raise AddressError("it is in use")
+        raise AddressError("it is in use, somebody listens there: name another path, or stop that one")
 
 
 class _Turn:

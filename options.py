@@ -90,7 +90,7 @@ def _header_text(text: str) -> str:
 def _host(text: str) -> str:
     """A host's name or address, an IPv6 one with or without brackets; or `unix:` and a path."""
     _not_empty(text)
-    if text == "unix:":
+    if text.startswith("unix:") and not text[5:].strip():
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted: unix:PATH, the path of a Unix socket")
     return text[1:-1] if text.startswith("[") and text.endswith("]") and ":" in text else text
 

@@ -54,7 +54,8 @@ class Producer:
 
     A new source unless one is given. To go on after the program itself was killed, give the same source, and as
     `first` a number up to which all is known to be acked, with the values from there on. Raises ValueError for
-    a URL that is not `ws://HOST[:PORT]/PATH`. As a context manager, it flushes at the end of the block.
+    a URL that is not `ws://HOST[:PORT]/PATH`, or `ws+unix:SOCKET:/PATH`. As a context manager, it flushes at the end
+    of the block.
     """
 
     def __init__(self, url: str = URL, source: uuid.UUID | None = None, first: int = 0) -> None:
@@ -62,17 +63,20 @@ class Producer:
             parts = urlsplit(url)
             host, port = parts.hostname or "", 80 if parts.port is None else parts.port
             host.encode("idna")
-            right = parts.scheme == "ws" and host and port and not parts.query and not parts.fragment
+            path, right = parts.path, parts.scheme == "ws" and host and port and not parts.query and not parts.fragment
+            if parts.scheme == "ws+unix":  # as Node's ws writes it
+                file, _, path = url.partition(":")[2].removeprefix("//").partition(":")
+                host, right = f"unix:{file}", bool(file) and "\0" not in file
         except ValueError:
             right = False
-        if not right or not all("!" <= c <= "~" for c in parts.path):
-            raise ValueError(f"{url!r} is not accepted: ws://HOST:PORT/v1.0/ingest")
+        if not right or not all("!" <= c <= "~" for c in path):
+            raise ValueError(f"{url!r} is not accepted: ws://HOST:PORT/v1.0/ingest, or ws+unix:PATH:/v1.0/ingest")
         if not 0 <= first < MAX_SEQUENCE:
             raise ValueError(f"first {first} is not accepted: 0 to 2**63 - 2")
         self.url = url
         self.source = source or uuid.uuid4()
         self.first = first
-        self._host, self._port, self._path = host, port, parts.path or "/"
+        self._host, self._port, self._path = host, port, path or "/"
 
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -425,7 +429,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("file", nargs="?", default="-", metavar="FILE", help="where they are; -: stdin (default)")
-    made.add_argument("--url", default=URL, help=f"where they go (default {URL})")
+    made.add_argument(
+        "--url", default=URL, help=f"where they go (default {URL}); ws+unix:PATH:/v1.0/ingest: a Unix socket"
+    )
     made.add_argument("--binary", action="store_true", help="8 bytes each, big-endian, signed; else text, one a line")
     made.add_argument("--source", type=_uuid, metavar="UUID", help="go on with this source; else a new one")
     made.add_argument(

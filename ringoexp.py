@@ -35,7 +35,7 @@ import metrics
 import monitor
 import producer
 import spool
-from addresses import Address, AddressError, Listeners, reaches, shown
+from addresses import Address, AddressError, Listeners, reaches, shown, unix_path
 from addresses import resolve as find
 from database import StoreError
 from forwarder import BATCH_RECORDS, Forwarder
@@ -109,7 +109,7 @@ class Parts:
         if not own and settings.database != DATABASE:
             raise CannotRun(
                 f"-D {settings.database}: this publisher has no database, it forwards to "
-                f"{shown(*consumer)} (-U and -T the same as -H and -p make it its own consumer)"
+                f"{shown(*consumer)} (-U and -T, the same as -H and -p, make it its own consumer)"
             )
         if own and settings.spool:
             raise CannotRun(
@@ -120,10 +120,9 @@ class Parts:
             try:
                 listeners = Listeners(shown(settings.hostname, settings.port), addresses)
             except AddressError as error:
-                raise CannotRun(
-                    f"{error} (is one running already? -H and -p name another address; a complete system there needs "
-                    "-T too, the same as -p)"
-                ) from error
+                hint = "is one running already? -H and -p name another address; a complete system there needs -T too, "
+                hint += "the same as -p"
+                raise CannotRun(str(error) if unix_path(settings.hostname) else f"{error} ({hint})") from error
             self.server = Server(listeners, settings.name, settings.connections, self.totals, self)
             undo.callback(self.server.close)
             self.profiler = self._open_profiler()
