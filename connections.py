@@ -1,8 +1,8 @@
 """The connections of an HTTP server: who is accepted, by which thread each is served, and how all of it ends.
 
-`Connections` is a `ThreadingHTTPServer` that owns its threads: `accept` takes connections, and each
-connection has one, `conn-N`, that shakes hands, where TLS is spoken, reads, works and writes for it from beginning to
-end. `Connections._lock` guards the table of connections and its counts; `_ended` shares it and is notified
+`Connections` is a `ThreadingHTTPServer` that owns its threads: `accept` takes connections from every listening socket,
+and each connection has one, `conn-N`, that shakes hands, where TLS is spoken, reads, works and writes for it from
+beginning to end. `Connections._lock` guards the table of connections and its counts; `_ended` shares it and is notified
 when a connection ends, or the server begins to stop or to close.
 
 Shutdown, all from the program's main thread: `stop` makes every connection read no more, and admits none
@@ -11,7 +11,6 @@ what it had read; `abort` ends those that do not; `close` stops to accept, and c
 """
 
 import errno
-import ipaddress
 import logging
 import select
 import socket
@@ -20,11 +19,13 @@ import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import BaseServer
 from time import monotonic
 from typing import Any, NamedTuple
 
 import tls
 from access import Access
+from addresses import UNIX_PEER, Listeners
 from websock import linger
 
 log = logging.getLogger("ringoexp.http")
@@ -67,20 +68,18 @@ class _Entry(NamedTuple):
 
 
 class Connections(ThreadingHTTPServer):
-    """Listens on `address` from the beginning, and accepts once `start` is called; `handler` is one connection's job.
+    """Owns `listeners`, and accepts from them once `start` is called; `handler` is one connection's job.
 
     At most `limit` connections are admitted at once, `per_address` of one client's address (0: any number), none once
     it stops; what the others get is the handler's choice. With a certificate in `access` it speaks TLS. `thread` names
-    the acceptor. Raises OSError when it cannot listen.
+    the acceptor.
     """
 
     daemon_threads = True  # `wait_ended` waits for them; a second signal must not
-    request_queue_size = 1024
 
     def __init__(
         self,
-        family: socket.AddressFamily,
-        address: tuple[Any, ...],
+        listeners: Listeners,
         handler: type[BaseHTTPRequestHandler],
         name: str,
         limit: int = 0,
@@ -89,7 +88,8 @@ class Connections(ThreadingHTTPServer):
         thread: str = "accept",
         connection: str = "conn",
     ) -> None:
-        self.address_family = family
+        BaseServer.__init__(self, listeners.addresses[0][1], handler)  # the class between would make a socket
+        self.listeners = listeners
         self.name = name
         self.limit = limit
         self.per_address = per_address
@@ -110,8 +110,6 @@ class Connections(ThreadingHTTPServer):
         self._admitted_of: Counter[str] = Counter()  # by the client's address
         self._closing = False
 
-        super().__init__(address, handler)
-        self.socket.setblocking(False)  # a client may be gone between select and accept
         self._stop_wake, self._stop_sign = socket.socketpair()
         self._close_wake, self._close_sign = socket.socketpair()
         # Daemon: a second signal ends the process at once.
@@ -119,39 +117,28 @@ class Connections(ThreadingHTTPServer):
 
     @property
     def port(self) -> int:
-        """The port it listens on."""
-        return int(self.socket.getsockname()[1])
-
-    @property
-    def loopback(self) -> bool:
-        """True when only this machine can reach it."""
-        return ipaddress.ip_address(str(self.server_address[0]).partition("%")[0]).is_loopback
-
-    def server_bind(self) -> None:
-        """Binds as the base class does, but does not ask the resolver for the host's name."""
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
+        """The port it listens on; 0 on a Unix socket."""
+        return self.listeners.port
 
     def start(self) -> None:
         """Starts to accept."""
         self._acceptor.start()
 
     def serve_forever(self, poll_interval: float = 0.0) -> None:
-        """Accepts until `close`. Does not poll, as the base class would."""
+        """Accepts until `close`, one connection at a time from each socket. Does not poll, as the base class would."""
+        sockets = {sock.fileno(): sock for sock in self.listeners.sockets}
         poll = select.poll()  # not select: it ends at descriptor 1023
-        poll.register(self.socket, select.POLLIN)
-        poll.register(self._close_sign, select.POLLIN)
+        for each in (*sockets, self._close_sign.fileno()):
+            poll.register(each, select.POLLIN)
         while True:
-            poll.poll()
-            with self._lock:  # beyond the limit, connections have to make room for each other
-                while self._crowded():
-                    self._ended.wait()
-                if self._closing:
-                    return
-            self._handle_request_noblock()  # type: ignore[attr-defined]  # the documented loop body
+            for ready, _ in poll.poll():
+                with self._lock:  # beyond the limit, connections have to make room for each other
+                    while self._crowded():
+                        self._ended.wait()
+                    if self._closing:
+                        return
+                self.socket = sockets[ready]
+                self._handle_request_noblock()  # type: ignore[attr-defined]  # the documented loop body
 
     def _crowded(self) -> bool:
         """True while the next connection would be one too many beyond the limit."""
@@ -168,6 +155,8 @@ class Connections(ThreadingHTTPServer):
         """Accepts one connection. Out of descriptors, it waits a little for some to be closed."""
         try:
             request, address = super().get_request()
+            if request.family == socket.AF_UNIX:
+                return request, UNIX_PEER
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in KEEPALIVE.items():
@@ -187,7 +176,8 @@ class Connections(ThreadingHTTPServer):
         address = str(client_address[0])
         with self._lock:
             late = self.stopping.is_set()
-            crowding = bool(self.per_address) and self._admitted_of[address] >= self.per_address
+            counted = self.per_address and client_address != UNIX_PEER  # which all have
+            crowding = bool(counted) and self._admitted_of[address] >= self.per_address
             admitted = not late and not crowding and (not self.limit or self._admitted < self.limit)
             if crowding and self._turned_away() >= MOST_REFUSED:
                 self._refused += 1
@@ -310,8 +300,8 @@ class Connections(ThreadingHTTPServer):
         self._shut_all(socket.SHUT_RDWR, streams=True)
 
     def server_close(self) -> None:
-        """Closes the listening socket; threads are waited for elsewhere."""
-        self.socket.close()
+        """Closes the listening sockets; threads are waited for elsewhere."""
+        self.listeners.close()
 
     def _serve(self, request: socket.socket, client_address: Any) -> None:
         """A connection's thread."""

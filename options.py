@@ -90,6 +90,14 @@ def _header_text(text: str) -> str:
     return text
 
 
+def _host(text: str) -> str:
+    """A host's name or address, an IPv6 one with or without brackets; or `unix:` and a path."""
+    _not_empty(text)
+    if text.startswith("unix:") and not text[5:].strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: unix:PATH, the path of a Unix socket")
+    return text[1:-1] if text.startswith("[") and text.endswith("]") and ":" in text else text
+
+
 def _not_empty(text: str) -> str:
     """Any text but none, and no NUL."""
     if not text.strip() or "\0" in text:
@@ -99,7 +107,7 @@ def _not_empty(text: str) -> str:
 
 OPTIONS = (
     Option("N", "name", "", _header_text, "basic", "the server's name, sent as the Server header"),
-    Option("H", "hostname", "localhost", _not_empty, "basic", "address to listen on"),
+    Option("H", "hostname", "localhost", _host, "basic", "address to listen on, or unix:PATH"),
     Option("p", "port", 6660, _whole(0, 65535), "basic", "port to listen on; 0: any free one, printed at start"),
     Option(
         "n",
@@ -118,7 +126,7 @@ OPTIONS = (
         "true: a publisher; false: a consumer. Also t/f and 1/0; the bare flag means true",
     ),
     Option("r", "ring_size", 4096, _whole(1, MAX_RING), "publisher", "slots in the ring, 8 bytes each"),
-    Option("U", "consumer_hostname", "localhost", _not_empty, "publisher", "the consumer's host"),
+    Option("U", "consumer_hostname", "localhost", _host, "publisher", "the consumer's host, or unix:PATH"),
     Option(
         "T",
         "consumer_port",
@@ -208,7 +216,7 @@ OPTIONS = (
     ),
     Option("X", "procs", 0, _at_will, "system", "processor cores to use; 0: all the system gives"),
     Option("L", "profiler_port", 0, _port_at_will, "system", "port of the profiler, /debug/pprof/; 0 or less: off"),
-    Option("", "profiler_host", "localhost", _not_empty, "system", "address the profiler listens on"),
+    Option("", "profiler_host", "localhost", _host, "system", "address the profiler listens on"),
     Option("d", "debug", False, _boolean, "common", "log in detail"),
     Option("", "log_json", False, _boolean, "common", "log a JSON object a line, for machines"),
 )
@@ -317,14 +325,22 @@ def read_arguments(argv: Sequence[str]) -> Settings:
     words = [word for word in argv if word in ("help", "version")]
     if len(argv) == 1 and words:
         argv = [f"--{words[0]}"]
+    made.set_defaults(consumer_hostname=None, consumer_port=None)  # to see whether they are given
     values, rest = made.parse_known_args(argv)
     if rest:
         made.error(f"{rest[0]!r} is not a flag")
     for option in OPTIONS:
         if getattr(values, option.long) == []:  # what argparse before 3.13 makes of --flag=--
             made.error(f"argument {option.shown}: '--' is not accepted: name a value")
+    unix = values.hostname.startswith("unix:")
+    if unix and values.consumer_hostname is None and values.consumer_port is None:
+        values.consumer_hostname = values.hostname  # a complete system
+    for option in OPTIONS:
+        if getattr(values, option.long) is None:
+            setattr(values, option.long, option.default)
     settings = Settings(**vars(values))
-    if settings.is_publisher and not settings.consumer_port and settings.port:
+    named = settings.consumer_hostname.startswith("unix:")
+    if settings.is_publisher and not (settings.consumer_port or named) and (settings.port or unix):
         made.error("argument -T/--consumer_port: 0 is not accepted: 1 to 65535 (0 only with -p 0: its own)")
     if settings.ack == "ring" and not settings.is_publisher:
         made.error("argument -A/--ack: 'ring' is not accepted with -I false: a consumer has no ring; stored")

@@ -58,7 +58,8 @@ class Producer:
     A new source unless one is given. To go on after the program itself was killed, give the same source, and as
     `first` a number up to which all is known to be acked, with the values from there on. To a server that wants a
     `token`, give it. `wss://` is checked against `context`, or else the system's authorities. Raises ValueError for
-    a URL that is not `ws://HOST[:PORT]/PATH` or `wss://HOST[:PORT]/PATH`. As a context manager, it flushes at the end
+    a URL that is not `ws://HOST[:PORT]/PATH`, `wss://HOST[:PORT]/PATH` or `ws+unix:SOCKET:/PATH`. As a context manager,
+    it flushes at the end
     of the block.
     """
 
@@ -75,11 +76,16 @@ class Producer:
             secure = parts.scheme == "wss"
             host, port = parts.hostname or "", (443 if secure else 80) if parts.port is None else parts.port
             host.encode("idna")
-            right = parts.scheme in ("ws", "wss") and host and port and not parts.query and not parts.fragment
+            path, right = parts.path, parts.scheme in ("ws", "wss") and host and port
+            right = right and not parts.query and not parts.fragment
+            if parts.scheme == "ws+unix":  # as Node's ws writes it
+                file, _, path = url.partition(":")[2].removeprefix("//").partition(":")
+                host, right = f"unix:{file}", bool(file) and "\0" not in file
         except ValueError:
             right = False
-        if not right or not all("!" <= c <= "~" for c in parts.path):
-            raise ValueError(f"{url!r} is not accepted: ws://HOST:PORT/v1.0/ingest, or wss:// for TLS")
+        if not right or not all("!" <= c <= "~" for c in path):
+            forms = "ws://HOST:PORT/v1.0/ingest, wss:// for TLS, or ws+unix:PATH:/v1.0/ingest"
+            raise ValueError(f"{url!r} is not accepted: {forms}")
         if context and not secure:
             raise ValueError(f"{url!r} is not accepted with certificates: TLS is wss://")
         if not 0 <= first < MAX_SEQUENCE:
@@ -87,7 +93,7 @@ class Producer:
         self.url = url
         self.source = source or uuid.uuid4()
         self.first = first
-        self._host, self._port, self._path = host, port, parts.path or "/"
+        self._host, self._port, self._path = host, port, path or "/"
         self._token = token
         self._context = (context or client_context(None)) if secure else None
 
@@ -442,7 +448,11 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("file", nargs="?", default="-", metavar="FILE", help="where they are; -: stdin (default)")
-    made.add_argument("--url", default=URL, help=f"where they go (default {URL})")
+    made.add_argument(
+        "--url",
+        default=URL,
+        help=f"where they go (default {URL}); wss:// for TLS; ws+unix:PATH:/v1.0/ingest for a Unix socket",
+    )
     made.add_argument(
         "--token_file",
         "--token-file",

@@ -6,7 +6,6 @@ Who can connect can see the code's names, its stacks and its arguments: it liste
 """
 
 import html
-import ipaddress
 import select
 import socket
 import sys
@@ -17,11 +16,11 @@ import tracemalloc
 from collections import defaultdict
 from time import monotonic
 from types import CodeType, FrameType
-from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import sampling
 from access import Access
+from addresses import Listeners, is_loopback
 from connections import Connections
 from web import GET_OR_HEAD, Refusal, Routes, WebHandler
 
@@ -51,15 +50,14 @@ PAGES = {
 
 
 class Profiler(Connections):
-    """Listens on `address` from the beginning, answers from `start` on. Raises OSError when it cannot listen."""
+    """Listens from the beginning, as `host`, and answers from `start` on. Owns `listeners`."""
 
-    def __init__(
-        self, family: socket.AddressFamily, address: tuple[Any, ...], host: str, name: str, access: Access
-    ) -> None:
-        super().__init__(family, address, Handler, name, access=access, thread="profiler", connection="profiler")
+    def __init__(self, listeners: Listeners, host: str, name: str, access: Access) -> None:
+        super().__init__(listeners, Handler, name, access=access, thread="profiler", connection="profiler")
         self.busy = threading.Lock()
         self.busy_until = 0.0  # monotonic seconds; the holder of `busy` writes it
         self.hosts = {host.lower()}
+        self.loopback = listeners.loopback
 
 
 class Handler(WebHandler):
@@ -227,7 +225,7 @@ class Handler(WebHandler):
             host = urlsplit(f"//{given}").hostname or ""
         except ValueError:
             host = ""
-        if self.server.loopback and not _is_loopback(host) and host not in self.server.hosts:
+        if self.server.loopback and not is_loopback(host) and host not in self.server.hosts:
             raise Refusal(403, f"this is not {given[:100]}: ask for localhost")
 
     def _parameters(self, **defaults: str) -> dict[str, str]:
@@ -271,12 +269,3 @@ def _about(thread: threading.Thread | None, ident: int) -> str:
     cpu = sampling.thread_cpu(thread.native_id or 0)
     told = f"  {thread.name}, id {thread.native_id}"
     return told + ("" if cpu is None else f", {cpu / 1e9:.3f} s of CPU") + (", daemon" if thread.daemon else "")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return False

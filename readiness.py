@@ -16,6 +16,7 @@ from time import monotonic
 from typing import NamedTuple
 
 from access import Access, Keys
+from addresses import certified_name, connect, host_header, shown
 from database import StoreError
 from ringbuffer import Ring
 from sinks import LinkState, LinkStats
@@ -146,7 +147,7 @@ class Readiness:
         self._ask_consumer = _Question(
             "consumer",
             lambda: _check_consumer(*consumer, access.keys, linked()),
-            ("consumer_unreachable", "%s:%d: %s" % (*consumer, late)),
+            ("consumer_unreachable", f"{shown(*consumer)}: {late}"),
         )
 
     def reasons(self, wait: bool = True) -> list[Reason]:
@@ -226,14 +227,14 @@ def _check_consumer(host: str, port: int, keys: Keys, linked: bool) -> Answer:
 
     That all its connections are taken is no matter for who is `linked` to it already.
     """
-    where = f"{host}:{port}"
+    where = shown(host, port)
     connection: http.client.HTTPConnection | None = None
     try:
+        connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
+        connection.sock = connect(host, port, PATIENCE)
         if keys.client:
-            connection = http.client.HTTPSConnection(host, port, timeout=PATIENCE, context=keys.client)
-        else:
-            connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
-        headers = {"Accept": "application/json", "Connection": "close"}
+            connection.sock = keys.client.wrap_socket(connection.sock, server_hostname=certified_name(host))
+        headers = {"Host": host_header(host, port), "Accept": "application/json", "Connection": "close"}
         if keys.token:
             headers["Authorization"] = f"Bearer {keys.token}"
         connection.request("GET", "/v1.0/ready", headers=headers)

@@ -37,6 +37,8 @@ import monitor
 import producer
 import spool
 from access import Access, BadKeys, Files
+from addresses import Address, AddressError, Listeners, reaches, shown, unix_path
+from addresses import resolve as find
 from database import StoreError
 from forwarder import BATCH_RECORDS, Forwarder
 from ingest import Intake, RingIntake, StoreIntake
@@ -66,40 +68,19 @@ class CannotRun(Exception):
     """The server cannot start. The text says what happened and what to do."""
 
 
-def resolve(flag: str, host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
+def resolve(flag: str, host: str, port: int) -> list[Address]:
     """The addresses of a host, IPv4 first. Raises CannotRun when there is none."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise CannotRun(f"{flag} {host}: the host's name cannot be resolved ({error})") from error
-    addresses = [(info[0], info[4]) for info in found if info[0] in (socket.AF_INET, socket.AF_INET6)]
-    if not addresses:
-        raise CannotRun(f"{flag} {host}: the host has no IP address")
-    return sorted(addresses, key=lambda address: address[0] != socket.AF_INET)
+        return find(host, port)
+    except AddressError as error:
+        raise CannotRun(f"{flag} {host}: {error}") from error
 
 
 def is_own_consumer(settings: Settings) -> bool:
     """True when the consumer's address is this publisher's own. Raises CannotRun for names that do not resolve."""
-    if settings.port != settings.consumer_port:
-        resolve("-U", settings.consumer_hostname, settings.consumer_port)
-        return False
-    own = [address[0] for _, address in resolve("-H", settings.hostname, settings.port)]
+    own = resolve("-H", settings.hostname, settings.port)
     theirs = resolve("-U", settings.consumer_hostname, settings.consumer_port)
-    if any(address[0] in own for _, address in theirs):
-        return True
-    if not {"0.0.0.0", "::"} & set(own):
-        return False
-    return any(_is_local(family, address[0]) for family, address in theirs)
-
-
-def _is_local(family: socket.AddressFamily, host: str) -> bool:
-    """True when `host` is an address of this machine: only then can a socket be bound to it."""
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError:
-            return False
-        return True
+    return any(reaches(address, listening) for address in theirs for listening in own)
 
 
 class Parts:
@@ -126,11 +107,12 @@ class Parts:
             log.warning("consumer_unknown", {"reason": str(error)})
             own = False
         self.access = _read_keys(settings)
-        family, address = resolve("-H", settings.hostname, settings.port)[0]
+        addresses = resolve("-H", settings.hostname, settings.port)
+        consumer = settings.consumer_hostname, settings.consumer_port
         if not own and settings.database != DATABASE:
             raise CannotRun(
                 f"-D {settings.database}: this publisher has no database, it forwards to "
-                f"{settings.consumer_hostname}:{settings.consumer_port} (-T {settings.port} makes it its own consumer)"
+                f"{shown(*consumer)} (-U and -T, the same as -H and -p, make it its own consumer)"
             )
         if own and settings.spool:
             raise CannotRun(
@@ -139,29 +121,20 @@ class Parts:
             )
         with ExitStack() as undo:
             try:
-                self.server = Server(
-                    family,
-                    address,
-                    settings.name,
-                    settings.most_connections,
-                    settings.per_address,
-                    self.access,
-                    self.totals,
-                    self,
-                )
-            except OSError as error:
-                raise CannotRun(
-                    f"cannot listen on {settings.hostname}:{settings.port}: {error.strerror} "
-                    "(is one running already? -H and -p name another address; a complete system there needs -T too, "
-                    "the same as -p)"
-                ) from error
+                listeners = Listeners(shown(settings.hostname, settings.port), addresses)
+            except AddressError as error:
+                hint = "is one running already? -H and -p name another address; a complete system there needs -T too, "
+                hint += "the same as -p"
+                raise CannotRun(str(error) if unix_path(settings.hostname) else f"{error} ({hint})") from error
+            limits = settings.most_connections, settings.per_address
+            self.server = Server(listeners, settings.name, *limits, self.access, self.totals, self)
             undo.callback(self.server.close)
             self.profiler = self._open_profiler()
             if self.profiler:
                 undo.callback(self.profiler.close)
             self.link: LinkState | None = None
             if not own:
-                self.link = LinkState(f"{settings.consumer_hostname}:{settings.consumer_port}")
+                self.link = LinkState(shown(*consumer))
             if own:
                 self.store = Store(settings.database)
                 undo.callback(self.store.close)
@@ -181,7 +154,6 @@ class Parts:
                 except RuntimeError as error:
                     raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
             undo.pop_all()
-        consumer = settings.consumer_hostname, settings.consumer_port
         forwarder = self.forwarder
         linked = (lambda: forwarder.linked) if forwarder else (lambda: False)
         self._readiness = Readiness(self.ring, self.store, self.spool, self.link, consumer, self.access, linked)
@@ -213,9 +185,9 @@ class Parts:
 
     def _say_who_may_come(self) -> None:
         """One line if that is everybody who can connect, and one if the certificate will be refused."""
-        if not self.access.keys.token and not self.server.loopback and not self.settings.client_ca:
+        if not self.access.keys.token and not self.server.listeners.loopback and not self.settings.client_ca:
             hint = "whoever can connect may write and look on: --token_file keeps others out"
-            log.warning("no_token", {"address": f"{self.settings.hostname}:{self.server.port}", "hint": hint})
+            log.warning("no_token", {"address": shown(self.settings.hostname, self.server.port), "hint": hint})
         if trouble := self.access.trouble():
             log.warning("certificate_refused", {"file": self.settings.tls_cert, "reason": trouble})
 
@@ -224,14 +196,12 @@ class Parts:
         settings = self.settings
         if not settings.profiler_port:
             return None
-        family, address = resolve("--profiler_host", settings.profiler_host, settings.profiler_port)[0]
+        host, port = settings.profiler_host, settings.profiler_port
+        addresses = resolve("--profiler_host", host, port)
         try:
-            return Profiler(family, address, settings.profiler_host, settings.name, self.access)
-        except OSError as error:
-            raise CannotRun(
-                f"-L: cannot listen on {settings.profiler_host}:{settings.profiler_port}: {error.strerror} "
-                "(-L and --profiler_host name another address)"
-            ) from error
+            return Profiler(Listeners(shown(host, port), addresses), host, settings.name, self.access)
+        except AddressError as error:
+            raise CannotRun(f"-L: {error} (-L and --profiler_host name another address)") from error
 
     def _make_sink(self, connected: Callable[[], None]) -> Sink:
         if self.store:
@@ -243,7 +213,7 @@ class Parts:
         settings = self.settings
         patience = spool.PATIENCE if settings.spool else None
         consumer = settings.consumer_hostname, settings.consumer_port
-        return LinkSink(*consumer, connected, patience, self.server.port, self.access)
+        return LinkSink(*consumer, connected, patience, self.server.listeners.is_own, self.access)
 
     def stored(self) -> int:
         """Records stored since the start."""
@@ -422,17 +392,16 @@ def _share_one_heap() -> None:
 
 def _greeting(parts: Parts) -> str:
     settings = parts.settings
-    host = f"[{settings.hostname}]" if ":" in settings.hostname else settings.hostname
     role = "publisher" if settings.is_publisher else "consumer"
     where = (
         f"storing in {settings.database}"
         if parts.store
-        else f"forwarding to {settings.consumer_hostname}:{settings.consumer_port}"
+        else f"forwarding to {shown(settings.consumer_hostname, settings.consumer_port)}"
     )
     if parts.spool:
         depth = parts.spool.depth
         where += f", spooling in {settings.spool}" + (f" ({depth} records are in it)" if depth else "")
-    return f"ringoexp {__version__}: {role} on {host}:{parts.server.port}, {where}"
+    return f"ringoexp {__version__}: {role} on {shown(settings.hostname, parts.server.port)}, {where}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from time import monotonic
 from typing import NamedTuple, Protocol
 
 from access import Access
+from addresses import Address, peer, shown
 from database import StoreError
 from store import Store
 from websock import ClientConnection, HandshakeError
@@ -70,8 +71,9 @@ class StoreSink:
 class LinkSink:
     """A WebSocket link to the consumer, connected when a block needs it. `connected` is called each time.
 
-    `patience` is how many seconds the consumer has to take a block, and as many again to ack it. A server that
-    listens on `own_port` makes no link to itself. What it shows the consumer, and whether over TLS, is in `access`.
+    `patience` is how many seconds the consumer has to take a block, and as many again to ack it. `is_own` knows
+    the server's own addresses: it makes no link to itself. What it shows the consumer, and whether it speaks TLS, is
+    in `access`.
     """
 
     def __init__(
@@ -80,14 +82,14 @@ class LinkSink:
         port: int,
         connected: Callable[[], None] = lambda: None,
         patience: float | None = None,
-        own_port: int = 0,
+        is_own: Callable[[Address], bool] = lambda address: False,
         access: Access | None = None,
     ) -> None:
         self._host = host
         self._port = port
         self._connected = connected
         self._patience = patience or ACK_TIMEOUT
-        self._own_port = own_port
+        self._is_own = is_own
         self._access = access or Access()
         self._link: ClientConnection | None = None
         self._sent = 0  # records sent on this link, all acked unless a store is under way
@@ -114,7 +116,7 @@ class LinkSink:
                 self.close()
         except (OSError, HandshakeError, WireError) as error:
             self._drop()
-            raise SinkError(f"{self._host}:{self._port}: {error}") from error
+            raise SinkError(f"{shown(self._host, self._port)}: {error}") from error
 
     def idle(self) -> None:
         """Answers the consumer's pings and sends one; drops a link that has ended, or did not answer the last one.
@@ -155,8 +157,7 @@ class LinkSink:
         self._link = ClientConnection(self._host, self._port, "/v1.0/ingest", SUBPROTOCOL, keys.client, keys.token)
         self._sent = 0
         self._pinged = False
-        ours, theirs = self._link.sock.getsockname(), self._link.sock.getpeername()
-        if theirs[1] == self._own_port and ours[0] == theirs[0]:  # the name did not resolve at the start, or changed
+        if self._is_own(peer(self._link.sock, self._host)):  # the name did not resolve at the start, or changed
             raise OSError("that is this server itself: it would forward in a circle")
         if self._aborted:  # while it connected: `abort` did not see the link
             raise OSError("the server is stopping")

@@ -17,6 +17,7 @@ from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
 
+from addresses import shown
 from connections import Connections
 from tls import RECORD_TYPE
 from websock import linger
@@ -269,9 +270,8 @@ def _path(target: str) -> str:
 
 
 def peer_name(address: tuple[Any, ...]) -> str:
-    """Host and port of a socket's address, `[host]:port` for IPv6."""
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    """Host and port of a client's address, `[host]:port` for IPv6; `unix` for one on a Unix socket."""
+    return shown(*address[:2]) if len(address) > 1 else str(address[0])
 
 
 def request_id() -> str:

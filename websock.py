@@ -37,6 +37,7 @@ from wsproto.events import (
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import LocalProtocolError
 
+from addresses import certified_name, connect, host_header
 from tls import TLSSocket
 from wire import MAX_MESSAGE, Messages, frame_head, take_frames
 
@@ -363,8 +364,8 @@ class ServerConnection(Connection):
 class ClientConnection(Connection):
     """The client's end of `ws://host:port/path`, connected. Speaks `subprotocol` or does not connect at all.
 
-    With `context` it is `wss://`. Shows `token`, if there is one. Raises OSError when the host cannot be reached,
-    HandshakeError when it refuses. The socket's timeout is left at CONNECT_TIMEOUT.
+    `host` may be `unix:PATH`. With `context` it is `wss://`. Shows `token`, if there is one. Raises OSError when the
+    host cannot be reached, HandshakeError when it refuses. The socket's timeout is left at CONNECT_TIMEOUT.
     """
 
     most_unsent = MOST_UNSENT + 2 * MAX_MESSAGE  # pongs may wait behind a message of ours
@@ -378,15 +379,14 @@ class ClientConnection(Connection):
         context: ssl.SSLContext | None = None,
         token: str | None = None,
     ) -> None:
-        self._host = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._host = host_header(host, port)
         self._path = path
         self._wanted = subprotocol
         self._token = token
-        sock: Any = socket.create_connection((host, port), CONNECT_TIMEOUT)
+        sock: Any = connect(host, port, CONNECT_TIMEOUT)
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if context:
-                sock = TLSSocket(sock, context, host)
+                sock = TLSSocket(sock, context, certified_name(host))
                 sock.handshake(CONNECT_TIMEOUT)
             super().__init__(sock, ConnectionType.CLIENT)
         except BaseException:

@@ -7,7 +7,6 @@ Nothing here is shared between threads but what locks for itself.
 import base64
 import binascii
 import logging
-import socket
 import uuid
 from time import monotonic
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 import web
 from access import PROTOCOL as BEARER
 from access import Access
+from addresses import Listeners
 from connections import Connections
 from database import StoreError
 from ingest import LOST, Intake, Session, plain_block
@@ -46,15 +46,11 @@ class Monitor(Protocol):
 
 
 class Server(Connections):
-    """Listens on `address` from the beginning, takes connections for an intake once `serve` is called.
-
-    Raises OSError when it cannot listen.
-    """
+    """Takes connections from `listeners`, which it owns, for an intake once `serve` is called."""
 
     def __init__(
         self,
-        family: socket.AddressFamily,
-        address: tuple[Any, ...],
+        listeners: Listeners,
         name: str,
         limit: int,
         per_address: int,
@@ -62,7 +58,7 @@ class Server(Connections):
         totals: Totals,
         monitor: Monitor,
     ) -> None:
-        super().__init__(family, address, Handler, name, limit, per_address, access)
+        super().__init__(listeners, Handler, name, limit, per_address, access)
         self.totals = totals
         self.monitor = monitor
         self.intake: Intake  # from `serve` on, before any connection is taken

@@ -2,6 +2,7 @@
 
 import atexit
 import base64
+import errno
 import hashlib
 import http.client
 import json
@@ -100,7 +101,10 @@ class ServerProcess:
         if not self.greeting:
             self.kill()
             raise AssertionError(f"did not start: {self.errors.read_text()}")
-        self.port = int(self.greeting.split(",")[0].rsplit(":", 1)[1])
+        unix = re.search(r" on unix:(\S+),", self.greeting)
+        self.port = 0 if unix else int(self.greeting.split(",")[0].rsplit(":", 1)[1])
+        self.at = directory / unix[1] if unix else self.port
+        """What `request` and `RawClient` want to know."""
         self.tally = ""
 
     @property
@@ -109,7 +113,7 @@ class ServerProcess:
 
     def get(self, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of a GET."""
-        return request(self.port, "GET", path, headers=headers)
+        return request(self.at, "GET", path, headers=headers)
 
     def stats(self) -> dict[str, Any]:
         """The `stats` of `/v1.0/stats`."""
@@ -192,15 +196,33 @@ def free_port() -> int:
     keeper = _keepers.enter_context(socket.socket())
     keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     keeper.bind(("127.0.0.1", 0))
-    return int(keeper.getsockname()[1])
+    port = int(keeper.getsockname()[1])
+    try:  # localhost has another address
+        keeper = _keepers.enter_context(socket.socket(socket.AF_INET6))
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("::1", port))
+    except OSError as error:
+        return free_port() if error.errno == errno.EADDRINUSE else port
+    return port
+
+
+def connected(at: int | Path) -> socket.socket:
+    """A socket connected to a port of localhost, or to a Unix socket."""
+    if isinstance(at, int):
+        return socket.create_connection(("localhost", at), DEADLINE)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(DEADLINE)
+    sock.connect(str(at))
+    return sock
 
 
 def request(
-    port: int, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    at: int | Path, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of one HTTP request."""
-    connection = http.client.HTTPConnection("localhost", port, timeout=DEADLINE)
+    connection = http.client.HTTPConnection("localhost", at if isinstance(at, int) else None, timeout=DEADLINE)
     try:
+        connection.sock = connected(at)
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()
         return response.status, dict(response.getheaders()), response.read()
@@ -248,9 +270,9 @@ def frame(
 class RawClient:
     """A WebSocket client that does as it is told, right or wrong: bytes out, frames in."""
 
-    def __init__(self, port: int, headers: dict[str, str | None] | None = None, behind: bytes = b"") -> None:
+    def __init__(self, at: int | Path, headers: dict[str, str | None] | None = None, behind: bytes = b"") -> None:
         """Sends the handshake with these headers changed (None: left out), and `behind` in the same segment."""
-        self.sock = socket.create_connection(("localhost", port), DEADLINE)
+        self.sock = connected(at)
         self._buffer = b""
         fields = {**HANDSHAKE, **(headers or {})}
         lines = [f"{name}: {value}" for name, value in fields.items() if value is not None]

@@ -144,6 +144,8 @@ def test_a_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
         (["--url", "ws://localhost:6660/a b"], "ws://HOST:PORT"),
         (["--url", "ws://localhost:6660/\xe9"], "ws://HOST:PORT"),
         (["--url", "ws://localhost:6660/?a=1"], "ws://HOST:PORT"),
+        (["--url", "ws+unix::/v1.0/ingest"], "ws+unix:PATH:/v1.0/ingest"),
+        (["--url", "ws+unix:///tmp/x.sock:/a b"], "ws+unix:PATH:/v1.0/ingest"),
         (["--first", "-1"], "a whole number from 0"),
         (["--source", "me"], "a UUID"),
         (["--nope"], "unrecognized arguments"),

@@ -203,6 +203,22 @@ def test_other_bad_usage_is_one_line(words: list[str], said: str, capsys: pytest
         (["-H", "0.0.0.0"], True),
         (["-H", "0.0.0.0", "-U", "127.0.0.2"], True),
         (["-H", "0.0.0.0", "-U", "192.0.2.1"], False),
+        (["-H", "0.0.0.0", "-U", "::1"], False),  # IPv4 only
+        (["-U", "::1"], True),
+        (["-U", "[::1]"], True),
+        (["-H", "::1"], True),
+        (["-H", "[::1]", "-U", "127.0.0.1"], False),
+        (["-H", "::", "-U", "::1"], True),
+        (["-H", "::", "-U", "127.0.0.2"], True),
+        (["-H", "::", "-U", "::ffff:127.0.0.1"], True),
+        (["-U", "::ffff:127.0.0.1"], True),
+        (["-H", "unix:a.sock"], True),
+        (["-H", "unix:a.sock", "-p", "7000"], True),
+        (["-H", "unix:a.sock", "-U", "localhost"], False),
+        (["-H", "unix:a.sock", "-T", "6660"], False),
+        (["-H", "unix:a.sock", "-U", "unix:./a.sock"], True),
+        (["-H", "unix:a.sock", "-U", "unix:b.sock", "-T", "0"], False),
+        (["-U", "unix:a.sock"], False),
     ],
 )
 def test_a_publisher_whose_consumer_has_its_own_address_is_its_own(words: list[str], own: bool) -> None:
@@ -227,6 +243,13 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 70, "a..b"])
 def test_a_host_that_does_not_resolve_is_one_line(tmp_path: Path, flag: str, host: str) -> None:
     assert f"{flag} {host}: " in cannot_run(tmp_path, "-p", "0", flag, host)
+
+
+def test_a_port_in_use_on_one_address_of_several_is_one_line_that_names_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        said = cannot_run(tmp_path, "-p", str(port), "-H", "localhost")
+        assert f"cannot listen on localhost:{port}: Address already in use at 127.0.0.1:{port} (" in said
 
 
 def test_an_address_of_another_machine_is_one_line(tmp_path: Path) -> None:
