@@ -10,7 +10,9 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__" or sys.argv[0].endswith("ringoexp"):  # the program, also by its installed script
+if __name__ == "__main__" or sys.argv[0].endswith(
+    ("ringoexp", "ringoexp.pyz")
+):  # the program, installed or in one file too
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: end, without a traceback
     if os.getpid() == 1:  # a container's first process, for which no signal has a default effect
         for each in (signal.SIGINT, signal.SIGTERM):
@@ -393,8 +395,8 @@ def _share_one_heap() -> None:
         import ctypes  # not every Python is built with it
 
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
-    except (ImportError, OSError, AttributeError):
-        pass  # another C library
+    except (ImportError, OSError, AttributeError, MemoryError):
+        pass  # another C library; MemoryError: old ones of ctypes want memory to write and execute, which may be denied
 
 
 def _greeting(parts: Parts) -> str:
