@@ -240,6 +240,12 @@ class Connections(ThreadingHTTPServer):
             return ConnectionStats(self._admitted, self._total, self._refused, self._unauthorized, self._tls_failed)
 
     @property
+    def accepting(self) -> bool:
+        """True until `close`, unless the acceptor's thread has ended before."""
+        with self._lock:
+            return self._closing or self._acceptor.is_alive()
+
+    @property
     def stop_sign(self) -> socket.socket:
         """Becomes readable, and stays so, when the server stops."""
         return self._stop_sign

@@ -3,18 +3,23 @@
 It builds the servers' parts as the flags say, and runs them. The main thread only waits for a
 signal; SIGHUP makes it read token and certificates again, SIGINT or SIGTERM starts the ordered stop, which it does
 itself: connections first, then the ring, the workers and the store. A second signal has its default effect and ends
-the process.
+the process, and so does, in the thread `signals`, a stop that takes too long.
 """
 
+import os
 import signal
 import sys
 
-if __name__ == "__main__" or sys.argv[0].endswith("ringoexp"):  # the program, also by its installed script
+if __name__ == "__main__" or sys.argv[0].endswith(
+    ("ringoexp", "ringoexp.pyz")
+):  # the program, installed or in one file too
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: end, without a traceback
+    if os.getpid() == 1:  # a container's first process, for which no signal has a default effect
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda number, frame: os._exit(128 + number))
 
 import datetime
 import logging
-import os
 import socket
 import threading
 import uuid
@@ -34,6 +39,7 @@ except ModuleNotFoundError as missing:
 import logs
 import metrics
 import monitor
+import notify
 import producer
 import spool
 from access import Access, BadKeys, Files
@@ -56,6 +62,8 @@ log = logging.getLogger("ringoexp")
 
 DRAIN_SECONDS = 30.0
 """How long a stopping server tries to store what it has accepted."""
+GIVE_UP_SECONDS = 10.0
+"""How much longer the whole stop takes at most: who runs the server may kill it 15 s after the drain's end."""
 M_ARENA_MAX = -8  # malloc.h
 SAME_SIGNAL = 0.5
 """Seconds within which another signal is the same one: a Ctrl-C may come from the terminal and from a wrapper."""
@@ -228,7 +236,7 @@ class Parts:
         return ring.cursor - ring.stored
 
     def stop(self) -> None:
-        """The ordered stop: returns within DRAIN_SECONDS and a little, with everything ended."""
+        """The ordered stop: returns within DRAIN_SECONDS and a little, with everything ended, unless a disk hangs."""
         deadline = monotonic() + DRAIN_SECONDS
         if unstored := self.unstored():
             hint = "a second signal gives them up"
@@ -253,6 +261,17 @@ class Parts:
             self.spool.stop(5)
         if self.store:
             self.store.close()
+
+    def alive(self) -> bool:
+        """True when somebody accepts, and every lock could be had that a record needs: a restart mends what keeps one.
+
+        It does not mend a disk or a consumer; none of these locks is held while one is waited for.
+        """
+        self.totals.snapshot()
+        for room in (self.ring, self.forwarder, self.link, self.spool, self.spool and self.spool.store, self.store):
+            if room:
+                room.stats()
+        return self.server.accepting
 
     def snapshot(self) -> monitor.Snapshot:
         """What all the rooms say now."""
@@ -328,7 +347,7 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
     wake.setblocking(False)
 
     first: list[float] = []
-    reloads = any((settings.token_file, settings.tls_cert, settings.consumer_ca))
+    reloads = any((settings.token_file, settings.tls_cert, settings.consumer_ca, notify.wanted()))
 
     def end(number: int, frame: object) -> None:
         """The first signal wakes the main thread, by the descriptor; another one ends the process at once."""
@@ -336,8 +355,9 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
         if first[-1] - first[0] >= SAME_SIGNAL:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+            os._exit(128 + number)  # a container's first process survives a signal's default effect
 
-    with woken, wake:
+    with woken, wake, ExitStack() as ending:
         signal.set_wakeup_fd(wake.fileno())
         try:
             for each in (signal.SIGINT, signal.SIGTERM):
@@ -347,9 +367,14 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
             parts = Parts(settings, argv)
             try:
                 parts.start()
+                ending.enter_context(notify.watchdog(parts.alive))
                 say(_greeting(parts))
+                notify.ready(_greeting(parts))
                 while woken.recv(1)[0] == signal.SIGHUP:
+                    notify.reloading()
                     parts.reload()
+                    notify.ready(_greeting(parts))
+                notify.stopping(f"storing {parts.unstored()} records, for up to {DRAIN_SECONDS:.0f} s")
                 # Daemon: it is there for when the main thread does nothing any more.
                 threading.Thread(target=_end_anyway, args=(woken,), name="signals", daemon=True).start()
             finally:
@@ -363,16 +388,25 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
 
 
 def _end_anyway(woken: socket.socket) -> None:
-    """A thread, from the first signal on: ends the process at a later one that the main thread does not get to handle.
+    """A thread, from the first signal on: ends the process at a later one that the main thread does not get to handle,
+    and when the stop takes too long.
 
-    It may be in a call that never returns, of SQLite's on a disk that hangs, say.
+    The main thread may be in a call that never returns, of SQLite's on a disk that hangs, say.
     """
     first = monotonic()
+    most = DRAIN_SECONDS + GIVE_UP_SECONDS
     try:
-        while number := woken.recv(1):
+        while True:
+            woken.settimeout(max(0.001, first + most - monotonic()))
+            number = woken.recv(1)
+            if not number:
+                return  # the server has stopped
             if number[0] != signal.SIGHUP and monotonic() - first >= SAME_SIGNAL:
                 sleep(STUCK_SECONDS)
                 os._exit(128 + number[0])
+    except TimeoutError:
+        log.error("stop_given_up", {"seconds": most, "hint": "what was not acked may not be stored"})
+        os._exit(EXIT_UNSTORED)
     except OSError:
         pass  # closed: the server has stopped
 
@@ -386,8 +420,8 @@ def _share_one_heap() -> None:
         import ctypes  # not every Python is built with it
 
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
-    except (ImportError, OSError, AttributeError):
-        pass  # another C library
+    except (ImportError, OSError, AttributeError, MemoryError):
+        pass  # another C library; MemoryError: old ones of ctypes want memory to write and execute, which may be denied
 
 
 def _greeting(parts: Parts) -> str:
