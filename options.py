@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -66,6 +67,14 @@ def _boolean(text: str) -> bool:
     value = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}.get(text.lower())
     if value is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted: true or false, t or f, 1 or 0")
+    return value
+
+
+def _days(text: str) -> float:
+    """A number of days above 0, parts of a day too."""
+    value = float(text) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,9})?|\.[0-9]{1,9}", text) else 0.0
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a number of days above 0, 30 or 0.5 say")
     return value
 
 
@@ -157,6 +166,14 @@ OPTIONS = (
         "consumer",
         "SQLite file to store in; a publisher that is its own consumer has one too, no other has",
     ),
+    Option(
+        "",
+        "retain",
+        None,
+        _days,
+        "consumer",
+        "days after which records are deleted, where there is a database; parts of a day too",
+    ),
     Option("X", "procs", 0, _at_will, "system", "processor cores to use; 0: all the system gives"),
     Option("L", "profiler_port", 0, _port_at_will, "system", "port of the profiler, /debug/pprof/; 0 or less: off"),
     Option("", "profiler_host", "localhost", _not_empty, "system", "address the profiler listens on"),
@@ -182,6 +199,7 @@ class Settings:
     spool: str | None
     spool_max: int
     database: str
+    retain: float | None
     procs: int
     profiler_port: int
     profiler_host: str
