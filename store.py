@@ -267,10 +267,12 @@ class Store:
             started = monotonic()
             self._tend_wal()
             with self._transaction():
-                while more and monotonic() - started < seconds:
+                while more:
                     deleted, forgotten = self._delete_records(before_ms), self._forget_batches(forget_ms)
                     records, batches = records + deleted, batches + forgotten
                     more = bool(deleted or forgotten)
+                    if monotonic() - started >= seconds:  # after the first slice: it always gets on
+                        break
                 (held,) = self._db.execute(_HELD).fetchone()
                 oldest_ms, newest_ms = self._db.execute(
                     """SELECT (SELECT received_at_ms FROM batch WHERE first_id <= (SELECT min(id) FROM record)
