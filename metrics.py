@@ -104,6 +104,9 @@ def _metrics(now: Snapshot) -> Iterator[tuple[str, str, str, Samples]]:
         yield counter("spool_forwarded_records", spool.forwarded, "Records acked by the consumer from the spool.")
     if now.store:
         yield counter("records_duplicate", now.store.duplicates, "Records known already, and not stored again.")
+    if retention := now.retention:
+        yield counter("records_expired", retention.expired, "Records deleted because of their age.")
+        yield gauge("oldest_record_seconds", retention.oldest, "Age of the oldest record in the own database.")
     if disk := now.disk:
         yield counter("commits", disk.commits, "Commits of the own database or spool.")
         yield counter("failed_commits", disk.failed_commits, "Commits that failed.")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from connections import ConnectionStats
 from forwarder import ForwarderStats
+from retention import RetentionStats
 from ringbuffer import RingLayout, RingStats
 from sinks import LinkStats
 from spool import SpoolStats
@@ -27,6 +28,7 @@ class Snapshot(NamedTuple):
     link: LinkStats | None  # to the consumer, where that is not the server itself
     store: StoreStats | None  # its own database, where it has one
     spool: SpoolStats | None
+    retention: RetentionStats | None  # where old records are deleted
     disk: StoreStats | None  # of its own database, or else of its spool
     sizes: Sizes | None  # of that
     not_ready: list[str]  # the codes of why a record sent now would not be stored now, as far as known without a commit
@@ -48,6 +50,8 @@ def stats(now: Snapshot) -> dict[str, Any]:
         "recordsAcked": totals.acked,
         "recordsDuplicate": now.store.duplicates if now.store else 0,
         "recordsRefused": totals.refused,
+        "recordsExpired": now.retention.expired if now.retention else 0,
+        "oldestRecordMs": round(now.retention.oldest * 1000) if now.retention else 0,
         "commits": disk.commits if disk else 0,
         "failedCommits": disk.failed_commits if disk else 0,
         "storeError": disk.error if disk else None,

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -69,6 +70,14 @@ def _boolean(text: str) -> bool:
     value = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}.get(text.lower())
     if value is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted: true or false, t or f, 1 or 0")
+    return value
+
+
+def _days(text: str) -> float:
+    """A number of days above 0, parts of a day too."""
+    value = float(text) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,9})?|\.[0-9]{1,9}", text) else 0.0
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a number of days above 0, 30 or 0.5 say")
     return value
 
 
@@ -170,6 +179,14 @@ OPTIONS = (
     ),
     Option(
         "",
+        "retain",
+        None,
+        _days,
+        "consumer",
+        "days after which records are deleted, where there is a database; parts of a day too",
+    ),
+    Option(
+        "",
         "token_file",
         None,
         _not_empty,
@@ -239,6 +256,7 @@ class Settings:
     spool: str | None
     spool_max: int
     database: str
+    retain: float | None
     token_file: str | None
     tls_cert: str | None
     tls_key: str | None

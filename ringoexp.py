@@ -52,6 +52,7 @@ from options import DATABASE, Settings, __version__, read_arguments
 from producer import say
 from profiler import Profiler
 from readiness import Readiness, Reason
+from retention import Retention
 from ringbuffer import Ring
 from sinks import LinkSink, LinkState, Sink, StoreSink
 from stats import Totals, iso, memory
@@ -107,6 +108,7 @@ class Parts:
         self.ring: Ring | None = None
         self.forwarder: Forwarder | None = None
         self.spool: spool.Spool | None = None
+        self.retention: Retention | None = None
         try:
             own = not settings.is_publisher or is_own_consumer(settings)
         except CannotRun as error:  # names come and go with the network; with a spool, ingest does not
@@ -121,6 +123,11 @@ class Parts:
             raise CannotRun(
                 f"-D {settings.database}: this publisher has no database, it forwards to "
                 f"{shown(*consumer)} (-U and -T, the same as -H and -p, make it its own consumer)"
+            )
+        if not own and settings.retain:
+            raise CannotRun(
+                f"--retain {settings.retain:g}: this publisher has no database, it forwards to "
+                f"{settings.consumer_hostname}:{settings.consumer_port} (--retain is that consumer's)"
             )
         if own and settings.spool:
             raise CannotRun(
@@ -146,6 +153,12 @@ class Parts:
             if own:
                 self.store = Store(settings.database)
                 undo.callback(self.store.close)
+            if self.store and settings.retain:
+                try:
+                    self.retention = Retention(self.store, settings.retain)
+                except RuntimeError as error:
+                    raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
+                undo.callback(self.retention.stop, 5)
             if settings.is_publisher:
                 try:
                     self.ring = Ring(settings.ring_size)
@@ -241,6 +254,8 @@ class Parts:
         if unstored := self.unstored():
             hint = "a second signal gives them up"
             log.warning("draining", {"unstored": unstored, "seconds": DRAIN_SECONDS, "hint": hint})
+        if self.retention:  # first: what is to be stored has the database to itself
+            self.retention.stop(5)
         self.server.stop()
         ended = self.server.wait_ended(DRAIN_SECONDS)
         if self.ring:
@@ -289,6 +304,7 @@ class Parts:
             link=self._readiness.link(),
             store=disk if self.store else None,
             spool=self.spool.stats() if self.spool else None,
+            retention=self.retention.stats() if self.retention else None,
             disk=disk,
             sizes=database.sizes() if database else None,
             not_ready=[reason.code for reason in self._readiness.reasons(wait=False)],
@@ -428,7 +444,7 @@ def _greeting(parts: Parts) -> str:
     settings = parts.settings
     role = "publisher" if settings.is_publisher else "consumer"
     where = (
-        f"storing in {settings.database}"
+        f"storing in {settings.database}" + (f" for {settings.retain:g} days" if settings.retain else "")
         if parts.store
         else f"forwarding to {shown(settings.consumer_hostname, settings.consumer_port)}"
     )

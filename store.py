@@ -12,7 +12,8 @@ without a lock.
 
 Record ids are dense, so a row of `batch` names its records: `first_id .. first_id + count - 1`.
 The batches of one source are disjoint intervals of its sequence; of an arriving run only what they
-do not cover yet is stored.
+do not cover yet is stored. `expire` deletes records from the lowest id on and leaves their batches for a time, so that
+what is sent again is still known; the newest record stays, as ids go on from it.
 """
 
 import logging
@@ -61,6 +62,10 @@ SLOW_COMMIT = 1.0
 """Seconds from which on a commit is said to be slow."""
 READER_WAIT_MS = 100
 """How long a commit waits for readers that keep a large WAL from starting over: once every WAL_LARGE bytes."""
+SLICE = 4096
+"""Records that `expire` deletes between two looks at the clock."""
+BATCH_SLICE = 256
+"""Batches that it forgets in between: each costs as much as some records, as they lie in an index too."""
 
 
 class StoreStats(NamedTuple):
@@ -89,6 +94,17 @@ class Oldest(NamedTuple):
     block: Block
     last_id: int
     received_at_ms: int  # Unix time
+
+
+class Expired(NamedTuple):
+    """What a call of `expire` did, and what there is now."""
+
+    records: int  # deleted
+    batches: int  # forgotten
+    more: bool  # it ran out of time before it was done
+    oldest_ms: int | None  # when the oldest record that is left came, Unix time; None without records
+    newest_ms: int | None  # the newest one
+    seconds: float  # for which no commit of records could run
 
 
 class _Source:
@@ -237,6 +253,35 @@ class Store:
                 self._held = held
             if not held:
                 self._give_back()
+
+    def expire(self, before_ms: int, forget_ms: int, seconds: float) -> Expired:
+        """Deletes the oldest records, as far as all of them came before `before_ms`, but never the newest record.
+
+        And forgets the oldest batches, as far as all of them came before `forget_ms` and have no record left, and
+        sources without batches: what belonged to them would be stored again. All in one commit, begun soon after
+        `seconds` at the latest; 0 only looks. Raises StoreError when nothing, or perhaps all of it, was done.
+        """
+        records = batches = 0
+        more = seconds > 0
+        with self._alone(), explained(self.path):
+            started = monotonic()
+            self._tend_wal()
+            with self._transaction():
+                while more:
+                    deleted, forgotten = self._delete_records(before_ms), self._forget_batches(forget_ms)
+                    records, batches = records + deleted, batches + forgotten
+                    more = bool(deleted or forgotten)
+                    if monotonic() - started >= seconds:  # after the first slice: it always gets on
+                        break
+                (held,) = self._db.execute(_HELD).fetchone()
+                oldest_ms, newest_ms = self._db.execute(
+                    """SELECT (SELECT received_at_ms FROM batch WHERE first_id <= (SELECT min(id) FROM record)
+                                ORDER BY first_id DESC LIMIT 1),
+                              (SELECT received_at_ms FROM batch ORDER BY first_id DESC LIMIT 1)"""
+                ).fetchone()
+            with self._lock:
+                self._held = held
+            return Expired(records, batches, more, oldest_ms, newest_ms, monotonic() - started)
 
     def stats(self) -> StoreStats:
         """What there is now, and the totals since the store was opened."""
@@ -454,6 +499,49 @@ class Store:
             while len(values) - start >= size:
                 self._db.execute(statement, values[start : start + size])
                 start += size
+
+    def _delete_records(self, before_ms: int) -> int:
+        """Deletes up to SLICE of the oldest records; how many. A batch may lose a part of its records."""
+        (first,) = self._db.execute("SELECT min(id) FROM record").fetchone()
+        if first is None:
+            return 0
+        (newest,) = self._db.execute("SELECT max(id) FROM record").fetchone()
+        last, most = first - 1, min(first + SLICE, newest) - 1
+        # In the order of ids, up to the first that is not old enough: a batch did not come before an earlier one,
+        # whatever the clock said then.
+        for end, received_at_ms in self._db.execute(
+            """SELECT first_id + count - 1, received_at_ms FROM batch
+                WHERE first_id >= (SELECT max(first_id) FROM batch WHERE first_id <= ?) ORDER BY first_id""",
+            (first,),
+        ):
+            if received_at_ms >= before_ms or last >= most:
+                break
+            last = min(end, most)
+        self._db.execute("DELETE FROM record WHERE id <= ?", (last,))
+        return int(last - first + 1)
+
+    def _forget_batches(self, before_ms: int) -> int:
+        """Forgets up to BATCH_SLICE of the oldest batches without records, and sources without others; how many."""
+        (first,) = self._db.execute("SELECT coalesce(min(id), 0) FROM record").fetchone()
+        last, gone, count = 0, set(), 0
+        for first_id, end, source_id, received_at_ms in self._db.execute(
+            """SELECT first_id, first_id + count, source_id, received_at_ms FROM batch
+                ORDER BY first_id LIMIT ?""",
+            (BATCH_SLICE,),
+        ):
+            if end > first or received_at_ms >= before_ms:
+                break
+            last, count = first_id, count + 1
+            gone.add(source_id)
+        if count:
+            self._db.execute("DELETE FROM batch WHERE first_id <= ?", (last,))
+            self._db.executemany(
+                "DELETE FROM source WHERE id = :id AND NOT EXISTS (SELECT 1 FROM batch WHERE source_id = :id)",
+                [{"id": source_id} for source_id in gone],
+            )
+            # Their rows' ids may be given to others.
+            self._sources = {uuid: source for uuid, source in self._sources.items() if source.id not in gone}
+        return count
 
     def _source(self, uuid: bytes) -> _Source:
         """The source of that UUID, made if it is new."""
