@@ -1,10 +1,11 @@
-"""The house: one room, one job, and imports go downwards only."""
+"""The house: one room, one job, imports go downwards only; and its documents lead where they say."""
 
 import ast
 import json
 import re
 from pathlib import Path
 
+import pytest
 from harness import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -41,3 +42,28 @@ def test_what_rooms_must_not_know() -> None:
     assert {room for room in ROOMS if "sqlite3" in imports(ROOT / f"{room}.py")} == {"store", "database"}
     assert not imports(ROOT / "wire.py") & {*ROOMS, "socket", "threading"}
     assert imports(ROOT / "ringbuffer.py") & {*ROOMS, "socket"} == {"wire"}
+
+
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(document: Path) -> set[str]:
+    """What a link may name behind `#`: the headings, as code hosts do it."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_and_names_of_tests_in_the_documents_lead_somewhere(document: Path) -> None:
+    text = document.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://")):
+            path, _, anchor = target.partition("#")
+            there = document.parent / path if path else document
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), target
+    tests = {path.name: path.read_text() for path in (ROOT / "tests").glob("*.py")}
+    for name in re.findall(r"`(test_\w+\.py)`", text):
+        assert name in tests or "test_x.py" == name, name
+    for name in re.findall(r"`(test_\w+)(?:\[.*?\])?`", text):
+        assert any(f"def {name}(" in each for each in tests.values()), name
