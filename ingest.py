@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 from database import StoreError
 from ringbuffer import Closed, Full, Ring
 from stats import Totals
-from store import Store
+from storage import Storage
 from websock import ServerConnection
 from wire import (
     SUBPROTOCOL,
@@ -98,7 +98,7 @@ class StoreIntake:
 
     closed = False
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Storage) -> None:
         self._store = store
 
     def put(self, block: Block, timeout: float) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from database import StoreError
 from ringbuffer import Ring
 from sinks import LinkState, LinkStats
 from spool import Spool
-from store import Store
+from storage import Storage
 from tls import explain
 
 log = logging.getLogger("ringoexp.ready")
@@ -131,7 +131,7 @@ class Readiness:
     def __init__(
         self,
         ring: Ring | None,
-        store: Store | None,
+        store: Storage | None,
         spool: Spool | None,
         link: LinkState | None,
         consumer: tuple[str, int],
@@ -141,7 +141,7 @@ class Readiness:
         self._ring = ring
         self._spool = spool
         self._link = link
-        self._disk = store or (spool.store if spool else None)
+        self._disk: Storage | None = store or (spool.store if spool else None)
         late = f"no answer within {PATIENCE:.0f} s"
         self._ask_disk = _Question("disk", self._check_disk, ("store_failing", f"the database: {late}"))
         self._ask_consumer = _Question(

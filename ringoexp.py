@@ -56,6 +56,7 @@ from retention import Retention
 from ringbuffer import Ring
 from sinks import LinkSink, LinkState, Sink, StoreSink
 from stats import Totals, iso, memory
+from storage import Storage
 from store import Store
 from wsserver import Server
 
@@ -104,7 +105,7 @@ class Parts:
         self.uuid = str(uuid.uuid4()).upper()
         self.started = datetime.datetime.now(datetime.timezone.utc)
         self.totals = Totals()
-        self.store: Store | None = None
+        self.store: Storage | None = None
         self.ring: Ring | None = None
         self.forwarder: Forwarder | None = None
         self.spool: spool.Spool | None = None

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from access import Access
 from addresses import Address, peer, shown
 from database import StoreError
-from store import Store
+from storage import Storage
 from websock import ClientConnection, HandshakeError
 from wire import SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
 
@@ -48,7 +48,7 @@ class StoreSink:
 
     ready = True
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Storage) -> None:
         self._store = store
 
     def store(self, block: Block) -> None:

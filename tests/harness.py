@@ -294,30 +294,34 @@ class RawClient:
     def send(self, data: bytes) -> None:
         self.sock.sendall(data)
 
-    def read(self) -> tuple[int, bytes] | None:
-        """Opcode and payload of the next frame; None at the end of the stream."""
+    def read_frame(self) -> bytes | None:
+        """The next frame, head and all; None at the end of the stream."""
 
-        def take(size: int) -> bytes | None:
+        def buffered(size: int) -> bool:
             while len(self._buffer) < size:
                 try:
                     data = self.sock.recv(65536)
                 except ConnectionResetError:
-                    return None
+                    return False
                 if not data:
-                    return None
+                    return False
                 self._buffer += data
-            taken, self._buffer = self._buffer[:size], self._buffer[size:]
-            return taken
+            return True
 
-        head = take(2)
-        if head is None:
+        if not buffered(2):
             return None
-        size = head[1]
+        head, size = 2, self._buffer[1]
         if size == 126:
-            size = struct.unpack(">H", take(2) or b"")[0]
-        payload = take(size)
-        assert payload is not None, "the stream ended within a frame"
-        return head[0] & 15, payload
+            assert buffered(4), "the stream ended within a frame"
+            head, size = 4, struct.unpack(">H", self._buffer[2:4])[0]
+        assert buffered(head + size), "the stream ended within a frame"
+        taken, self._buffer = self._buffer[: head + size], self._buffer[head + size :]
+        return taken
+
+    def read(self) -> tuple[int, bytes] | None:
+        """Opcode and payload of the next frame; None at the end of the stream."""
+        found = self.read_frame()
+        return found and (found[0] & 15, found[4 if found[1] == 126 else 2 :])
 
     def acked(self, count: int) -> int:
         """Reads until `count` records are acked; the last ack. Fails when the connection ends before."""

@@ -25,7 +25,7 @@ from wire import (
 )
 
 UUID = bytes.fromhex("00112233445566778899aabbccddeeff")
-# The README's example.
+# The example of docs/protocol.md.
 BATCH = bytes.fromhex(
     "00000001 00112233445566778899aabbccddeeff 0000000000000000 00000002 0000000000000007 ffffffffffffffff"
 )
@@ -91,7 +91,7 @@ def test_plain_messages_before_a_bad_one_count(good: list[bytes]) -> None:
         assert error and error.close_code == 1007
 
 
-def test_a_batch_message_is_the_readmes_example() -> None:
+def test_a_batch_message_is_the_documents_example() -> None:
     values = array("q", [7, -1])
     assert encode_batch([Run(UUID, 0, 2)], values) == BATCH
     assert list(values) == [7, -1], "encoding leaves the values as they were"
