@@ -8,6 +8,8 @@ ring, the workers and the store. A second signal has its default effect and ends
 import signal
 import sys
 
+if sys.version_info < (3, 10):  # as far as an older one can read this file
+    sys.exit("ringoexp: error: this is Python %d.%d, Python 3.10 or newer is needed" % sys.version_info[:2])
 if __name__ == "__main__" or sys.argv[0].endswith("ringoexp"):  # the program, also by its installed script
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: end, without a traceback
 
