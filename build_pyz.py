@@ -81,8 +81,12 @@ def bare(source: str, name: str) -> str:
         lines[first - 1 : last] = [left, *[""] * (last - first)]
     made = "\n".join(lines)
     _drop_texts(tree)
-    if ast.dump(ast.parse(made)) != ast.dump(tree):
-        raise CannotBuild(f"{name}: its docstrings cannot be told from its code")
+    try:
+        same = ast.dump(ast.parse(made)) == ast.dump(tree)
+    except SyntaxError:
+        same = False
+    if not same:
+        raise CannotBuild(f"{name}: a docstring and code are in one line: it cannot be left out")
     return made
 
 
