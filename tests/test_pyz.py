@@ -108,11 +108,11 @@ def test_one_file_is_the_whole_program(pyz: Path, alone: list[str], tmp_path: Pa
         assert running.tally == "ringoexp: stopped, 1002 stored, 0 unstored"
     finally:
         running.kill()
+    left = {path.name for path in work.iterdir()} - {running.errors.name}
+    assert left == {"ringoexp.db", "ringoexp.db-lock"}
     stored = [value for _, _, value in rows(work / "ringoexp.db")]
     assert sorted(stored) == sorted([*range(1000), 42, -(2**63)])
     assert "Traceback" not in running.errors.read_text()
-    left = {path.name for path in work.iterdir()} - {running.errors.name}
-    assert left == {"ringoexp.db", "ringoexp.db-lock"}
     assert [path.name for path in pyz.parent.iterdir()] == ["ringoexp.pyz"]
 
 
@@ -237,10 +237,9 @@ def test_a_new_file_may_take_its_place_while_it_runs(pyz: Path, tmp_path: Path) 
 def test_a_python_that_is_too_old_says_so_in_one_line(pyz: Path, tmp_path: Path) -> None:
     """Real ones, where there are any, and this one, which says it were one."""
     pretend = f"import runpy, sys; sys.version_info = (3, 9, 18); runpy.run_path({str(pyz)!r}, run_name='__main__')"
-    commands = {(3, 9, 18): [this_python, "-I", "-S", "-c", pretend]}
-    for version, path in OLD.items():
-        commands[(*version, 0)] = [path, str(pyz), "-p", "0", "-T", "0"]
-    for (major, minor, _), command in commands.items():
+    commands = [((3, 9), [this_python, "-I", "-S", "-c", pretend])]
+    commands += [(version, [path, str(pyz), "-p", "0", "-T", "0"]) for version, path in OLD.items()]
+    for (major, minor), command in commands:
         done = run(command, tmp_path)
         expected = f"ringoexp: error: this is Python {major}.{minor}, Python 3.10 or newer is needed\n"
         assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
