@@ -65,7 +65,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     run(*python, "build_sdist", top, cwd=source)
     (sdist,) = top.glob("*.tar.gz")
     with tarfile.open(sdist) as packed:
-        packed.extractall(top / "unpacked")
+        packed.extractall(top / "unpacked", filter="data")
     (unpacked,) = (top / "unpacked").iterdir()
     run(*python, "build_wheel", top, cwd=unpacked)
     (wheel,) = top.glob("*.whl")
@@ -99,7 +99,7 @@ def test_the_sdist_has_all_that_is_in_the_repository(built: Built) -> None:
 
 def test_tests_run_from_the_unpacked_sdist(built: Built) -> None:
     (unpacked,) = (built.sdist.parent / "unpacked").iterdir()
-    tests = ["tests/test_wire.py", "tests/test_stats.py", "tests/test_logs.py"]
+    tests = ["tests/test_wire.py", "tests/test_stats.py"]
     said = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=unpacked)
     assert " passed" in said
 
