@@ -10,9 +10,9 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__" or sys.argv[0].endswith(
-    ("ringoexp", "ringoexp.pyz")
-):  # the program, installed or in one file too
+if sys.version_info < (3, 10):  # as far as an older one can read this file
+    sys.exit("ringoexp: error: this is Python %d.%d, Python 3.10 or newer is needed" % sys.version_info[:2])
+if __name__ == "__main__" or sys.argv[0].endswith("ringoexp"):  # the program, also by its installed script
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: end, without a traceback
     if os.getpid() == 1:  # a container's first process, for which no signal has a default effect
         for each in (signal.SIGINT, signal.SIGTERM):

@@ -25,6 +25,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 30.0
 """Seconds after which a test that waits for something fails."""
+MEASURED = "COVERAGE_PROCESS_CONFIG" in os.environ
+"""True when coverage looks on, and in the processes that these tests start too."""
+SETTLE_SECONDS = 2.0
 
 
 def eventually(predicate: Callable[[], Any], what: str = "", deadline: float = DEADLINE) -> Any:
@@ -70,7 +73,8 @@ class ServerProcess:
     """`python ringoexp.py` with these flags, in `directory`, from its first line of output to its exit.
 
     `patch` are statements that change something first: `web.REQUEST_TIMEOUT = 1; websock.READ_SIZE = 9`, say.
-    `under` is a command that runs it, `strace` with its flags, say; `env` is added to the environment.
+    `under` is a command that runs it, `strace` with its flags, say; `env` is added to the environment. `program`
+    runs in its place, another build of it, say.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class ServerProcess:
         patch: str = "",
         under: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        program: Sequence[str] = (),
     ) -> None:
         script = [str(ROOT / "ringoexp.py")]
         if patch:
@@ -89,7 +94,7 @@ class ServerProcess:
         self.errors = directory / f"stderr-{time.monotonic_ns()}"
         with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
-                [*under, sys.executable, *script, *flags],
+                [*under, *(program or (sys.executable, *script)), *flags],
                 cwd=directory,
                 env={**os.environ, **(env or {})},
                 stdout=subprocess.PIPE,
@@ -137,6 +142,14 @@ class ServerProcess:
         self.tally = out.strip()
         return self.process.returncode
 
+    def settle(self) -> None:
+        """SIGTERM, and a moment to end in order: what coverage has seen it writes only then."""
+        self.process.terminate()
+        try:
+            self.process.wait(SETTLE_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+
     def kill(self) -> None:
         """SIGKILL, at once, if it still runs."""
         self.process.kill()
@@ -154,6 +167,8 @@ def server(
     try:
         yield running
     finally:
+        if MEASURED:
+            running.settle()
         running.kill()
     assert "Traceback" not in running.errors.read_text()
 

@@ -1,0 +1,91 @@
+"""When the system gives no more threads: the log says so, what runs goes on, and nothing is left open."""
+
+import logging
+import resource
+import socket
+import threading
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import DEADLINE, eventually, request, server
+
+from forwarder import Forwarder
+from readiness import Readiness
+from ringbuffer import Ring
+from sinks import LinkSink, LinkState, StoreSink
+from spool import Spool
+from store import Store
+
+NONE_LEFT = "can't start new thread"
+SOURCE = b"s" * 16
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Lets no thread start whose name begins so."""
+    start = threading.Thread.start
+
+    def refusing(prefix: str) -> None:
+        def refused(thread: threading.Thread) -> None:
+            if thread.name.startswith(prefix):
+                raise RuntimeError(NONE_LEFT)
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", refused)
+
+    return refusing
+
+
+def test_a_connection_is_closed_and_the_next_one_served_when_there_are_threads_again(tmp_path: Path) -> None:
+    """Without room for a thread's stack in its address space; really so, not made up."""
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        pid = running.process.pid
+        with open(f"/proc/{pid}/statm") as statm:
+            used = int(statm.read().split()[0]) * resource.getpagesize()
+        before = resource.prlimit(pid, resource.RLIMIT_AS, (used + 2**20, resource.RLIM_INFINITY))
+        with socket.create_connection(("localhost", running.port), DEADLINE) as client:
+            assert client.recv(1) == b"", "closed"
+        eventually(lambda: f'event=no_thread error="{NONE_LEFT}"' in running.errors.read_text())
+        resource.prlimit(pid, resource.RLIMIT_AS, before)
+        assert request(running.port, "GET", "/v1.0/alive")[0] == 200
+        assert running.stop() == 0
+
+
+def test_workers_that_run_do_the_work_of_those_that_cannot_start(
+    tmp_path: Path, refuse: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    store, ring = Store(str(tmp_path / "d")), Ring(64)
+    refuse("forward-2")
+    forwarder = Forwarder(ring, lambda connected: StoreSink(store), 8, 1)
+    try:
+        ring.put(array("q", range(50)), SOURCE, 0, DEADLINE)
+        assert ring.wait_committed(49, DEADLINE)
+        eventually(lambda: "no_thread" in [record.msg for record in caplog.records])
+        (said, *_) = [record for record in caplog.records if record.msg == "no_thread"]
+        assert said.levelno == logging.ERROR and said.args == {"error": NONE_LEFT, "workers": 1}
+    finally:
+        ring.close()
+        forwarder.stop(DEADLINE)
+        store.close()
+
+
+def test_a_spool_without_its_thread_is_closed_again(tmp_path: Path, refuse: Callable[[str], None]) -> None:
+    path = str(tmp_path / "spool")
+    refuse("replay")
+    with pytest.raises(RuntimeError, match=NONE_LEFT):
+        Spool(path, 1000, LinkSink("localhost", 1), LinkState("localhost:1"))
+    refuse("none of these")
+    Spool(path, 1000, LinkSink("localhost", 1), LinkState("localhost:1")).stop(DEADLINE)
+
+
+def test_a_question_that_cannot_be_asked_is_a_reason(tmp_path: Path, refuse: Callable[[str], None]) -> None:
+    store = Store(str(tmp_path / "d"))
+    try:
+        ready = Readiness(None, store, None, None, ("localhost", 1), lambda: False)
+        refuse("ask-")
+        (reason,) = ready.reasons()
+        assert reason.detail == f"no thread to be had: {NONE_LEFT}"
+    finally:
+        store.close()
