@@ -81,6 +81,8 @@ def _metrics(now: Snapshot) -> Iterator[tuple[str, str, str, Samples]]:
     yield gauge("connections", connections.now, "Connections open, HTTP and WebSocket.")
     yield counter("connections_admitted", connections.total, "Connections admitted: within the limit.")
     yield counter("connections_refused", connections.refused, "Requests refused because of the limit of connections.")
+    yield counter("requests_unauthorized", connections.unauthorized, "Requests refused for want of the token.")
+    yield counter("tls_failures", connections.tls_failed, "Connections that ended in the TLS handshake.")
     yield gauge("clients", totals.clients, "WebSockets open.")
     yield gauge("publishers", totals.publishers, "WebSockets open that speak batch messages.")
     if ring := now.ring:

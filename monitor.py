@@ -61,6 +61,8 @@ def stats(now: Snapshot) -> dict[str, Any]:
         "bytesReceived": totals.bytes_received,
         "connections": now.connections.now,
         "totalConnections": now.connections.total,
+        "unauthorizedRequests": now.connections.unauthorized,
+        "tlsFailures": now.connections.tls_failed,
         "refusedConnections": now.connections.refused,
         "clients": totals.clients,
         "publishers": totals.publishers,

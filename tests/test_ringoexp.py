@@ -93,19 +93,27 @@ GOOD: dict[str, list[tuple[str, Any]]] = {
     "spool": [("a b.spool", "a b.spool")],
     "spool_max": [("1", 1), (str(2**62), 2**62)],
     "database": [("a b.db", "a b.db")],
+    "retain": [("30", 30.0), ("0.5", 0.5)],
+    "per_address": [("1", 1), ("0", 0), ("-1", 0)],
+    "threads": [("512", 512), ("1000000", 1000000)],
     "procs": [("1", 1), ("0", 0), ("-1", 0)],
     "profiler_port": [("0", 0), ("-1", 0), ("6061", 6061)],
     "profiler_host": [("::1", "::1")],
     "log_json": [("true", True), ("F", False)],
+    "consumer_tls": [("true", True), ("F", False)],
 }
+
+
+NEEDED = {"tls_key": ["--tls_cert", "c"], "client_ca": ["--tls_cert", "c"], "consumer_ca": ["--consumer_tls"]}
 
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.long != "debug"], ids=lambda o: o.long)
 def test_every_flag_in_every_spelling(option: Option) -> None:
-    for text, value in GOOD[option.long]:
+    more = NEEDED.get(option.long, [])
+    for text, value in GOOD.get(option.long) or [("a b.pem", "a b.pem")]:
         for flag in {f"--{option.long}", f"--{option.long.replace('_', '-')}"}:
-            assert getattr(read_arguments([flag, text]), option.long) == value
-            assert getattr(read_arguments([f"{flag}={text}"]), option.long) == value
+            assert getattr(read_arguments([flag, text, *more]), option.long) == value
+            assert getattr(read_arguments([f"{flag}={text}", *more]), option.long) == value
         if option.short:
             assert getattr(read_arguments([f"-{option.short}", text]), option.long) == value
 
@@ -152,6 +160,12 @@ BAD: dict[str, list[str]] = {
     "spool": ["", "a\0b"],
     "spool_max": ["0", "-1", str(2**62 + 1), *NUMBERS],
     "database": ["", "a\0b"],
+    "retain": ["0", "-1", "", "nan", "inf", "1d"],
+    "token_file": ["", " "],
+    "tls_cert": ["", "a\0b"],
+    "consumer_tls": ["yes", ""],
+    "per_address": NUMBERS,
+    "threads": ["0", "511", "1000001", *NUMBERS],
     "procs": ["100000", *NUMBERS],
     "profiler_port": ["65536", *NUMBERS],
     "profiler_host": ["", " "],
@@ -185,6 +199,10 @@ def test_a_bad_value_is_one_line_with_flag_value_and_what_is_accepted(
         (["-p"], "-p/--port: expected one argument"),
         (["-A", "ring", "-I", "false"], "a consumer has no ring"),
         (["-L", "65536"], "1 to 65535, 0 or less for off"),
+        (["--tls_key", "k.pem"], "--tls_key: 'k.pem' is of no use without --tls_cert"),
+        (["--client_ca", "c.pem"], "--client_ca: 'c.pem' is of no use without --tls_cert"),
+        (["--consumer_ca", "c.pem"], "--consumer_ca: 'c.pem' is of no use without --consumer_tls"),
+        (["--consumer_tls", "-I", "false"], "a consumer has no links"),
     ],
 )
 def test_other_bad_usage_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -564,8 +582,9 @@ def test_procs_limits_the_cores(tmp_path: Path) -> None:
 
 
 def test_the_readmes_flags_are_the_tables() -> None:
-    found = re.findall(r"^\| (?:`-(\w)` )?\| `--(\w+)` \| (.*?) \|", README, re.MULTILINE)
-    shown = {"name": "empty", "debug": "off", "spool": "off"}
+    section = README[README.index("\n## Flags\n") : README.index("\n## Who may come in\n")]
+    found = re.findall(r"^\| (?:`-(\w)` )?\| `--(\w+)` \| (.*?) \|", section, re.MULTILINE)
+    shown = {"name": "empty", "debug": "off"} | {option.long: "off" for option in OPTIONS if option.default is None}
     expected = [
         (option.short, option.long, shown.get(option.long, f"`{str(option.default).lower()}`")) for option in OPTIONS
     ]
