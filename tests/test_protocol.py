@@ -294,7 +294,8 @@ def test_requests_are_answered_as_the_vectors_say(target: Target, guarded: Targe
     if response.status >= 400:
         assert json.loads(body)["error"]
     elif vector["json"]:
-        assert json.loads(body) == vector["json"]
+        answer = json.loads(body)
+        assert {name: answer[name] for name in vector["json"]} == vector["json"]
     check_stored(target, vector["stored"])
 
 
