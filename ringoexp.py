@@ -97,6 +97,7 @@ class Parts:
         self.ring: Ring | None = None
         self.forwarder: Forwarder | None = None
         self.spool: spool.Spool | None = None
+        addresses = resolve("-H", settings.hostname, settings.port)
         try:
             own = not settings.is_publisher or is_own_consumer(settings)
         except CannotRun as error:  # names come and go with the network; with a spool, ingest does not
@@ -104,7 +105,6 @@ class Parts:
                 raise
             log.warning("consumer_unknown", {"reason": str(error)})
             own = False
-        addresses = resolve("-H", settings.hostname, settings.port)
         consumer = settings.consumer_hostname, settings.consumer_port
         if not own and settings.database != DATABASE:
             raise CannotRun(

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from harness import ROOT, RawClient, ServerProcess, eventually, frame, free_port, request, rows, server
+from nginx import nginx, room
 
 import page
 from wire import SUBPROTOCOL, Run, encode_batch, encode_plain
@@ -835,6 +836,16 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(browser: Browser,
         reached.append(at)
         assert outline == "solid" and width > 20, reached
     assert reached == ["#numbers", "integers", "sendThem", "sendMany", "/v1.0/stats", "/v1.0/ready", "/metrics"]
+
+
+def test_it_works_through_nginx(browser: Browser) -> None:
+    """Its WebSocket too, whose Origin is the address of nginx."""
+    with room() as directory, server(directory, "-H", "unix:x.sock") as behind, nginx(directory, behind.at) as port:
+        browser.open(port)
+        browser.write("1 2 3")
+        browser.click("sendThem")
+        browser.sent()
+        assert [value for _, _, value in rows(directory / "ringoexp.db")] == [1, 2, 3]
 
 
 def test_a_page_that_cannot_be_read_once_is_read_the_next_time(
