@@ -110,6 +110,7 @@ class Parts:
         self.forwarder: Forwarder | None = None
         self.spool: spool.Spool | None = None
         self.retention: Retention | None = None
+        addresses = resolve("-H", settings.hostname, settings.port)
         try:
             own = not settings.is_publisher or is_own_consumer(settings)
         except CannotRun as error:  # names come and go with the network; with a spool, ingest does not
@@ -118,7 +119,6 @@ class Parts:
             log.warning("consumer_unknown", {"reason": str(error)})
             own = False
         self.access = _read_keys(settings)
-        addresses = resolve("-H", settings.hostname, settings.port)
         consumer = settings.consumer_hostname, settings.consumer_port
         if not own and settings.database != DATABASE:
             raise CannotRun(

@@ -22,7 +22,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from certificates import Authority, tls
 from harness import ROOT, RawClient, ServerProcess, eventually, frame, free_port, request, rows, server
+from nginx import nginx, room
 
 import page
 from wire import SUBPROTOCOL, Run, encode_batch, encode_plain
@@ -835,6 +837,79 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(browser: Browser,
         reached.append(at)
         assert outline == "solid" and width > 20, reached
     assert reached == ["#numbers", "integers", "sendThem", "sendMany", "/v1.0/stats", "/v1.0/ready", "/metrics"]
+
+
+def test_the_page_asks_for_the_token_once_and_keeps_it_to_itself(browser: Browser, tmp_path: Path) -> None:
+    """Until it has one it does not ask the server again; the box sends with it; a reload forgets it."""
+    token = "s3cret+/=="
+
+    def give(text: str) -> None:
+        browser.run("document.getElementById('tokenText').value = arguments[0]", text)
+        browser.run("document.getElementById('tokenForm').requestSubmit()")
+
+    def asked() -> int:
+        answered = locked.get("/v1.0/stats", Authorization=f"Bearer {token}")[2]
+        return int(json.loads(answered)["stats"]["unauthorizedRequests"])
+
+    with server(tmp_path, "-p", "0", "-T", "0", "-D", "a.db", env={"RINGOEXP_TOKEN": token}) as locked:
+        browser.driver.get(f"http://localhost:{locked.port}/")
+        eventually(lambda: browser.state() == "locked")
+        assert browser.text("stateWords") == "This server wants its token."
+        assert browser.run("return document.activeElement.id") == "tokenText"
+        assert browser.run("return document.getElementById('parts').hidden")
+        browser.run("TIMES.poll = 10; look()")
+        before = asked()
+        give("")
+        assert browser.text("tokenWrong") == "Type the token."
+        give("caf\xe9")
+        assert browser.text("tokenWrong").startswith("That is no token")
+        assert asked() == before
+        give("wrong")
+        eventually(lambda: browser.text("tokenWrong") == "That is not the token.")
+        assert asked() == before + 1
+        give(f" {token} ")
+        eventually(lambda: browser.looks() > 0)
+        assert not browser.run("return document.getElementById('tokenForm').checkVisibility()")
+        browser.write("5 6 7")
+        browser.click("sendThem")
+        assert browser.sent().startswith("3 sent, all stored")
+        assert asked() == before + 1
+        kept = "return JSON.stringify([localStorage, sessionStorage, document.cookie, location.href, history.state])"
+        assert token not in browser.run(kept)
+        assert token not in browser.run("return document.documentElement.outerHTML")
+        browser.driver.refresh()
+        eventually(lambda: browser.state() == "locked")
+    assert [value for _, _, value in rows(tmp_path / "a.db")] == [5, 6, 7]
+    told = browser.driver.get_log("browser")  # the browser itself says 401
+    assert all("401 (Unauthorized)" in entry["message"] for entry in told)
+    browser.driver.get("about:blank")
+
+
+def test_the_page_works_over_tls(browser: Browser, tmp_path: Path) -> None:
+    """Its WebSocket too, which is wss:// then."""
+    authority = Authority(tmp_path)
+    browser.cdp("Security.setIgnoreCertificateErrors", ignore=True)
+    try:
+        with server(tmp_path, "-p", "0", "-T", "0", "-D", "a.db", *tls(authority.issue())) as running:
+            browser.driver.get(f"https://localhost:{running.port}/")
+            eventually(lambda: browser.looks() > 0)
+            browser.write("8")
+            browser.click("sendThem")
+            assert browser.sent().startswith("1 sent, all stored")
+            browser.driver.get("about:blank")
+    finally:
+        browser.cdp("Security.setIgnoreCertificateErrors", ignore=False)
+    assert [value for _, _, value in rows(tmp_path / "a.db")] == [8]
+
+
+def test_it_works_through_nginx(browser: Browser) -> None:
+    """Its WebSocket too, whose Origin is the address of nginx."""
+    with room() as directory, server(directory, "-H", "unix:x.sock") as behind, nginx(directory, behind.at) as port:
+        browser.open(port)
+        browser.write("1 2 3")
+        browser.click("sendThem")
+        browser.sent()
+        assert [value for _, _, value in rows(directory / "ringoexp.db")] == [1, 2, 3]
 
 
 def test_a_page_that_cannot_be_read_once_is_read_the_next_time(

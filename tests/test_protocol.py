@@ -408,6 +408,11 @@ ELSEWHERE = {
     ("WebSocket", 1011): "test_what_cannot_be_stored_is_answered_1011_and_503_and_may_be_sent_again",
     ("WebSocket", 503): "test_beyond_the_limit_there_is_503_but_alive_and_stats_answer",
     ("HTTP", 503): "test_a_post_that_is_not_stored_in_time_says_how_much_was_accepted",
+    **{
+        (kind, status): "test_a_requests_head_is_limited_in_all"
+        for kind in ("HTTP", "WebSocket")
+        for status in (414, 431)
+    },
     ("HTTP", 408): "test_a_body_that_does_not_come_in_time_is_answered_408",
 }
 """What the README's table of refused input has, and a vector cannot show: the test that does."""
