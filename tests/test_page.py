@@ -821,7 +821,7 @@ def test_a_screen_reader_finds_its_way(browser: Browser, running: ServerProcess)
     live = browser.run(
         "return [...document.querySelectorAll('[aria-live], [role=status], [role=alert], output')].map(e => e.id)"
     )
-    assert live == ["stateText", "wrong", "sent"], "nothing that changes every second is read aloud"
+    assert live == ["stateText", "tokenWrong", "wrong", "sent"], "nothing that changes every second is read aloud"
 
 
 def test_the_keyboard_reaches_everything_and_shows_where_it_is(browser: Browser, running: ServerProcess) -> None:
