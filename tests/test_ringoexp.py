@@ -93,6 +93,7 @@ GOOD: dict[str, list[tuple[str, Any]]] = {
     "spool": [("a b.spool", "a b.spool")],
     "spool_max": [("1", 1), (str(2**62), 2**62)],
     "database": [("a b.db", "a b.db")],
+    "retain": [("30", 30), ("0.5", 0.5), (".25", 0.25)],
     "procs": [("1", 1), ("0", 0), ("-1", 0)],
     "profiler_port": [("0", 0), ("-1", 0), ("6061", 6061)],
     "profiler_host": [("::1", "::1")],
@@ -151,6 +152,7 @@ BAD: dict[str, list[str]] = {
     "ack": ["disk", "", "STORED"],
     "spool": ["", "a\0b"],
     "spool_max": ["0", "-1", str(2**62 + 1), *NUMBERS],
+    "retain": ["0", "0.0", "-1", "1.", "inf", *(text for text in NUMBERS if text != "1.5")],
     "database": ["", "a\0b"],
     "procs": ["100000", *NUMBERS],
     "profiler_port": ["65536", *NUMBERS],
@@ -542,7 +544,7 @@ def test_procs_limits_the_cores(tmp_path: Path) -> None:
 
 def test_the_readmes_flags_are_the_tables() -> None:
     found = re.findall(r"^\| (?:`-(\w)` )?\| `--(\w+)` \| (.*?) \|", README, re.MULTILINE)
-    shown = {"name": "empty", "debug": "off", "spool": "off"}
+    shown = {"name": "empty", "debug": "off", "spool": "off", "retain": "off"}
     expected = [
         (option.short, option.long, shown.get(option.long, f"`{str(option.default).lower()}`")) for option in OPTIONS
     ]
