@@ -2,8 +2,8 @@
 
 `python bench/retain_cost.py` fills a database, dates its records back, and lets a consumer behind a publisher
 (`-r 65536`) take a full load, each time of a copy of it; beside it a client of the consumer's own sends one record at a
-time and waits for its ack. It prints medians of the rounds: each figure with retention, without it, and the ratio of the
-two. `--quick` is a few seconds, and shows that all of it works.
+time and waits for its ack. It prints medians of the rounds: each figure with retention, without it, and their ratio.
+`--quick` is a few seconds, and shows that all of it works.
 """
 
 import argparse
@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import load  # noqa: E402
-from bench import Process, say  # noqa: E402
 
+from bench import Process, say  # noqa: E402
 from store import Store  # noqa: E402
 from wire import Run  # noqa: E402
 
@@ -122,17 +122,23 @@ def run(prepared: Path, seconds: float, loaded: bool, *flags: str) -> Found:
 
 
 def show(what: str, without: Sequence[Found], retaining: Sequence[Found]) -> None:
-    """Prints the medians, and their ratios."""
+    """Prints the medians, and those of each round's ratios: a round's two runs are the nearest in time."""
     plain, kept = (
         Found(*(statistics.median(values) for values in zip(*found, strict=True))) for found in (without, retaining)
     )
-    print(
-        f"{what}: {kept.rate / 1e6:.3f} million records/s with --retain, {plain.rate / 1e6:.3f} without:"
-        f" {kept.rate / plain.rate:.2f}; {kept.expired / 1e6:.2f} million/s deleted"
+    ratio = Found(
+        *(
+            statistics.median(with_it / plainly for plainly, with_it in zip(*pair, strict=True)) if any(pair[0]) else 0
+            for pair in zip(zip(*without, strict=True), zip(*retaining, strict=True), strict=True)
+        )
     )
     print(
-        f"{what}: ack p50 {kept.p50:.2f} ms, {plain.p50:.2f} without: {kept.p50 / plain.p50:.2f};"
-        f" p99 {kept.p99:.2f} ms, {plain.p99:.2f} without: {kept.p99 / plain.p99:.2f}"
+        f"{what}: {kept.rate:,.0f} records/s with --retain, {plain.rate:,.0f} without: {ratio.rate:.2f};"
+        f" {kept.expired / 1e6:.2f} million/s deleted"
+    )
+    print(
+        f"{what}: ack p50 {kept.p50:.2f} ms, {plain.p50:.2f} without: {ratio.p50:.2f};"
+        f" p99 {kept.p99:.2f} ms, {plain.p99:.2f} without: {ratio.p99:.2f}"
     )
 
 

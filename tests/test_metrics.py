@@ -15,7 +15,13 @@ from wire import encode_plain
 
 DOCS = (ROOT / "docs/metrics.md").read_text()
 SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)+)\})? (\S+)')
-ROLES = {"single": ["-T", "0"], "publisher": [], "spooling": ["-S", "s.spool"], "consumer": ["-I", "false"]}
+ROLES = {
+    "single": ["-T", "0"],
+    "publisher": [],
+    "spooling": ["-S", "s.spool"],
+    "consumer": ["-I", "false"],
+    "retaining": ["-I", "false", "--retain", "30"],
+}
 
 
 def scrape(running: ServerProcess) -> tuple[dict[str, str], dict[str, float]]:
