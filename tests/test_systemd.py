@@ -155,8 +155,8 @@ def test_reloaded_it_is_the_same_process(running: Machine) -> None:
 @pytest.mark.long
 def test_a_stop_with_records_that_cannot_be_stored_ends_in_time_and_is_a_failure(running: Machine) -> None:
     """The consumer hangs, and the spool is full."""
+    consumer = str(restarted(running, CONSUMER, more="WatchdogSec=0"))
     restarted(running, PUBLISHER, "--spool_max 1")
-    (consumer,) = running.show(CONSUMER, "MainPID")
     running.run("kill", "-STOP", consumer)
     running.run("sh", "-c", f"({SEND.format(3000, 6660)}) > /dev/null 2>&1 & sleep 12; kill $!")
     began = time.monotonic()
