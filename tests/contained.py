@@ -1,9 +1,9 @@
 """Runs our image's commands as Docker would, in a root directory with its files: `contained.py ROOT DATA`.
 
 The root cannot be written but for `/data`, the user is a number, without capabilities, and the server the first process
-of its PID namespace. Takes root, and namespaces of its own (`unshare --mount --net --ipc --uts`): it mounts, and takes port
-6660. `deploy/try_image` gives it the image's root, test_deploy.py one made of this machine's programs. Ends with an
-AssertionError if anything is not as it should be.
+of its PID namespace. Takes root, and namespaces of its own (`unshare --mount --net --ipc --uts`): it mounts, takes port
+6660, and brings the loopback up. `deploy/try_image` gives it the image's root, test_deploy.py one made of this machine's
+programs. Ends with an AssertionError if anything is not as it should be.
 """
 
 import fcntl
@@ -44,7 +44,7 @@ def health_check() -> list[str]:
 def main(root: str, data: str) -> None:
     """Mounts, then runs a publisher that is its own consumer, and a consumer."""
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    subprocess.run(["mount", "--bind", root, root], check=False)
+    subprocess.run(["mount", "--rbind", root, root], check=True)
     hosts = Path(f"{data}.hosts")  # Docker makes one too
     hosts.write_text("127.0.0.1 localhost\n::1 localhost\n")
     Path(root, "etc/hosts").touch()
