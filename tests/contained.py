@@ -2,8 +2,8 @@
 
 The root cannot be written but for `/data`, the user is a number, without capabilities, and the server the first process
 of its PID namespace. Takes root, and namespaces of its own (`unshare --mount --net --ipc --uts`): it mounts, takes port
-6660, and brings the loopback up. `deploy/try_image` gives it the image's root, test_deploy.py one made of this machine's
-programs. Ends with an AssertionError if anything is not as it should be.
+6660, and brings the loopback up. `deploy/try_image` gives it the image's root, test_deploy.py one made of this
+machine's programs. Ends with an AssertionError if anything is not as it should be.
 """
 
 import fcntl
