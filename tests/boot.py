@@ -41,10 +41,14 @@ mount -t cgroup2 cgroup2 "$1/cgroup"
 mkdir "$1/cgroup/$2"
 echo 0 > "$1/cgroup/$2/cgroup.procs"
 umount "$1/cgroup"
-exec unshare --cgroup sh -c 'mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec "$@"' sh \
+exec unshare --cgroup sh -c 'mount -t cgroup2 cgroup2 /sys/fs/cgroup && mount --make-rshared / && exec "$@"' sh \
     /lib/systemd/systemd --system --unit=basic.target --log-target=console --show-status=no
 """
-END = 'mount -t cgroup2 cgroup2 "$1/cgroup" && find "$1/cgroup/$2" -depth -type d -exec rmdir {} ";"'
+END = """
+mount -t cgroup2 cgroup2 "$1/cgroup"
+find "$1/cgroup/$2" -depth -type d -exec rmdir {} ";"
+test ! -d "$1/cgroup/$2"
+"""
 
 
 class Machine:

@@ -161,7 +161,6 @@ BAD: dict[str, list[str]] = {
     "spool_max": ["0", "-1", str(2**62 + 1), *NUMBERS],
     "retain": ["0", "0.0", "-1", "1.", "inf", *(text for text in NUMBERS if text != "1.5")],
     "database": ["", "a\0b"],
-    "retain": ["0", "-1", "", "nan", "inf", "1d"],
     "token_file": ["", " "],
     "tls_cert": ["", "a\0b"],
     "consumer_tls": ["yes", ""],

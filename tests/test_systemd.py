@@ -33,9 +33,10 @@ def running(booted: Machine) -> Iterator[Machine]:
     booted.run("systemctl", "daemon-reload")
 
 
-def restarted(machine: Machine, unit: str, flags: str = "", more: str = "") -> int:
-    """The service runs with these flags, and lines of its unit; its PID."""
-    (machine.directory / "default" / unit).write_text(f'FLAGS="{flags}"\n')
+def restarted(machine: Machine, unit: str, flags: str | None = "", more: str = "") -> int:
+    """The service runs with these flags (None: its unit's), and lines of its unit; its PID."""
+    if flags is not None:
+        (machine.directory / "default" / unit).write_text(f'FLAGS="{flags}"\n')
     extra = machine.directory / "etc" / f"{unit}.service.d"
     extra.mkdir(exist_ok=True)
     (extra / "test.conf").write_text(f"[Service]\n{more}\n")
@@ -111,6 +112,23 @@ def test_its_memory_is_never_to_be_written_and_executed_and_it_has_one_heap_all_
     assert "set 1\n" in log and "PermissionError" in log
 
 
+def test_a_credential_is_where_docs_deploy_says(running: Machine) -> None:
+    """The drop-in's own lines; a name stands in for the flag, and says what the flag was given."""
+    secret = running.directory / "opt" / "token"
+    secret.write_text("s3cret\n")
+    secret.chmod(0o600)
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    assert "LoadCredential=token:/etc/ringoexp/token\n" in text and 'Environment="FLAGS=--token_file %d/token' in text
+    more = 'LoadCredential=token:/opt/token\nEnvironment="FLAGS=--name %d/token"'
+    restarted(running, PUBLISHER, None, f"{more}\nExecStartPre=/bin/cat %d/token")
+    answer = running.run("curl", "-sSi", "http://localhost:6660/v1.0/alive")
+    (path,) = re.findall(r"^Server: (.*?)\r?$", answer, re.MULTILINE)
+    assert path == f"/run/credentials/{PUBLISHER}.service/token"
+    assert (running.directory / "lib" / f"{PUBLISHER}.log").read_text().count("s3cret") == 1
+    told = running.run("systemctl", "show", PUBLISHER, "--property=StatusText,Environment")
+    assert "s3cret" not in told and "s3cret" not in running.run("ps", "ax")
+
+
 def test_a_server_that_hangs_is_restarted_and_says_where_it_hung(running: Machine) -> None:
     """Stopped, it does not answer for itself any more."""
     pid = restarted(running, CONSUMER, more="WatchdogSec=1\nRestartSec=0")
@@ -155,8 +173,8 @@ def test_reloaded_it_is_the_same_process(running: Machine) -> None:
 @pytest.mark.long
 def test_a_stop_with_records_that_cannot_be_stored_ends_in_time_and_is_a_failure(running: Machine) -> None:
     """The consumer hangs, and the spool is full."""
+    consumer = str(restarted(running, CONSUMER, more="WatchdogSec=0"))
     restarted(running, PUBLISHER, "--spool_max 1")
-    (consumer,) = running.show(CONSUMER, "MainPID")
     running.run("kill", "-STOP", consumer)
     running.run("sh", "-c", f"({SEND.format(3000, 6660)}) > /dev/null 2>&1 & sleep 12; kill $!")
     began = time.monotonic()
