@@ -38,8 +38,8 @@ import signal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: end, without a traceback
 
+import ringoexp  # first: it has the signals handled
 import page
-import ringoexp
 
 page.page()  # read now: a newer file may take this one's place while it runs
 sys.exit(ringoexp.main())

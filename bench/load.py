@@ -26,6 +26,11 @@ def connect(port: int) -> socket.socket:
     """A socket behind the WebSocket handshake."""
     sock = socket.create_connection(("127.0.0.1", port), 30)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return upgrade(sock, port)
+
+
+def upgrade(sock: socket.socket, port: int) -> socket.socket:
+    """The same socket, behind the WebSocket handshake."""
     key = base64.b64encode(os.urandom(16)).decode()
     sock.sendall(
         f"GET /v1.0/ingest HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
