@@ -211,7 +211,7 @@ class Parts:
             hint = "whoever can connect may write and look on: --token_file keeps others out"
             log.warning("no_token", {"address": shown(self.settings.hostname, self.server.port), "hint": hint})
         if trouble := self.access.trouble():
-            log.warning("certificate_refused", {"file": self.settings.tls_cert, "reason": trouble})
+            log.warning("certificate", {"file": self.settings.tls_cert, "reason": trouble})
 
     def _open_profiler(self) -> Profiler | None:
         """The profiler's port, if there is to be one. Raises CannotRun."""
@@ -308,6 +308,7 @@ class Parts:
             retention=self.retention.stats() if self.retention else None,
             disk=disk,
             sizes=database.sizes() if database else None,
+            certificate_ends=self.access.keys.valid[1] if self.access.keys.valid else None,
             not_ready=[reason.code for reason in self._readiness.reasons(wait=False)],
         )
 
