@@ -1,4 +1,4 @@
-"""Nothing depends on the wall clock: it may jump by years, either way, each time somebody looks at it.
+"""Nothing depends on the wall clock, but retention (`test_retention`): it may jump by years, either way, at each look.
 
 Only `received_at_ms`, the log and `startTime` say what it says; intervals and deadlines are monotonic.
 """
