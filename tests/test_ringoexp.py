@@ -582,6 +582,17 @@ def accepts(port: int) -> bool:
     return True
 
 
+def test_the_limit_of_open_files_is_raised_to_what_all_threads_may_need(tmp_path: Path) -> None:
+    """As far as that may be: the hard limit stays, and a soft one that is higher."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for soft, most, expected in (("256", "100000", 700 + 256), ("256", "500", 500), ("20000", "30000", 20000)):
+        if hard != resource.RLIM_INFINITY and hard < int(most):
+            continue
+        limited = ["bash", "-c", f'ulimit -Sn {soft} && ulimit -Hn {most} && exec "$@"', "x"]
+        with server(tmp_path, "-p", "0", "-T", "0", "--threads", "700", under=limited) as running:
+            assert resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE)[0] == expected
+
+
 def test_procs_limits_the_cores(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0", "-X", "1") as running:
         status = Path(f"/proc/{running.process.pid}/status").read_text()
