@@ -318,6 +318,11 @@ class TLSSocket:
         """
         return self._sock.fileno()
 
+    @property
+    def family(self) -> int:
+        """The socket's."""
+        return self._sock.family
+
     def setsockopt(self, *option: Any) -> None:
         """The socket's."""
         self._sock.setsockopt(*option)
