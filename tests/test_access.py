@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -302,6 +303,17 @@ def test_many_sighups_during_traffic_end_nothing(tmp_path: Path, token_file: Pat
                 running.send_signal(signal.SIGHUP)
         assert producer.reconnects == 0
         assert running.stop() == 0 and running.tally.endswith("50000 stored, 0 unstored")
+
+
+def test_a_signal_to_stop_is_heard_among_any_number_of_sighups(tmp_path: Path, token_file: Path) -> None:
+    """They fill the buffer that wakes the main thread, while that is busy with the first."""
+    patch = "access.Access.reload = lambda self: __import__('time').sleep(1)"
+    with server(tmp_path, "-p", "0", "-T", "0", "--token_file", str(token_file), patch=patch) as running:
+        until = time.monotonic() + 0.8
+        while time.monotonic() < until:
+            running.send_signal(signal.SIGHUP)
+        assert running.stop(deadline=15) == 0
+        assert len(log_of(running).splitlines()) < 10
 
 
 @pytest.mark.parametrize("variable", [None, ""])
