@@ -221,15 +221,19 @@ class TLSSocket:
         found: list[bytes] = []
         left = size
         deadline = self._deadline(flags)
+        received = False
         while left:
             try:
                 data = self._tls.read(left)
             except ssl.SSLWantReadError:
                 if found:
                     break
+                if received and deadline == float("-inf"):
+                    raise BlockingIOError from None  # however much comes that is TLS's own: poll tells of it
                 data = b"" if self._ended else self._receive(deadline)
                 if data:
                     self._incoming.write(data)
+                    received = True
                     continue
                 self._ended = True
                 self._incoming.write_eof()
@@ -355,7 +359,11 @@ class TLSSocket:
             raise TimeoutError("timed out")
 
     def _receive(self, deadline: float | None) -> bytes:
-        """What has come, encrypted; b"" at the end of the stream."""
+        """What has come, encrypted; b"" at the end of the stream. Raises TimeoutError after the deadline, whatever
+        has come: it may be the next of many that say nothing.
+        """
+        if deadline is not None and deadline != float("-inf") and monotonic() > deadline:
+            raise TimeoutError("timed out")
         while True:
             try:
                 return self._sock.recv(READ_SIZE)

@@ -165,6 +165,31 @@ def test_a_timeout_is_a_deadline_for_all_of_it_not_for_each_piece(authority: Aut
             reading.result(1)
 
 
+def test_a_flood_of_what_is_tlss_own_keeps_nobody_reading(pair: Pair) -> None:
+    """Key updates, say, 40,000 a second: they hold no data, and `ssl` cannot make them."""
+
+    class Flood(socket.socket):
+        until = 0.0
+
+        def recv(self, size: int, flags: int = 0) -> bytes:
+            assert time.monotonic() < self.until, "still reading"
+            return b"x"
+
+    class NoData:
+        def read(self, size: int) -> bytes:
+            raise ssl.SSLWantReadError
+
+    with Flood() as sock:
+        other = TLSSocket(sock, server_context(str(pair.cert), str(pair.key), None))
+        other._tls = NoData()  # type: ignore[assignment]
+        sock.until = time.monotonic() + 5
+        with pytest.raises(BlockingIOError):
+            other.recv(1, socket.MSG_DONTWAIT)
+        other.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            other.recv(1)
+
+
 def test_what_does_not_leave_at_once_leaves_later_and_once(ends: tuple[TLSSocket, TLSSocket]) -> None:
     """`send` without waiting: what it does not report as sent is given to it again, first, and more may follow it."""
     client, other = ends
