@@ -311,6 +311,13 @@ def test_a_certificate_out_of_its_time_is_noticed(authority: Authority, pair: Pa
         assert abs(ends - time.time() - days * 86_400) < 600 and begins < ends
 
 
+def test_a_certificate_that_is_replaced_while_it_is_looked_at_does_no_harm(pair: Pair, tmp_path: Path) -> None:
+    """The server that reads it again would end."""
+    (tmp_path / "half").write_bytes(pair.cert.read_bytes()[:100])
+    for path in (tmp_path / "absent", tmp_path / "half"):
+        assert room.validity(server_context(str(pair.cert), str(pair.key), None), str(path)) is None
+
+
 # Servers.
 
 
