@@ -61,8 +61,10 @@ def host_header(host: str, port: int) -> str:
 
 
 def certified_name(host: str) -> str:
-    """The name that this host's certificate has to have."""
-    return "localhost" if host.startswith(UNIX) else host
+    """The name that this host's certificate has to have: without a last dot (RFC 6066 section 3), nor a zone, which
+    only this machine knows.
+    """
+    return "localhost" if host.startswith(UNIX) else host.partition("%")[0].removesuffix(".")
 
 
 def is_loopback(host: str) -> bool:

@@ -346,7 +346,8 @@ class Connections(ThreadingHTTPServer):
             self._admitted -= entry.admitted
             if entry.admitted and self.per_address:
                 self._admitted_of[entry.address] -= 1
-                self._admitted_of += Counter()  # without those that have none left
+                if not self._admitted_of[entry.address]:
+                    del self._admitted_of[entry.address]
             self._ended.notify_all()
 
     def _shut_all(self, how: int, streams: bool) -> None:

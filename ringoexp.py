@@ -380,7 +380,7 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
             os._exit(128 + number)  # a container's first process survives a signal's default effect
 
     with woken, wake, ExitStack() as ending:
-        signal.set_wakeup_fd(wake.fileno())
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)  # it has been told often enough
         try:
             for each in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(each, end)
@@ -392,10 +392,12 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
                 ending.enter_context(notify.watchdog(parts.alive))
                 say(_greeting(parts))
                 notify.ready(_greeting(parts))
-                while woken.recv(1)[0] == signal.SIGHUP:
+                while set(woken.recv(4096)) == {signal.SIGHUP}:  # however many came meanwhile
                     notify.reloading()
                     parts.reload()
                     notify.ready(_greeting(parts))
+                    if first:  # it may have found no room among many
+                        break
                 notify.stopping(f"storing {parts.unstored()} records, for up to {DRAIN_SECONDS:.0f} s")
                 # Daemon: it is there for when the main thread does nothing any more.
                 threading.Thread(target=_end_anyway, args=(woken,), name="signals", daemon=True).start()

@@ -117,6 +117,9 @@ class LinkSink:
         except (OSError, HandshakeError, WireError) as error:
             self._drop()
             raise SinkError(f"{shown(self._host, self._port)}: {error}") from error
+        except BaseException:  # a bug: whatever state the link is in, the next block gets another one
+            self._drop()
+            raise
 
     def idle(self) -> None:
         """Answers the consumer's pings and sends one; drops a link that has ended, or did not answer the last one.

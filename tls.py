@@ -95,7 +95,10 @@ def validity(context: ssl.SSLContext, cert: str) -> tuple[float, float] | None:
     """
     judge = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     judge.check_hostname = False
-    judge.load_verify_locations(cert)
+    try:
+        judge.load_verify_locations(cert)
+    except OSError:  # it is being replaced
+        return None
     judge.verify_flags = ssl.VerifyFlags(judge.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     server = context.wrap_bio(to_server, to_client, server_side=True)
@@ -221,15 +224,19 @@ class TLSSocket:
         found: list[bytes] = []
         left = size
         deadline = self._deadline(flags)
+        received = False
         while left:
             try:
                 data = self._tls.read(left)
             except ssl.SSLWantReadError:
                 if found:
                     break
+                if received and deadline == float("-inf"):
+                    raise BlockingIOError from None  # however much comes that is TLS's own: poll tells of it
                 data = b"" if self._ended else self._receive(deadline)
                 if data:
                     self._incoming.write(data)
+                    received = True
                     continue
                 self._ended = True
                 self._incoming.write_eof()
@@ -318,6 +325,11 @@ class TLSSocket:
         """
         return self._sock.fileno()
 
+    @property
+    def family(self) -> int:
+        """The socket's."""
+        return self._sock.family
+
     def setsockopt(self, *option: Any) -> None:
         """The socket's."""
         self._sock.setsockopt(*option)
@@ -350,7 +362,11 @@ class TLSSocket:
             raise TimeoutError("timed out")
 
     def _receive(self, deadline: float | None) -> bytes:
-        """What has come, encrypted; b"" at the end of the stream."""
+        """What has come, encrypted; b"" at the end of the stream. Raises TimeoutError after the deadline, whatever
+        has come: it may be the next of many that say nothing.
+        """
+        if deadline is not None and deadline != float("-inf") and monotonic() > deadline:
+            raise TimeoutError("timed out")
         while True:
             try:
                 return self._sock.recv(READ_SIZE)

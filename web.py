@@ -8,6 +8,7 @@ import http.client
 import io
 import json
 import logging
+import re
 import socket
 import uuid
 from collections.abc import Callable
@@ -32,6 +33,8 @@ MOST_HEAD = 32 * 1024
 """Bytes of a request up to its body: its first line and its headers, of which `http.client` takes a hundred."""
 JSON = "application/json;charset=utf-8"
 GET_OR_HEAD = ("GET", "HEAD")
+_FIELD = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r]*)?\r?\n?")
+"""A line of the headers, or the empty one behind them (RFC 9112 section 5): one line is one header."""
 
 Routes = dict[str, dict[str, Callable[[], None]]]
 """Path -> method -> what answers it."""
@@ -84,6 +87,20 @@ class _Reader(io.RawIOBase):
         if self.most is not None:
             self.most -= size
         return size
+
+
+class _Lines:
+    """The lines of the headers. `wrong`: one of them was none."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self._file = file
+        self.wrong = False
+
+    def readline(self, size: int) -> bytes:
+        """The next line, of at most `size` bytes."""
+        line = self._file.readline(size)
+        self.wrong = self.wrong or not _FIELD.fullmatch(line)
+        return line
 
 
 class _Writer(io.BufferedIOBase):
@@ -162,6 +179,21 @@ class WebHandler(BaseHTTPRequestHandler):
             self.close_connection = True
         except _TooLarge:
             self.send_error(414, f"a request has at most {MOST_HEAD} bytes up to its body")
+
+    def parse_request(self) -> bool:
+        """As the base class, but that takes a line that is no header for the end of them, and a lone CR for the end of
+        a line: who stands before this server may see another request than that (RFC 9112 sections 2.2 and 5.1).
+        """
+        file, lines = self.rfile, _Lines(self.rfile)
+        self.rfile = lines  # type: ignore[assignment]
+        try:
+            parsed = super().parse_request()
+        finally:
+            self.rfile = file
+        if parsed and lines.wrong:
+            self.send_error(400, "a line of the headers is none: NAME: VALUE, on one line")
+            return False
+        return parsed
 
     def __getattr__(self, name: str) -> Any:
         """Methods that HTTP does not know are wrong methods too: 405 here, not the base class's 501."""
@@ -258,7 +290,7 @@ class WebHandler(BaseHTTPRequestHandler):
 
     def _has_body(self) -> bool:
         """True when a body follows the headers."""
-        return self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
+        return self.headers.get_all("Content-Length", ["0"]) != ["0"] or "Transfer-Encoding" in self.headers
 
 
 def _path(target: str) -> str:

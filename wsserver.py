@@ -7,6 +7,7 @@ Nothing here is shared between threads but what locks for itself.
 import base64
 import binascii
 import logging
+import re
 import uuid
 from time import monotonic
 from typing import Any, Protocol
@@ -35,6 +36,8 @@ INGEST_TIMEOUT = 10.0
 """Seconds a POST waits for its records to be stored before it is answered with 503."""
 BODY_TYPES = ("application/octet-stream", "application/x-www-form-urlencoded")
 """What a POST may call its body. The second is what `curl --data-binary` says by itself."""
+_WRITTEN = re.compile("[!-~]+")
+"""What a subprotocol is written with: more than RFC 6455 section 4.1 has, for tokens that are not percent-encoded."""
 
 
 class Monitor(Protocol):
@@ -279,6 +282,9 @@ class Handler(WebHandler):
             valid = False
         if not valid:
             raise Refusal(400, "Sec-WebSocket-Key is not 16 bytes in base64")
+        offered = self.offered()
+        if not all(map(_WRITTEN.fullmatch, offered)):  # not shown: a bearer's token may be among them
+            raise Refusal(400, "Sec-WebSocket-Protocol is no list of subprotocols: percent-encode what is in one")
         headers = {
             "Host": "localhost",  # checked, and of no more use: wsproto would only decode it
             "Upgrade": "websocket",
@@ -286,7 +292,7 @@ class Handler(WebHandler):
             "Sec-WebSocket-Key": keys[0].strip(),
             "Sec-WebSocket-Version": "13",
         }
-        if offered := self.offered():
+        if offered:
             headers["Sec-WebSocket-Protocol"] = ", ".join(offered)
         return headers
 

@@ -364,6 +364,12 @@ class RawClient:
 def raw_link(listener: socket.socket) -> socket.socket:
     """Accepts a link, and answers its handshake; then it is the test's."""
     peer, _ = listener.accept()
+    answer_handshake(peer)
+    return peer
+
+
+def answer_handshake(peer: socket.socket) -> None:
+    """Reads a link's handshake, and answers it."""
     head = b""
     while b"\r\n\r\n" not in head:
         head += peer.recv(65536)
@@ -373,4 +379,3 @@ def raw_link(listener: socket.socket) -> socket.socket:
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %b\r\n"
         b"Sec-WebSocket-Protocol: %b\r\n\r\n" % (accept, b"ringoexp.batch.v1")
     )
-    return peer

@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -213,8 +214,11 @@ def test_the_token_is_in_no_log_line_and_no_stats(tmp_path: Path, token_file: Pa
             running.get("/v1.0/stats", Authorization=f"Bearer {token}")
             running.get(f"/v1.0/stats?token={token}")
             running.get(f"/v1.0/{'x' * 10}", Authorization=f"Basic {token}")
-            with RawClient(running.port, {"Sec-WebSocket-Protocol": f"ringoexp.plain.v1, bearer.{token}"}):
-                pass
+            for more in ("", "\x0bx", "\x7f", "\r\n x", ", \xe9"):
+                with RawClient(
+                    running.port, {"Sec-WebSocket-Protocol": f"ringoexp.plain.v1, bearer.{token}{more}"}
+                ) as it:
+                    assert it.status == 400 or not more
         told = running.get("/v1.0/stats", Authorization=f"Bearer {TOKEN}")[2].decode()
         assert "the token" in told, "the file's name is"
         assert running.stop() == 0
@@ -302,6 +306,17 @@ def test_many_sighups_during_traffic_end_nothing(tmp_path: Path, token_file: Pat
                 running.send_signal(signal.SIGHUP)
         assert producer.reconnects == 0
         assert running.stop() == 0 and running.tally.endswith("50000 stored, 0 unstored")
+
+
+def test_a_signal_to_stop_is_heard_among_any_number_of_sighups(tmp_path: Path, token_file: Path) -> None:
+    """They fill the buffer that wakes the main thread, while that is busy with the first."""
+    patch = "access.Access.reload = lambda self: __import__('time').sleep(1)"
+    with server(tmp_path, "-p", "0", "-T", "0", "--token_file", str(token_file), patch=patch) as running:
+        until = time.monotonic() + 0.8
+        while time.monotonic() < until:
+            running.send_signal(signal.SIGHUP)
+        assert running.stop(deadline=15) == 0
+        assert len(log_of(running).splitlines()) < 10
 
 
 @pytest.mark.parametrize("variable", [None, ""])

@@ -37,7 +37,7 @@ from harness import (
 )
 
 import addresses
-from addresses import AddressError, Listeners, resolve
+from addresses import AddressError, Listeners, certified_name, resolve
 from options import read_arguments
 from producer import Producer
 from sinks import LinkSink, SinkError
@@ -215,6 +215,20 @@ def test_no_link_leads_to_the_server_itself_whatever_the_address(through: str) -
         LinkSink(through, listeners.port, is_own=listeners.is_own).store(a_block())
     answer.result().close()
     listeners.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("example.com", "example.com"),
+        ("example.com.", "example.com"),
+        ("fe80::1%eth0", "fe80::1"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("unix:/run/x.", "localhost"),
+    ],
+)
+def test_the_name_in_a_certificate_has_no_last_dot_and_no_zone(host: str, name: str) -> None:
+    assert certified_name(host) == name
 
 
 def a_block() -> Block:

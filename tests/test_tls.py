@@ -15,6 +15,8 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from harness import (
     Blocked,
     RawClient,
     ServerProcess,
+    answer_handshake,
     eventually,
     free_port,
     in_order,
@@ -39,7 +42,9 @@ from websockets.sync.client import connect
 import tls as room
 from access import Access, Files
 from producer import Producer, ProducerError
+from sinks import LinkSink, SinkError
 from tls import NotTLS, TLSError, TLSSocket, client_context, server_context
+from wire import Block, Run
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +163,31 @@ def test_a_timeout_is_a_deadline_for_all_of_it_not_for_each_piece(authority: Aut
             ours.sendall(bytes([byte]))
         with pytest.raises(TimeoutError):
             reading.result(1)
+
+
+def test_a_flood_of_what_is_tlss_own_keeps_nobody_reading(pair: Pair) -> None:
+    """Key updates, say, 40,000 a second: they hold no data, and `ssl` cannot make them."""
+
+    class Flood(socket.socket):
+        until = 0.0
+
+        def recv(self, size: int, flags: int = 0) -> bytes:
+            assert time.monotonic() < self.until, "still reading"
+            return b"x"
+
+    class NoData:
+        def read(self, size: int) -> bytes:
+            raise ssl.SSLWantReadError
+
+    with Flood() as sock:
+        other = TLSSocket(sock, server_context(str(pair.cert), str(pair.key), None))
+        other._tls = NoData()  # type: ignore[assignment]
+        sock.until = time.monotonic() + 5
+        with pytest.raises(BlockingIOError):
+            other.recv(1, socket.MSG_DONTWAIT)
+        other.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            other.recv(1)
 
 
 def test_what_does_not_leave_at_once_leaves_later_and_once(ends: tuple[TLSSocket, TLSSocket]) -> None:
@@ -279,6 +309,13 @@ def test_a_certificate_out_of_its_time_is_noticed(authority: Authority, pair: Pa
         assert keys.keys.valid
         begins, ends = keys.keys.valid
         assert abs(ends - time.time() - days * 86_400) < 600 and begins < ends
+
+
+def test_a_certificate_that_is_replaced_while_it_is_looked_at_does_no_harm(pair: Pair, tmp_path: Path) -> None:
+    """The server that reads it again would end."""
+    (tmp_path / "half").write_bytes(pair.cert.read_bytes()[:100])
+    for path in (tmp_path / "absent", tmp_path / "half"):
+        assert room.validity(server_context(str(pair.cert), str(pair.key), None), str(path)) is None
 
 
 # Servers.
@@ -425,6 +462,40 @@ def test_a_link_over_tls_with_a_spool_and_readiness(authority: Authority, pair: 
             eventually(lambda: publisher.stats()["consumerState"] == "up")
             assert consumer.stop() == 0
     assert in_order(tmp_path / "c.db", producer.source) == list(range(5000))
+
+
+def test_a_link_over_tls_is_as_good_as_any(authority: Authority, pair: Pair, tmp_path: Path) -> None:
+    """A worker's link, without a spool: nothing unexpected is in either log."""
+    with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db", *tls(pair)) as consumer:
+        link = ["-T", str(consumer.port), "--consumer_tls", "--consumer_ca", str(authority.ca)]
+        with server(tmp_path, "-p", "0", *link) as publisher:
+            with Producer(publisher.url) as producer:
+                producer.send(range(1000))
+                producer.flush(DEADLINE)
+            assert publisher.stop() == 0 and "level=error" not in log_of(publisher)
+        assert consumer.stop() == 0 and "level=error" not in log_of(consumer)
+    assert in_order(tmp_path / "c.db", producer.source) == list(range(1000))
+
+
+def test_a_link_over_tls_to_itself_is_noticed(authority: Authority, pair: Pair) -> None:
+    context = server_context(str(pair.cert), str(pair.key), None)
+    access = Access(Files(consumer_tls=True, consumer_ca=str(authority.ca)))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def serve() -> None:
+            raw, _ = listener.accept()
+            with context.wrap_socket(raw, server_side=True) as secured:
+                answer_handshake(secured)
+
+        serving = Blocked(serve)
+        link = LinkSink("localhost", port, is_own=lambda address: address[1][1] == port, access=access)
+        block = Block([Run(uuid.uuid4().bytes, 0, 1)], array("q", [1]))
+        for _ in range(2):  # nor is it used the next time
+            with pytest.raises(SinkError, match="that is this server itself"):
+                link.store(block)
+            serving.result()
+            serving = Blocked(serve)
 
 
 @pytest.mark.parametrize("wrong", ["expired", "name", "authority", "plain"])

@@ -213,6 +213,27 @@ def test_a_body_hidden_behind_a_get_is_never_a_request(running: ServerProcess) -
     assert len(values(running)) == before
 
 
+@pytest.mark.parametrize(
+    "hiding",
+    [
+        pytest.param(b"Content-Length: 0\r\nContent-Length: %d", id="two lengths"),
+        pytest.param(b"Content-Length : %d", id="a blank before the colon"),
+        pytest.param(b"no header\r\nContent-Length: %d", id="behind a line that is none"),
+        pytest.param(b"X: y\r\n Content-Length: %d", id="folded"),
+        pytest.param(b"X: y\rContent-Length: %d", id="behind a lone CR"),
+        pytest.param(b"X: y\0\r\nContent-Length: %d", id="behind a NUL"),
+    ],
+)
+def test_what_another_server_may_take_for_a_body_is_never_a_request(running: ServerProcess, hiding: bytes) -> None:
+    """Nor is a header what it may take for none (RFC 9112 section 11.2)."""
+    hidden = b"GET /v1.0/stats HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = b"GET /v1.0/alive HTTP/1.1\r\nHost: x\r\n" + hiding.replace(b"%d", b"%d" % len(hidden)) + b"\r\n\r\n"
+    answer = raw(running.port, head + hidden)
+    assert answer.count(b"HTTP/1.1") == 1 and b"startTime" not in answer
+    if b"\r\nContent-Length: 0" not in head:
+        assert status(answer) == 400 and b"a line of the headers is none" in answer
+
+
 def test_the_servers_own_pages_may_write(running: ServerProcess) -> None:
     own = f"localhost:{running.port}"
     assert request(running.port, "POST", "/v1.0/ingest", bytes(4), {"Origin": f"http://{own}"})[0] == 200
