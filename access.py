@@ -8,15 +8,19 @@ import hmac
 import os
 import re
 import ssl
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 from urllib.parse import unquote
 
 import tls
+from stats import at
 
 TOKEN_VARIABLE = "RINGOEXP_TOKEN"
 MOST_TOKEN = 4096
 """Characters of a token: it has to fit into a header."""
+SOON = 14 * 86_400.0
+"""Seconds before a certificate expires from when on it is said."""
 PROTOCOL = "bearer."
 """How the subprotocol begins that carries a token, for clients that cannot set headers."""
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 section 2.1
@@ -44,6 +48,7 @@ class Keys(NamedTuple):
     token: str | None = None
     server: ssl.SSLContext | None = None  # None: no TLS
     client: ssl.SSLContext | None = None  # for links to the consumer
+    valid: tuple[float, float] | None = None  # from when to when the server's certificate is, Unix times, if known
 
 
 class Access:
@@ -58,10 +63,16 @@ class Access:
         self.keys = _read(self._files)
 
     def trouble(self) -> str | None:
-        """What clients will say against the dates of the certificate, if anything."""
-        if not self.keys.server or not self._files.cert:
+        """What clients say against the dates of the certificate, by the wall clock, or will say soon, if anything."""
+        if not self.keys.valid:
             return None
-        return tls.trouble(self.keys.server, self._files.cert)
+        begins, ends = self.keys.valid
+        now = time.time()
+        if now < begins:
+            return f"it is not valid before {at(begins)}"
+        if now > ends:
+            return f"it has expired: it was valid until {at(ends)}"
+        return f"it expires soon: it is valid until {at(ends)}" if now > ends - SOON else None
 
     def admits(self, authorization: Sequence[str], subprotocols: Sequence[str] = ()) -> bool:
         """True when there is no token, or it is in the `Authorization` header, or in a subprotocol.
@@ -104,4 +115,5 @@ def _read(files: Files) -> Keys:
         client = tls.client_context(files.consumer_ca, files.cert, files.key) if files.consumer_tls else None
     except tls.BadFile as error:
         raise BadKeys(str(error)) from error
-    return Keys(read_token(files.token), server, client)
+    valid = tls.validity(server, files.cert) if server and files.cert else None
+    return Keys(read_token(files.token), server, client, valid)

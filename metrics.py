@@ -85,6 +85,9 @@ def _metrics(now: Snapshot) -> Iterator[tuple[str, str, str, Samples]]:
     yield counter("tls_failures", connections.tls_failed, "Connections that ended in the TLS handshake.")
     yield gauge("clients", totals.clients, "WebSockets open.")
     yield gauge("publishers", totals.publishers, "WebSockets open that speak batch messages.")
+    if now.certificate_ends is not None:
+        ends = "When the server's own certificate expires, Unix time."
+        yield gauge("certificate_expires_timestamp_seconds", now.certificate_ends, ends)
     if ring := now.ring:
         yield gauge("ring_slots", ring.capacity, "Slots of the ring.")
         yield gauge("ring_used_slots", ring.depth, "Slots taken.")

@@ -11,7 +11,7 @@ from retention import RetentionStats
 from ringbuffer import RingLayout, RingStats
 from sinks import LinkStats
 from spool import SpoolStats
-from stats import TotalsSnapshot
+from stats import TotalsSnapshot, at
 from store import Sizes, StoreStats
 
 
@@ -31,6 +31,7 @@ class Snapshot(NamedTuple):
     retention: RetentionStats | None  # where old records are deleted
     disk: StoreStats | None  # of its own database, or else of its spool
     sizes: Sizes | None  # of that
+    certificate_ends: float | None  # Unix time, of its own certificate
     not_ready: list[str]  # the codes of why a record sent now would not be stored now, as far as known without a commit
 
 
@@ -63,6 +64,7 @@ def stats(now: Snapshot) -> dict[str, Any]:
         "totalConnections": now.connections.total,
         "unauthorizedRequests": now.connections.unauthorized,
         "tlsFailures": now.connections.tls_failed,
+        "certificateExpires": None if now.certificate_ends is None else at(now.certificate_ends),
         "refusedConnections": now.connections.refused,
         "clients": totals.clients,
         "publishers": totals.publishers,

@@ -20,6 +20,7 @@ if __name__ == "__main__" or sys.argv[0].endswith("ringoexp"):  # the program, a
 
 import datetime
 import logging
+import resource
 import socket
 import threading
 import uuid
@@ -67,6 +68,8 @@ DRAIN_SECONDS = 30.0
 GIVE_UP_SECONDS = 10.0
 """How much longer the whole stop takes at most: who runs the server may kill it 15 s after the drain's end."""
 M_ARENA_MAX = -8  # malloc.h
+OTHER_DESCRIPTORS = 256
+"""Open files that are neither a connection's nor a worker's."""
 SAME_SIGNAL = 0.5
 """Seconds within which another signal is the same one: a Ctrl-C may come from the terminal and from a wrapper."""
 STUCK_SECONDS = 0.5
@@ -215,7 +218,7 @@ class Parts:
             hint = "whoever can connect may write and look on: --token_file keeps others out"
             log.warning("no_token", {"address": shown(self.settings.hostname, self.server.port), "hint": hint})
         if trouble := self.access.trouble():
-            log.warning("certificate_refused", {"file": self.settings.tls_cert, "reason": trouble})
+            log.warning("certificate", {"file": self.settings.tls_cert, "reason": trouble})
 
     def _open_profiler(self) -> Profiler | None:
         """The profiler's port, if there is to be one. Raises CannotRun."""
@@ -312,6 +315,7 @@ class Parts:
             retention=self.retention.stats() if self.retention else None,
             disk=disk,
             sizes=database.sizes() if database else None,
+            certificate_ends=self.access.keys.valid[1] if self.access.keys.valid else None,
             not_ready=[reason.code for reason in self._readiness.reasons(wait=False)],
         )
 
@@ -361,6 +365,7 @@ def _camel(name: str) -> str:
 def serve(settings: Settings, argv: Sequence[str]) -> int:
     """Runs a server until a signal comes, and returns the exit status. Raises what `Parts` raises."""
     _share_one_heap()
+    _allow_descriptors(settings.threads + OTHER_DESCRIPTORS)
     if settings.procs:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.procs])
     # Not an Event: setting one in a handler can deadlock with the main thread's wait for it.
@@ -433,6 +438,22 @@ def _end_anyway(woken: socket.socket) -> None:
         os._exit(EXIT_UNSTORED)
     except OSError:
         pass  # closed: the server has stopped
+
+
+def _allow_descriptors(most: int) -> None:
+    """Raises the soft limit of open files towards `most`, as far as the hard one allows: 1,024 is less than a crowd.
+
+    The soft one is low for programs that use select(2), which this one does not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    if soft == resource.RLIM_INFINITY or most <= soft:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError):
+        pass  # the system's own limit is lower: then that is it
 
 
 def _share_one_heap() -> None:

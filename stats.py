@@ -123,6 +123,11 @@ def iso(moment: datetime.datetime) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def at(moment: float) -> str:
+    """A Unix time, ISO 8601 in UTC."""
+    return iso(datetime.datetime.fromtimestamp(moment, datetime.timezone.utc))
+
+
 def ago(seconds: float) -> str:
     """The time so many seconds ago, ISO 8601 in UTC, by the wall clock: for people to read."""
     return iso(datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(seconds=seconds))

@@ -23,6 +23,8 @@ WRITE_SIZE = 64 * 1024
 """Bytes that are encrypted at once: what the socket does not take is kept as long as it takes."""
 HTTP_METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"CONNECT", b"TRACE", b"PRI")
 
+NO_CHECK_TIME = 0x200000
+"""X509_V_FLAG_NO_CHECK_TIME, which `ssl` has no name for."""
 _THEIRS = {
     "TLSV1_ALERT_UNKNOWN_CA": "does not know who signed our certificate",
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "says that our certificate has expired: renew it, then SIGHUP",
@@ -87,12 +89,14 @@ def client_context(ca: str | None, cert: str | None = None, key: str | None = No
     return context
 
 
-def trouble(context: ssl.SSLContext, cert: str) -> str | None:
-    """What clients will say against the dates of a server's certificate, if anything: it shakes hands with itself."""
+def validity(context: ssl.SSLContext, cert: str) -> tuple[float, float] | None:
+    """From when to when a server's certificate is valid, Unix times: it shakes hands with itself, and looks. None if it
+    cannot tell.
+    """
     judge = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     judge.check_hostname = False
     judge.load_verify_locations(cert)
-    judge.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    judge.verify_flags = ssl.VerifyFlags(judge.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     server = context.wrap_bio(to_server, to_client, server_side=True)
     client = judge.wrap_bio(to_client, to_server)
@@ -101,11 +105,12 @@ def trouble(context: ssl.SSLContext, cert: str) -> str | None:
             end.do_handshake()
         except ssl.SSLWantReadError:
             pass
-        except ssl.SSLCertVerificationError as error:
-            return error.verify_message if error.verify_code in (9, 10) else None  # not valid yet; expired
         except ssl.SSLError:
-            return None  # not for its time
-    return None
+            return None
+    found = client.getpeercert() or {}
+    times = [found.get(key) for key in ("notBefore", "notAfter")]
+    begins, ends = (ssl.cert_time_to_seconds(each) if isinstance(each, str) else None for each in times)
+    return None if begins is None or ends is None else (begins, ends)
 
 
 def _load_chain(context: ssl.SSLContext, cert: str, key: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Nothing depends on the wall clock: it may jump by years, either way, each time somebody looks at it.
+"""Nothing depends on the wall clock, but retention (`test_retention`): it may jump by years, either way, at each look.
 
 Only `received_at_ms`, the log and `startTime` say what it says; intervals and deadlines are monotonic.
 """
@@ -41,6 +41,8 @@ ALLOWED = {
     ("sampling", "time.clock_gettime_ns"): "the CPU clocks of threads",
     ("logs", "time.time"): "the same",
     ("logs", "datetime.datetime.fromtimestamp"): "when a line was logged",
+    ("access", "time.time"): "whether the certificate has expired: words in the log, no more",
+    ("stats", "datetime.datetime.fromtimestamp"): "a moment as text",
     ("retention", "time.time"): "what is older than --retain: the one thing that has to ask it; a leap ahead must last",
     ("spool", "time.time"): "how old the oldest record in it is, also after a restart: a figure to show, no more",
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from harness import DEADLINE, RawClient, eventually, frame, free_port, request, server
 
+from access import Access
 from forwarder import Forwarder
 from options import read_arguments
 from readiness import Readiness
@@ -73,8 +74,8 @@ def test_a_server_that_cannot_begin_says_so_and_leaves_nothing_open(
 def test_a_stop_needs_no_more_threads(tmp_path: Path) -> None:
     """It is the one thing that has to work when they are used up."""
     patch = f"""threading.begin = threading.Thread.start; threading.error = RuntimeError({NONE_LEFT!r});
-        threading.refused = lambda self: (each for each in ()).throw(threading.error);
-        threading.Thread.start = lambda self: (threading.refused if self.name == "signals" else threading.begin)(self)"""
+        threading.no = lambda self: (each for each in ()).throw(threading.error);
+        threading.Thread.start = lambda self: (threading.no if self.name == "signals" else threading.begin)(self)"""
     patch = " ".join(patch.split())
     with server(tmp_path, "-p", "0", "-T", "0", patch=patch) as running:
         with RawClient(running.port) as client:
@@ -116,7 +117,7 @@ def test_a_spool_without_its_thread_is_closed_again(tmp_path: Path, refuse: Call
 def test_a_question_that_cannot_be_asked_is_a_reason(tmp_path: Path, refuse: Callable[[str], None]) -> None:
     store = Store(str(tmp_path / "d"))
     try:
-        ready = Readiness(None, store, None, None, ("localhost", 1), lambda: False)
+        ready = Readiness(None, store, None, None, ("localhost", 1), Access(), lambda: False)
         refuse("ask-")
         (reason,) = ready.reasons()
         assert reason.detail == f"no thread to be had: {NONE_LEFT}"

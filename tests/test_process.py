@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from harness import Blocked, RawClient, ServerProcess, eventually, frame, free_port, rows, seeded, server
-from websockets.exceptions import ConnectionClosed, InvalidMessage
+from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.sync.client import connect
 
 from wire import SUBPROTOCOL, Run, encode_batch, encode_plain
@@ -167,7 +167,7 @@ class ExactlyOnceClient(threading.Thread):
         while self.acked < len(self.values):
             try:
                 self._stream()
-            except (OSError, ConnectionClosed, InvalidMessage):  # the last: killed while it answers the handshake
+            except (OSError, ConnectionClosed, InvalidHandshake):  # the last: killed while it answers, or 503: stopping
                 threading.Event().wait(0.05)
 
     def _stream(self) -> None:

@@ -271,7 +271,8 @@ def test_a_clock_that_leaps_ahead_deletes_nothing_and_the_log_says_so_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     append(opened, A, 0, 10)
-    date(path, 0.01)  # not in the newest one's millisecond
+    first = time.time()
+    eventually(lambda: time.time() > first + 0.002, "the newest is another millisecond's")
     append(opened, A, 10, 11)
     with at_work(opened, 1) as working:
         eventually(lambda: working._clock, "the first look")

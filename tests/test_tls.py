@@ -1,9 +1,11 @@
 """TLS: the socket against OpenSSL's own, servers and links over it, and what goes wrong in a handshake."""
 
+import datetime
 import http.client
 import json
 import os
 import random
+import re
 import select
 import signal
 import socket
@@ -35,6 +37,7 @@ from harness import (
 from websockets.sync.client import connect
 
 import tls as room
+from access import Access, Files
 from producer import Producer, ProducerError
 from tls import NotTLS, TLSError, TLSSocket, client_context, server_context
 
@@ -269,9 +272,13 @@ def test_key_and_certificate_may_be_in_one_file(pair: Pair, tmp_path: Path) -> N
 
 
 def test_a_certificate_out_of_its_time_is_noticed(authority: Authority, pair: Pair) -> None:
-    for found, days in ((None, 30), ("certificate has expired", -1)):
+    for found, days in ((None, 30), ("it expires soon", 13), ("it has expired", -1)):
         each = authority.issue(days=days)
-        assert room.trouble(server_context(str(each.cert), str(each.key), None), str(each.cert)) == found
+        keys = Access(Files(cert=str(each.cert), key=str(each.key)))
+        assert (keys.trouble() or "").startswith(found or "") and bool(keys.trouble()) == bool(found)
+        assert keys.keys.valid
+        begins, ends = keys.keys.valid
+        assert abs(ends - time.time() - days * 86_400) < 600 and begins < ends
 
 
 # Servers.
@@ -356,6 +363,16 @@ def test_http_to_a_port_with_tls_is_told_so_on_both_sides(authority: Authority, 
         stats = json.loads(get(running.port, "/v1.0/stats", authority.ca)[1])["stats"]
         assert stats["tlsFailures"] == 2
         assert b"ringoexp_tls_failures_total 2\n" in get(running.port, "/metrics", authority.ca)[1]
+
+
+def test_when_the_certificate_expires_is_in_stats_and_metrics(authority: Authority, tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0", *tls(authority.issue(days=10))) as running:
+        ends = json.loads(get(running.port, "/v1.0/stats", authority.ca)[1])["stats"]["certificateExpires"]
+        metrics = get(running.port, "/metrics", authority.ca)[1].decode()
+        (seconds,) = re.findall(r"^ringoexp_certificate_expires_timestamp_seconds (\S+)$", metrics, re.MULTILINE)
+        assert datetime.datetime.fromisoformat(ends.replace("Z", "+00:00")).timestamp() == float(seconds)
+        assert abs(float(seconds) - time.time() - 10 * 86_400) < 600
+        assert "event=certificate " in log_of(running) and "it expires soon" in log_of(running)
 
 
 def test_tls_to_a_port_without_is_told_so_on_both_sides(authority: Authority, tmp_path: Path) -> None:
@@ -444,7 +461,7 @@ def test_a_link_that_cannot_be_trusted_is_refused_with_a_reason(
         if wrong != "plain":
             eventually(lambda: "event=tls_failed" in log_of(consumer))
         if wrong == "expired":
-            assert "event=certificate_refused" in log_of(consumer)
+            assert "event=certificate " in log_of(consumer)
             assert "says that our certificate has expired" in log_of(consumer)
     assert rows(tmp_path / "c.db") == []
 
