@@ -184,7 +184,7 @@ class Parts:
         self._readiness = Readiness(self.ring, self.store, self.spool, self.link, consumer, self.access, linked)
 
     def start(self) -> None:
-        """Begins to serve."""
+        """Begins to serve. Raises CannotRun."""
         self._say_who_may_come()
         intake: Intake
         if self.ring:
@@ -192,9 +192,13 @@ class Parts:
         else:
             assert self.store
             intake = StoreIntake(self.store)
-        self.server.serve(intake)
+        try:
+            self.server.serve(intake)
+            if self.profiler:
+                self.profiler.start()
+        except RuntimeError as error:
+            raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
         if self.profiler:
-            self.profiler.start()
             where = {"host": self.settings.profiler_host, "port": self.profiler.port}
             log.log(logging.INFO if self.profiler.loopback else logging.WARNING, "profiling", where)
 
@@ -400,7 +404,10 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
                         break
                 notify.stopping(f"storing {parts.unstored()} records, for up to {DRAIN_SECONDS:.0f} s")
                 # Daemon: it is there for when the main thread does nothing any more.
-                threading.Thread(target=_end_anyway, args=(woken,), name="signals", daemon=True).start()
+                try:
+                    threading.Thread(target=_end_anyway, args=(woken,), name="signals", daemon=True).start()
+                except RuntimeError as error:  # no more threads to be had: the stop needs none
+                    log.error("no_thread", {"error": str(error)})
             finally:
                 parts.stop()
         finally:

@@ -6,8 +6,9 @@ and an advisory lock on `PATH-lock` keeps a second server off the file; readers,
 
 Any thread may `append`. There is no writer thread: the first to come leads, writes what has
 gathered until then in one transaction and wakes the others; who came meanwhile waits and is
-written by the next leader. `_lock` guards the queue, the leadership and the totals; `_turn` shares
-it and is notified when a commit ends. The connection and the cache of sources belong to the leader,
+written by the next leader. Other work than a commit has its turn after a commit at most, however many wait, and
+then it is the commits' turn again. `_lock` guards the queue, the leadership and the totals; `_turn` shares
+it and is notified when a turn ends. The connection and the cache of sources belong to the leader,
 without a lock.
 
 Record ids are dense, so a row of `batch` names its records: `first_id .. first_id + count - 1`.
@@ -143,6 +144,8 @@ class Store:
         # Guarded by _lock.
         self._queue: list[_Waiting] = []
         self._leading = False
+        self._others = 0  # callers that wait for the lead, for other work than a commit
+        self._others_turn = False  # the next lead is one of theirs
         self._closed = False
         self._stored = 0
         self._duplicates = 0
@@ -183,7 +186,7 @@ class Store:
             self._queue.append(mine)
         while True:
             with self._lock:
-                while self._leading and not mine.done:
+                while (self._leading or self._others_turn) and not mine.done:
                     self._turn.wait()
                 if mine.done:
                     break
@@ -396,6 +399,7 @@ class Store:
                 for waiting in group:
                     waiting.done, waiting.error = True, error
                 self._leading = False
+                self._others_turn = self._others > 0
                 self._turn.notify_all()
 
     def _note(self, error: StoreError | None) -> None:
@@ -453,9 +457,13 @@ class Store:
     def _alone(self) -> Iterator[None]:
         """The lead, for other work than a commit."""
         with self._lock:
-            while self._leading:
+            self._others += 1
+            while self._leading or (self._queue and not self._others_turn):
                 self._turn.wait()
+            self._others -= 1
+            self._others_turn = False
             if self._closed:
+                self._turn.notify_all()  # what waits here is for the commits then
                 raise StoreError(f"{self.path} is closed")
             self._leading = True
         try:

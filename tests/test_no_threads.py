@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import DEADLINE, eventually, request, server
+from harness import DEADLINE, RawClient, eventually, frame, free_port, request, server
 
 from access import Access
 from forwarder import Forwarder
+from options import read_arguments
 from readiness import Readiness
 from ringbuffer import Ring
+from ringoexp import CannotRun, Parts
 from sinks import LinkSink, LinkState, StoreSink
 from spool import Spool
 from store import Store
@@ -52,6 +54,37 @@ def test_a_connection_is_closed_and_the_next_one_served_when_there_are_threads_a
         resource.prlimit(pid, resource.RLIMIT_AS, before)
         assert request(running.port, "GET", "/v1.0/alive")[0] == 200
         assert running.stop() == 0
+
+
+@pytest.mark.parametrize("thread", ["accept", "profiler"])
+def test_a_server_that_cannot_begin_says_so_and_leaves_nothing_open(
+    tmp_path: Path, refuse: Callable[[str], None], thread: str
+) -> None:
+    flags = ["-I", "false", "-p", "0", "-L", str(free_port()), "-D", str(tmp_path / "d")]
+    parts = Parts(read_arguments(flags), flags)
+    try:
+        refuse(thread)
+        with pytest.raises(CannotRun, match=f"^no thread to be had: {NONE_LEFT} "):
+            parts.start()
+    finally:
+        parts.stop()
+    Store(str(tmp_path / "d")).close()
+
+
+def test_a_stop_needs_no_more_threads(tmp_path: Path) -> None:
+    """It is the one thing that has to work when they are used up."""
+    patch = f"""threading.begin = threading.Thread.start; threading.error = RuntimeError({NONE_LEFT!r});
+        threading.no = lambda self: (each for each in ()).throw(threading.error);
+        threading.Thread.start = lambda self: (threading.no if self.name == "signals" else threading.begin)(self)"""
+    patch = " ".join(patch.split())
+    with server(tmp_path, "-p", "0", "-T", "0", patch=patch) as running:
+        with RawClient(running.port) as client:
+            client.send(frame(2, bytes(4)))
+            client.acked(1)
+        assert running.stop() == 0
+        assert running.tally == "ringoexp: stopped, 1 stored, 0 unstored"
+        said = running.errors.read_text()
+        assert f'event=no_thread error="{NONE_LEFT}"' in said and "Traceback" not in said
 
 
 def test_workers_that_run_do_the_work_of_those_that_cannot_start(

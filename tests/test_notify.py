@@ -105,7 +105,7 @@ def test_the_watchdog_is_told_at_half_its_period_and_by_a_thread_of_its_name(tmp
             manager.until("WATCHDOG")
             times.append(time.monotonic())
         gaps = [after - before for before, after in itertools.pairwise(times)]
-        assert 0.35 < sum(gaps) / len(gaps) < 0.5, gaps
+        assert 0.3 < sum(gaps) / len(gaps) < 0.6, gaps  # neither a quarter nor the whole; busy machines are late
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,27 @@ def test_a_clock_that_leaps_ahead_deletes_nothing_and_the_log_says_so_once(
     assert opened.stats().held == 1, "believed in the end"
 
 
+def test_records_that_a_clock_dated_back_stay_for_a_day_after_it_was_put_right(
+    opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a machine that starts in 1970, and learns what time it is later; behind well dated ones they stay longer."""
+    append(opened, A, 0, 10)
+    date(path, 50 * 365)
+    append(opened, A, 10, 11)
+    date(path, 50 * 365, "sequence = 10")
+    at = Time(monkeypatch)
+    at.wall = time.time_ns() / 1e9
+    working = Retention(opened, 30)
+    eventually(lambda: working._clock, "the first look")
+    assert working.stop(DEADLINE)
+    at.passes(DAY / 2)
+    working.step()
+    assert opened.stats().held == 11
+    at.passes(DAY / 2)
+    working.step()
+    assert opened.stats().held == 1, "docs/operations.md says so"
+
+
 def test_records_dated_ahead_of_the_clock_stay_and_the_log_says_why(
     opened: Store, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -572,6 +572,45 @@ def test_many_threads_store_everything_once(opened: Store, path: Path) -> None:
     assert opened.stats().stored == 8 * 201
 
 
+@pytest.mark.parametrize("crowd", [1, 8])
+@pytest.mark.parametrize("crowding", ["appends", "others"])
+def test_neither_commits_nor_other_work_keep_each_other_from_a_turn(opened: Store, crowding: str, crowd: int) -> None:
+    """However many are at it all the time: who comes waits for what is under way, not until there is a pause."""
+    over = threading.Event()
+    turns = [0] * crowd
+
+    def append(n: int) -> None:
+        opened.append(*block(bytes([n]) * 16, turns[n - 1], turns[n - 1] + 1))
+
+    def other(n: int) -> None:
+        opened.expire(0, 0, 0)
+
+    often, seldom = (append, other) if crowding == "appends" else (other, append)
+
+    def crowds(n: int) -> None:
+        while not over.is_set():
+            often(n)
+            turns[n - 1] += 1
+
+    threads = [threading.Thread(target=crowds, args=(n + 1,)) for n in range(crowd)]
+    for thread in threads:
+        thread.start()
+    try:
+        eventually(lambda: sum(turns) > 10, "they are at it")
+        turns.append(0)
+        waited = []
+        for _ in range(20):
+            before = sum(turns)
+            seldom(crowd + 1)
+            turns[crowd] += 1
+            waited.append(sum(turns) - before)
+        assert max(waited) < 1000, waited  # some, while the system runs others than this thread
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
 def test_close_waits_for_the_commit_that_runs_and_ends_the_store(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, gate = Store(str(path)), threading.Event()
     write, started = opened._write, threading.Event()
