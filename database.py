@@ -98,7 +98,7 @@ def connect(path: str, application_id: int, wal_limit: int) -> sqlite3.Connectio
     except BaseException as cause:
         if db is not None:
             db.close()
-        if isinstance(cause, sqlite3.Error):
+        if isinstance(cause, sqlite3.Error | UnicodeDecodeError):
             raise StoreError(explain(path, cause)) from cause
         raise
 
@@ -161,13 +161,17 @@ def explained(path: str) -> Iterator[None]:
     """Makes StoreErrors of SQLite's errors."""
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise StoreError(explain(path, error)) from error
 
 
 def explain(path: str, cause: BaseException) -> str:
     """One line for a person: what SQLite said, and what may help."""
+    if isinstance(cause, StoreError):
+        return str(cause)
     said = str(cause)
+    if isinstance(cause, UnicodeDecodeError) or said.startswith("malformed database schema"):
+        said = "database disk image is malformed"  # SQLite names what is wrong, which may be no text any more
     hint = {
         "file is not a database": "its head is damaged: restore it from a backup",
         "database disk image is malformed": "it is corrupt: restore it from a backup",

@@ -249,14 +249,12 @@ def _check_consumer(host: str, port: int, keys: Keys, linked: bool) -> Answer:
     finally:
         if connection:
             connection.close()
-    if status == 404:  # an older one
-        return None
     try:
         said = json.loads(body)
         theirs = [(str(each["code"]), str(each["detail"])) for each in said.get("reasons", ())]
         unauthorized = said.get("authorized") is False
     except (ValueError, KeyError, TypeError, AttributeError):
-        return "consumer_unreachable", f"{where}: answered {status}"
+        return "consumer_unreachable", f"{where}: answered {status}: is that a ringoexp?"
     if unauthorized:
         return "consumer_unreachable", f"{where}: it wants a token, or another one (--token_file, or RINGOEXP_TOKEN)"
     if status != 200 and not theirs:

@@ -170,6 +170,8 @@ class Store:
                 undo.callback(os.unlink, self._guard.name)
             check_file(path, real)
             self._db = undo.enter_context(closing(connect(path, application_id, WAL_LARGE)))
+            opened = os.stat(real)
+            self._file = opened.st_dev, opened.st_ino
             with explained(path):
                 (self._held,) = self._db.execute(_HELD).fetchone()  # guarded by _lock, as the totals are
             undo.pop_all()
@@ -592,6 +594,18 @@ class Store:
             missing.append((first, end))
         return missing
 
+    def _check_place(self) -> None:
+        """Raises StoreError when the file is not where it was opened any more: what goes into it then nobody finds."""
+        try:
+            found = os.stat(self._real)
+            os.stat(self._wal)
+        except FileNotFoundError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != self._file:
+            raise StoreError(
+                f"{self.path}: it, or its -wal file, was removed or replaced while it was open: stop this server first"
+            )
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """The only way to write: all of it, on disk, or nothing."""
@@ -601,6 +615,7 @@ class Store:
         try:
             yield
             self._db.execute("COMMIT")
+            self._check_place()
         except BaseException:
             # After some errors (disk full) SQLite has already rolled back.
             if self._db.in_transaction:

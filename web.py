@@ -128,6 +128,7 @@ class WebHandler(BaseHTTPRequestHandler):
 
     server: Connections
     protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.1"  # also what is no request is answered with a status line
     open_to_all: tuple[str, ...] = ()
     without_token: tuple[str, ...] = ()
     lingering = False  # close gently: the client may still be sending what nobody reads

@@ -241,7 +241,8 @@ def test_whatever_hangs_who_asks_is_answered_and_the_server_ends(tmp_path: Path,
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", None),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "consumer_unreachable"),
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"ready": true}', None),
         (b"HTTP/1.1 503 Busy\r\nContent-Length: 2\r\n\r\n[]", "consumer_unreachable"),
         (b"HTTP/1.1 500 Oh\r\nContent-Length: 0\r\n\r\n", "consumer_unreachable"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "consumer_unreachable"),

@@ -750,3 +750,43 @@ def test_what_may_not_be_written_is_refused(path: Path, what: str) -> None:
         said = pipe.read().decode()
     path.parent.chmod(0o755)
     assert str(path) in said and ("Permission denied" in said or "permissions" in said), said
+
+
+@pytest.mark.parametrize("what", ["removed", "replaced", "its -wal removed"])
+def test_a_file_that_is_taken_away_fails_every_commit_instead_of_losing_it(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "numbers.db"
+    with closing(Store(str(path))) as opened:
+        opened.append([Run(A, 0, 10)], array("q", range(10)))
+        (tmp_path / "numbers.db-wal").rename(tmp_path / "moved-wal")
+        if what != "its -wal removed":
+            path.rename(tmp_path / "moved")
+            (tmp_path / "moved-wal").rename(tmp_path / "numbers.db-wal")
+        if what == "replaced":
+            path.touch()
+        for attempt in (
+            lambda: opened.append([Run(A, 10, 10)], array("q", range(10))),
+            lambda: opened.append([Run(B, 0, 1)], array("q", [1])),
+            opened.check,
+        ):
+            with pytest.raises(StoreError, match="was removed or replaced while it was open: stop this server first"):
+                attempt()
+        error = opened.stats().error
+        assert error and error.startswith(f"{path}: it, or its -wal file")
+        if what == "its -wal removed":
+            (tmp_path / "moved-wal").rename(tmp_path / "numbers.db-wal")
+        else:
+            (tmp_path / "moved").rename(path)
+        opened.append([Run(A, 10, 10)], array("q", range(10)))  # back in its place: all is well
+        assert opened.stats().error is None
+
+
+def test_a_schema_that_is_no_text_is_corrupt_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.db"
+    Store(str(path)).close()
+    content = path.read_bytes()
+    assert content.count(b"tablerecordrecord") == 1
+    damaged = content.replace(b"tablerecordrecord", b"table\xfa\xffcordrecord")
+    path.write_bytes(damaged.replace(b"CREATE TABLE record", b"CREATE TABLX record"))
+    with pytest.raises(StoreError, match="restore it from a backup") as refused:
+        Store(str(path))
+    assert "\n" not in str(refused.value)

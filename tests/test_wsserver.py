@@ -382,3 +382,25 @@ def test_curl_stores_a_file(running: ServerProcess, tmp_path: Path, size: int) -
     command = ["curl", "-s", "--data-binary", "@numbers.bin", f"http://localhost:{running.port}/v1.0/ingest"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=DEADLINE)
     assert json.loads(done.stdout) == {"stored": size // 8}
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        (b"GET / HTTP/2.0\r\n\r\n", 505),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+        (b"hello\r\n\r\n", 400),
+        (b"GET / HTTP/1.1 x\r\n\r\n", 400),
+        (b"GET /v1.0/alive\r\n\r\n", 200),
+    ],
+)
+def test_what_is_no_request_is_answered_with_a_status_line_too(tmp_path: Path, said: bytes, status: int) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        with socket.create_connection(("localhost", running.port), DEADLINE) as sock:
+            sock.sendall(said)
+            answer = b""
+            while data := sock.recv(65536):
+                answer += data
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status) and b"Content-Type: application/json" in head
+    assert status == 200 or json.loads(body)["error"]
