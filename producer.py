@@ -81,8 +81,11 @@ class Producer:
             if parts.scheme == "ws+unix":  # as Node's ws writes it
                 file, _, path = url.partition(":")[2].removeprefix("//").partition(":")
                 host, right = f"unix:{file}", bool(file) and "\0" not in file
+            named = "@" in parts.netloc and parts.scheme != "ws+unix"
         except ValueError:
-            right = False
+            right = named = False
+        if named:  # not shown: it may be a secret
+            raise ValueError("a URL with a name or a password in it is not accepted: a token is given beside it")
         if not right or not all("!" <= c <= "~" for c in path):
             forms = "ws://HOST:PORT/v1.0/ingest, wss:// for TLS, or ws+unix:PATH:/v1.0/ingest"
             raise ValueError(f"{url!r} is not accepted: {forms}")
@@ -488,6 +491,8 @@ def main(argv: list[str]) -> int:
 
 def _send(made: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     """Sends what `given` names, says how it ended, and returns the exit status."""
+    if given.key and not given.cert:
+        made.error(f"argument --key: {given.key!r} is of no use without --cert")
     status, trouble = 0, ""
     name = "stdin" if given.file == "-" else given.file
     started = monotonic()

@@ -24,6 +24,8 @@ from addresses import Listeners, is_loopback
 from connections import Connections
 from web import GET_OR_HEAD, Refusal, Routes, WebHandler
 
+MOST_CONNECTIONS = 32
+"""At once; the next ones wait to be accepted. --threads leaves that many."""
 MOST_SECONDS = 60
 DEFAULT_SECONDS = 30
 """As Go's."""
@@ -58,6 +60,11 @@ class Profiler(Connections):
         self.busy_until = 0.0  # monotonic seconds; the holder of `busy` writes it
         self.hosts = {host.lower()}
         self.loopback = listeners.loopback
+
+    def _crowded(self) -> bool:
+        """True while the next connection would be one too many."""
+        assert self._lock.locked()
+        return len(self._entries) >= MOST_CONNECTIONS and not self._closing
 
 
 class Handler(WebHandler):

@@ -233,6 +233,8 @@ class TLSSocket:
                     break
                 if received and deadline == float("-inf"):
                     raise BlockingIOError from None  # however much comes that is TLS's own: poll tells of it
+                if self._outgoing.pending:  # an answer of TLS's own, which the peer may wait for
+                    self._try_flush()
                 data = b"" if self._ended else self._receive(deadline)
                 if data:
                     self._incoming.write(data)
@@ -252,7 +254,7 @@ class TLSSocket:
                 break
             found.append(data)
             left -= len(data)
-        if self._outgoing.pending:  # an answer of TLS's own
+        if self._outgoing.pending:
             self._try_flush()
         return found[0] if len(found) == 1 else b"".join(found)
 

@@ -144,6 +144,8 @@ def test_a_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
         (["--url", "ws://localhost:6660/a b"], "ws://HOST:PORT"),
         (["--url", "ws://localhost:6660/\xe9"], "ws://HOST:PORT"),
         (["--url", "ws://localhost:6660/?a=1"], "ws://HOST:PORT"),
+        (["--url", "ws://me:secret@localhost:6660/"], "a name or a password in it is not accepted"),
+        (["--key", "key.pem"], "is of no use without --cert"),
         (["--url", "ws+unix::/v1.0/ingest"], "ws+unix:PATH:/v1.0/ingest"),
         (["--url", "ws+unix:///tmp/x.sock:/a b"], "ws+unix:PATH:/v1.0/ingest"),
         (["--first", "-1"], "a whole number from 0"),
@@ -155,6 +157,7 @@ def test_bad_usage_is_one_line(tmp_path: Path, flags: list[str], said: str) -> N
     done = send(tmp_path, *flags)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("ringoexp send: error: ") and said in done.stderr
+    assert "secret" not in done.stderr
 
 
 @pytest.mark.parametrize("given", [b"1\r\n\r\n2\r\n", b"1\n\n2\n", b" 1 \n \n2"])

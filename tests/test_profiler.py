@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -447,6 +448,23 @@ def test_a_thousand_threads(tmp_path: Path) -> None:
         assert sum(counts) > 5, "samples, in a second; how many: bench/profile_cost.py"
         text = found.get("threads")[2]
         assert re.search(rb"^1000 threads$", text, re.M) and len(text) < 100_000
+
+
+@LINUX
+def test_its_connections_are_limited_and_the_next_ones_wait(tmp_path: Path) -> None:
+    """Or they would take the threads that --threads leaves to others."""
+    with profiled(tmp_path) as found, ExitStack() as stack:
+        socks = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", found.port), DEADLINE)) for _ in range(32 + 1)
+        ]
+        for sock in socks:
+            sock.sendall(f"GET {BASE}cmdline HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        for sock in socks[:-1]:
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        assert not select.select([socks[-1]], [], [], 0.2)[0] and len(found.threads()) < 32 + 16
+        socks[0].close()
+        assert socks[-1].recv(65536).startswith(b"HTTP/1.1 200")
+        assert found.running.stop() == 0
 
 
 # Memory.

@@ -365,6 +365,19 @@ def test_only_tls_1_2_and_newer(authority: Authority, pair: Pair, tmp_path: Path
         eventually(lambda: "event=tls_failed" in log_of(running))
 
 
+def test_who_wants_to_renegotiate_is_told_at_once_that_it_cannot(
+    authority: Authority, pair: Pair, tmp_path: Path
+) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0", *tls(pair)) as running:
+        done = subprocess.run(
+            ["openssl", "s_client", "-connect", f"localhost:{running.port}", "-tls1_2", "-CAfile", str(authority.ca)],
+            input=b"R\n",
+            capture_output=True,
+            timeout=10,
+        )
+        assert b"no renegotiation" in done.stderr
+
+
 def test_a_silent_client_blocks_nobody_and_is_closed(authority: Authority, pair: Pair, tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0", *tls(pair), patch="tls.HANDSHAKE_TIMEOUT = 1") as running:
         silent = [socket.create_connection(("localhost", running.port), DEADLINE) for _ in range(20)]
