@@ -293,7 +293,7 @@ def test_a_clock_that_leaps_ahead_deletes_nothing_and_the_log_says_so_once(
 def test_records_that_a_clock_dated_back_stay_for_a_day_after_it_was_put_right(
     opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of a machine that starts in 1970, and learns what time it is later; behind well dated ones they stay longer."""
+    """As of a machine that starts in 1970; behind others that are dated well they stay longer."""
     append(opened, A, 0, 10)
     date(path, 50 * 365)
     append(opened, A, 10, 11)
