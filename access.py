@@ -105,7 +105,9 @@ def read_token(path: str | None) -> str | None:
     if not token:
         raise BadKeys(f"{where}: it is empty: it has to hold a token, or not be given")
     if len(token) > MOST_TOKEN or not _TOKEN.fullmatch(token):
-        raise BadKeys(f"{where}: no token: one line of at most {MOST_TOKEN} letters, digits and any of -._~+/, then =")
+        raise BadKeys(
+            f"{where}: not a token: at most {MOST_TOKEN} letters, digits, - . _ ~ + and /, and perhaps = at its end"
+        )
     return token
 
 

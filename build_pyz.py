@@ -168,6 +168,9 @@ def main(arguments: list[str]) -> int:
         print("usage: python build_pyz.py [OUTPUT]", file=sys.stderr)
         return 2
     output = Path(arguments[0] if arguments else OUTPUT)
+    if output.is_dir():
+        print(f"build_pyz: error: {output} is a directory: name a file in it", file=sys.stderr)
+        return 1
     new = output.with_name(f"{output.name}.new")
     try:
         made = archive(contents())

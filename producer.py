@@ -36,7 +36,8 @@ from tls import BadFile, client_context
 from websock import ClientConnection, HandshakeError, backoff
 from wire import MAX_SEQUENCE, SUBPROTOCOL, Run, WireError, decode_ack, decode_plain, encode_batch
 
-URL = "ws://localhost:6660/v1.0/ingest"
+PATH = "/v1.0/ingest"
+URL = f"ws://localhost:6660{PATH}"
 CHUNK_RECORDS = 16_384
 """Most records in a message."""
 MOST_UNACKED = 1_048_576
@@ -96,7 +97,7 @@ class Producer:
         self.url = url
         self.source = source or uuid.uuid4()
         self.first = first
-        self._host, self._port, self._path = host, port, path or "/"
+        self._host, self._port, self._path = host, port, PATH if path in ("", "/") else path
         self._token = token
         self._context = (context or client_context(None)) if secure else None
 
@@ -226,10 +227,10 @@ class Producer:
                 self._serve()
             except (OSError, HandshakeError, WireError) as error:
                 self._trouble = str(error)
-                if isinstance(error, HandshakeError) and error.status in (400, 401, 403, 404, 405, 426):
-                    self._give_up(f"{self.url} {error}")
+                if isinstance(error, HandshakeError) and error.status and _for_good(error.status):
+                    self._give_up(f"{self.url}: {error}")
             except ProducerError as error:
-                self._give_up(f"{self.url} {error}")
+                self._give_up(f"{self.url}: {error}")
             except Exception as error:  # a bug: who waits must hear of it
                 self._give_up(f"{self.url}: {type(error).__name__}: {error}")
             failures = 0 if self._acked > acked else failures + 1
@@ -329,6 +330,11 @@ class Producer:
             self._progress.notify_all()
 
 
+def _for_good(status: int) -> bool:
+    """True for the answer to a handshake that will be the same the next time."""
+    return status < 400 or status in (400, 401, 403, 404, 405, 426)  # below 400: no WebSocket is there
+
+
 # The command.
 
 
@@ -413,7 +419,9 @@ class _Progress:
             ended = self._done.wait(0.5)
             trouble = producer.trouble
             if trouble and trouble != known and not ended:
-                say(("\r" if last else "") + f"{f'ringoexp send: {producer.url} {trouble}; trying again':{last}}", True)
+                say(
+                    ("\r" if last else "") + f"{f'ringoexp send: {producer.url}: {trouble}; trying again':{last}}", True
+                )
             known = trouble
             if not self._terminal:
                 continue
@@ -539,8 +547,9 @@ def _send(made: argparse.ArgumentParser, given: argparse.Namespace) -> int:
         if trouble:
             say(f"ringoexp send: error: {trouble}", error=True)
         if trouble and producer.sent:
-            rest = f"{acked} integers with --source {producer.source} --first {given.first + acked}"
-            say(f"ringoexp send: {acked} of {producer.sent} acked; send what follows the first {rest}", error=True)
+            rest = f"what follows the first {acked} integers" if acked else "all of it again"
+            how = f"--source {producer.source} --first {given.first + acked}"
+            say(f"ringoexp send: {acked} of {producer.sent} acked; send {rest} with {how}", error=True)
         if given.json:
             summary: dict[str, Any] = {
                 "source": str(producer.source),

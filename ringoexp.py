@@ -35,7 +35,9 @@ try:
 except ModuleNotFoundError as missing:
     if __name__ != "__main__":
         raise
-    sys.exit(f"ringoexp: error: the package {missing.name} is missing: python3 -m pip install simple-websocket")
+    sys.exit(
+        f"ringoexp: error: no package {missing.name}: pip install simple-websocket, in a venv, or use ringoexp.pyz"
+    )
 
 import logs
 import metrics
@@ -86,7 +88,8 @@ def resolve(flag: str, host: str, port: int) -> list[Address]:
     try:
         return find(host, port)
     except AddressError as error:
-        raise CannotRun(f"{flag} {host}: {error}") from error
+        hint = " (a host alone: the port is another flag)" if ":" in host or "/" in host else ""
+        raise CannotRun(f"{flag} {host}: {error}{hint}") from error
 
 
 def is_own_consumer(settings: Settings) -> bool:
@@ -142,8 +145,10 @@ class Parts:
             try:
                 listeners = Listeners(shown(settings.hostname, settings.port), addresses)
             except AddressError as error:
-                hint = "is one running already? -H and -p name another address; a complete system there needs -T too, "
-                hint += "the same as -p"
+                hint = "-H names another address"
+                if "in use" in str(error):
+                    hint = "is one running already? -H and -p name another address; a complete system there needs -T "
+                    hint += "too, the same as -p"
                 raise CannotRun(str(error) if unix_path(settings.hostname) else f"{error} ({hint})") from error
             limits = settings.most_connections, settings.per_address
             self.server = Server(listeners, settings.name, *limits, self.access, self.totals, self)

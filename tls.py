@@ -11,6 +11,7 @@ A `TLSSocket` belongs to its connection's thread; only `shutdown(SHUT_RDWR)` is 
 import select
 import socket
 import ssl
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -124,6 +125,8 @@ def _load_chain(context: ssl.SSLContext, cert: str, key: str | None) -> None:
     def no_password() -> str:
         raise encrypted
 
+    if key is None and b"PRIVATE KEY-----" not in Path(cert).read_bytes():
+        raise BadFile(f"{cert}: there is no key in it: name the key's file too (--tls_key; --key of send)")
     try:
         context.load_cert_chain(cert, key, no_password)
     except BadFile:

@@ -60,7 +60,6 @@ MOST_UNSENT = 64 * 1024
 _HINTS = {
     400: ": does it want TLS (wss://, --consumer_tls)?",
     401: ": it wants a token, or another one than it got (--token_file, or RINGOEXP_TOKEN)",
-    404: ": is that the /v1.0/ingest of a ringoexp?",
 }
 _GONE = select.POLLHUP | select.POLLERR
 _HALF_CLOSED = getattr(select, "POLLRDHUP", 0)  # Linux
@@ -425,7 +424,7 @@ class ClientConnection(Connection):
         self._tail += rest
         if isinstance(answer, RejectConnection):
             raise HandshakeError(
-                f"refused with HTTP status {answer.status_code}{_HINTS.get(answer.status_code, '')}",
+                f"refused with HTTP status {answer.status_code}{_hint(answer.status_code)}",
                 answer.status_code,
             )
         if not isinstance(answer, AcceptConnection) or answer.subprotocol != self._wanted:
@@ -437,6 +436,12 @@ class ClientConnection(Connection):
 def backoff(failures: int) -> float:
     """Seconds to wait before another connection is tried, after so many failures in a row: exponential, full jitter."""
     return random.uniform(0, min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(failures, 16)))
+
+
+def _hint(status: int) -> str:
+    """What a refused handshake may come from."""
+    where = ": is that the /v1.0/ingest of a ringoexp?"
+    return _HINTS.get(status, where if status < 400 or status == 404 else "")
 
 
 def _short_frame(payload: bytes) -> bytes:

@@ -78,12 +78,12 @@ def test_without_a_token_all_are_admitted() -> None:
     [
         (b"", "it is empty"),
         (b" \n", "it is empty"),
-        (b"a b\n", "no token: one line"),
-        (b"a\nb\n", "no token: one line"),
-        (b"caf\xc3\xa9", "no token"),
-        (b"x=y", "no token"),
-        (b"x" * (MOST_TOKEN + 1), "no token"),
-        (b"\0", "no token"),
+        (b"a b\n", "not a token: at most"),
+        (b"a\nb\n", "not a token: at most"),
+        (b"caf\xc3\xa9", "not a token"),
+        (b"x=y", "not a token"),
+        (b"x" * (MOST_TOKEN + 1), "not a token"),
+        (b"\0", "not a token"),
     ],
 )
 def test_a_token_file_that_holds_none_is_refused_in_one_line_that_does_not_tell_it(

@@ -198,7 +198,7 @@ def test_why_it_makes_no_progress_is_said_once(tmp_path: Path) -> None:
         running.stdin.write("1\n")
         running.stdin.close()
         first = running.stderr.readline()
-        assert first.startswith(f"ringoexp send: {url} ") and first.endswith("Connection refused; trying again\n")
+        assert first.startswith(f"ringoexp send: {url}: ") and first.endswith("Connection refused; trying again\n")
         with server(tmp_path, "-p", str(port), "-T", str(port)):
             assert running.wait(DEADLINE) == 0
         assert running.stderr.read() == ""
@@ -213,7 +213,7 @@ def test_a_server_that_refuses_for_good_ends_it(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         done = send(tmp_path, "--url", running.url.replace("ingest", "nothing"), given=b"1\n")
     assert done.returncode == 1 and "refused with HTTP status 404" in done.stderr
-    assert "0 of 1 acked; send what follows the first 0 integers with --source " in done.stderr
+    assert "0 of 1 acked; send all of it again with --source " in done.stderr
 
 
 def test_what_is_sent_before_the_server_is_there_is_stored_once_it_is(tmp_path: Path) -> None:
@@ -514,3 +514,20 @@ def test_misuse_is_said() -> None:
         other.send([1])
         raise RuntimeError("mine")  # and it does not wait for a flush
     assert not [thread for thread in threading.enumerate() if thread.name == "producer"]
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1.0/ingest"])
+def test_the_path_may_be_left_out(tmp_path: Path, path: str) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        with Producer(f"ws://localhost:{running.port}{path}") as producer:
+            producer.send([1])
+        assert producer.acked == 1
+
+
+def test_a_server_that_is_no_websocket_there_ends_it_with_a_hint(tmp_path: Path) -> None:
+    """200, as of a page, or a redirect: the next time it would be the same."""
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        url = f"ws://localhost:{running.port}/v1.0/alive"
+        with pytest.raises(ProducerError, match="HTTP status 200: is that the /v1.0/ingest of a ringoexp"):
+            with Producer(url) as producer:
+                producer.send([1])

@@ -360,6 +360,8 @@ def test_what_cannot_be_built_is_said_in_one_line(pyz: Path, tmp_path: Path) -> 
     for command, status, said in (
         ([this_python, "-I", "-S", script], 1, "simple-websocket is not installed"),
         ([sys.executable, script, "none/ringoexp.pyz"], 1, "No such file or directory"),
+        ([sys.executable, script, ""], 1, ". is a directory: name a file in it"),
+        ([sys.executable, script, str(tmp_path)], 1, "is a directory: name a file in it"),
         ([sys.executable, script, "a", "b"], 2, "usage: python build_pyz.py [OUTPUT]"),
         ([sys.executable, script, "--help"], 2, "usage: python build_pyz.py [OUTPUT]"),
     ):

@@ -296,6 +296,8 @@ def test_bad_files_are_said_in_one_line_with_their_name(authority: Authority, pa
 
 
 def test_key_and_certificate_may_be_in_one_file(pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(room.BadFile, match="there is no key in it: name the key's file too"):
+        server_context(str(pair.cert), None, None)
     both = tmp_path / "both.pem"
     both.write_bytes(pair.key.read_bytes() + pair.cert.read_bytes())
     server_context(str(both), None, None)
