@@ -1,9 +1,9 @@
 """Deletes what is older than `--retain`, a little at a time, while records come in.
 
 The thread `retain` has the store delete the oldest records for STEP_SECONDS, then leaves the database to the commits
-for PAUSE times as long as that took, and so on; when nothing is too old any more it looks again once something will be,
-each second at most. `Retention._lock` guards its figures; `_changed` shares it, is notified by `stop`, and the thread
-alone waits on it. Nothing is deleted under the lock.
+for PAUSE times as long as that took, its own wait for them included, and so on; when nothing is too old any more it
+looks again once something will be, each second at most. `Retention._lock` guards its figures; `_changed` shares it, is
+notified by `stop`, and the thread alone waits on it. Nothing is deleted under the lock.
 
 A record's age is by `received_at_ms`, the wall clock when it came. This is the only room in which a wrong clock could
 do harm: set ahead by a year, it would have everything deleted. So a clock that leaps ahead, of itself or of the newest
@@ -27,6 +27,8 @@ log = logging.getLogger("ringoexp.retain")
 DAY = 86_400.0
 STEP_SECONDS = 0.005
 """For how long it deletes before it commits: a commit of records that comes meanwhile waits for it."""
+MOST_STEP = 0.1
+"""The same, where commits are long: then it has to wait for each of them, and would fall behind with steps so short."""
 PAUSE = 3.0
 """For how many times as long as a step took it leaves the database to others."""
 LEAST_WAIT, MOST_WAIT = 1.0, 60.0
@@ -92,6 +94,7 @@ class Retention:
 
         # The thread's.
         self._clock: Clock | None = None  # from the first look on
+        self._step_seconds = STEP_SECONDS  # of the next step
         self._failing = False
         self._waiting = False  # and the log says why
         self._records = self._batches = 0  # deleted and forgotten since the log said so
@@ -125,7 +128,11 @@ class Retention:
                 self._clock = Clock(None if newest_ms is None else newest_ms / 1000)
             now = self._clock.now()
             before = now - self._keep
-            done = self._store.expire(int(before * 1000), int((before - REMEMBERED_SECONDS) * 1000), STEP_SECONDS)
+            began = monotonic()
+            done = self._store.expire(int(before * 1000), int((before - REMEMBERED_SECONDS) * 1000), self._step_seconds)
+            # Where commits are long, so is the wait between two of them: a third of it is its quarter of the time.
+            waited = monotonic() - began - done.seconds
+            self._step_seconds = min(MOST_STEP, max(STEP_SECONDS, waited / PAUSE))
         except Exception as error:  # a full disk, say: the store has rolled back
             level = logging.DEBUG if self._failing else logging.ERROR
             log.log(level, "retain_error", {"error": str(error)}, exc_info=log.isEnabledFor(logging.DEBUG))
@@ -139,7 +146,7 @@ class Retention:
         if monotonic() - self._said_at >= SAY_SECONDS:
             self._say()
         if done.more:
-            return PAUSE * done.seconds
+            return max(0.0, PAUSE * done.seconds - waited)
         self._say_why_not(done, now)
         due = (done.oldest_ms or 0) / 1000 + self._keep - now
         return min(max(due, LEAST_WAIT), MOST_WAIT)

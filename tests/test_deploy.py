@@ -58,12 +58,12 @@ def settings(arguments: list[str]) -> Settings:
 def test_a_units_flags_are_ours_and_it_writes_where_it_may(role: str) -> None:
     command = shlex.split(unit(role)["ExecStart"][0].replace("%S", "/var/lib"))
     assert command[:5] == ["/usr/bin/python3", "-I", "-X", "faulthandler", "/opt/ringoexp/ringoexp.pyz"]
-    assert command[-1] == "$FLAGS"
-    read = settings(command[5:-1])
+    assert command[-2:] == ["$FLAGS", "$SECRETS"]
+    read = settings(command[5:-2])
     assert read.is_publisher is (role == "publisher")
     path = read.spool if read.is_publisher else read.database
     assert path and path.startswith(f"/var/lib/{unit(role)['StateDirectory'][0]}/")
-    consumer = settings(shlex.split(unit("consumer")["ExecStart"][0])[5:-1])
+    consumer = settings(shlex.split(unit("consumer")["ExecStart"][0])[5:-2])
     assert read.consumer_port == consumer.port or not read.is_publisher
 
 

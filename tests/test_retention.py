@@ -21,7 +21,7 @@ import store
 from database import StoreError
 from producer import Producer
 from retention import DAY, Clock, Retention
-from store import Store
+from store import Expired, Store
 from wire import Run
 
 A, B = b"a" * 16, b"b" * 16
@@ -490,3 +490,30 @@ def test_a_server_killed_while_it_deletes_leaves_a_sound_file_and_goes_on_after_
         assert running.stop() == 0
     sound(path)
     assert len(rows(path)) == 10 + sent
+
+
+@pytest.mark.parametrize(
+    ("waited", "next_step", "pause"),
+    [(0.0, retention.STEP_SECONDS, 0.015), (0.012, retention.STEP_SECONDS, 0.003), (0.15, 0.05, 0), (60, 0.1, 0)],
+)
+def test_a_step_is_as_long_as_its_quarter_of_the_time_takes(
+    monkeypatch: pytest.MonkeyPatch, waited: float, next_step: float, pause: float
+) -> None:
+    """Between long commits there are few steps: they may be longer, or deleting would fall behind storing."""
+
+    class Busy:
+        asked: list[float] = []
+
+        def expire(self, before_ms: int, forget_ms: int, seconds: float) -> Expired:
+            at[0] += (waited if seconds else 0) + 0.005
+            self.asked.append(seconds)
+            return Expired(1, 0, True, 1, 2, 0.005)
+
+    at = [1000.0]
+    monkeypatch.setattr(retention, "monotonic", lambda: at[0])
+    working = Retention.__new__(Retention)
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
+    working.__init__(Busy(), 1)  # type: ignore[misc, arg-type]
+    assert working.step() == pytest.approx(pause)
+    working.step()
+    assert Busy.asked[-1] == pytest.approx(next_step)

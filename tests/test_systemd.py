@@ -118,8 +118,8 @@ def test_a_credential_is_where_docs_deploy_says(running: Machine) -> None:
     secret.write_text("s3cret\n")
     secret.chmod(0o600)
     text = (ROOT / "docs" / "deploy.md").read_text()
-    assert "LoadCredential=token:/etc/ringoexp/token\n" in text and 'Environment="FLAGS=--token_file %d/token' in text
-    more = 'LoadCredential=token:/opt/token\nEnvironment="FLAGS=--name %d/token"'
+    assert "LoadCredential=token:/etc/ringoexp/token\n" in text and 'Environment="SECRETS=--token_file %d/token' in text
+    more = 'LoadCredential=token:/opt/token\nEnvironment="SECRETS=--name %d/token"'
     restarted(running, PUBLISHER, None, f"{more}\nExecStartPre=/bin/cat %d/token")
     answer = running.run("curl", "-sSi", "http://localhost:6660/v1.0/alive")
     (path,) = re.findall(r"^Server: (.*?)\r?$", answer, re.MULTILINE)
@@ -127,6 +127,19 @@ def test_a_credential_is_where_docs_deploy_says(running: Machine) -> None:
     assert (running.directory / "lib" / f"{PUBLISHER}.log").read_text().count("s3cret") == 1
     told = running.run("systemctl", "show", PUBLISHER, "--property=StatusText,Environment")
     assert "s3cret" not in told and "s3cret" not in running.run("ps", "ax")
+
+
+def test_behind_nginx_its_socket_is_where_docs_deploy_says_and_is_for_nginx(running: Machine) -> None:
+    """The drop-in's own lines; nginx's user stands in for nginx, and another user for everybody else."""
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    (more,) = re.findall(r"```ini\n\[Service\]\n(Group=www-data\n.*?)```", text, re.DOTALL)
+    restarted(running, PUBLISHER, None, more)
+    socket = "/run/ringoexp/ringoexp.sock"
+    assert running.run("stat", "-c", "%a %G", socket) == "660 www-data\n"
+    ask = ["curl", "-sS", "--unix-socket", socket, "http://localhost/v1.0/ready"]
+    become = ["setpriv", "--clear-groups", "--reuid", "www-data", "--regid"]
+    assert '{"ready": true}' in running.run(*become, "www-data", *ask)
+    assert "ready" not in running.run(*become, "nogroup", *ask, check=False)
 
 
 def test_a_server_that_hangs_is_restarted_and_says_where_it_hung(running: Machine) -> None:
