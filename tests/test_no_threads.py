@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from harness import DEADLINE, eventually, request, server
 
+from access import Access
 from forwarder import Forwarder
 from readiness import Readiness
 from ringbuffer import Ring
@@ -83,7 +84,7 @@ def test_a_spool_without_its_thread_is_closed_again(tmp_path: Path, refuse: Call
 def test_a_question_that_cannot_be_asked_is_a_reason(tmp_path: Path, refuse: Callable[[str], None]) -> None:
     store = Store(str(tmp_path / "d"))
     try:
-        ready = Readiness(None, store, None, None, ("localhost", 1), lambda: False)
+        ready = Readiness(None, store, None, None, ("localhost", 1), Access(), lambda: False)
         refuse("ask-")
         (reason,) = ready.reasons()
         assert reason.detail == f"no thread to be had: {NONE_LEFT}"
