@@ -134,7 +134,7 @@ class Parts:
         if not own and settings.retain:
             raise CannotRun(
                 f"--retain {settings.retain:g}: this publisher has no database, it forwards to "
-                f"{settings.consumer_hostname}:{settings.consumer_port} (--retain is that consumer's)"
+                f"{shown(*consumer)} (--retain is that consumer's)"
             )
         if own and settings.spool:
             raise CannotRun(

@@ -135,15 +135,16 @@ class Handler(WebHandler):
             reasons.append(Reason("draining", "the server is stopping"))
         elif not self.server.admitted():
             reasons.append(Reason(THEIR_LIMIT, f"all {self.server.limit} connections (-n, --threads) are taken"))
+        trusted = self.has_token()  # details have addresses and paths in them
         # For a publisher, whose links will be asked for it.
-        told_of_token = {"authorized": self.has_token()} if self.server.access.keys.token else {}
+        told_of_token = {"authorized": trusted} if self.server.access.keys.token else {}
         if not reasons:
             self.reply_json(200, {"ready": True, **told_of_token})
             return
         told = [
             {
                 "code": reason.code,
-                "detail": reason.detail,
+                "detail": reason.detail if trusted else "for who shows the token",
                 "since": None if reason.seconds is None else ago(reason.seconds),
             }
             for reason in reasons

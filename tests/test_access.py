@@ -176,6 +176,16 @@ def test_ready_tells_a_publisher_whether_its_token_will_do(tmp_path: Path, token
             assert said == {"ready": True, "authorized": right}
 
 
+def test_why_a_server_is_not_ready_is_told_in_detail_to_who_has_the_token(tmp_path: Path, token_file: Path) -> None:
+    flags = ["-p", "0", "-U", "127.0.0.1", "-T", str(free_port()), "--token_file", str(token_file)]
+    with server(tmp_path, *flags) as running:
+        for authorization, told in (({}, False), ({"Authorization": f"Bearer {TOKEN}"}, True)):
+            status, _, body = running.get("/v1.0/ready", **authorization)
+            (reason,) = json.loads(body)["reasons"]
+            assert status == 503 and reason["code"] == "consumer_unreachable"
+            assert ("127.0.0.1" in reason["detail"]) is told and reason["detail"]
+
+
 def test_a_websocket_shows_the_token_in_a_header_or_a_subprotocol(tmp_path: Path, token_file: Path) -> None:
     bearer = Subprotocol("bearer.t0k-en._~%2B%2Fx%3D%3D")
     plain, batch = Subprotocol("ringoexp.plain.v1"), Subprotocol("ringoexp.batch.v1")
