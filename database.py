@@ -170,8 +170,10 @@ def explain(path: str, cause: BaseException) -> str:
     if isinstance(cause, StoreError):
         return str(cause)
     said = str(cause)
-    if isinstance(cause, UnicodeDecodeError) or said.startswith("malformed database schema"):
-        said = "database disk image is malformed"  # SQLite names what is wrong, which may be no text any more
+    if isinstance(cause, UnicodeDecodeError) or not said or said.startswith("malformed database schema"):
+        said = (
+            "database disk image is malformed"  # SQLite names what is wrong, which may be no text: Python 3.10 says ""
+        )
     hint = {
         "file is not a database": "its head is damaged: restore it from a backup",
         "database disk image is malformed": "it is corrupt: restore it from a backup",
