@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -105,7 +106,7 @@ class Asked:
 
 
 class ClickHouseServer(Asked):
-    """Debian's, with its files in `directory`. `extra` goes into its configuration, `profile` into its users' profile."""
+    """Debian's, with its files in `directory`. `extra` goes into its configuration, `profile` into its users'."""
 
     def __init__(self, directory: Path, at: Ports | None = None, extra: str = "", profile: str = "") -> None:
         self.directory = directory
@@ -127,7 +128,7 @@ class ClickHouseServer(Asked):
   {extra}
 </yandex>
 """)
-        user = "<networks><ip>127.0.0.1</ip></networks><profile>default</profile><quota>default</quota>"  # from loopback only
+        user = "<networks><ip>127.0.0.1</ip></networks><profile>default</profile><quota>default</quota>"
         (directory / "users.xml").write_text(f"""<?xml version="1.0"?>
 <yandex>
   <profiles><default><max_memory_usage>2000000000</max_memory_usage>{profile}</default>
@@ -185,16 +186,27 @@ class ZooKeeper:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "zoo.cfg").write_text(
             f"tickTime=500\ndataDir={directory}\nclientPort={self.port}\nclientPortAddress=127.0.0.1\n"
-            "admin.enableServer=false\n4lw.commands.whitelist=ruok\nmaxClientCnxns=0\nautopurge.purgeInterval=0\n"
+            "admin.enableServer=false\n4lw.commands.whitelist=srvr\nmaxClientCnxns=0\nautopurge.purgeInterval=0\n"
         )
         main = (
             "-cp",
-            str(ZOOKEEPER_JAR),
+            f"{ZOOKEEPER_JAR}:{ZOOKEEPER_JAR.parent}/slf4j-simple.jar",
             "org.apache.zookeeper.server.ZooKeeperServerMain",
             str(directory / "zoo.cfg"),
         )
         with open(directory / "out", "ab") as out:
             self.process = subprocess.Popen(["java", "-Xmx128m", *main], cwd=directory, stdout=out, stderr=out)
+
+        def answers() -> bool:
+            assert self.process.poll() is None, "ZooKeeper ended"
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), DEADLINE) as sock:
+                    sock.sendall(b"srvr")
+                    return sock.recv(9) == b"Zookeeper"
+            except OSError:
+                return False
+
+        eventually(answers, "ZooKeeper answers")
 
     def kill(self) -> None:
         """SIGKILL."""
