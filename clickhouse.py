@@ -156,11 +156,14 @@ class ClickHouse:
         self._sized_at = float("-inf")  # monotonic seconds
         self._last_ns = 0  # when the last run came
         self._failing_since = 0.0  # monotonic seconds, 0 while inserts succeed
+        self._servers: list[Server] = []
         try:
             self._servers = [Server(target, *host) for host in target.hosts]
             found = self._open(retain)
         except (Again, Final, tls.BadFile) as error:
-            raise StoreError(f"{self.path}: {error}") from None
+            for server in self._servers:
+                server.close()
+            raise self._explained(error) from None
         self._known = found
         self.identity = found.identity
         self.power_safe = found.power_safe
@@ -223,7 +226,7 @@ class ClickHouse:
                 error = None
                 break
             except (Again, Final) as failed:
-                error = error or StoreError(f"{self.path}: {failed}")
+                error = error or self._explained(failed)
             finally:
                 server.close()
         with self._lock:
@@ -306,7 +309,7 @@ class ClickHouse:
             self._insert(encode(((waiting.runs, waiting.values) for waiting in group), arrived_ns))
         except BaseException as cause:
             log.debug("insert_failed", exc_info=True)
-            error = StoreError(f"{self.path}: {cause or type(cause).__name__}")
+            error = self._explained(cause)
             error.__cause__ = cause.with_traceback(None)  # whose frames hold the blocks, and those this error
         finally:
             self._note(error)
@@ -385,6 +388,13 @@ class ClickHouse:
             self._size = _Size(int(records), int(size))
         except (Again, Final, ValueError) as error:
             log.debug("not_measured", {"reason": str(error)})
+
+    def _explained(self, cause: BaseException) -> StoreError:
+        """One line: the database, the host if there are several, and what is wrong."""
+        said = str(cause) or type(cause).__name__
+        if len(self._target.hosts) == 1:
+            said = said.removeprefix(f"{self._servers[0].name}: " if self._servers else "")
+        return StoreError(f"{self.path}: {said}")
 
     def _note(self, error: StoreError | None) -> None:
         """Says in the log when inserts begin to fail, and when they succeed again: not once for each."""

@@ -92,7 +92,9 @@ def is_address(text: str) -> bool:
 
 def redacted(text: str) -> str:
     """`text` without what may be a password in an address in it."""
-    return re.sub(r"(clickhouses?://)(?:([^:@]*):.*@|([^@]*)@)", _user_only, text, flags=re.DOTALL | re.IGNORECASE)
+    flags = re.DOTALL | re.IGNORECASE
+    text = re.sub(r"(clickhouses?://)(?:([^:@]*):.*@|([^@]*)@)", _user_only, text, flags=flags)
+    return re.sub(r"(clickhouses?://[^?#]*[?#]).*", r"\1***", text, flags=flags)
 
 
 def _user_only(found: "re.Match[str]") -> str:
@@ -167,7 +169,7 @@ class Server:
             raise Again(f"{self.name}: {tls.explain(error)}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no host can have such a name
             self.close()
-            raise Again(f"{self.name}: {error or type(error).__name__}") from None
+            raise Again(f"{self.name}: {_line(str(error)) or type(error).__name__}") from None
         except BaseException:
             self.close()
             raise
@@ -202,6 +204,12 @@ class Server:
         return self._connection
 
 
+def _line(text: str) -> str:
+    """What somebody else said, on one line, and not too long."""
+    text = " ".join(text.split())
+    return f"{text[:_MOST_SAID]}..." if len(text) > _MOST_SAID else text
+
+
 def _refused(name: str, status: int, said: str, told: str | None) -> Exception:
     """The error that an answer stands for."""
     found = _CODE.match(said)
@@ -209,9 +217,7 @@ def _refused(name: str, status: int, said: str, told: str | None) -> Exception:
     text = found[2] if found else said
     text = re.sub(r"[, ]*e\.what\(\) = .*", "", text, flags=re.DOTALL)
     text = re.sub(r"\. Expected one of: .*|[:. ]*\(version [^)]*\).*|: While executing.*", "", text, flags=re.DOTALL)
-    text = " ".join(text.split())
-    if len(text) > _MOST_SAID:
-        text = f"{text[:_MOST_SAID]}..."
+    text = _line(text)
     if not code:
         kind = Again if status >= 500 or status in (408, 429) else Final
         return kind(f"{name}: answered {status}" + (f": {text}" if text else ""))
