@@ -6,6 +6,7 @@ Functions only; what they return belongs to `store`. No thread runs here.
 import fcntl
 import os
 import sqlite3
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
@@ -14,6 +15,8 @@ APPLICATION_ID = 0x52494E47  # "RING", https://www.sqlite.org/pragma.html#pragma
 SPOOL_APPLICATION_ID = 0x52494E53  # "RINS": records are deleted from it, so it must never be taken for the other
 _KINDS = {APPLICATION_ID: "a consumer's database", SPOOL_APPLICATION_ID: "a publisher's spool"}
 SCHEMA_VERSION = 1
+# Files of before have it from their next start on, without a new version: older programs do not mind it.
+IDENTITY = "CREATE TABLE IF NOT EXISTS identity(uuid BLOB NOT NULL)"
 SCHEMA = """
 CREATE TABLE source(
   id INTEGER PRIMARY KEY,
@@ -86,6 +89,11 @@ def connect(path: str, application_id: int, wal_limit: int) -> sqlite3.Connectio
                 PRAGMA user_version = {SCHEMA_VERSION};
                 COMMIT"""
             )
+        if not db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'identity'").fetchone()[0]:
+            db.execute("BEGIN IMMEDIATE")
+            db.execute(IDENTITY)
+            db.execute("INSERT INTO identity VALUES (?)", (uuid.uuid4().bytes,))
+            db.execute("COMMIT")
         # Ids are dense and each belongs to a batch: what breaks that is not to be built upon.
         (records,) = db.execute("SELECT coalesce(max(id), 0) FROM record").fetchone()
         last = db.execute("SELECT first_id + count - 1 FROM batch ORDER BY first_id DESC LIMIT 1").fetchone()

@@ -56,6 +56,7 @@ def stats(now: Snapshot) -> dict[str, Any]:
         "commits": disk.commits if disk else 0,
         "failedCommits": disk.failed_commits if disk else 0,
         "storeError": disk.error if disk else None,
+        "powerSafe": disk.power_safe if disk else None,
         "databaseBytes": now.sizes.database if now.sizes else 0,
         "walBytes": now.sizes.wal if now.sizes else 0,
         "diskFreeBytes": now.sizes.disk_free if now.sizes else None,

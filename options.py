@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
+import clickhouse_http
+
 __version__ = "0.1.0"
 
 MAX_RING = 2**31
@@ -114,6 +116,19 @@ def _not_empty(text: str) -> str:
     return text
 
 
+def _database(text: str) -> str:
+    """A path, or a ClickHouse address. What is wrong with one is said without it: there may be a password in it."""
+    _not_empty(text)
+    if clickhouse_http.is_address(text):
+        try:
+            clickhouse_http.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(
+                f"{clickhouse_http.redacted(text)!r} is not accepted: {error} (clickhouse://USER@HOST:PORT/DATABASE)"
+            ) from None
+    return text
+
+
 OPTIONS = (
     Option("N", "name", "", _header_text, "basic", "the server's name, sent as the Server header"),
     Option("H", "hostname", "localhost", _host, "basic", "address to listen on, or unix:PATH"),
@@ -173,9 +188,19 @@ OPTIONS = (
         "D",
         "database",
         DATABASE,
+        _database,
+        "consumer",
+        "SQLite file to store in, or clickhouse://USER@HOST:PORT/DATABASE (clickhouses:// for TLS, several hosts with "
+        f"commas, the password in {clickhouse_http.PASSWORD}); a publisher that is its own consumer has one too, no "
+        "other has",
+    ),
+    Option(
+        "",
+        "clickhouse_cluster",
+        None,
         _not_empty,
         "consumer",
-        "SQLite file to store in; a publisher that is its own consumer has one too, no other has",
+        "cluster of the ClickHouse servers over which the tables are to be spread, as system.clusters there names it",
     ),
     Option(
         "",
@@ -256,6 +281,7 @@ class Settings:
     spool: str | None
     spool_max: int
     database: str
+    clickhouse_cluster: str | None
     retain: float | None
     token_file: str | None
     tls_cert: str | None
@@ -286,6 +312,7 @@ class Settings:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, and where to find more; no usage text in between."""
+        message = clickhouse_http.redacted(message)
         self.exit(EXIT_USAGE, f"ringoexp: error: {message} (ringoexp --help lists the flags)\n")
 
 
@@ -370,6 +397,12 @@ def read_arguments(argv: Sequence[str]) -> Settings:
         ("--tls_key", settings.tls_key, "--tls_cert", settings.tls_cert),
         ("--client_ca", settings.client_ca, "--tls_cert", settings.tls_cert),
         ("--consumer_ca", settings.consumer_ca, "--consumer_tls", settings.consumer_tls),
+        (
+            "--clickhouse_cluster",
+            settings.clickhouse_cluster,
+            "-D clickhouse://...",
+            clickhouse_http.is_address(settings.database),
+        ),
     ):
         if value and not given:
             made.error(f"argument {flag}: {value!r} is of no use without {needs}")

@@ -26,7 +26,7 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from time import monotonic, sleep
 from typing import Any
 
@@ -39,6 +39,7 @@ except ModuleNotFoundError as missing:
         f"ringoexp: error: no package {missing.name}: pip install simple-websocket, in a venv, or use ringoexp.pyz"
     )
 
+import clickhouse_http
 import logs
 import metrics
 import monitor
@@ -48,6 +49,7 @@ import spool
 from access import Access, BadKeys, Files
 from addresses import Address, AddressError, Listeners, reaches, shown, unix_path
 from addresses import resolve as find
+from clickhouse import ClickHouse
 from database import StoreError
 from forwarder import BATCH_RECORDS, Forwarder
 from ingest import Intake, RingIntake, StoreIntake
@@ -106,8 +108,11 @@ class Parts:
     """
 
     def __init__(self, settings: Settings, argv: Sequence[str]) -> None:
+        target = clickhouse_http.parse(settings.database) if clickhouse_http.is_address(settings.database) else None
+        if target:  # from here on nobody knows the password but the store
+            settings = replace(settings, database=target.shown)
         self.settings = settings
-        self.argv = list(argv)
+        self.argv = [clickhouse_http.redacted(each) for each in argv]
         self.uuid = str(uuid.uuid4()).upper()
         self.started = datetime.datetime.now(datetime.timezone.utc)
         self.totals = Totals()
@@ -159,12 +164,15 @@ class Parts:
             self.link: LinkState | None = None
             if not own:
                 self.link = LinkState(shown(*consumer))
-            if own:
-                self.store = Store(settings.database)
+            if own and target:
+                self.store = ClickHouse(target, settings.clickhouse_cluster, settings.retain)
                 undo.callback(self.store.close)
-            if self.store and settings.retain:
+            elif own:
+                self.store = store = Store(settings.database)
+                undo.callback(self.store.close)
+            if own and not target and settings.retain:
                 try:
-                    self.retention = Retention(self.store, settings.retain)
+                    self.retention = Retention(store, settings.retain)
                 except RuntimeError as error:
                     raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
                 undo.callback(self.retention.stop, 5)
@@ -248,6 +256,10 @@ class Parts:
         patience = spool.PATIENCE if settings.spool else None
         consumer = settings.consumer_hostname, settings.consumer_port
         return LinkSink(*consumer, connected, patience, self.server.listeners.is_own, self.access)
+
+    def identity(self) -> str | None:
+        """The database that records go to from here without a link in between; None if there is none."""
+        return self.store.identity if self.store else None
 
     def stored(self) -> int:
         """Records stored since the start."""

@@ -1,6 +1,7 @@
 """What a store has to be, whatever it stores in: the face that the other rooms know.
 
-`store.Store` is the one on SQLite. No thread runs here, and nothing is guarded.
+`store.Store` is the one on SQLite, `clickhouse.ClickHouse` the one on a cluster. No thread runs here,
+and nothing is guarded.
 """
 
 from array import array
@@ -21,8 +22,13 @@ class Storage(Protocol):
     def path(self) -> str:
         """Its name, for people: it begins what errors say."""
 
+    @property
+    def identity(self) -> str:
+        """A UUID of the database's own: two servers that have the same one store in the same database."""
+
     def append(self, runs: Sequence[Run], values: "array[int]") -> None:
-        """Returns when every record of the block is on disk, now or from an earlier time, and stays there.
+        """Returns when every record of the block is on disk, its own or another machine's, now or from an earlier time,
+        and stays there.
 
         `values` are those of all runs, in order; they are left as they were. Of what is stored already the first value
         stays. Waits as long as it takes, but not for who only reads. Raises StoreError when that cannot be said,
@@ -39,7 +45,7 @@ class Storage(Protocol):
         """
 
     def sizes(self) -> Sizes:
-        """The bytes it takes on this machine's disk, and has left there; 0, and None, on another machine's."""
+        """The bytes it takes, on whatever disk, and what is left there: None if that cannot be told."""
 
     def close(self) -> None:
         """Waits for the commit that runs, then gives back what it holds. Does nothing the second time."""

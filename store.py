@@ -22,6 +22,7 @@ import os
 import sqlite3
 import threading
 import time
+import uuid
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -79,6 +80,7 @@ class StoreStats(NamedTuple):
     error: str | None  # why the last commit failed, None if it did not
     held: int  # records in the file now
     commit_times: HistogramSnapshot  # of those that succeeded
+    power_safe: bool = True  # what is committed outlasts a power cut
 
 
 class Sizes(NamedTuple):
@@ -173,6 +175,7 @@ class Store:
             opened = os.stat(real)
             self._file = opened.st_dev, opened.st_ino
             with explained(path):
+                self.identity = str(uuid.UUID(bytes=self._db.execute("SELECT uuid FROM identity").fetchone()[0]))
                 (self._held,) = self._db.execute(_HELD).fetchone()  # guarded by _lock, as the totals are
             undo.pop_all()
 

@@ -41,11 +41,13 @@ _WRITTEN = re.compile("[!-~]+")
 
 
 class Monitor(Protocol):
-    """What a server says of itself: `/v1.0/stats`, `/metrics`, and why it is not ready, if it is not."""
+    """What a server says of itself: `/v1.0/stats`, `/metrics`, why it is not ready, if it is not, and
+    which database it stores in, if it has one."""
 
     def report(self) -> dict[str, Any]: ...
     def metrics(self) -> str: ...
     def reasons(self) -> list[Reason]: ...
+    def identity(self) -> str | None: ...
 
 
 class Server(Connections):
@@ -137,11 +139,13 @@ class Handler(WebHandler):
             reasons.append(Reason(THEIR_LIMIT, f"all {self.server.limit} connections (-n, --threads) are taken"))
         trusted = self.has_token()  # details have addresses and paths in them
         # For a publisher, whose links will be asked for it.
-        told_of_token = {"authorized": trusted} if self.server.access.keys.token else {}
+        told: dict[str, Any] = {"authorized": trusted} if self.server.access.keys.token else {}
+        if identity := self.server.monitor.identity():
+            told["store"] = identity
         if not reasons:
-            self.reply_json(200, {"ready": True, **told_of_token})
+            self.reply_json(200, {"ready": True, **told})
             return
-        told = [
+        named = [
             {
                 "code": reason.code,
                 "detail": reason.detail if trusted else "for who shows the token",
@@ -149,7 +153,7 @@ class Handler(WebHandler):
             }
             for reason in reasons
         ]
-        self.reply_json(503, {"ready": False, "reasons": told, **told_of_token}, {"Retry-After": "1"})
+        self.reply_json(503, {"ready": False, "reasons": named, **told}, {"Retry-After": "1"})
 
     def _metrics(self) -> None:
         self.reply(200, self.server.monitor.metrics().encode(), METRICS)
@@ -203,6 +207,8 @@ class Handler(WebHandler):
         self.close_connection = True
         self.server.stream()
         extra = {"X-Request-Id": request_id(), "Server": self.server.name}
+        if identity := self.server.monitor.identity():
+            extra["X-Ringoexp-Store"] = identity
         try:
             connection = ServerConnection(self.connection, headers, extra, self._spoken(), self.server.stop_sign)
         except HandshakeError as error:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import uuid
 from array import array
 from collections.abc import Iterator, Sequence
 
@@ -22,6 +23,7 @@ class Memory:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.identity = str(uuid.uuid4())
         self.records: dict[tuple[bytes, int], int] = {}
         self.fails: str | None = None
         self.closed = False
@@ -66,7 +68,11 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 def test_a_server_needs_of_its_store_what_the_face_says_and_nothing_else(parts: ringoexp.Parts) -> None:
     face = {name for name in vars(Storage) if not name.startswith("_")}
     store: Memory = parts.store  # type: ignore[assignment]
-    assert {name for name in [*vars(Memory), "path"] if not name.startswith("_")} == face <= {*vars(Store), "path"}
+    assert (
+        {name for name in [*vars(Memory), "path", "identity"] if not name.startswith("_")}
+        == face
+        <= {*vars(Store), "path", "identity"}
+    )
     port = parts.server.port
     with RawClient(port, {"Sec-WebSocket-Protocol": SUBPROTOCOL}) as client:
         for times in (1, 2):
