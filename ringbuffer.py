@@ -10,11 +10,15 @@ what was ever handed out, and everything before *committed* is stored. At every 
 
     committed <= reserved <= cursor <= committed + capacity
 
+A requeued batch may be *marked*: then only workers that take its mark get it, each time it comes back. What a mark is
+only they know. It gates the committed prefix like any other; newer values go on as long as there is room.
+
 One `Lock` guards everything; three conditions share it, one for each kind of waiter:
 
 - `_not_full`, producers in `put`: one is notified when slots are freed, and passes on what it leaves; all on close.
-- `_not_empty`, workers in `reserve`: notified when there is something to reserve, and when there
-  never will be (closed and drained).
+- `_not_empty`, workers in `reserve`: one is notified when there is something that any of them may have, and passes on
+  what it leaves; all when it is marked, as one may not be the right one; all when there never will be anything
+  (closed and drained).
 - `_advanced`, in `wait_committed` and `join`: notified when `committed` grows, and on abort.
 
 No thread runs here and nothing is done under the lock but copying.
@@ -55,10 +59,11 @@ class Full(TimeoutError):
 class Batch:
     """One worker's contiguous range of the ring, `[start, end)`: a token, compared by identity.
 
-    `values` is a copy, so it outlives the slots; `runs` says whose the values are, in order.
+    `values` is a copy, so it outlives the slots; `runs` says whose the values are, in order. `mark` says which workers
+    may have it, once it was requeued with one.
     """
 
-    __slots__ = ("start", "end", "runs", "values", "reserved_at")
+    __slots__ = ("start", "end", "runs", "values", "reserved_at", "mark")
 
     def __init__(self, start: int, end: int, runs: list[Run], reserved_at: float) -> None:
         self.start = start
@@ -66,6 +71,7 @@ class Batch:
         self.runs = runs
         self.values = array("q")
         self.reserved_at = reserved_at  # the first time, monotonic seconds
+        self.mark: object = None
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -118,7 +124,8 @@ class Ring:
         self._committed = 0
         self._runs: deque[Run] = deque()  # who owns [reserved, cursor)
         self._in_flight: dict[Batch, None] = {}  # oldest first
-        self._requeued: list[Batch] = []  # ordered by start
+        self._requeued: list[Batch] = []  # for any worker, ordered by start
+        self._marked: list[Batch] = []  # requeued with a mark, ordered by start
         self._finished: dict[int, int] = {}  # start -> end of ranges committed beyond a gap
         self._idle = 0  # workers waiting in reserve
         self._closed = False
@@ -153,8 +160,11 @@ class Ring:
                 if not _wait_until(self._not_full, lambda: self._closed or self._free() > 0, deadline):
                     raise Full(done)
 
-    def reserve(self, limit: int, timeout: float | None = None) -> Batch:
+    def reserve(self, limit: int, timeout: float | None = None, takes: Callable[[object], bool] | None = None) -> Batch:
         """Hands out the oldest requeued batch, unchanged, or else up to `limit` of the next values.
+
+        Marked ones only if it `takes` their mark; without it, all. It is called under the lock. What it says must not
+        change from no to yes while it waits, or nobody wakes it.
 
         Blocks while there is nothing. Raises TimeoutError after `timeout` seconds, and Closed when the
         ring is closed and everything is committed: until then a batch in flight may come back.
@@ -163,21 +173,25 @@ class Ring:
         with self._lock:
             self._idle += 1
             try:
-                if not _wait_until(self._not_empty, self._reservable_or_over, deadline):
+                if not _wait_until(self._not_empty, lambda: self._reservable_or_over(takes), deadline):
                     raise TimeoutError("nothing to reserve")
             finally:
                 self._idle -= 1
-            if self._aborted or not self._backlog():
+            if self._aborted:
                 raise Closed
             now = monotonic()
-            if self._requeued:
-                batch = self._requeued.pop(0)
+            requeued = self._requeued[:1] + self._first_marked(takes)
+            if requeued:
+                batch = min(requeued, key=lambda each: each.start)
+                (self._marked if batch.mark is not None else self._requeued).remove(batch)
+            elif self._cursor == self._reserved:
+                raise Closed
             else:
                 end = min(self._cursor, self._reserved + limit)
                 batch = Batch(self._reserved, end, self._disown(end - self._reserved), now)
                 self._reserved = end
             self._in_flight[batch] = None
-            if self._backlog():
+            if self._open():
                 self._not_empty.notify()
             if batch.values:  # requeued: it has its copy
                 return batch
@@ -185,7 +199,7 @@ class Ring:
         try:
             batch.values = self._read(batch.start, batch.end)
         except BaseException:  # no memory: whoever has it next reads again
-            self.requeue(batch)
+            self.requeue(batch, batch.mark)
             raise
         return batch
 
@@ -208,12 +222,20 @@ class Ring:
             if self._drained():
                 self._not_empty.notify_all()
 
-    def requeue(self, batch: Batch) -> None:
-        """`batch` is not stored: hands it out again, before newer ones. Raises ValueError as `commit` does."""
+    def requeue(self, batch: Batch, mark: object = None) -> None:
+        """`batch` is not stored: hands it out again, before newer ones, with a mark to who takes that.
+
+        Raises ValueError as `commit` does.
+        """
         with self._lock:
             self._land(batch)
-            bisect.insort(self._requeued, batch, key=lambda other: other.start)
-            self._not_empty.notify()
+            batch.mark = mark
+            if mark is None:
+                bisect.insort(self._requeued, batch, key=lambda other: other.start)
+                self._not_empty.notify()
+            else:
+                bisect.insort(self._marked, batch, key=lambda other: other.start)
+                self._not_empty.notify_all()
 
     def wait_committed(self, sequence: int, timeout: float | None = None) -> bool:
         """True once everything before `sequence` is stored; False after `timeout` seconds or on abort."""
@@ -266,16 +288,28 @@ class Ring:
 
     @property
     def wants_workers(self) -> bool:
-        """True when values could be reserved and no worker is waiting to do it."""
+        """True when values could be reserved by any worker, and none is waiting to do it."""
         with self._lock:
-            return self._backlog() > 0 and self._idle == 0
+            return self._open() > 0 and self._idle == 0
+
+    def has_for(self, takes: Callable[[object], bool]) -> bool:
+        """True while a marked batch waits whose mark this takes."""
+        with self._lock:
+            return bool(self._first_marked(takes))
+
+    def marks(self) -> list[tuple[object, int]]:
+        """The mark of each batch that has one and is not stored, waiting or in flight, and its size."""
+        with self._lock:
+            marked = [*self._marked, *self._in_flight]
+            return [(batch.mark, len(batch)) for batch in marked if batch.mark is not None]
 
     def stats(self) -> RingStats:
         """What the ring holds now."""
         with self._lock:
             depth = self._cursor - self._committed
             in_flight = sum(map(len, self._in_flight))
-            oldest = min((batch.reserved_at for batch in (*self._in_flight, *self._requeued)), default=None)
+            unstored = (*self._in_flight, *self._requeued, *self._marked)
+            oldest = min((batch.reserved_at for batch in unstored), default=None)
             return RingStats(
                 capacity=self.capacity,
                 cursor=self._cursor,
@@ -303,14 +337,25 @@ class Ring:
     def _free(self) -> int:
         return self._committed + self.capacity - self._cursor
 
-    def _backlog(self) -> int:
+    def _open(self) -> int:
+        """How many values any worker may have."""
         return self._cursor - self._reserved + sum(map(len, self._requeued))
+
+    def _backlog(self) -> int:
+        return self._open() + sum(map(len, self._marked))
+
+    def _first_marked(self, takes: Callable[[object], bool] | None) -> list[Batch]:
+        """The oldest marked batch that is for who takes this, in a list, if there is one."""
+        for batch in self._marked:
+            if takes is None or takes(batch.mark):
+                return [batch]
+        return []
 
     def _drained(self) -> bool:
         return self._closed and self._committed == self._cursor
 
-    def _reservable_or_over(self) -> bool:
-        return self._backlog() > 0 or self._drained() or self._aborted
+    def _reservable_or_over(self, takes: Callable[[object], bool] | None) -> bool:
+        return self._open() > 0 or bool(self._first_marked(takes)) or self._drained() or self._aborted
 
     def _write(self, values: "memoryview[int]") -> None:
         """Copies `values`, which fit, to the slots at the cursor and moves it."""

@@ -209,6 +209,9 @@ class SpoolSink:
         """True while there is a link, or room in the spool."""
         return self._link.ready or not self._spool.full
 
+    def connect(self) -> None:
+        """Does nothing: a link is made when a block needs it."""
+
     def store(self, block: Block) -> None:
         """Returns when the block is on the consumer's disk, or in the spool. Raises SinkError when it is in neither."""
         fresh = not self._link.ready
