@@ -1,16 +1,16 @@
 """The publisher's workers: reserve from the ring, store through a sink, commit.
 
-Each worker is a thread, `forward-N`, with a sink of its own, of one outlet. The first one of each outlet starts with the
-forwarder; more start when one has taken its batch, values are left and no worker is idle, up to the maximum, and
+Each worker is a thread, `forward-N`, with a sink of its own, of one outlet. The first one of each outlet starts with
+the forwarder; more start when one has taken its batch, values are left and no worker is idle, up to the maximum, and
 retire after IDLE_SECONDS without work. The last of each outlet stays.
 
-When a sink fails, its worker becomes the prober of its outlet: it tries again, each time after a longer pause. Until it
-succeeds no worker of that outlet is started and none makes a link but the prober, and whoever fails too retires: no storm
-of reconnects. Workers whose own links work go on with what the prober gave back.
+When a sink fails, its worker becomes the prober of its outlet: it tries again, each time after a longer pause. Until
+it succeeds no worker of that outlet is started and none makes a link but the prober, and whoever fails too retires:
+no storm of reconnects. Workers whose own links work go on with what the prober gave back.
 
-With several outlets a worker makes its link before it takes a batch: one that is away holds nothing up. New workers go where
-there are fewest. A batch in doubt goes back to the ring with its outlet's pin: only workers that take that get it again, and
-as the last worker of an outlet stays there is always one, which probes.
+With several outlets a worker makes its link before it takes a batch: one that is away holds nothing up. New workers
+go where there are fewest. A batch in doubt goes back to the ring with its outlet's pin: only workers that take that
+get it again, and as the last worker of an outlet stays there is always one, which probes.
 
 `Forwarder._lock` guards the outlets, the workers and the count of reconnects. Nothing is stored or sent under it.
 """
@@ -89,7 +89,10 @@ class Forwarder:
                 outlet.leaving = True
             self._outlets = (*self._outlets, *added)
         for outlet in added:
-            self._start_worker(outlet)
+            try:
+                self._start_worker(outlet)
+            except RuntimeError:
+                pass  # it is logged; as the one with the fewest workers it gets the next
 
     def keep(self, outlet: Outlet) -> bool:
         """True when this outlet, that was dropped, could be taken back, as it has workers still."""
@@ -132,7 +135,7 @@ class Forwarder:
                 return not self._retire(outlet)
             try:
                 sink.connect()
-            except SinkError as error:
+            except Exception as error:
                 return self._failed(outlet, error)
             if not outlet.doubted:
                 self._answers(outlet)
@@ -161,8 +164,8 @@ class Forwarder:
         self._ring.commit(batch)
         outlet.doubted = False
         back = outlet.breaker.succeeded()
-        if outlet.link:
-            outlet.link.works()
+        if outlet.told:
+            outlet.told.works()
         elif back:
             log.info("sink_up")
         return not (several and self._crowds(outlet) and self._retire(outlet))
@@ -170,8 +173,8 @@ class Forwarder:
     def _answers(self, outlet: Outlet) -> None:
         """The calling worker has a link, and nothing is known against it."""
         outlet.breaker.succeeded()
-        if outlet.link:
-            outlet.link.answers()
+        if outlet.told:
+            outlet.told.answers()
 
     def _failed(self, outlet: Outlet, error: Exception) -> bool:
         """The calling worker's sink failed. False when it should end."""
@@ -185,9 +188,9 @@ class Forwarder:
 
     def _say_down(self, outlet: Outlet, reason: str, failures: int) -> None:
         """Says why the sink failed; `failures` counts the prober's, in a row, others do not count."""
-        if outlet.link and failures and outlet.link.stats().quiet >= QUIET_SECONDS:
-            outlet.link.failed(reason)
-        elif outlet.link:  # others store: this is one link's trouble, or the first sign of all of them
+        if outlet.told and failures and outlet.told.stats().quiet >= QUIET_SECONDS:
+            outlet.told.failed(reason)
+        elif outlet.told:  # others store: this is one link's trouble, or the first sign of all of them
             log.debug("link_failed", {"reason": reason})
         else:
             log.log(logging.WARNING if failures == 1 else logging.DEBUG, "sink_down", {"reason": reason})
@@ -231,7 +234,9 @@ class Forwarder:
 
             sink = outlet.make_sink(connected)
             # Daemon: a second signal ends the process at once, whatever a worker waits for.
-            thread = threading.Thread(target=self._run, args=(outlet, sink), name=f"forward-{self._started}", daemon=True)
+            thread = threading.Thread(
+                target=self._run, args=(outlet, sink), name=f"forward-{self._started}", daemon=True
+            )
             try:
                 thread.start()
             except RuntimeError as error:  # no more threads to be had: those that run go on

@@ -1,11 +1,12 @@
 """Outlets: each is one place where workers store, a consumer or the own store, with what its workers found out of it.
 
-A batch that a consumer may have stored, and has not acked, is *in doubt*: another consumer, with a database of its own,
-would not know it for a duplicate. It gets a `Pin`, the ring's mark, and waits for a worker of an outlet that takes that: the
-same consumer's, or one's with the same store.
+A batch that a consumer may have stored, and has not acked, is *in doubt*: another consumer, with a database of its
+own, would not know it for a duplicate. It gets a `Pin`, the ring's mark, and waits for a worker of an outlet that
+takes that: the same consumer's, or one's with the same store.
 
-`Breaker._lock` guards who probes. The rest of an outlet is the forwarder's, under the forwarder's lock, but for `store`: that
-is set by the outlet's workers, as they connect, each before it reserves, so that what waits for such a store finds a worker.
+`Breaker._lock` guards who probes. The rest of an outlet is the forwarder's, under the forwarder's lock, but for
+`store`: that is set by the outlet's workers, as they connect, each before it reserves, so that what waits for such a
+store finds a worker.
 """
 
 import threading
@@ -96,9 +97,10 @@ class Pin(NamedTuple):
 class Outlet:
     """Where the sinks that `make_sink` makes store. `make_sink` gets a callback, to be called when a link is made.
 
-    `link` is told what the workers find out, where the sinks are links, to the consumer at `place`. If it is `fixed`, that is
-    the same consumer for ever, whatever store it has: somebody gave it this address. Other addresses may become another
-    one's. `lost` is called when a link fails.
+    `link` is what is known of the consumer at `place`, where the sinks are links; `told` is the same, if the workers
+    are to tell it what they find out, and not the spool. If it is `fixed`, that is the same consumer for ever,
+    whatever store it has: somebody gave it this address. Other addresses may become another one's. `lost` is called
+    when a link fails.
     """
 
     def __init__(
@@ -108,9 +110,11 @@ class Outlet:
         place: Place | None = None,
         fixed: bool = True,
         lost: Callable[[], None] = lambda: None,
+        spooled: bool = False,
     ) -> None:
         self.make_sink = make_sink
         self.link = link
+        self.told = None if spooled else link
         self.place = place
         self.lost = lost
         self.breaker = Breaker()

@@ -209,7 +209,7 @@ class LinkSink:
         """A link's socket is connected, and the handshake begins."""
         self._opening = sock
         if self._aborted:
-            _shut(sock)
+            raise OSError("the server is stopping")
 
     def _look(self, link: ClientConnection) -> None:
         """Reads what has come while there was nothing to wait for. Raises OSError when the link has ended."""

@@ -18,7 +18,8 @@ from websockets.sync.server import serve
 import forwarder
 import sinks
 import websock
-from forwarder import Breaker, Forwarder
+from forwarder import Forwarder
+from outlets import Breaker, Outlet
 from ringbuffer import Closed, Ring
 from sinks import LinkSink, LinkState, SinkError, StoreSink
 from store import Store
@@ -61,6 +62,7 @@ class FakeSink:
         self.error = SinkError("aborted")
         self.gate.set()
 
+    def connect(self) -> None: ...
     def idle(self) -> None: ...
     def close(self) -> None: ...
 
@@ -74,7 +76,7 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def forwarding(ring: Ring, sink: FakeSink, most: int = 8) -> Iterator[Forwarder]:
-    running = Forwarder(ring, lambda connected: sink, most)
+    running = Forwarder(ring, [Outlet(lambda connected: sink)], most)
     try:
         yield running
     finally:
@@ -124,7 +126,7 @@ def test_a_link_that_fails_while_others_store_is_no_consumer_that_is_away(
     ring, sink, state = Ring(10), FakeSink(), LinkState("there:1")
     state.works()
     sink.error = SinkError("503")
-    running = Forwarder(ring, lambda connected: sink, 8, link=state)
+    running = Forwarder(ring, [Outlet(lambda connected: sink, state)], 8)
     try:
         end = put(ring, 1)
         eventually(lambda: sink.calls > 3)
@@ -134,7 +136,7 @@ def test_a_link_that_fails_while_others_store_is_no_consumer_that_is_away(
         sink.error = None
         assert ring.wait_committed(end, 20)
         eventually(lambda: not state.down)
-        assert running.linked == sink.ready
+        assert running.linked(running.outlets[0]) == sink.ready
     finally:
         ring.abort()
         assert running.stop(20)
@@ -193,13 +195,13 @@ def test_a_worker_without_a_link_makes_none_while_another_probes() -> None:
     ring, sink = Ring(4), FakeSink()
     sink.ready = False
     with forwarding(ring, sink) as running:
-        prober = threading.Thread(target=running._breaker.failed)
+        prober = threading.Thread(target=running.outlets[0].breaker.failed)
         prober.start()
         prober.join()
         put(ring, 1)
         eventually(lambda: ring.stats().backlog == 1 and not ring.wants_workers, "the worker put it back")
         assert sink.calls == 0
-        running._breaker._prober = None
+        running.outlets[0].breaker._prober = None
         assert ring.wait_committed(1, 20)
 
 
@@ -214,7 +216,7 @@ def test_workers_whose_links_work_go_on_while_another_is_refused() -> None:
         made.append(bad if made else good)
         return made[-1]
 
-    running = Forwarder(ring, make, 8)
+    running = Forwarder(ring, [Outlet(make)], 8)
     try:
         put(ring, 1, 2, 3, 4)
         eventually(lambda: bad.calls > 3, "a second worker starts, and fails again and again")
@@ -260,7 +262,7 @@ def test_only_the_first_to_fail_probes_until_it_succeeds_or_retires(monkeypatch:
 def test_stop_ends_a_worker_that_waits_for_its_sink() -> None:
     ring, sink = Ring(4), FakeSink()
     sink.gate.clear()
-    running = Forwarder(ring, lambda connected: sink, 1)
+    running = Forwarder(ring, [Outlet(lambda connected: sink)], 1)
     put(ring, 1)
     eventually(lambda: sink.busy == 1)
     ring.abort()
@@ -503,7 +505,7 @@ def test_reconnects_are_counted_and_nothing_is_lost_over_a_link_that_keeps_faili
 
     ring = Ring(16)
     with consumer(answer) as port:
-        running = Forwarder(ring, lambda connected: LinkSink("localhost", port, connected), 4)
+        running = Forwarder(ring, [Outlet(lambda connected: LinkSink("localhost", port, connected))], 4)
         assert ring.wait_committed(put(ring, *range(400)), 30)
         ring.close()
         assert ring.join(20) and running.stop(20)
