@@ -149,17 +149,17 @@ class Forwarder:
         except Closed:
             return False
         if outlet.breaker.probed_by_another and not sink.ready:
-            self._ring.requeue(batch, batch.mark)
+            self._ring.requeue(batch)
             return not self._retire(outlet)
         try:
             self._start_worker()
             sink.store(Block(batch.runs, batch.values))
         except Exception as error:
             if isinstance(error, SinkError) and not isinstance(error, InDoubt):
-                self._ring.requeue(batch, batch.mark)
+                self._ring.requeue(batch)
             else:
                 outlet.doubted = True
-                self._ring.requeue(batch, outlet.pin(getattr(error, "store", None)))
+                self._ring.requeue(batch, None if outlet.alone else outlet.pin(getattr(error, "store", None)))
             return self._failed(outlet, error)
         self._ring.commit(batch)
         outlet.doubted = False

@@ -100,7 +100,7 @@ class Outlet:
     `link` is what is known of the consumer at `place`, where the sinks are links; `told` is the same, if the workers
     are to tell it what they find out, and not the spool. If it is `fixed`, that is the same consumer for ever,
     whatever store it has: somebody gave it this address. Other addresses may become another one's. `lost` is called
-    when a link fails.
+    when a link fails. It is `alone` if there never will be another outlet: then nothing needs a pin.
     """
 
     def __init__(
@@ -111,10 +111,12 @@ class Outlet:
         fixed: bool = True,
         lost: Callable[[], None] = lambda: None,
         spooled: bool = False,
+        alone: bool = True,
     ) -> None:
         self.make_sink = make_sink
         self.link = link
         self.told = None if spooled else link
+        self.alone = alone
         self.place = place
         self.lost = lost
         self.breaker = Breaker()

@@ -149,7 +149,7 @@ class Readiness:
     """Knows what a record's way goes through: the ring, then the own store, or the links, those of `forwarder`, and
     perhaps the spool.
 
-    One consumer that would store is enough, unless records are in doubt at another: acks wait for these.
+    One consumer that would store is enough.
     """
 
     def __init__(
@@ -181,8 +181,6 @@ class Readiness:
                 found += away
                 if self._spool and why:
                     found.append(why)
-            elif len(self._forwarder.outlets) > 1 and (doubt := self._in_doubt()):
-                found.append(doubt)
         elif why := self._disk_fails(wait):
             found.append(why)
         if full := self._ring_full():
@@ -259,15 +257,6 @@ class Readiness:
             assert isinstance(mark, Pin)
             found[mark.outlet] = found.get(mark.outlet, 0) + size
         return found
-
-    def _in_doubt(self) -> Reason | None:
-        assert self._ring
-        doubts = self._doubts()
-        age = self._ring.stats().oldest_in_flight
-        if not doubts or age < STUCK:
-            return None
-        whose = ", ".join(f"{size} by {outlet.place}" for outlet, size in doubts.items())
-        return Reason("in_doubt", f"records that may be stored, {whose}: they wait for it, and acks with them", age)
 
     def _spool_refuses(self, wait: bool) -> Reason | None:
         assert self._spool

@@ -44,7 +44,7 @@ import notify
 import producer
 import spool
 from access import Access, BadKeys, Files
-from addresses import Address, AddressError, Listeners, Place, reaches, shown, unix_path
+from addresses import Address, AddressError, Listeners, Place, is_fixed, reaches, shown, unix_path
 from addresses import resolve as find
 from consumers import Consumers
 from database import StoreError
@@ -260,8 +260,9 @@ class Parts:
             link = self._make_link(outlet, connected)
             return spool.SpoolSink(link, self.spool) if self.spool else link
 
-        named = place.host == place.name
-        outlet = Outlet(make_sink, LinkState(str(place)), place, named, lost, spooled=bool(self.settings.spool))
+        spooled = bool(self.settings.spool)
+        alone = len(self.settings.consumers) == 1 and (spooled or is_fixed(place.name))
+        outlet = Outlet(make_sink, LinkState(str(place)), place, place.host == place.name, lost, spooled, alone)
         return outlet
 
     def _make_link(self, outlet: Outlet, connected: Callable[[], None]) -> LinkSink:

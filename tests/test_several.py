@@ -1,19 +1,16 @@
-"""Publishers with several consumers, as real processes: work spreads, who fails is left out until it is back, and what is
-in doubt goes where it may be stored already.
+"""Publishers with several consumers, as real processes: work spreads, who fails is left out until it is back, and what
+is in doubt goes where it may be stored already.
 """
 
-import json
 import signal
 import uuid
-from array import array
-from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 from threading import Event
 
 import pytest
 from checks import SHORT_TIMES, TIMEOUT, Load, problems, short_times
-from harness import DEADLINE, RawClient, ServerProcess, eventually, frame, free_port, not_ready, rows, seeded, server
+from harness import ServerProcess, eventually, free_port, rows, seeded
 
 import producer
 
@@ -69,7 +66,7 @@ class Fleet:
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Producers that never resend: with separate databases what they sent again might be stored in the other one, too."""
+    """Producers that never send again: with separate databases that might be stored in the other one, too."""
     short_times(monkeypatch)
     monkeypatch.setattr(producer, "STALL_TIMEOUT", 600)
 
