@@ -17,7 +17,7 @@ get it again, and as the last worker of an outlet stays there is always one, whi
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import NamedTuple
 
@@ -127,7 +127,11 @@ class Forwarder:
 
     def step(self, outlet: Outlet, sink: Sink) -> bool:
         """One turn of a worker: takes a batch, stores it, and commits or requeues it. False when it should end."""
-        if not outlet.breaker.pause() or self._leaves(outlet):
+
+        def takes(mark: object) -> bool:
+            return outlet.takes(mark, sink.identity)
+
+        if not outlet.breaker.pause() or self._leaves(outlet, takes):
             return False
         several = len(self._outlets) > 1
         if several and not sink.ready:
@@ -140,7 +144,7 @@ class Forwarder:
             if not outlet.doubted:
                 self._answers(outlet)
         try:
-            batch = self._ring.reserve(self._limit, IDLE_SECONDS, outlet.takes if several else None)
+            batch = self._ring.reserve(self._limit, IDLE_SECONDS, takes if several else None)
         except TimeoutError:
             if self._retire(outlet):
                 return False
@@ -148,7 +152,7 @@ class Forwarder:
             return True
         except Closed:
             return False
-        if outlet.breaker.probed_by_another and not sink.ready:
+        if outlet.breaker.probed_by_another and (not sink.ready or (several and outlet.doubted)):
             self._ring.requeue(batch)
             return not self._retire(outlet)
         try:
@@ -260,9 +264,9 @@ class Forwarder:
         outlet.breaker.left()
         return True
 
-    def _leaves(self, outlet: Outlet) -> bool:
+    def _leaves(self, outlet: Outlet, takes: Callable[[object], bool]) -> bool:
         """Counts the calling worker out if nobody names its outlet any more, and nothing is in doubt there."""
-        return outlet.leaving and not self._ring.has_for(outlet.takes) and self._retire(outlet, last=True)
+        return outlet.leaving and not self._ring.has_for(takes) and self._retire(outlet, last=True)
 
     def _crowds(self, outlet: Outlet) -> bool:
         """True when there are as many workers as there may be, and another outlet has two fewer: it was away."""

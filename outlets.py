@@ -4,9 +4,8 @@ A batch that a consumer may have stored, and has not acked, is *in doubt*: anoth
 own, would not know it for a duplicate. It gets a `Pin`, the ring's mark, and waits for a worker of an outlet that
 takes that: the same consumer's, or one's with the same store.
 
-`Breaker._lock` guards who probes. The rest of an outlet is the forwarder's, under the forwarder's lock, but for
-`store`: that is set by the outlet's workers, as they connect, each before it reserves, so that what waits for such a
-store finds a worker.
+`Breaker._lock` guards who probes. The rest of an outlet is the forwarder's, under the forwarder's lock, or is one value
+that workers read and write as they are.
 """
 
 import threading
@@ -120,24 +119,19 @@ class Outlet:
         self.place = place
         self.lost = lost
         self.breaker = Breaker()
-        self.store: str | None = None  # what the consumer last said
         self.doubted = False  # the last batch that was sent failed: a link alone proves nothing
         self._fixed = fixed
         # The forwarder's, under its lock.
         self.workers = 0  # not counting those that retire
         self.leaving = False  # nobody names it any more: its workers end
 
-    def announced(self, store: str | None) -> None:
-        """The consumer, which was connected to just now, says that it stores in this store, or says nothing."""
-        self.store = store
-
     def pin(self, store: str | None) -> Pin:
         """The mark of a batch that was sent here, and that this store may have."""
         return Pin(self, store)
 
-    def takes(self, mark: object) -> bool:
-        """True when a batch with this mark may be stored here."""
+    def takes(self, mark: object, store: str | None) -> bool:
+        """True when a batch with this mark may be sent on a link to here, at whose end is this store."""
         assert isinstance(mark, Pin)
-        if mark.store is not None and mark.store == self.store:
+        if mark.store is not None and mark.store == store:
             return True
-        return mark.outlet is self and (self._fixed or mark.store is None or self.store is None)
+        return mark.outlet is self and (self._fixed or mark.store is None or store is None)

@@ -168,8 +168,8 @@ class Ring:
     def reserve(self, limit: int, timeout: float | None = None, takes: Callable[[object], bool] | None = None) -> Batch:
         """Hands out the oldest requeued batch, unchanged, or else up to `limit` of the next values.
 
-        Marked ones only if it `takes` their mark; without it, all. It is called under the lock. What it says must not
-        change from no to yes while it waits, or nobody wakes it.
+        Marked ones only if it `takes` their mark; without it, all. That is called under the lock; what it says must not
+        change from no to yes while the call blocks: nobody would wake it.
 
         Blocks while there is nothing. Raises TimeoutError after `timeout` seconds, and Closed when the
         ring is closed and everything is committed: until then a batch in flight may come back.

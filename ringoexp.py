@@ -270,7 +270,7 @@ class Parts:
         host, port, name = outlet.place
         patience = spool.PATIENCE if self.settings.spool else None
         is_own = self.server.listeners.is_own
-        return LinkSink(host, port, connected, patience, is_own, self.access, name, outlet.announced)
+        return LinkSink(host, port, connected, patience, is_own, self.access, name)
 
     def stored(self) -> int:
         """Records stored since the start."""

@@ -42,13 +42,16 @@ class InDoubt(SinkError):
 class Sink(Protocol):
     """Where a worker stores. `store` returns when the block is on disk, or raises SinkError: InDoubt when it may be.
 
-    `ready` says that it would not have to connect first, which `connect` does; it raises SinkError. `idle` is called
+    `ready` says that it would not have to connect first, which `connect` does; it raises SinkError. `identity` is which
+    store it is at the other end of its link, if there is one, and that is known. `idle` is called
     now and then while there is nothing to store. `abort` is for other threads and makes a `store` that waits for a
     peer, and `connect`, fail.
     """
 
     @property
     def ready(self) -> bool: ...
+    @property
+    def identity(self) -> str | None: ...
     def connect(self) -> None: ...
     def store(self, block: Block) -> None: ...
     def idle(self) -> None: ...
@@ -60,6 +63,7 @@ class StoreSink:
     """The local store as a sink."""
 
     ready = True
+    identity = None
 
     def __init__(self, store: Storage) -> None:
         self._store = store
@@ -89,8 +93,7 @@ class LinkSink:
 
     `patience` is how many seconds the consumer has to take a block, and as many again to ack it. `is_own` knows
     the server's own addresses: it makes no link to itself. What it shows the consumer, and whether it speaks TLS, is
-    in `access`. `name` is the host's, where `host` is only one of its addresses. `announced` is told with each link
-    which store the consumer says that it stores in, None if it does not.
+    in `access`. `name` is the host's, where `host` is only one of its addresses.
     """
 
     def __init__(
@@ -102,7 +105,6 @@ class LinkSink:
         is_own: Callable[[Address], bool] = lambda address: False,
         access: Access | None = None,
         name: str | None = None,
-        announced: Callable[[str | None], None] = lambda store: None,
     ) -> None:
         self._host = host
         self._port = port
@@ -111,7 +113,6 @@ class LinkSink:
         self._is_own = is_own
         self._access = access or Access()
         self._name = name
-        self._announced = announced
         self._link: ClientConnection | None = None
         self._opening: Any = None  # the socket of a link that is being made
         self._sent = 0  # records sent on this link, all acked unless a store is under way
@@ -123,12 +124,23 @@ class LinkSink:
         """True while there is a link."""
         return self._link is not None
 
+    @property
+    def identity(self) -> str | None:
+        """What the consumer at the other end calls its store."""
+        return self._link.store if self._link else None
+
     def store(self, block: Block) -> None:
         """Returns when the consumer has acked the block. Raises SinkError when it has not; the link is closed then.
 
         InDoubt once it began to send, unless a store says goodbye as it stops: it has acked all that it has stored.
+        It makes no link in place of one that has ended meanwhile: another store might be at the end of that.
         """
-        self._drop_if_ended()
+        if self._link:
+            try:
+                self._look(self._link)
+            except OSError as error:
+                self._drop()
+                raise SinkError(f"{shown(self._host, self._port)}: {error}") from error
         self.connect()
         link = self._link
         assert link is not None
@@ -202,7 +214,6 @@ class LinkSink:
             raise OSError("that is this server itself: it would forward in a circle")
         if self._aborted:  # while it connected: `abort` did not see the link
             raise OSError("the server is stopping")
-        self._announced(self._link.store)
         self._connected()
 
     def _opened(self, sock: Any) -> None:
@@ -219,15 +230,6 @@ class LinkSink:
             link.parse(data)
         if link.ending or data == b"":
             raise ConnectionResetError("the consumer closed the connection")
-
-    def _drop_if_ended(self) -> None:
-        """Drops a link that has ended: nothing that is sent on it would arrive, but nobody could be sure of that."""
-        if self._link:
-            try:
-                self._look(self._link)
-            except OSError as error:
-                log.debug("idle_link_lost", {"reason": str(error)})
-                self._drop()
 
     def _await_ack(self, link: ClientConnection) -> None:
         """Reads until everything sent is acked. Raises OSError when the link ends before, or has run out of time."""

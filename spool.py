@@ -200,6 +200,8 @@ class Spool:
 class SpoolSink:
     """A worker's sink: a link to the consumer, and the spool while the consumer is away."""
 
+    identity = None  # of two
+
     def __init__(self, link: LinkSink, spool: Spool) -> None:
         self._link = link
         self._spool = spool

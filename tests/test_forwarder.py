@@ -32,6 +32,7 @@ class FakeSink:
     """Stores in a list, once `gate` is open; fails as long as `error` is set."""
 
     ready = True
+    identity: str | None = None
 
     def __init__(self) -> None:
         self.gate = threading.Event()
