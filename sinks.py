@@ -116,6 +116,7 @@ class LinkSink:
         self._link: ClientConnection | None = None
         self._opening: Any = None  # the socket of a link that is being made
         self._sent = 0  # records sent on this link, all acked unless a store is under way
+        self._acked = 0  # of these
         self._pinged = False  # and nothing has come from the consumer since
         self._aborted = False
 
@@ -156,7 +157,8 @@ class LinkSink:
         except (OSError, WireError) as error:
             self._drop()
             reason = f"{shown(self._host, self._port)}: {error}"
-            if link.store and link.ending and link.ending[0] == GOING_AWAY and not link.at_fault:
+            none_acked = self._sent - self._acked == len(block.values)
+            if link.store and link.ending and link.ending[0] == GOING_AWAY and not link.at_fault and none_acked:
                 raise SinkError(reason) from error
             raise InDoubt(reason, link.store) from error
 
@@ -208,7 +210,7 @@ class LinkSink:
             self._link = ClientConnection(*where, keys.client, keys.token, self._name, self._opened)
         finally:
             self._opening = None
-        self._sent = 0
+        self._sent = self._acked = 0
         self._pinged = False
         if self._is_own(peer(self._link.sock, self._host)):  # the name did not resolve at the start, or changed
             raise OSError("that is this server itself: it would forward in a circle")
@@ -240,6 +242,7 @@ class LinkSink:
                 acked = decode_ack(message.payloads)
                 if acked > self._sent:
                     raise WireError(f"acked {acked} records of {self._sent} sent")
+                self._acked = acked
                 if acked == self._sent:
                     return
             if link.ending:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from harness import Blocked, eventually, free_port, raw_link, rows
+from websockets.http11 import Response
 from websockets.sync.server import ServerConnection as Peer
 from websockets.sync.server import serve
 
@@ -21,7 +22,7 @@ import websock
 from forwarder import Forwarder
 from outlets import Breaker, Outlet
 from ringbuffer import Closed, Ring
-from sinks import LinkSink, LinkState, SinkError, StoreSink
+from sinks import InDoubt, LinkSink, LinkState, SinkError, StoreSink
 from store import Store
 from wire import SUBPROTOCOL, Block, Run, decode_batch, encode_ack
 
@@ -291,9 +292,14 @@ def a_block(*values: int) -> Block:
 
 
 @contextmanager
-def consumer(answer: Callable[[Peer], None]) -> Iterator[int]:
-    """A consumer that nobody here wrote, with `answer` for each link; its port."""
-    with serve(answer, "localhost", 0, subprotocols=[SUBPROTOCOL]) as peer:  # type: ignore[list-item]
+def consumer(answer: Callable[[Peer], None], store: str | None = None) -> Iterator[int]:
+    """A consumer that nobody here wrote, with `answer` for each link; its port. It says which `store` it has."""
+
+    def announce(peer: Peer, request: object, response: Response) -> None:
+        if store is not None:
+            response.headers["X-Ringoexp-Store"] = store
+
+    with serve(answer, "localhost", 0, subprotocols=[SUBPROTOCOL], process_response=announce) as peer:  # type: ignore[list-item]
         thread = threading.Thread(target=peer.serve_forever)
         thread.start()
         try:
@@ -410,6 +416,81 @@ def test_a_consumer_that_refuses_the_link_is_told_apart() -> None:
                 accepted.shutdown(socket.SHUT_WR)
                 with pytest.raises(SinkError, match=said):
                     call.result()
+
+
+@pytest.mark.parametrize("store", [None, "6f1c", "x" * 201])
+def test_a_block_that_was_sent_and_not_acked_is_in_doubt_and_the_store_is_named(store: str | None) -> None:
+    with consumer(lambda peer: (peer.recv(), peer.socket.shutdown(2)), store) as port:
+        sink = LinkSink("localhost", port)
+        assert sink.identity is None
+        sink.connect()
+        known = store if store != "x" * 201 else None  # that is no name
+        assert sink.ready and sink.identity == known
+        with pytest.raises(InDoubt) as failed:
+            sink.store(a_block(1))
+        assert failed.value.store == known and not sink.ready and sink.identity is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "store", "sure"),
+    [
+        (lambda peer: (peer.recv(), peer.close(1001, "the server is stopping")), "x", True),
+        (lambda peer: (peer.recv(), peer.close(1001, "the server is stopping")), None, False),  # a publisher, perhaps
+        (lambda peer: (peer.recv(), peer.close(1011, "not stored: disk full")), "x", False),
+        (lambda peer: (peer.recv(), peer.send(encode_ack(1)), peer.close(1001)), "x", False),
+    ],
+)
+def test_a_store_that_says_goodbye_has_acked_what_it_has_stored(
+    answer: Callable[[Peer], None], store: str | None, sure: bool
+) -> None:
+    """What it acked of a block, though, it has: then the block is in doubt, as no store acks parts."""
+    with consumer(answer, store) as port:
+        with pytest.raises(SinkError) as failed:
+            LinkSink("localhost", port).store(a_block(1, 2))
+        assert isinstance(failed.value, InDoubt) is not sure
+
+
+def test_nothing_is_in_doubt_when_no_link_could_be_made() -> None:
+    with pytest.raises(SinkError) as failed:
+        LinkSink("localhost", free_port()).connect()
+    assert not isinstance(failed.value, InDoubt)
+
+
+def test_on_a_link_that_has_ended_nothing_is_sent_and_nothing_is_in_doubt() -> None:
+    """Nor is another one made: at its end might be another store than the one that the block is for."""
+    links: list[int] = []
+    with socket.create_server(("localhost", 0)) as listener:
+        sink = LinkSink("localhost", listener.getsockname()[1], lambda: links.append(1))
+        call = Blocked(sink.connect)
+        with raw_link(listener) as peer:
+            call.result()
+            peer.shutdown(socket.SHUT_WR)
+            eventually(lambda: sink._link and sink._link.is_gone())
+            with pytest.raises(SinkError, match="closed the connection") as failed:
+                sink.store(a_block(1))
+            assert not isinstance(failed.value, InDoubt) and peer.recv(9) == b""
+    assert links == [1] and not sink.ready
+
+
+def test_abort_ends_a_connect_that_waits_for_an_answer() -> None:
+    with socket.create_server(("localhost", 0)) as listener:
+        sink = LinkSink("localhost", listener.getsockname()[1])
+        call = Blocked(sink.connect)
+        with listener.accept()[0] as peer:
+            assert peer.recv(65536) and call.still()
+            sink.abort()
+            with pytest.raises(SinkError):
+                call.result(2)
+
+
+def test_a_link_to_one_address_of_a_name_asks_for_the_name() -> None:
+    with socket.create_server(("localhost", 0)) as listener:
+        sink = LinkSink("127.0.0.1", listener.getsockname()[1], name="consumer.example")
+        call = Blocked(sink.connect)
+        with listener.accept()[0] as peer:
+            assert f"Host: consumer.example:{listener.getsockname()[1]}\r\n".encode() in peer.recv(65536)
+        with pytest.raises(SinkError, match="127.0.0.1:"):
+            call.result()
 
 
 def test_a_server_makes_no_link_to_itself() -> None:
