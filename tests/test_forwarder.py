@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness import Blocked, eventually, free_port, raw_link, rows
-from websockets.http11 import Response
+from harness import Blocked, consumer, eventually, free_port, raw_link, rows
 from websockets.sync.server import ServerConnection as Peer
 from websockets.sync.server import serve
 
@@ -24,7 +23,7 @@ from outlets import Breaker, Outlet
 from ringbuffer import Closed, Ring
 from sinks import InDoubt, LinkSink, LinkState, SinkError, StoreSink
 from store import Store
-from wire import SUBPROTOCOL, Block, Run, decode_batch, encode_ack
+from wire import Block, Run, decode_batch, encode_ack
 
 SOURCE = b"s" * 16
 
@@ -289,24 +288,6 @@ def test_the_store_sink_stores_and_says_why_it_cannot(tmp_path: Path) -> None:
 
 def a_block(*values: int) -> Block:
     return Block([Run(SOURCE, 0, len(values))], array("q", values))
-
-
-@contextmanager
-def consumer(answer: Callable[[Peer], None], store: str | None = None) -> Iterator[int]:
-    """A consumer that nobody here wrote, with `answer` for each link; its port. It says which `store` it has."""
-
-    def announce(peer: Peer, request: object, response: Response) -> None:
-        if store is not None:
-            response.headers["X-Ringoexp-Store"] = store
-
-    with serve(answer, "localhost", 0, subprotocols=[SUBPROTOCOL], process_response=announce) as peer:  # type: ignore[list-item]
-        thread = threading.Thread(target=peer.serve_forever)
-        thread.start()
-        try:
-            yield peer.socket.getsockname()[1]
-        finally:
-            peer.shutdown()
-            thread.join(20)
 
 
 def test_a_link_sends_batches_and_returns_with_their_cumulative_acks() -> None:
