@@ -204,6 +204,7 @@ def test_one_that_is_away_is_left_out_until_it_is_back_and_all_say_so(tmp_path: 
         for number, up in enumerate((1, 0)):
             assert f'ringoexp_link_up{{consumer="{fleet.address(number)}"}} {up}\n' in metrics
         assert "\nringoexp_consumer_up 1\n" in metrics and "\nringoexp_consumer_away_seconds 0.0\n" in metrics
+        eventually(lambda: log(fleet.publisher, "link_down") == [fleet.address(1)])
         fleet.kill(0)
         eventually(lambda: not_ready(fleet.publisher) == ["consumer_unreachable"] * 2)
         details = [why["detail"] for why in json.loads(fleet.publisher.get("/v1.0/ready")[2])["reasons"]]
