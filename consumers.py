@@ -18,7 +18,9 @@ from outlets import Outlet
 log = logging.getLogger("ringoexp.link")
 
 SOON = 1.0
+"""Seconds between two questions at least, when links fail."""
 NOW_AND_THEN = 30.0
+"""Seconds after which a name is resolved again in any case."""
 
 
 class Workers(Protocol):
