@@ -23,6 +23,8 @@ log = logging.getLogger("ringoexp.link")
 
 ACK_TIMEOUT = 30.0
 """Seconds a consumer has to take a batch, and to ack it, before the link is given up."""
+LOOK_AFTER = 0.02
+"""Seconds after the last ack from when on it is looked whether a link has ended, before a block is sent on it."""
 GOING_AWAY = 1001
 """The close code of a server that stops."""
 
@@ -117,6 +119,7 @@ class LinkSink:
         self._opening: Any = None  # the socket of a link that is being made
         self._sent = 0  # records sent on this link, all acked unless a store is under way
         self._acked = 0  # of these
+        self._acked_at = float("-inf")  # monotonic seconds
         self._pinged = False  # and nothing has come from the consumer since
         self._aborted = False
 
@@ -136,7 +139,7 @@ class LinkSink:
         InDoubt once it began to send, unless a store says goodbye as it stops: it has acked all that it has stored.
         It makes no link in place of one that has ended meanwhile: another store might be at the end of that.
         """
-        if self._link:
+        if self._link and monotonic() - self._acked_at >= LOOK_AFTER:
             try:
                 self._look(self._link)
             except OSError as error:
@@ -151,7 +154,7 @@ class LinkSink:
             link.send_bytes(message)
             self._sent += len(block.values)
             self._await_ack(link)
-            self._pinged = False
+            self._pinged, self._acked_at = False, monotonic()
             if link.ending:  # acked, and then it said goodbye
                 self.close()
         except (OSError, WireError) as error:
