@@ -15,7 +15,7 @@ import stat
 import sys
 from collections.abc import Sequence
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, NamedTuple
 
 log = logging.getLogger("ringoexp.http")
 
@@ -41,6 +41,76 @@ Address = tuple[int, Any]
 
 class AddressError(Exception):
     """An address cannot be had. The text says which, and why."""
+
+
+class Place(NamedTuple):
+    """Where to connect to, and by which name its server goes, in its certificate and in requests."""
+
+    host: str
+    port: int
+    name: str
+
+    def __str__(self) -> str:
+        return shown(self.host, self.port)
+
+
+def listed(text: str, port: int) -> list[tuple[str, int]]:
+    """The hosts and ports of a list with commas; `port` where there is none. Raises ValueError, which says why.
+
+    Each is `host`, `host:port`, an IPv6 address, that in brackets, `[address]:port`, or `unix:PATH`.
+    """
+    found = [_host_port(part.strip(), port) for part in text.split(",")]
+    if len(set(found)) < len(found):
+        raise ValueError("one of them is named twice")
+    return found
+
+
+def _host_port(text: str, port: int) -> tuple[str, int]:
+    host, colon, number = text.rpartition(":")
+    if text.startswith(UNIX):
+        if not text.removeprefix(UNIX).strip():
+            raise ValueError("unix:PATH, the path of a Unix socket")
+        return text, 0
+    if text.startswith("[") and text.endswith("]"):
+        host, colon = text, ""
+    elif text.count(":") != 1 and not text.startswith("["):  # none, or an IPv6 address
+        host, colon = text, ""
+    if colon:
+        if not (number.isascii() and number.isdigit() and len(number) < 6 and 0 < int(number) < 65536):
+            raise ValueError(f"the port {number!r} of {text!r}: 1 to 65535")
+        port = int(number)
+    if host.startswith("[") and host.endswith("]") and ":" in host:
+        host = host[1:-1]
+    if not host.strip() or "[" in host or "]" in host:
+        raise ValueError(f"{text!r}: HOST, HOST:PORT, [IPv6]:PORT or unix:PATH")
+    return host, port
+
+
+def is_fixed(host: str) -> bool:
+    """True for what no name service has a say in: an address, a Unix socket, `localhost`."""
+    if host.lower() == "localhost" or host.startswith(UNIX):
+        return True
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def places(host: str, port: int) -> list[Place]:
+    """The servers behind a host: one for each address of a name with several. Raises AddressError.
+
+    Of IPv4 and IPv6, that of which it has more: a name with one of each is one server that has both.
+    """
+    if is_fixed(host):
+        return [Place(host, port, host)]
+    found = resolve(host, port)
+    four = [address for address in found if address[0] == socket.AF_INET]
+    six = [address for address in found if address[0] != socket.AF_INET]
+    most = four if len(four) >= len(six) else six
+    if len(most) == 1:
+        return [Place(host, port, host)]
+    return [Place(str(address[0]), port, host) for _, address in most]
 
 
 def unix_path(host: str) -> str | None:

@@ -1,26 +1,29 @@
 """The publisher's workers: reserve from the ring, store through a sink, commit.
 
-Each worker is a thread, `forward-N`, with a sink of its own. The first worker starts with the forwarder; more
-start when one has taken its batch, values are left and no worker is idle, up to the maximum, and retire after
-IDLE_SECONDS without work.
+Each worker is a thread, `forward-N`, with a sink of its own, of one outlet. The first one of each outlet starts with
+the forwarder; more start when one has taken its batch, values are left and no worker is idle, up to the maximum, and
+retire after IDLE_SECONDS without work. The last of each outlet stays.
 
-When a sink fails, its worker becomes the prober: it tries again, each time after a longer pause. Until it
-succeeds no worker is started and none makes a link but the prober, and whoever fails too retires: no storm
-of reconnects. Workers whose own links work go on with what the prober gave back.
+When a sink fails, its worker becomes the prober of its outlet: it tries again, each time after a longer pause. Until
+it succeeds no worker of that outlet is started and none makes a link but the prober, and whoever fails too retires:
+no storm of reconnects. Workers whose own links work go on with what the prober gave back.
 
-`Forwarder._lock` guards the workers and the count of reconnects, `Breaker._lock` who probes.
-Nothing is stored or sent under either.
+With several outlets a worker makes its link before it takes a batch: one that is away holds nothing up. New workers
+go where there are fewest. A batch in doubt goes back to the ring with its outlet's pin: only workers that take that
+get it again, and as the last worker of an outlet stays there is always one, which probes.
+
+`Forwarder._lock` guards the outlets, the workers and the count of reconnects. Nothing is stored or sent under it.
 """
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import NamedTuple
 
+from outlets import Outlet
 from ringbuffer import Closed, Ring
-from sinks import LinkState, Sink, SinkError
-from websock import backoff
+from sinks import InDoubt, Sink, SinkError
 from wire import MAX_RUNS, Block
 
 log = logging.getLogger("ringoexp.forward")
@@ -32,74 +35,6 @@ QUIET_SECONDS = 1.0
 IDLE_SECONDS = 10.0
 
 
-class Breaker:
-    """Remembers that a sink failed, and which one worker, the *prober*, is to try again, after a pause.
-
-    The first worker to fail is the prober until it succeeds or retires; the pauses are exponential with full
-    jitter. `_lock` guards everything, `_stopped` shares it and is notified by `stop`.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._stopped = threading.Condition(self._lock)
-        self._failures = 0  # of the prober, in a row
-        self._prober: threading.Thread | None = None
-        self._stopping = False
-
-    @property
-    def away(self) -> bool:
-        """True while there is a prober."""
-        return self._prober is not None  # one read: no lock needed
-
-    @property
-    def probed_by_another(self) -> bool:
-        """True while another thread than the calling one is the prober."""
-        prober = self._prober
-        return prober is not None and prober is not threading.current_thread()
-
-    def failed(self) -> int:
-        """The calling thread's sink failed. How often in a row, if it is now the prober; 0 if another one is."""
-        with self._lock:
-            if self._prober is None:
-                self._prober = threading.current_thread()
-            if self._prober is not threading.current_thread():
-                return 0
-            self._failures += 1
-            return self._failures
-
-    def succeeded(self) -> bool:
-        """The calling thread's sink works. True when it was the prober, and is no more."""
-        with self._lock:
-            return self._leave()
-
-    def left(self) -> None:
-        """The calling thread retires: it probes no more."""
-        with self._lock:
-            self._leave()
-
-    def pause(self) -> bool:
-        """Returns after the prober's pause, and to others at once: True, or False once stopped."""
-        with self._lock:
-            if self._prober is threading.current_thread() and self._failures:
-                until = monotonic() + backoff(self._failures)
-                while not self._stopping and (left := until - monotonic()) > 0:
-                    self._stopped.wait(left)
-            return not self._stopping
-
-    def stop(self) -> None:
-        """Ends the pause; there are no more."""
-        with self._lock:
-            self._stopping = True
-            self._stopped.notify_all()
-
-    def _leave(self) -> bool:
-        assert self._lock.locked()
-        if self._prober is not threading.current_thread():
-            return False
-        self._prober, self._failures = None, 0
-        return True
-
-
 class ForwarderStats(NamedTuple):
     """A snapshot of the workers and their links."""
 
@@ -109,45 +44,62 @@ class ForwarderStats(NamedTuple):
 
 
 class Forwarder:
-    """Workers that drain `ring` into sinks that `make_sink` makes, at most `most` at once, in batches of at
-    most `most_records`. `link` is told what they find out, where their sinks are links. Starts at once.
+    """Workers that drain `ring` into `outlets`, at most `most` at once, but one for each outlet, in batches of at
+    most `most_records`. Starts at once.
 
-    `make_sink` gets a callback, to be called when a link is made. Workers start workers, as they take a batch: what
-    comes while the only one waits for its sink waits with it, and could not be acked before that batch anyway.
+    Workers start workers, as they take a batch: what comes while the only one waits for its sink waits with it, and
+    could not be acked before that batch anyway.
     """
 
-    def __init__(
-        self,
-        ring: Ring,
-        make_sink: Callable[[Callable[[], None]], Sink],
-        most: int,
-        most_records: int = BATCH_RECORDS,
-        link: LinkState | None = None,
-    ) -> None:
+    def __init__(self, ring: Ring, outlets: Sequence[Outlet], most: int, most_records: int = BATCH_RECORDS) -> None:
         self._ring = ring
-        self._make_sink = make_sink
         self._most = most
-        self._link = link
         # Half a ring at the most, so that producers fill the other half meanwhile.
         self._limit = min(BATCH_RECORDS, most_records, max(1, ring.capacity // 2))
-        self._breaker = Breaker()
 
         self._lock = threading.Lock()
         # Guarded by _lock.
-        self._workers: dict[threading.Thread, Sink] = {}  # all whose thread runs
+        self._outlets = tuple(outlets)  # replaced as a whole; who only reads it reads it once
+        self._workers: dict[threading.Thread, tuple[Outlet, Sink]] = {}  # all whose thread runs
         self._working: set[threading.Thread] = set()  # those of them that are not retiring
         self._started = 0
         self._most_workers = 0
         self._reconnects = 0
         self._stopping = False
 
-        self._start_worker(first=True)
+        for outlet in outlets:
+            self._start_worker(outlet)
 
     @property
-    def linked(self) -> bool:
-        """True while a worker could store without connecting first."""
+    def outlets(self) -> Sequence[Outlet]:
+        """Where the workers store now, those included that only finish what they have begun."""
+        return self._outlets
+
+    def linked(self, outlet: Outlet) -> bool:
+        """True while a worker of this outlet could store without connecting first."""
         with self._lock:
-            return any(sink.ready for sink in self._workers.values())
+            return any(sink.ready for of, sink in self._workers.values() if of is outlet)
+
+    def change(self, added: Sequence[Outlet], dropped: Sequence[Outlet]) -> None:
+        """Stores in these too, and in those no more, once nothing is in doubt there."""
+        with self._lock:
+            if self._stopping:
+                return
+            for outlet in dropped:
+                outlet.leaving = True
+            self._outlets = (*self._outlets, *added)
+        for outlet in added:
+            try:
+                self._start_worker(outlet)
+            except RuntimeError:
+                pass  # it is logged; as the one with the fewest workers it gets the next
+
+    def keep(self, outlet: Outlet) -> bool:
+        """True when this outlet, that was dropped, could be taken back, as it has workers still."""
+        with self._lock:
+            if outlet.workers:
+                outlet.leaving = False
+            return not outlet.leaving
 
     def stats(self) -> ForwarderStats:
         """The workers now and the totals since the start."""
@@ -163,77 +115,116 @@ class Forwarder:
         with self._lock:
             self._stopping = True
             workers = dict(self._workers)
-        self._breaker.stop()
-        if not self._ring.join(0):
-            for sink in workers.values():
+        for outlet in self._outlets:
+            outlet.breaker.stop()
+        drained = self._ring.join(0)
+        for _, sink in workers.values():
+            if not (drained and sink.ready):  # who only connects has nothing to store
                 sink.abort()
         for thread in workers:
             thread.join(max(0.0, deadline - monotonic()))
         return not any(thread.is_alive() for thread in workers)
 
-    def step(self, sink: Sink) -> bool:
+    def step(self, outlet: Outlet, sink: Sink) -> bool:
         """One turn of a worker: takes a batch, stores it, and commits or requeues it. False when it should end."""
-        if not self._breaker.pause():
+
+        def takes(mark: object) -> bool:
+            return outlet.takes(mark, sink.identity)
+
+        if not outlet.breaker.pause() or self._leaves(outlet, takes):
             return False
+        several = len(self._outlets) > 1
+        if several and not sink.ready:
+            if outlet.breaker.probed_by_another:
+                return not self._retire(outlet)
+            try:
+                sink.connect()
+            except Exception as error:
+                return self._failed(outlet, error)
+            if not outlet.doubted:
+                self._answers(outlet)
         try:
-            batch = self._ring.reserve(self._limit, IDLE_SECONDS)
+            batch = self._ring.reserve(self._limit, IDLE_SECONDS, takes if several else None)
         except TimeoutError:
-            if self._retire():
+            if self._retire(outlet):
                 return False
             sink.idle()
             return True
         except Closed:
             return False
-        if self._breaker.probed_by_another and not sink.ready:
+        if outlet.breaker.probed_by_another and (not sink.ready or (several and outlet.doubted)):
             self._ring.requeue(batch)
-            return not self._retire()
+            return not self._retire(outlet)
         try:
             self._start_worker()
             sink.store(Block(batch.runs, batch.values))
         except Exception as error:
-            self._ring.requeue(batch)
-            failures = self._breaker.failed()
-            if isinstance(error, SinkError):
-                self._say_down(str(error), failures)
+            if isinstance(error, SinkError) and not isinstance(error, InDoubt):
+                self._ring.requeue(batch)
             else:
-                _log_unexpected(error)
-            return failures > 0 or not self._retire()
+                outlet.doubted = True
+                self._ring.requeue(batch, None if outlet.alone else outlet.pin(getattr(error, "store", None)))
+            return self._failed(outlet, error)
         self._ring.commit(batch)
-        back = self._breaker.succeeded()
-        if self._link:
-            self._link.works()
+        outlet.doubted = False
+        back = outlet.breaker.succeeded()
+        if outlet.told:
+            outlet.told.works()
         elif back:
             log.info("sink_up")
-        return True
+        return not (several and self._crowds(outlet) and self._retire(outlet))
 
-    def _say_down(self, reason: str, failures: int) -> None:
+    def _answers(self, outlet: Outlet) -> None:
+        """The calling worker has a link, and nothing is known against it."""
+        outlet.breaker.succeeded()
+        if outlet.told:
+            outlet.told.answers()
+
+    def _failed(self, outlet: Outlet, error: Exception) -> bool:
+        """The calling worker's sink failed. False when it should end."""
+        failures = outlet.breaker.failed()
+        if isinstance(error, SinkError):
+            self._say_down(outlet, str(error), failures)
+        else:
+            _log_unexpected(error)
+        outlet.lost()
+        return failures > 0 or not self._retire(outlet)
+
+    def _say_down(self, outlet: Outlet, reason: str, failures: int) -> None:
         """Says why the sink failed; `failures` counts the prober's, in a row, others do not count."""
-        if self._link and failures and self._link.stats().quiet >= QUIET_SECONDS:
-            self._link.failed(reason)
-        elif self._link:  # others store: this is one link's trouble, or the first sign of all of them
+        if outlet.told and failures and outlet.told.stats().quiet >= QUIET_SECONDS:
+            outlet.told.failed(reason)
+        elif outlet.told:  # others store: this is one link's trouble, or the first sign of all of them
             log.debug("link_failed", {"reason": reason})
         else:
             log.log(logging.WARNING if failures == 1 else logging.DEBUG, "sink_down", {"reason": reason})
 
-    def _run(self, sink: Sink) -> None:
+    def _run(self, outlet: Outlet, sink: Sink) -> None:
         """A worker's thread: `step` until it should retire. Logs what it did not expect, and goes on."""
         going = True
         while going:
             try:
-                going = self.step(sink)
+                going = self.step(outlet, sink)
             except Exception as error:
                 _log_unexpected(error)
         sink.close()
         with self._lock:
             self._workers.pop(threading.current_thread(), None)
-            self._working.discard(threading.current_thread())
+            self._count_out(outlet)
 
-    def _start_worker(self, first: bool = False) -> None:
-        """Starts one more worker if values wait, nobody is there to take them, and there may be one more."""
-        if not first and (self._breaker.away or not self._ring.wants_workers):
-            return
+    def _start_worker(self, first_of: Outlet | None = None) -> None:
+        """Starts one more worker if values wait, nobody is there to take them, and there may be one more.
+
+        The outlet that has the fewest gets it. Or else, without any condition, the first one of an outlet.
+        """
+        outlet = first_of
+        if outlet is None:
+            there = [each for each in self._outlets if not each.breaker.away and not each.leaving]
+            if not there or not self._ring.wants_workers:
+                return
+            outlet = min(there, key=lambda each: each.workers)
         with self._lock:
-            if self._stopping or len(self._working) >= self._most:
+            if self._stopping or (not first_of and len(self._working) >= self._most):
                 return
             self._started += 1
             links = 0
@@ -245,28 +236,52 @@ class Forwarder:
                     with self._lock:
                         self._reconnects += 1
 
-            sink = self._make_sink(connected)
+            sink = outlet.make_sink(connected)
             # Daemon: a second signal ends the process at once, whatever a worker waits for.
-            thread = threading.Thread(target=self._run, args=(sink,), name=f"forward-{self._started}", daemon=True)
+            thread = threading.Thread(
+                target=self._run, args=(outlet, sink), name=f"forward-{self._started}", daemon=True
+            )
             try:
                 thread.start()
             except RuntimeError as error:  # no more threads to be had: those that run go on
                 log.error("no_thread", {"error": str(error), "workers": len(self._workers)})
-                if first:
+                if first_of:
                     raise
                 return
-            self._workers[thread] = sink
+            self._workers[thread] = outlet, sink
             self._working.add(thread)
+            outlet.workers += 1
             self._most_workers = max(self._most_workers, len(self._working))
 
-    def _retire(self) -> bool:
-        """Counts the calling worker out, unless it is the last. True when it should end."""
+    def _retire(self, outlet: Outlet, last: bool = False) -> bool:
+        """Counts the calling worker out, unless it is the last of its outlet, if not even that shall stay. True when
+        it should end.
+        """
         with self._lock:
-            if len(self._working) < 2:
+            if outlet.workers < 2 and not last:
                 return False
-            self._working.discard(threading.current_thread())
-        self._breaker.left()
+            self._count_out(outlet)
+        outlet.breaker.left()
         return True
+
+    def _leaves(self, outlet: Outlet, takes: Callable[[object], bool]) -> bool:
+        """Counts the calling worker out if nobody names its outlet any more, and nothing is in doubt there."""
+        return outlet.leaving and not self._ring.has_for(takes) and self._retire(outlet, last=True)
+
+    def _crowds(self, outlet: Outlet) -> bool:
+        """True when there are as many workers as there may be, and another outlet has two fewer: it was away."""
+        if len(self._working) < self._most:
+            return False
+        there = (each for each in self._outlets if not each.breaker.away and not each.leaving)
+        return any(each.workers < outlet.workers - 1 for each in there)
+
+    def _count_out(self, outlet: Outlet) -> None:
+        assert self._lock.locked()
+        if threading.current_thread() in self._working:
+            self._working.discard(threading.current_thread())
+            outlet.workers -= 1
+            if outlet.leaving and not outlet.workers:
+                self._outlets = tuple(each for each in self._outlets if each is not outlet)
 
 
 def _log_unexpected(error: Exception) -> None:

@@ -35,19 +35,26 @@ LOST = (1006, "connection lost")
 NOTHING = Block([], array("q"))
 
 
+class Ticket(NamedTuple):
+    """What was put is within these numbers of the intake's own, perhaps among what others put."""
+
+    since: int
+    end: int
+
+
 class Intake(Protocol):
     """Takes blocks and tells when they are stored. A *ticket* stands for a block that was put.
 
     `put` returns how many records were taken within `timeout` seconds, and the ticket for those; fewer
     than all when there was no room, or when `closed`. Raises StoreError when nothing was stored.
-    Everything up to the ticket `stored()` is stored; `wait` returns True once `ticket` is.
+    `stored` says whether those of the ticket are; `wait` returns True once they are.
     """
 
     @property
     def closed(self) -> bool: ...
-    def put(self, block: Block, timeout: float) -> tuple[int, int]: ...
-    def stored(self) -> int: ...
-    def wait(self, ticket: int, timeout: float) -> bool: ...
+    def put(self, block: Block, timeout: float) -> tuple[int, Ticket]: ...
+    def stored(self, ticket: Ticket) -> bool: ...
+    def wait(self, ticket: Ticket, timeout: float) -> bool: ...
 
 
 class RingIntake:
@@ -65,10 +72,10 @@ class RingIntake:
         """True when nothing more is taken, nor will be stored."""
         return self._ring.closed
 
-    def put(self, block: Block, timeout: float) -> tuple[int, int]:
+    def put(self, block: Block, timeout: float) -> tuple[int, Ticket]:
         """How many records are in the ring after at most `timeout` seconds, and their ticket."""
         deadline = monotonic() + timeout
-        accepted = 0
+        accepted, since = 0, self._ring.cursor
         with memoryview(block.values) as values:
             for run in block.runs:
                 part = values[accepted : accepted + run.count]
@@ -82,15 +89,18 @@ class RingIntake:
                     part.release()
                 accepted += run.count
         # Not what `put` returned: after Full or Closed there is no such thing, and later is safe.
-        return accepted, self._ring.cursor
+        return accepted, Ticket(since, self._ring.cursor)
 
-    def stored(self) -> int:
-        """Everything before this ring sequence may be acked."""
-        return self._ring.cursor if self._ack_in_ring else self._ring.committed
+    def stored(self, ticket: Ticket) -> bool:
+        """True when the records of the ticket may be acked."""
+        return self._ack_in_ring or self._ring.is_stored(ticket.end, ticket.since)
 
-    def wait(self, ticket: int, timeout: float) -> bool:
-        """True once everything before `ticket` may be acked; False after `timeout` seconds or on abort."""
-        return self._ack_in_ring or self._ring.wait_committed(ticket, timeout)
+    def wait(self, ticket: Ticket, timeout: float) -> bool:
+        """True once the records of the ticket may be acked; False after `timeout` seconds or on abort."""
+        return self._ack_in_ring or self._ring.wait_committed(ticket.end, timeout, ticket.since)
+
+
+STORED = Ticket(0, 0)
 
 
 class StoreIntake:
@@ -101,16 +111,16 @@ class StoreIntake:
     def __init__(self, store: Storage) -> None:
         self._store = store
 
-    def put(self, block: Block, timeout: float) -> tuple[int, int]:
+    def put(self, block: Block, timeout: float) -> tuple[int, Ticket]:
         """Returns when the block is on disk, however long that takes. Raises StoreError if it is not."""
         self._store.append(block.runs, block.values)
-        return len(block.values), 0
+        return len(block.values), STORED
 
-    def stored(self) -> int:
+    def stored(self, ticket: Ticket) -> bool:
         """What was put is stored."""
-        return 0
+        return True
 
-    def wait(self, ticket: int, timeout: float) -> bool:
+    def wait(self, ticket: Ticket, timeout: float) -> bool:
         """What was put is stored."""
         return True
 
@@ -121,9 +131,9 @@ def plain_block(values: "array[int]", source: bytes, first: int) -> Block:
 
 
 class _Mark(NamedTuple):
-    """When everything up to `ticket` is stored, the connection's first `records` records are."""
+    """When what `ticket` stands for is stored, as that of all marks before, the connection's first `records` are."""
 
-    ticket: int
+    ticket: Ticket
     records: int
     read_at: float  # monotonic seconds
 
@@ -220,7 +230,8 @@ class Session:
             if accepted:
                 self._put += accepted
                 if len(self._marks) >= MOST_MARKS:  # its latency counts from the older one's read
-                    read_at = self._marks.pop().read_at
+                    last = self._marks.pop()
+                    ticket, read_at = Ticket(last.ticket.since, ticket.end), last.read_at
                 self._marks.append(_Mark(ticket, self._put, read_at))
             if accepted == len(self._block.values):
                 break
@@ -234,10 +245,9 @@ class Session:
 
     def _ack(self) -> None:
         """Tells the client how many of its records are stored, if more are than it knows."""
-        stored = self._intake.stored()
         now = monotonic()
         latencies = []
-        while self._marks and self._marks[0].ticket <= stored:
+        while self._marks and self._intake.stored(self._marks[0].ticket):
             mark = self._marks.popleft()
             self._stored = mark.records
             latencies.append(now - mark.read_at)
@@ -252,7 +262,7 @@ class Session:
         be stored any more, or, if not `patient`, after PATIENCE.
         """
         while self._marks:
-            stored = self._intake.wait(self._marks[-1].ticket, PATIENCE)
+            stored = self._intake.wait(Ticket(self._marks[0].ticket.since, self._marks[-1].ticket.end), PATIENCE)
             self._ack()
             over = self._stopping.is_set() and self._intake.closed
             if stored or over or not patient or self._connection.is_gone():

@@ -6,9 +6,10 @@ https://prometheus.io/docs/practices/naming/. What a server does not have is lef
 
 import gc
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from monitor import Snapshot, consumer_state, records_stored
+from monitor import Snapshot, consumer_away, consumer_state, records_stored
+from readiness import ConsumerStats
 from stats import BOUNDS, HistogramSnapshot, memory, process
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -99,10 +100,21 @@ def _metrics(now: Snapshot) -> Iterator[tuple[str, str, str, Samples]]:
     if forwarder := now.forwarder:
         yield gauge("workers", forwarder.workers, "Workers.")
         yield counter("link_reconnects", forwarder.reconnects, "Links made beyond each worker's first.")
-    if now.link:
+    if now.consumers:
         up = consumer_state(now) != "down"
-        yield gauge("consumer_up", int(up), "0 while the consumer cannot be reached, else 1.")
-        yield gauge("consumer_away_seconds", now.link.away, "How long the consumer has been away.")
+        yield gauge("consumer_up", int(up), "0 while no consumer can be reached, else 1.")
+        yield gauge("consumer_away_seconds", consumer_away(now), "How long all consumers have been away.")
+
+        def each(
+            name: str, meaning: str, value: Callable[[ConsumerStats], float | int]
+        ) -> tuple[str, str, str, Samples]:
+            samples = [(_labels(consumer=of.address), value(of)) for of in now.consumers]
+            return f"ringoexp_link_{name}", "gauge", meaning, samples
+
+        yield each("up", "0 while this consumer cannot be reached, else 1.", lambda of: int(of.link.state != "down"))
+        yield each("away_seconds", "How long this consumer has been away.", lambda of: of.link.away)
+        yield each("workers", "Workers that store at this consumer.", lambda of: of.workers)
+        yield each("in_doubt_records", "Records it may have stored, which wait for it.", lambda of: of.in_doubt)
     if spool := now.spool:
         yield gauge("spool_records", spool.depth, "Records in the spool.")
         yield gauge("spool_oldest_seconds", spool.oldest, "Age of the oldest record in the spool.")

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from connections import ConnectionStats
 from forwarder import ForwarderStats
+from readiness import ConsumerStats
 from retention import RetentionStats
 from ringbuffer import RingLayout, RingStats
-from sinks import LinkStats
 from spool import SpoolStats
 from stats import TotalsSnapshot, at
 from store import Sizes, StoreStats
@@ -25,7 +25,7 @@ class Snapshot(NamedTuple):
     ring: RingStats | None
     layout: RingLayout | None
     forwarder: ForwarderStats | None
-    link: LinkStats | None  # to the consumer, where that is not the server itself
+    consumers: list[ConsumerStats]  # where they are not the server itself
     store: StoreStats | None  # its own database, where it has one
     spool: SpoolStats | None
     retention: RetentionStats | None  # where old records are deleted
@@ -36,15 +36,24 @@ class Snapshot(NamedTuple):
 
 
 def consumer_state(now: Snapshot) -> str | None:
-    """How it stands with the consumer: "own" for a publisher that is its own, None for a server without one."""
-    if now.link:
-        return now.link.state
-    return "own" if now.ring else None
+    """How it stands with the consumers: "up" if it is with one of them, "down" if they all are; "own" for a publisher
+    that is its own, None for a server without one.
+    """
+    states = [each.link.state for each in now.consumers]
+    if not states:
+        return "own" if now.ring else None
+    return "up" if "up" in states else "unknown" if "unknown" in states else "down"
+
+
+def consumer_away(now: Snapshot) -> float:
+    """Seconds since the last consumer of all has gone; 0 if one is there."""
+    return min(each.link.away for each in now.consumers) if consumer_state(now) == "down" else 0.0
 
 
 def stats(now: Snapshot) -> dict[str, Any]:
     """The `stats` of `/v1.0/stats`. The README explains each key."""
-    totals, ring, forwarder, link, spool, disk = now.totals, now.ring, now.forwarder, now.link, now.spool, now.disk
+    totals, ring, forwarder, spool, disk = now.totals, now.ring, now.forwarder, now.spool, now.disk
+    why = "; ".join(each.link.reason or "" for each in now.consumers) if consumer_state(now) == "down" else None
     return {
         "recordsReceived": totals.received,
         "recordsStored": records_stored(now.store, ring),
@@ -80,8 +89,19 @@ def stats(now: Snapshot) -> dict[str, Any]:
         "linkReconnects": forwarder.reconnects if forwarder else 0,
         "notReady": now.not_ready,
         "consumerState": consumer_state(now),
-        "consumerReason": link.reason if link else None,
-        "consumerAwayMs": round(link.away * 1000) if link else 0,
+        "consumerReason": why,
+        "consumerAwayMs": round(consumer_away(now) * 1000),
+        "consumers": [
+            {
+                "address": each.address,
+                "state": each.link.state,
+                "reason": each.link.reason,
+                "awayMs": round(each.link.away * 1000),
+                "workers": each.workers,
+                "inDoubt": each.in_doubt,
+            }
+            for each in now.consumers
+        ],
         "spoolDepth": spool.depth if spool else 0,
         "spoolOldestMs": round(spool.oldest * 1000) if spool else 0,
         "spoolForwarded": spool.forwarded if spool else 0,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import clickhouse_http
+from addresses import listed
 
 __version__ = "0.1.0"
 
@@ -109,6 +110,16 @@ def _host(text: str) -> str:
     return text[1:-1] if text.startswith("[") and text.endswith("]") and ":" in text else text
 
 
+def _hosts(text: str) -> str:
+    """A host, or several with commas, each perhaps with a port."""
+    _not_empty(text)
+    try:
+        hosts = listed(text, -1)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: {error}") from None
+    return text if len(hosts) > 1 or hosts[0][1] > 0 else _host(text)
+
+
 def _not_empty(text: str) -> str:
     """Any text but none, and no NUL."""
     if not text.strip() or "\0" in text:
@@ -150,14 +161,23 @@ OPTIONS = (
         "true: a publisher; false: a consumer. Also t/f and 1/0; the bare flag means true",
     ),
     Option("r", "ring_size", 4096, _whole(1, MAX_RING), "publisher", "slots in the ring, 8 bytes each"),
-    Option("U", "consumer_hostname", "localhost", _host, "publisher", "the consumer's host, or unix:PATH"),
+    Option(
+        "U",
+        "consumer_hostname",
+        "localhost",
+        _hosts,
+        "publisher",
+        "the consumer's host, or unix:PATH; several with commas, each perhaps with a port: HOST:PORT,[IPv6]:PORT; "
+        "workers spread over them, and over all addresses of a name",
+    ),
     Option(
         "T",
         "consumer_port",
         6660,
         _whole(0, 65535),
         "publisher",
-        "the consumer's port; where host and port are the publisher's own, it stores in a database of its own",
+        "the consumer's port, where -U has none; where host and port are the publisher's own, it stores in a database "
+        "of its own",
     ),
     Option("W", "workers", 1024, _whole(1, 65536), "publisher", "most worker connections to the consumer"),
     Option(
@@ -298,6 +318,11 @@ class Settings:
     log_json: bool
 
     @property
+    def consumers(self) -> list[tuple[str, int]]:
+        """The consumers' hosts and ports."""
+        return listed(self.consumer_hostname, self.consumer_port)
+
+    @property
     def most_connections(self) -> int:
         """How many connections may be admitted at once: what `connections` says, and `threads` leaves room for."""
         room = self.threads - OTHER_THREADS - (self.most_workers if self.is_publisher else 0)
@@ -384,14 +409,23 @@ def read_arguments(argv: Sequence[str]) -> Settings:
         if getattr(values, option.long) is None:
             setattr(values, option.long, option.default)
     settings = Settings(**vars(values))
-    named = settings.consumer_hostname.startswith("unix:")
-    if settings.is_publisher and not (settings.consumer_port or named) and (settings.port or unix):
+    try:
+        consumers = settings.consumers
+    except ValueError as error:  # with their ports two of them are the same
+        made.error(f"argument -U/--consumer_hostname: {settings.consumer_hostname!r} is not accepted: {error}")
+    no_port = any(not port and not host.startswith("unix:") for host, port in consumers)
+    if settings.is_publisher and no_port and (settings.port or unix or len(consumers) > 1):
         made.error("argument -T/--consumer_port: 0 is not accepted: 1 to 65535 (0 only with -p 0: its own)")
     if settings.ack == "ring" and not settings.is_publisher:
         made.error("argument -A/--ack: 'ring' is not accepted with -I false: a consumer has no ring; stored")
     if settings.spool and not settings.is_publisher:
         made.error(
             f"argument -S/--spool: {settings.spool!r} is not accepted with -I false: a consumer has nobody to spool for"
+        )
+    if settings.spool and len(consumers) > 1:
+        made.error(
+            f"argument -S/--spool: {settings.spool!r} is not accepted with several consumers: what may be stored at "
+            "one must not go to another; name one, or do without a spool"
         )
     for flag, value, needs, given in (
         ("--tls_key", settings.tls_key, "--tls_cert", settings.tls_cert),

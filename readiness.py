@@ -1,9 +1,9 @@
 """`GET /v1.0/ready`: would a record sent now be stored now? Finds out instead of remembering, where nobody knows.
 
 A server that is asked and has no news of its own asks further: its database with a commit that changes nothing, its
-consumer with the same request. It does so at most once every FRESH seconds, in the threads `ask-disk` and
-`ask-consumer`, so that who asks is answered in time, whatever hangs. `_Question._lock` guards the last answer;
-`_answered` shares it and is notified when there is one. Nothing is asked under the lock.
+consumers with the same request. It does so at most once every FRESH seconds, in the threads `ask-disk` and `ask-
+consumer`, one for each question, so that who asks is answered in time, whatever hangs. `_Question._lock` guards the
+last answer; `_answered` shares it and is notified when there is one. Nothing is asked under the lock.
 """
 
 import http.client
@@ -16,10 +16,12 @@ from time import monotonic
 from typing import NamedTuple
 
 from access import Access, Keys
-from addresses import certified_name, connect, host_header, shown
+from addresses import Place, certified_name, connect, host_header
 from database import StoreError
+from forwarder import Forwarder
+from outlets import Outlet, Pin
 from ringbuffer import Ring
-from sinks import LinkState, LinkStats
+from sinks import LinkStats
 from spool import Spool
 from storage import Storage
 from tls import explain
@@ -78,21 +80,30 @@ class _Question:
         """True once there was an answer."""
         return self._at > float("-inf")
 
-    def reason(self, wait: bool) -> Reason | None:
-        """The answer, at most FRESH seconds old, within PATIENCE. Without `wait`, within BRIEFLY: or else the last one,
-        if it is not STALE.
-        """
-        deadline = monotonic() + (PATIENCE if wait else BRIEFLY)
+    def begin(self) -> None:
+        """Asks, if the last answer is FRESH seconds old, for who looks for the answer afterwards."""
         with self._lock:
-            if not self._asking and monotonic() - self._at >= FRESH:
-                if monotonic() - self._at >= STALE:
-                    self._answer, self._at = None, float("-inf")
-                self._begin()
+            self._ask_if_due()
+
+    def reason(self, wait: bool, deadline: float | None = None) -> Reason | None:
+        """The answer, at most FRESH seconds old, within PATIENCE. Without `wait`, within BRIEFLY: or else the last one,
+        if it is not STALE. `deadline`, in monotonic seconds, in place of these.
+        """
+        deadline = deadline or monotonic() + (PATIENCE if wait else BRIEFLY)
+        with self._lock:
+            self._ask_if_due()
             while self._asking and (left := deadline - monotonic()) > 0:
                 self._answered.wait(left)
             if self._asking and (wait or monotonic() - self._asked_at >= PATIENCE):
                 self._say(self._late)
             return self._answer and Reason(*self._answer, monotonic() - self._since)
+
+    def _ask_if_due(self) -> None:
+        assert self._lock.locked()
+        if not self._asking and monotonic() - self._at >= FRESH:
+            if monotonic() - self._at >= STALE:
+                self._answer, self._at = None, float("-inf")
+            self._begin()
 
     def _begin(self) -> None:
         """Has it asked by a thread of its own."""
@@ -125,30 +136,38 @@ class _Question:
         self._answer = answer
 
 
+class ConsumerStats(NamedTuple):
+    """A snapshot of one consumer, as its publisher sees it."""
+
+    address: str
+    link: LinkStats
+    workers: int
+    in_doubt: int  # records that it may have stored, and that wait for it
+
+
 class Readiness:
-    """Knows what a record's way goes through: the ring, then the own store, or the link and perhaps the spool."""
+    """Knows what a record's way goes through: the ring, then the own store, or the links, those of `forwarder`, and
+    perhaps the spool.
+
+    One consumer that would store is enough.
+    """
 
     def __init__(
         self,
         ring: Ring | None,
         store: Storage | None,
         spool: Spool | None,
-        link: LinkState | None,
-        consumer: tuple[str, int],
+        forwarder: Forwarder | None,
         access: Access,
-        linked: Callable[[], bool],
     ) -> None:
         self._ring = ring
         self._spool = spool
-        self._link = link
+        self._forwarder = forwarder
+        self._access = access
         self._disk: Storage | None = store or (spool.store if spool else None)
-        late = f"no answer within {PATIENCE:.0f} s"
-        self._ask_disk = _Question("disk", self._check_disk, ("store_failing", f"the database: {late}"))
-        self._ask_consumer = _Question(
-            "consumer",
-            lambda: _check_consumer(*consumer, access.keys, linked()),
-            ("consumer_unreachable", f"{shown(*consumer)}: {late}"),
-        )
+        self._ask_disk = _Question("disk", self._check_disk, ("store_failing", f"the database: {_late()}"))
+        self._lock = threading.Lock()
+        self._ask_consumer: dict[Outlet, _Question] = {}  # guarded by _lock
 
     def reasons(self, wait: bool = True) -> list[Reason]:
         """Why a record sent now would not be stored now; none if it would.
@@ -156,10 +175,10 @@ class Readiness:
         Without `wait` the database is not asked, and of the consumer the last answer is taken.
         """
         found = []
-        if self._link:
-            away = self._consumer_away(wait)
+        if self._forwarder:
+            away = self._consumers_away(wait)
             if away and (not self._spool or (why := self._spool_refuses(wait))):
-                found.append(away)
+                found += away
                 if self._spool and why:
                     found.append(why)
         elif why := self._disk_fails(wait):
@@ -168,23 +187,76 @@ class Readiness:
             found.append(full)
         return found
 
-    def link(self) -> LinkStats | None:
-        """What records on their way have shown of the consumer, or else its last answer; None without a link."""
-        if not self._link:
-            return None
-        link, away = self._link.stats(), self._consumer_away(wait=False)
+    def consumers(self) -> list[ConsumerStats]:
+        """What records on their way have shown of each consumer, or else its last answer; none for an own store."""
+        if not self._forwarder:
+            return []
+        outlets = self._forwarder.outlets
+        for outlet in outlets:
+            self._question(outlet).begin()
+        deadline = monotonic() + BRIEFLY
+        doubts = self._doubts()
+        return [
+            ConsumerStats(str(each.place), self._known(each, deadline), each.workers, doubts.get(each, 0))
+            for each in outlets
+        ]
+
+    def _known(self, outlet: Outlet, deadline: float) -> LinkStats:
+        assert outlet.link
+        link, away = outlet.link.stats(), self._consumer_away(outlet, False, deadline)
         if away and away.code == "consumer_unreachable":
             return link._replace(state="down", reason=away.detail, away=away.seconds or 0.0)
-        if link.state == "unknown" and self._ask_consumer.answered and (not away or away.code == "consumer_not_ready"):
+        answered = self._question(outlet).answered
+        if link.state == "unknown" and answered and (not away or away.code == "consumer_not_ready"):
             return link._replace(state="up")
         return link
 
-    def _consumer_away(self, wait: bool) -> Reason | None:
-        assert self._link
-        link = self._link.stats()
-        if link.state == "down":  # a worker, or the spool's thread, has records for it and tries all the time
+    def _consumers_away(self, wait: bool) -> list[Reason]:
+        """Why no consumer takes anything, each of them; nothing if one does."""
+        assert self._forwarder
+        outlets = self._forwarder.outlets
+        if any(each.link and not each.link.down and each.link.stats().quiet < FRESH for each in outlets):
+            return []
+        for outlet in outlets:
+            self._question(outlet).begin()
+        deadline = monotonic() + (PATIENCE if wait else BRIEFLY)
+        found = []
+        for outlet in outlets:
+            away = self._consumer_away(outlet, wait, deadline)
+            if not away:
+                return []
+            found.append(away)
+        return found
+
+    def _consumer_away(self, outlet: Outlet, wait: bool, deadline: float) -> Reason | None:
+        assert outlet.link
+        link = outlet.link.stats()
+        if link.state == "down":  # a worker, or the spool's thread, tries all the time
             return Reason("consumer_unreachable", link.reason or "", link.away)
-        return None if link.quiet < FRESH else self._ask_consumer.reason(wait)
+        return None if link.quiet < FRESH else self._question(outlet).reason(wait, deadline)
+
+    def _question(self, outlet: Outlet) -> _Question:
+        assert self._forwarder and outlet.place
+        with self._lock:
+            if outlet not in self._ask_consumer:
+                place, linked = outlet.place, self._forwarder.linked
+                self._ask_consumer = {
+                    each: self._ask_consumer[each] for each in self._forwarder.outlets if each in self._ask_consumer
+                }
+                self._ask_consumer[outlet] = _Question(
+                    "consumer",
+                    lambda: _check_consumer(place, self._access.keys, linked(outlet)),
+                    ("consumer_unreachable", f"{place}: {_late()}"),
+                )
+            return self._ask_consumer[outlet]
+
+    def _doubts(self) -> dict[Outlet, int]:
+        """How many records are in doubt at each consumer that has some, and wait for it."""
+        found: dict[Outlet, int] = {}
+        for mark, size in self._ring.marks() if self._ring else ():
+            assert isinstance(mark, Pin)
+            found[mark.outlet] = found.get(mark.outlet, 0) + size
+        return found
 
     def _spool_refuses(self, wait: bool) -> Reason | None:
         assert self._spool
@@ -222,19 +294,23 @@ class Readiness:
         return ("store_failing", failing) if failing else None
 
 
-def _check_consumer(host: str, port: int, keys: Keys, linked: bool) -> Answer:
+def _late() -> str:
+    return f"no answer within {PATIENCE:.0f} s"
+
+
+def _check_consumer(place: Place, keys: Keys, linked: bool) -> Answer:
     """What the consumer says when it is asked whether it is ready; nothing if it is.
 
     That all its connections are taken is no matter for who is `linked` to it already.
     """
-    where = shown(host, port)
+    where, (host, port, name) = str(place), place
     connection: http.client.HTTPConnection | None = None
     try:
         connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
         connection.sock = connect(host, port, PATIENCE)
         if keys.client:
-            connection.sock = keys.client.wrap_socket(connection.sock, server_hostname=certified_name(host))
-        headers = {"Host": host_header(host, port), "Accept": "application/json", "Connection": "close"}
+            connection.sock = keys.client.wrap_socket(connection.sock, server_hostname=certified_name(name))
+        headers = {"Host": host_header(name, port), "Accept": "application/json", "Connection": "close"}
         if keys.token:
             headers["Authorization"] = f"Bearer {keys.token}"
         connection.request("GET", "/v1.0/ready", headers=headers)

@@ -10,12 +10,19 @@ what was ever handed out, and everything before *committed* is stored. At every 
 
     committed <= reserved <= cursor <= committed + capacity
 
+A requeued batch may be *marked*, for good: then only workers that take its mark get it. What a mark is only they
+know. As it may have to wait for long it is *set aside*: it has its own copy of its values, so its slots are free as
+if it were stored, but nobody is told that it is, until it is. What is set aside is at most another `capacity` values;
+a marked batch beyond that stays in its slots. So, precisely: everything before *committed* is stored or set aside.
+
 One `Lock` guards everything; three conditions share it, one for each kind of waiter:
 
 - `_not_full`, producers in `put`: one is notified when slots are freed, and passes on what it leaves; all on close.
-- `_not_empty`, workers in `reserve`: notified when there is something to reserve, and when there
-  never will be (closed and drained).
-- `_advanced`, in `wait_committed` and `join`: notified when `committed` grows, and on abort.
+- `_not_empty`, workers in `reserve`: one is notified when there is something that any of them may have, and passes on
+  what it leaves; all when it is marked, as one may not be the right one; all when there never will be anything
+  (closed and drained).
+- `_advanced`, in `wait_committed` and `join`: notified when `committed` grows, when what was set aside is stored, and
+  on abort.
 
 No thread runs here and nothing is done under the lock but copying.
 """
@@ -55,10 +62,11 @@ class Full(TimeoutError):
 class Batch:
     """One worker's contiguous range of the ring, `[start, end)`: a token, compared by identity.
 
-    `values` is a copy, so it outlives the slots; `runs` says whose the values are, in order.
+    `values` is a copy, so it outlives the slots; `runs` says whose the values are, in order. `mark` says which workers
+    may have it, once it was requeued with one.
     """
 
-    __slots__ = ("start", "end", "runs", "values", "reserved_at")
+    __slots__ = ("start", "end", "runs", "values", "reserved_at", "mark")
 
     def __init__(self, start: int, end: int, runs: list[Run], reserved_at: float) -> None:
         self.start = start
@@ -66,6 +74,7 @@ class Batch:
         self.runs = runs
         self.values = array("q")
         self.reserved_at = reserved_at  # the first time, monotonic seconds
+        self.mark: object = None
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -77,10 +86,10 @@ class RingStats(NamedTuple):
     capacity: int
     cursor: int  # ever put
     reserved: int  # ever handed out
-    committed: int  # everything before it is stored
-    stored: int  # ever committed, those beyond a gap among them
+    committed: int  # everything before it is stored, or set aside
+    stored: int  # ever stored, those beyond a gap among them
     depth: int  # slots taken: cursor - committed
-    backlog: int  # could be reserved now
+    backlog: int  # could be reserved now, but for what is set aside, as the following
     in_flight: int  # reserved, neither committed nor requeued
     high_water: int  # the largest depth ever
     times_full: int  # how often a put found no free slot
@@ -95,7 +104,7 @@ class RingLayout(NamedTuple):
     reserved: int
     cursor: int
     in_flight: list[tuple[int, int]]
-    finished: list[tuple[int, int]]  # stored, and not free yet: older ones are not stored
+    finished: list[tuple[int, int]]  # stored or set aside, and not free yet: older ones are neither
 
 
 class Ring:
@@ -118,8 +127,11 @@ class Ring:
         self._committed = 0
         self._runs: deque[Run] = deque()  # who owns [reserved, cursor)
         self._in_flight: dict[Batch, None] = {}  # oldest first
-        self._requeued: list[Batch] = []  # ordered by start
-        self._finished: dict[int, int] = {}  # start -> end of ranges committed beyond a gap
+        self._requeued: list[Batch] = []  # for any worker, ordered by start
+        self._marked: list[Batch] = []  # requeued with a mark, ordered by start
+        self._aside: dict[Batch, None] = {}  # marked, waiting or in flight, and not in their slots any more
+        self._aside_size = 0  # their values
+        self._finished: dict[int, int] = {}  # start -> end of ranges committed, or set aside, beyond a gap
         self._idle = 0  # workers waiting in reserve
         self._closed = False
         self._aborted = False
@@ -153,8 +165,11 @@ class Ring:
                 if not _wait_until(self._not_full, lambda: self._closed or self._free() > 0, deadline):
                     raise Full(done)
 
-    def reserve(self, limit: int, timeout: float | None = None) -> Batch:
+    def reserve(self, limit: int, timeout: float | None = None, takes: Callable[[object], bool] | None = None) -> Batch:
         """Hands out the oldest requeued batch, unchanged, or else up to `limit` of the next values.
+
+        Marked ones only if it `takes` their mark; without it, all. That is called under the lock; what it says must not
+        change from no to yes while the call blocks: nobody would wake it.
 
         Blocks while there is nothing. Raises TimeoutError after `timeout` seconds, and Closed when the
         ring is closed and everything is committed: until then a batch in flight may come back.
@@ -163,21 +178,25 @@ class Ring:
         with self._lock:
             self._idle += 1
             try:
-                if not _wait_until(self._not_empty, self._reservable_or_over, deadline):
+                if not _wait_until(self._not_empty, lambda: self._reservable_or_over(takes), deadline):
                     raise TimeoutError("nothing to reserve")
             finally:
                 self._idle -= 1
-            if self._aborted or not self._backlog():
+            if self._aborted:
                 raise Closed
             now = monotonic()
-            if self._requeued:
-                batch = self._requeued.pop(0)
+            requeued = self._requeued[:1] + self._first_marked(takes)
+            if requeued:
+                batch = min(requeued, key=lambda each: each.start)
+                (self._marked if batch.mark is not None else self._requeued).remove(batch)
+            elif self._cursor == self._reserved:
+                raise Closed
             else:
                 end = min(self._cursor, self._reserved + limit)
                 batch = Batch(self._reserved, end, self._disown(end - self._reserved), now)
                 self._reserved = end
             self._in_flight[batch] = None
-            if self._backlog():
+            if self._open():
                 self._not_empty.notify()
             if batch.values:  # requeued: it has its copy
                 return batch
@@ -196,31 +215,52 @@ class Ring:
         """
         with self._lock:
             self._land(batch)
-            if batch.start != self._committed:
-                self._finished[batch.start] = batch.end
-                return
-            self._committed = batch.end
-            while self._committed in self._finished:
-                self._committed = self._finished.pop(self._committed)
-            # One takes what it needs and passes the rest on: were all woken, most would find nothing.
-            self._not_full.notify()
-            self._advanced.notify_all()
+            if batch in self._aside:
+                del self._aside[batch]
+                self._aside_size -= len(batch)
+                self._advanced.notify_all()
+            else:
+                self._finish(batch)
             if self._drained():
                 self._not_empty.notify_all()
 
-    def requeue(self, batch: Batch) -> None:
-        """`batch` is not stored: hands it out again, before newer ones. Raises ValueError as `commit` does."""
+    def requeue(self, batch: Batch, mark: object = None) -> None:
+        """`batch` is not stored: hands it out again, before newer ones, with a mark to who takes that.
+
+        It keeps a mark that it has. Raises ValueError as `commit` does.
+        """
         with self._lock:
             self._land(batch)
-            bisect.insort(self._requeued, batch, key=lambda other: other.start)
-            self._not_empty.notify()
+            if mark is not None:
+                batch.mark = mark
+            if batch.mark is None:
+                bisect.insort(self._requeued, batch, key=lambda other: other.start)
+                self._not_empty.notify()
+            else:
+                bisect.insort(self._marked, batch, key=lambda other: other.start)
+                self._not_empty.notify_all()
+                if batch not in self._aside and self._aside_size + len(batch) <= self.capacity:
+                    self._aside[batch] = None  # first: who sees the prefix grow must see this
+                    self._aside_size += len(batch)
+                    self._finish(batch)
 
-    def wait_committed(self, sequence: int, timeout: float | None = None) -> bool:
-        """True once everything before `sequence` is stored; False after `timeout` seconds or on abort."""
+    def is_stored(self, sequence: int, since: int = 0) -> bool:
+        """True when everything before `sequence`, from `since` on, is stored."""
+        if self._committed < sequence:  # one read of each: no lock needed, as nothing is set aside after it is passed
+            return False
+        if not self._aside:
+            return True
+        with self._lock:
+            return self._is_stored(sequence, since)
+
+    def wait_committed(self, sequence: int, timeout: float | None = None, since: int = 0) -> bool:
+        """True once everything before `sequence`, from `since` on, is stored; False after `timeout` seconds or on
+        abort.
+        """
         deadline = _deadline(timeout)
         with self._lock:
-            _wait_until(self._advanced, lambda: self._committed >= sequence or self._aborted, deadline)
-            return self._committed >= sequence
+            _wait_until(self._advanced, lambda: self._is_stored(sequence, since) or self._aborted, deadline)
+            return self._is_stored(sequence, since)
 
     def close(self) -> None:
         """Takes no more puts; what is in is still handed out, and `reserve` ends when all is committed."""
@@ -241,12 +281,12 @@ class Ring:
         """True once everything put is committed; False after `timeout` seconds or on abort."""
         deadline = _deadline(timeout)
         with self._lock:
-            _wait_until(self._advanced, lambda: self._committed == self._cursor or self._aborted, deadline)
-            return self._committed == self._cursor
+            _wait_until(self._advanced, lambda: self._all_stored() or self._aborted, deadline)
+            return self._all_stored()
 
     @property
     def committed(self) -> int:
-        """Everything before this sequence is stored."""
+        """Everything before this sequence is stored, or set aside."""
         return self._committed  # one read of an int: no lock needed
 
     @property
@@ -266,24 +306,36 @@ class Ring:
 
     @property
     def wants_workers(self) -> bool:
-        """True when values could be reserved and no worker is waiting to do it."""
+        """True when values could be reserved by any worker, and none is waiting to do it."""
         with self._lock:
-            return self._backlog() > 0 and self._idle == 0
+            return self._open() > 0 and self._idle == 0
+
+    def has_for(self, takes: Callable[[object], bool]) -> bool:
+        """True while a marked batch waits whose mark this takes."""
+        with self._lock:
+            return bool(self._first_marked(takes))
+
+    def marks(self) -> list[tuple[object, int]]:
+        """The mark of each batch that has one and is not stored, waiting or in flight, and its size."""
+        with self._lock:
+            marked = [*self._marked, *self._in_flight]
+            return [(batch.mark, len(batch)) for batch in marked if batch.mark is not None]
 
     def stats(self) -> RingStats:
         """What the ring holds now."""
         with self._lock:
             depth = self._cursor - self._committed
-            in_flight = sum(map(len, self._in_flight))
-            oldest = min((batch.reserved_at for batch in (*self._in_flight, *self._requeued)), default=None)
+            in_flight = sum(map(len, self._flying()))
+            waiting = [*self._requeued, *self._marked_in_slots()]
+            oldest = min((batch.reserved_at for batch in [*self._flying(), *waiting]), default=None)
             return RingStats(
                 capacity=self.capacity,
                 cursor=self._cursor,
                 reserved=self._reserved,
                 committed=self._committed,
-                stored=self._committed + sum(end - start for start, end in self._finished.items()),
+                stored=self._committed - self._aside_size + sum(e - s for s, e in self._finished.items()),
                 depth=depth,
-                backlog=self._backlog(),
+                backlog=self._open() + sum(map(len, self._marked_in_slots())),
                 in_flight=in_flight,
                 high_water=self._high_water,
                 times_full=self._times_full,
@@ -294,7 +346,7 @@ class Ring:
         """Where what is. What is neither free, in flight nor finished waits to be reserved."""
         with self._lock:
             marks = self.capacity, self._committed, self._reserved, self._cursor
-            in_flight = [(batch.start, batch.end) for batch in self._in_flight]
+            in_flight = [(batch.start, batch.end) for batch in self._flying()]
             finished = list(self._finished.items())
         return RingLayout(*marks, _merged(in_flight), _merged(finished))
 
@@ -303,14 +355,50 @@ class Ring:
     def _free(self) -> int:
         return self._committed + self.capacity - self._cursor
 
-    def _backlog(self) -> int:
+    def _open(self) -> int:
+        """How many values any worker may have."""
         return self._cursor - self._reserved + sum(map(len, self._requeued))
 
-    def _drained(self) -> bool:
-        return self._closed and self._committed == self._cursor
+    def _flying(self) -> list[Batch]:
+        """What is in flight, and in its slots; oldest first."""
+        return [batch for batch in self._in_flight if batch not in self._aside]
 
-    def _reservable_or_over(self) -> bool:
-        return self._backlog() > 0 or self._drained() or self._aborted
+    def _marked_in_slots(self) -> list[Batch]:
+        return [batch for batch in self._marked if batch not in self._aside]
+
+    def _first_marked(self, takes: Callable[[object], bool] | None) -> list[Batch]:
+        """The oldest marked batch that is for who takes this, in a list, if there is one."""
+        for batch in self._marked:
+            if takes is None or takes(batch.mark):
+                return [batch]
+        return []
+
+    def _is_stored(self, sequence: int, since: int) -> bool:
+        if self._committed < sequence:
+            return False
+        return not any(batch.start < sequence and since < batch.end for batch in self._aside)
+
+    def _all_stored(self) -> bool:
+        return self._committed == self._cursor and not self._aside
+
+    def _drained(self) -> bool:
+        return self._closed and self._all_stored()
+
+    def _finish(self, batch: Batch) -> None:
+        """`batch` needs its slots no more: frees those of the gapless prefix, and wakes who waits for it."""
+        assert self._lock.locked()
+        if batch.start != self._committed:
+            self._finished[batch.start] = batch.end
+            return
+        self._committed = batch.end
+        while self._committed in self._finished:
+            self._committed = self._finished.pop(self._committed)
+        # One takes what it needs and passes the rest on: were all woken, most would find nothing.
+        self._not_full.notify()
+        self._advanced.notify_all()
+
+    def _reservable_or_over(self, takes: Callable[[object], bool] | None) -> bool:
+        return self._open() > 0 or bool(self._first_marked(takes)) or self._drained() or self._aborted
 
     def _write(self, values: "memoryview[int]") -> None:
         """Copies `values`, which fit, to the slots at the cursor and moves it."""

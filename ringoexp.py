@@ -47,13 +47,15 @@ import notify
 import producer
 import spool
 from access import Access, BadKeys, Files
-from addresses import Address, AddressError, Listeners, reaches, shown, unix_path
+from addresses import Address, AddressError, Listeners, Place, is_fixed, reaches, shown, unix_path
 from addresses import resolve as find
 from clickhouse import ClickHouse
+from consumers import Consumers
 from database import StoreError
 from forwarder import BATCH_RECORDS, Forwarder
 from ingest import Intake, RingIntake, StoreIntake
 from options import DATABASE, Settings, __version__, read_arguments
+from outlets import Outlet
 from producer import say
 from profiler import Profiler
 from readiness import Readiness, Reason
@@ -95,10 +97,26 @@ def resolve(flag: str, host: str, port: int) -> list[Address]:
 
 
 def is_own_consumer(settings: Settings) -> bool:
-    """True when the consumer's address is this publisher's own. Raises CannotRun for names that do not resolve."""
+    """True when the consumer's address is this publisher's own. Raises CannotRun for names that do not resolve, if
+    there is only one, and for an address of its own among several.
+    """
     own = resolve("-H", settings.hostname, settings.port)
-    theirs = resolve("-U", settings.consumer_hostname, settings.consumer_port)
-    return any(reaches(address, listening) for address in theirs for listening in own)
+    several = len(settings.consumers) > 1
+    for host, port in settings.consumers:
+        try:
+            theirs = resolve("-U", host, port)
+        except CannotRun:
+            if several:
+                continue
+            raise
+        if any(reaches(address, listening) for address in theirs for listening in own):
+            if several:
+                raise CannotRun(
+                    f"-U {shown(host, port)}: that is this publisher itself, which cannot be one of several consumers: "
+                    "leave it out"
+                )
+            return True
+    return False
 
 
 class Parts:
@@ -119,6 +137,7 @@ class Parts:
         self.store: Storage | None = None
         self.ring: Ring | None = None
         self.forwarder: Forwarder | None = None
+        self.consumers: Consumers | None = None
         self.spool: spool.Spool | None = None
         self.retention: Retention | None = None
         addresses = resolve("-H", settings.hostname, settings.port)
@@ -130,16 +149,16 @@ class Parts:
             log.warning("consumer_unknown", {"reason": str(error)})
             own = False
         self.access = _read_keys(settings)
-        consumer = settings.consumer_hostname, settings.consumer_port
+        theirs = _named(settings)
         if not own and settings.database != DATABASE:
             raise CannotRun(
                 f"-D {settings.database}: this publisher has no database, it forwards to "
-                f"{shown(*consumer)} (-U and -T, the same as -H and -p, make it its own consumer)"
+                f"{theirs} (-U and -T, the same as -H and -p, make it its own consumer)"
             )
         if not own and settings.retain:
             raise CannotRun(
                 f"--retain {settings.retain:g}: this publisher has no database, it forwards to "
-                f"{shown(*consumer)} (--retain is that consumer's)"
+                f"{theirs} (--retain is a consumer's)"
             )
         if own and settings.spool:
             raise CannotRun(
@@ -161,9 +180,12 @@ class Parts:
             self.profiler = self._open_profiler()
             if self.profiler:
                 undo.callback(self.profiler.close)
-            self.link: LinkState | None = None
             if not own:
-                self.link = LinkState(shown(*consumer))
+                try:
+                    self.consumers = Consumers(settings.consumers, self._make_outlet, by_name=bool(settings.spool))
+                except AddressError as error:
+                    raise CannotRun(str(error)) from error
+                undo.callback(self.consumers.stop, 1)
             if own and target:
                 self.store = ClickHouse(target, settings.clickhouse_cluster, settings.retain)
                 undo.callback(self.store.close)
@@ -182,19 +204,20 @@ class Parts:
                 except MemoryError:
                     raise CannotRun(f"-r {settings.ring_size}: not that much memory to be had") from None
                 try:
-                    if settings.spool and self.link:
-                        link = self._make_link(lambda: None)
-                        self.spool = spool.Spool(settings.spool, settings.spool_max, link, self.link)
+                    outlets = self.consumers.outlets if self.consumers else [Outlet(self._make_store_sink)]
+                    if settings.spool and outlets[0].link:
+                        link = self._make_link(outlets[0], lambda: None)
+                        self.spool = spool.Spool(settings.spool, settings.spool_max, link, outlets[0].link)
                         undo.callback(self.spool.stop, 5)
                     most = settings.spool_max if self.spool else BATCH_RECORDS
-                    told = None if self.spool else self.link  # or else the spool tells
-                    self.forwarder = Forwarder(self.ring, self._make_sink, settings.most_workers, most, told)
+                    self.forwarder = Forwarder(self.ring, outlets, settings.most_workers, most)
+                    if self.consumers:
+                        self.consumers.start(self.forwarder)
                 except RuntimeError as error:
                     raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
             undo.pop_all()
-        forwarder = self.forwarder
-        linked = (lambda: forwarder.linked) if forwarder else (lambda: False)
-        self._readiness = Readiness(self.ring, self.store, self.spool, self.link, consumer, self.access, linked)
+        to_consumers = self.forwarder if self.consumers else None
+        self._readiness = Readiness(self.ring, self.store, self.spool, to_consumers, self.access)
 
     def start(self) -> None:
         """Begins to serve. Raises CannotRun."""
@@ -245,17 +268,26 @@ class Parts:
         except AddressError as error:
             raise CannotRun(f"-L: {error} (-L and --profiler_host name another address)") from error
 
-    def _make_sink(self, connected: Callable[[], None]) -> Sink:
-        if self.store:
-            return StoreSink(self.store)
-        link = self._make_link(connected)
-        return spool.SpoolSink(link, self.spool) if self.spool else link
+    def _make_store_sink(self, connected: Callable[[], None]) -> Sink:
+        assert self.store
+        return StoreSink(self.store)
 
-    def _make_link(self, connected: Callable[[], None]) -> LinkSink:
-        settings = self.settings
-        patience = spool.PATIENCE if settings.spool else None
-        consumer = settings.consumer_hostname, settings.consumer_port
-        return LinkSink(*consumer, connected, patience, self.server.listeners.is_own, self.access)
+    def _make_outlet(self, place: Place, lost: Callable[[], None]) -> Outlet:
+        def make_sink(connected: Callable[[], None]) -> Sink:
+            link = self._make_link(outlet, connected)
+            return spool.SpoolSink(link, self.spool) if self.spool else link
+
+        spooled = bool(self.settings.spool)
+        alone = len(self.settings.consumers) == 1 and (spooled or is_fixed(place.name))
+        outlet = Outlet(make_sink, LinkState(str(place)), place, place.host == place.name, lost, spooled, alone)
+        return outlet
+
+    def _make_link(self, outlet: Outlet, connected: Callable[[], None]) -> LinkSink:
+        assert outlet.place
+        host, port, name = outlet.place
+        patience = spool.PATIENCE if self.settings.spool else None
+        is_own = self.server.listeners.is_own
+        return LinkSink(host, port, connected, patience, is_own, self.access, name)
 
     def identity(self) -> str | None:
         """The database that records go to from here without a link in between; None if there is none."""
@@ -295,6 +327,8 @@ class Parts:
         self.server.close()
         if self.profiler:  # to the end: why does it not stop?
             self.profiler.close()
+        if self.consumers:
+            self.consumers.stop(1)
         if self.forwarder:
             self.forwarder.stop(5)
         if self.spool:
@@ -308,7 +342,8 @@ class Parts:
         It does not mend a disk or a consumer; none of these locks is held while one is waited for.
         """
         self.totals.snapshot()
-        for room in (self.ring, self.forwarder, self.link, self.spool, self.spool and self.spool.store, self.store):
+        links = [outlet.link for outlet in self.consumers.outlets] if self.consumers else []
+        for room in (self.ring, self.forwarder, *links, self.spool, self.spool and self.spool.store, self.store):
             if room:
                 room.stats()
         return self.server.accepting
@@ -326,7 +361,7 @@ class Parts:
             ring=self.ring.stats() if self.ring else None,
             layout=self.ring.layout() if self.ring else None,
             forwarder=self.forwarder.stats() if self.forwarder else None,
-            link=self._readiness.link(),
+            consumers=self._readiness.consumers(),
             store=disk if self.store else None,
             spool=self.spool.stats() if self.spool else None,
             retention=self.retention.stats() if self.retention else None,
@@ -372,6 +407,12 @@ def _read_keys(settings: Settings) -> Access:
         return Access(files)
     except BadKeys as error:
         raise CannotRun(str(error)) from error
+
+
+def _named(settings: Settings) -> str:
+    """The consumers, for people."""
+    *rest, last = [shown(host, port) for host, port in settings.consumers]
+    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def _camel(name: str) -> str:
@@ -494,7 +535,7 @@ def _greeting(parts: Parts) -> str:
     where = (
         f"storing in {settings.database}" + (f" for {settings.retain:g} days" if settings.retain else "")
         if parts.store
-        else f"forwarding to {shown(settings.consumer_hostname, settings.consumer_port)}"
+        else f"forwarding to {_named(settings)}"
     )
     if parts.spool:
         depth = parts.spool.depth

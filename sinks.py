@@ -6,10 +6,11 @@ under it.
 """
 
 import logging
+import socket
 import threading
 from collections.abc import Callable
 from time import monotonic
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from access import Access
 from addresses import Address, peer, shown
@@ -22,21 +23,38 @@ log = logging.getLogger("ringoexp.link")
 
 ACK_TIMEOUT = 30.0
 """Seconds a consumer has to take a batch, and to ack it, before the link is given up."""
+LOOK_AFTER = 0.02
+"""Seconds after the last ack from when on it is looked whether a link has ended, before a block is sent on it."""
+GOING_AWAY = 1001
+"""The close code of a server that stops."""
 
 
 class SinkError(Exception):
     """A block may not be stored: it has to be stored again. The text says why."""
 
 
-class Sink(Protocol):
-    """Where a worker stores. `store` returns when the block is on disk, or raises SinkError.
+class InDoubt(SinkError):
+    """A block may be stored, or not: nobody but that store can tell. `store` is which one it is, if that is known."""
 
-    `ready` says that it would not have to connect first. `idle` is called now and then while there is
-    nothing to store. `abort` is for other threads and makes a `store` that waits for a peer fail.
+    def __init__(self, reason: str, store: str | None = None) -> None:
+        super().__init__(reason)
+        self.store = store
+
+
+class Sink(Protocol):
+    """Where a worker stores. `store` returns when the block is on disk, or raises SinkError: InDoubt when it may be.
+
+    `ready` says that it would not have to connect first, which `connect` does; it raises SinkError. `identity` is which
+    store it is at the other end of its link, if there is one, and that is known. `idle` is called
+    now and then while there is nothing to store. `abort` is for other threads and makes a `store` that waits for a
+    peer, and `connect`, fail.
     """
 
     @property
     def ready(self) -> bool: ...
+    @property
+    def identity(self) -> str | None: ...
+    def connect(self) -> None: ...
     def store(self, block: Block) -> None: ...
     def idle(self) -> None: ...
     def abort(self) -> None: ...
@@ -47,6 +65,7 @@ class StoreSink:
     """The local store as a sink."""
 
     ready = True
+    identity = None
 
     def __init__(self, store: Storage) -> None:
         self._store = store
@@ -57,6 +76,9 @@ class StoreSink:
             self._store.append(*block)
         except StoreError as error:
             raise SinkError(str(error)) from error
+
+    def connect(self) -> None:
+        """Does nothing: there is no link."""
 
     def idle(self) -> None:
         """Does nothing: there is no link to look after."""
@@ -73,7 +95,7 @@ class LinkSink:
 
     `patience` is how many seconds the consumer has to take a block, and as many again to ack it. `is_own` knows
     the server's own addresses: it makes no link to itself. What it shows the consumer, and whether it speaks TLS, is
-    in `access`.
+    in `access`. `name` is the host's, where `host` is only one of its addresses.
     """
 
     def __init__(
@@ -84,6 +106,7 @@ class LinkSink:
         patience: float | None = None,
         is_own: Callable[[Address], bool] = lambda address: False,
         access: Access | None = None,
+        name: str | None = None,
     ) -> None:
         self._host = host
         self._port = port
@@ -91,8 +114,12 @@ class LinkSink:
         self._patience = patience or ACK_TIMEOUT
         self._is_own = is_own
         self._access = access or Access()
+        self._name = name
         self._link: ClientConnection | None = None
+        self._opening: Any = None  # the socket of a link that is being made
         self._sent = 0  # records sent on this link, all acked unless a store is under way
+        self._acked = 0  # of these
+        self._acked_at = float("-inf")  # monotonic seconds
         self._pinged = False  # and nothing has come from the consumer since
         self._aborted = False
 
@@ -101,19 +128,49 @@ class LinkSink:
         """True while there is a link."""
         return self._link is not None
 
+    @property
+    def identity(self) -> str | None:
+        """What the consumer at the other end calls its store."""
+        return self._link.store if self._link else None
+
     def store(self, block: Block) -> None:
-        """Returns when the consumer has acked the block. Raises SinkError when it has not; the link is closed then."""
+        """Returns when the consumer has acked the block. Raises SinkError when it has not; the link is closed then.
+
+        InDoubt once it began to send, unless a store says goodbye as it stops: it has acked all that it has stored.
+        It makes no link in place of one that has ended meanwhile: another store might be at the end of that.
+        """
+        if self._link and monotonic() - self._acked_at >= LOOK_AFTER:
+            try:
+                self._look(self._link)
+            except OSError as error:
+                self._drop()
+                raise SinkError(f"{shown(self._host, self._port)}: {error}") from error
+        self.connect()
+        link = self._link
+        assert link is not None
+        message = encode_batch(*block)
         try:
-            if self._link is None:
-                self._connect()
-            assert self._link is not None
-            self._link.sock.settimeout(self._patience)
-            self._link.send_bytes(encode_batch(*block))
+            link.sock.settimeout(self._patience)
+            link.send_bytes(message)
             self._sent += len(block.values)
-            self._await_ack(self._link)
-            self._pinged = False
-            if self._link.ending:  # acked, and then it said goodbye
+            self._await_ack(link)
+            self._pinged, self._acked_at = False, monotonic()
+            if link.ending:  # acked, and then it said goodbye
                 self.close()
+        except (OSError, WireError) as error:
+            self._drop()
+            reason = f"{shown(self._host, self._port)}: {error}"
+            none_acked = self._sent - self._acked == len(block.values)
+            if link.store and link.ending and link.ending[0] == GOING_AWAY and not link.at_fault and none_acked:
+                raise SinkError(reason) from error
+            raise InDoubt(reason, link.store) from error
+
+    def connect(self) -> None:
+        """Makes a link, if there is none. Raises SinkError when it cannot."""
+        if self._link:
+            return
+        try:
+            self._connect()
         except (OSError, HandshakeError, WireError) as error:
             self._drop()
             raise SinkError(f"{shown(self._host, self._port)}: {error}") from error
@@ -129,12 +186,7 @@ class LinkSink:
         if self._link is None:
             return
         try:
-            self._link.sock.setblocking(False)
-            while data := self._link.read(wait=False):
-                self._pinged = False
-                self._link.parse(data)
-            if self._link.ending or data == b"":
-                raise ConnectionResetError("the consumer closed the connection")
+            self._look(self._link)
             if self._pinged:
                 raise TimeoutError("no answer to the last ping")
             self._link.ping()
@@ -144,10 +196,12 @@ class LinkSink:
             self._drop()
 
     def abort(self) -> None:
-        """Makes a `store` under way, and every later one, fail. For other threads."""
+        """Makes a `store` or `connect` under way, and every later one, fail. For other threads."""
         self._aborted = True
         if link := self._link:
             link.abort()
+        if opening := self._opening:
+            _shut(opening)
 
     def close(self) -> None:
         """Says goodbye to the consumer, if connected."""
@@ -157,14 +211,33 @@ class LinkSink:
 
     def _connect(self) -> None:
         keys = self._access.keys
-        self._link = ClientConnection(self._host, self._port, "/v1.0/ingest", SUBPROTOCOL, keys.client, keys.token)
-        self._sent = 0
+        where = self._host, self._port, "/v1.0/ingest", SUBPROTOCOL
+        try:
+            self._link = ClientConnection(*where, keys.client, keys.token, self._name, self._opened)
+        finally:
+            self._opening = None
+        self._sent = self._acked = 0
         self._pinged = False
         if self._is_own(peer(self._link.sock, self._host)):  # the name did not resolve at the start, or changed
             raise OSError("that is this server itself: it would forward in a circle")
         if self._aborted:  # while it connected: `abort` did not see the link
             raise OSError("the server is stopping")
         self._connected()
+
+    def _opened(self, sock: Any) -> None:
+        """A link's socket is connected, and the handshake begins."""
+        self._opening = sock
+        if self._aborted:
+            raise OSError("the server is stopping")
+
+    def _look(self, link: ClientConnection) -> None:
+        """Reads what has come while there was nothing to wait for. Raises OSError when the link has ended."""
+        link.sock.setblocking(False)
+        while data := link.read(wait=False):
+            self._pinged = False
+            link.parse(data)
+        if link.ending or data == b"":
+            raise ConnectionResetError("the consumer closed the connection")
 
     def _await_ack(self, link: ClientConnection) -> None:
         """Reads until everything sent is acked. Raises OSError when the link ends before, or has run out of time."""
@@ -175,6 +248,7 @@ class LinkSink:
                 acked = decode_ack(message.payloads)
                 if acked > self._sent:
                     raise WireError(f"acked {acked} records of {self._sent} sent")
+                self._acked = acked
                 if acked == self._sent:
                     return
             if link.ending:
@@ -194,6 +268,14 @@ class LinkSink:
         if link:
             link.abort()
             link.sock.close()
+
+
+def _shut(sock: Any) -> None:
+    """Ends what a socket's owner waits for. For other threads."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # closed already
 
 
 class LinkStats(NamedTuple):
@@ -225,8 +307,15 @@ class LinkState:
     def works(self) -> None:
         """Something was acked: the consumer is there."""
         self._acked_at = monotonic()
-        if self._state == "up":  # nearly always; a float or a string is read and written at once
-            return
+        if self._state != "up":  # hardly ever; a float or a string is read and written at once
+            self._up()
+
+    def answers(self) -> None:
+        """A link could be made again, with nothing to send over it: if the consumer was away, it is back."""
+        if self.down:
+            self._up()
+
+    def _up(self) -> None:
         with self._lock:
             before, self._state, self._reason = self._state, "up", None
             if before != "up":

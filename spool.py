@@ -200,6 +200,8 @@ class Spool:
 class SpoolSink:
     """A worker's sink: a link to the consumer, and the spool while the consumer is away."""
 
+    identity = None  # of two
+
     def __init__(self, link: LinkSink, spool: Spool) -> None:
         self._link = link
         self._spool = spool
@@ -208,6 +210,9 @@ class SpoolSink:
     def ready(self) -> bool:
         """True while there is a link, or room in the spool."""
         return self._link.ready or not self._spool.full
+
+    def connect(self) -> None:
+        """Does nothing: a link is made when a block needs it."""
 
     def store(self, block: Block) -> None:
         """Returns when the block is on the consumer's disk, or in the spool. Raises SinkError when it is in neither."""

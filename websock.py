@@ -17,7 +17,7 @@ import random
 import select
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any
 
@@ -55,12 +55,16 @@ MESSAGE_TIMEOUT = 150.0
 """Seconds a client has to finish a message, pings or not: 8 MiB at the rate that is asked of an HTTP body."""
 STALL_TIMEOUT = 60.0
 """Seconds a peer may leave what is unsent to it where it is, when the system's buffers are full."""
+MOST_STORE = 200
+"""Bytes of what a store is called."""
 MOST_UNSENT = 64 * 1024
 """Bytes of pongs that a peer may leave unread, beyond what the system buffers, before it is given up."""
 _HINTS = {
     400: ": does it want TLS (wss://, --consumer_tls)?",
     401: ": it wants a token, or another one than it got (--token_file, or RINGOEXP_TOKEN)",
 }
+STORE_HEADER = "X-Ringoexp-Store"
+"""In the answer to an upgrade: which store it is that takes the records."""
 _GONE = select.POLLHUP | select.POLLERR
 _HALF_CLOSED = getattr(select, "POLLRDHUP", 0)  # Linux
 
@@ -363,8 +367,11 @@ class ServerConnection(Connection):
 class ClientConnection(Connection):
     """The client's end of `ws://host:port/path`, connected. Speaks `subprotocol` or does not connect at all.
 
-    `host` may be `unix:PATH`. With `context` it is `wss://`. Shows `token`, if there is one. Raises OSError when the
-    host cannot be reached, HandshakeError when it refuses. The socket's timeout is left at CONNECT_TIMEOUT.
+    `host` may be `unix:PATH`. With `context` it is `wss://`. Shows `token`, if there is one. `name` is that of the
+    host, where `host` is only one of its addresses. `opened` gets the socket as soon as there is one. Raises OSError
+    when the host cannot be reached, HandshakeError when it refuses. The socket's timeout is left at CONNECT_TIMEOUT.
+
+    `store` is which store the server says that it stores in, if it does.
     """
 
     most_unsent = MOST_UNSENT + 2 * MAX_MESSAGE  # pongs may wait behind a message of ours
@@ -377,15 +384,19 @@ class ClientConnection(Connection):
         subprotocol: str,
         context: ssl.SSLContext | None = None,
         token: str | None = None,
+        name: str | None = None,
+        opened: Callable[[Any], None] = lambda sock: None,
     ) -> None:
-        self._host = host_header(host, port)
+        self.store: str | None = None
+        self._host = host_header(name or host, port)
         self._path = path
         self._wanted = subprotocol
         self._token = token
         sock: Any = connect(host, port, CONNECT_TIMEOUT)
         try:
+            opened(sock)
             if context:
-                sock = TLSSocket(sock, context, certified_name(host))
+                sock = TLSSocket(sock, context, certified_name(name or host))
                 sock.handshake(CONNECT_TIMEOUT)
             super().__init__(sock, ConnectionType.CLIENT)
         except BaseException:
@@ -430,6 +441,9 @@ class ClientConnection(Connection):
         if not isinstance(answer, AcceptConnection) or answer.subprotocol != self._wanted:
             raise HandshakeError(f"does not speak {self._wanted}")
         self.subprotocol = answer.subprotocol
+        for header, value in answer.extra_headers:
+            if header.lower() == STORE_HEADER.lower().encode() and len(value) <= MOST_STORE:
+                self.store = value.decode("latin-1")
         self.connected = True
 
 

@@ -22,6 +22,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from websockets.http11 import Response
+from websockets.sync.server import ServerConnection as Peer
+from websockets.sync.server import serve
+
+from wire import SUBPROTOCOL
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 30.0
 """Seconds after which a test that waits for something fails."""
@@ -380,3 +386,21 @@ def answer_handshake(peer: socket.socket) -> None:
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %b\r\n"
         b"Sec-WebSocket-Protocol: %b\r\n\r\n" % (accept, b"ringoexp.batch.v1")
     )
+
+
+@contextmanager
+def consumer(answer: Callable[[Peer], None], store: str | None = None) -> Iterator[int]:
+    """A consumer that nobody here wrote, with `answer` for each link; its port. It says which `store` it has."""
+
+    def announce(peer: Peer, request: object, response: Response) -> None:
+        if store is not None:
+            response.headers["X-Ringoexp-Store"] = store
+
+    with serve(answer, "localhost", 0, subprotocols=[SUBPROTOCOL], process_response=announce) as peer:  # type: ignore[list-item]
+        thread = threading.Thread(target=peer.serve_forever)
+        thread.start()
+        try:
+            yield peer.socket.getsockname()[1]
+        finally:
+            peer.shutdown()
+            thread.join(20)

@@ -11,18 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness import Blocked, eventually, free_port, raw_link, rows
+from harness import Blocked, consumer, eventually, free_port, raw_link, rows
 from websockets.sync.server import ServerConnection as Peer
 from websockets.sync.server import serve
 
 import forwarder
 import sinks
 import websock
-from forwarder import Breaker, Forwarder
+from forwarder import Forwarder
+from outlets import Breaker, Outlet
 from ringbuffer import Closed, Ring
-from sinks import LinkSink, LinkState, SinkError, StoreSink
+from sinks import InDoubt, LinkSink, LinkState, SinkError, StoreSink
 from store import Store
-from wire import SUBPROTOCOL, Block, Run, decode_batch, encode_ack
+from wire import Block, Run, decode_batch, encode_ack
 
 SOURCE = b"s" * 16
 
@@ -31,6 +32,7 @@ class FakeSink:
     """Stores in a list, once `gate` is open; fails as long as `error` is set."""
 
     ready = True
+    identity: str | None = None
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -61,6 +63,7 @@ class FakeSink:
         self.error = SinkError("aborted")
         self.gate.set()
 
+    def connect(self) -> None: ...
     def idle(self) -> None: ...
     def close(self) -> None: ...
 
@@ -74,7 +77,7 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def forwarding(ring: Ring, sink: FakeSink, most: int = 8) -> Iterator[Forwarder]:
-    running = Forwarder(ring, lambda connected: sink, most)
+    running = Forwarder(ring, [Outlet(lambda connected: sink)], most)
     try:
         yield running
     finally:
@@ -124,7 +127,7 @@ def test_a_link_that_fails_while_others_store_is_no_consumer_that_is_away(
     ring, sink, state = Ring(10), FakeSink(), LinkState("there:1")
     state.works()
     sink.error = SinkError("503")
-    running = Forwarder(ring, lambda connected: sink, 8, link=state)
+    running = Forwarder(ring, [Outlet(lambda connected: sink, state)], 8)
     try:
         end = put(ring, 1)
         eventually(lambda: sink.calls > 3)
@@ -134,7 +137,7 @@ def test_a_link_that_fails_while_others_store_is_no_consumer_that_is_away(
         sink.error = None
         assert ring.wait_committed(end, 20)
         eventually(lambda: not state.down)
-        assert running.linked == sink.ready
+        assert running.linked(running.outlets[0]) == sink.ready
     finally:
         ring.abort()
         assert running.stop(20)
@@ -193,13 +196,13 @@ def test_a_worker_without_a_link_makes_none_while_another_probes() -> None:
     ring, sink = Ring(4), FakeSink()
     sink.ready = False
     with forwarding(ring, sink) as running:
-        prober = threading.Thread(target=running._breaker.failed)
+        prober = threading.Thread(target=running.outlets[0].breaker.failed)
         prober.start()
         prober.join()
         put(ring, 1)
         eventually(lambda: ring.stats().backlog == 1 and not ring.wants_workers, "the worker put it back")
         assert sink.calls == 0
-        running._breaker._prober = None
+        running.outlets[0].breaker._prober = None
         assert ring.wait_committed(1, 20)
 
 
@@ -214,7 +217,7 @@ def test_workers_whose_links_work_go_on_while_another_is_refused() -> None:
         made.append(bad if made else good)
         return made[-1]
 
-    running = Forwarder(ring, make, 8)
+    running = Forwarder(ring, [Outlet(make)], 8)
     try:
         put(ring, 1, 2, 3, 4)
         eventually(lambda: bad.calls > 3, "a second worker starts, and fails again and again")
@@ -260,7 +263,7 @@ def test_only_the_first_to_fail_probes_until_it_succeeds_or_retires(monkeypatch:
 def test_stop_ends_a_worker_that_waits_for_its_sink() -> None:
     ring, sink = Ring(4), FakeSink()
     sink.gate.clear()
-    running = Forwarder(ring, lambda connected: sink, 1)
+    running = Forwarder(ring, [Outlet(lambda connected: sink)], 1)
     put(ring, 1)
     eventually(lambda: sink.busy == 1)
     ring.abort()
@@ -285,19 +288,6 @@ def test_the_store_sink_stores_and_says_why_it_cannot(tmp_path: Path) -> None:
 
 def a_block(*values: int) -> Block:
     return Block([Run(SOURCE, 0, len(values))], array("q", values))
-
-
-@contextmanager
-def consumer(answer: Callable[[Peer], None]) -> Iterator[int]:
-    """A consumer that nobody here wrote, with `answer` for each link; its port."""
-    with serve(answer, "localhost", 0, subprotocols=[SUBPROTOCOL]) as peer:  # type: ignore[list-item]
-        thread = threading.Thread(target=peer.serve_forever)
-        thread.start()
-        try:
-            yield peer.socket.getsockname()[1]
-        finally:
-            peer.shutdown()
-            thread.join(20)
 
 
 def test_a_link_sends_batches_and_returns_with_their_cumulative_acks() -> None:
@@ -409,6 +399,81 @@ def test_a_consumer_that_refuses_the_link_is_told_apart() -> None:
                     call.result()
 
 
+@pytest.mark.parametrize("store", [None, "6f1c", "x" * 201])
+def test_a_block_that_was_sent_and_not_acked_is_in_doubt_and_the_store_is_named(store: str | None) -> None:
+    with consumer(lambda peer: (peer.recv(), peer.socket.shutdown(2)), store) as port:
+        sink = LinkSink("localhost", port)
+        assert sink.identity is None
+        sink.connect()
+        known = store if store != "x" * 201 else None  # that is no name
+        assert sink.ready and sink.identity == known
+        with pytest.raises(InDoubt) as failed:
+            sink.store(a_block(1))
+        assert failed.value.store == known and not sink.ready and sink.identity is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "store", "sure"),
+    [
+        (lambda peer: (peer.recv(), peer.close(1001, "the server is stopping")), "x", True),
+        (lambda peer: (peer.recv(), peer.close(1001, "the server is stopping")), None, False),  # a publisher, perhaps
+        (lambda peer: (peer.recv(), peer.close(1011, "not stored: disk full")), "x", False),
+        (lambda peer: (peer.recv(), peer.send(encode_ack(1)), peer.close(1001)), "x", False),
+    ],
+)
+def test_a_store_that_says_goodbye_has_acked_what_it_has_stored(
+    answer: Callable[[Peer], None], store: str | None, sure: bool
+) -> None:
+    """What it acked of a block, though, it has: then the block is in doubt, as no store acks parts."""
+    with consumer(answer, store) as port:
+        with pytest.raises(SinkError) as failed:
+            LinkSink("localhost", port).store(a_block(1, 2))
+        assert isinstance(failed.value, InDoubt) is not sure
+
+
+def test_nothing_is_in_doubt_when_no_link_could_be_made() -> None:
+    with pytest.raises(SinkError) as failed:
+        LinkSink("localhost", free_port()).connect()
+    assert not isinstance(failed.value, InDoubt)
+
+
+def test_on_a_link_that_has_ended_nothing_is_sent_and_nothing_is_in_doubt() -> None:
+    """Nor is another one made: at its end might be another store than the one that the block is for."""
+    links: list[int] = []
+    with socket.create_server(("localhost", 0)) as listener:
+        sink = LinkSink("localhost", listener.getsockname()[1], lambda: links.append(1))
+        call = Blocked(sink.connect)
+        with raw_link(listener) as peer:
+            call.result()
+            peer.shutdown(socket.SHUT_WR)
+            eventually(lambda: sink._link and sink._link.is_gone())
+            with pytest.raises(SinkError, match="closed the connection") as failed:
+                sink.store(a_block(1))
+            assert not isinstance(failed.value, InDoubt) and peer.recv(9) == b""
+    assert links == [1] and not sink.ready
+
+
+def test_abort_ends_a_connect_that_waits_for_an_answer() -> None:
+    with socket.create_server(("localhost", 0)) as listener:
+        sink = LinkSink("localhost", listener.getsockname()[1])
+        call = Blocked(sink.connect)
+        with listener.accept()[0] as peer:
+            assert peer.recv(65536) and call.still()
+            sink.abort()
+            with pytest.raises(SinkError):
+                call.result(2)
+
+
+def test_a_link_to_one_address_of_a_name_asks_for_the_name() -> None:
+    with socket.create_server(("localhost", 0)) as listener:
+        sink = LinkSink("127.0.0.1", listener.getsockname()[1], name="consumer.example")
+        call = Blocked(sink.connect)
+        with listener.accept()[0] as peer:
+            assert f"Host: consumer.example:{listener.getsockname()[1]}\r\n".encode() in peer.recv(65536)
+        with pytest.raises(SinkError, match="127.0.0.1:"):
+            call.result()
+
+
 def test_a_server_makes_no_link_to_itself() -> None:
     """Or a publisher with a spool would take what it forwards, find it known, and delete it."""
     with consumer(lambda peer: None) as port:
@@ -503,7 +568,7 @@ def test_reconnects_are_counted_and_nothing_is_lost_over_a_link_that_keeps_faili
 
     ring = Ring(16)
     with consumer(answer) as port:
-        running = Forwarder(ring, lambda connected: LinkSink("localhost", port, connected), 4)
+        running = Forwarder(ring, [Outlet(lambda connected: LinkSink("localhost", port, connected))], 4)
         assert ring.wait_committed(put(ring, *range(400)), 30)
         ring.close()
         assert ring.join(20) and running.stop(20)

@@ -14,6 +14,7 @@ from harness import DEADLINE, RawClient, eventually, frame, free_port, request, 
 from access import Access
 from forwarder import Forwarder
 from options import read_arguments
+from outlets import Outlet
 from readiness import Readiness
 from ringbuffer import Ring
 from ringoexp import CannotRun, Parts
@@ -92,7 +93,7 @@ def test_workers_that_run_do_the_work_of_those_that_cannot_start(
 ) -> None:
     store, ring = Store(str(tmp_path / "d")), Ring(64)
     refuse("forward-2")
-    forwarder = Forwarder(ring, lambda connected: StoreSink(store), 8, 1)
+    forwarder = Forwarder(ring, [Outlet(lambda connected: StoreSink(store))], 8, 1)
     try:
         ring.put(array("q", range(50)), SOURCE, 0, DEADLINE)
         assert ring.wait_committed(49, DEADLINE)
@@ -117,7 +118,7 @@ def test_a_spool_without_its_thread_is_closed_again(tmp_path: Path, refuse: Call
 def test_a_question_that_cannot_be_asked_is_a_reason(tmp_path: Path, refuse: Callable[[str], None]) -> None:
     store = Store(str(tmp_path / "d"))
     try:
-        ready = Readiness(None, store, None, None, ("localhost", 1), Access(), lambda: False)
+        ready = Readiness(None, store, None, None, Access())
         refuse("ask-")
         (reason,) = ready.reasons()
         assert reason.detail == f"no thread to be had: {NONE_LEFT}"

@@ -675,6 +675,30 @@ def test_all_is_well_only_where_a_record_sent_now_would_be_stored(browser: Brows
     assert "not known yet" in browser.text("stateDetail")
 
 
+def test_several_consumers_are_listed_and_one_that_is_away_is_named(browser: Browser, pair: Pair) -> None:
+    browser.open(pair.publisher.port)
+    browser.stop_looking()
+    assert not browser.run("return document.getElementById('consumers').checkVisibility()"), "one needs no list"
+    up = {"address": "a:1", "state": "up", "reason": None, "awayMs": 0, "workers": 3, "inDoubt": 0}
+    away = {"address": "b:2", "state": "down", "reason": "b:2: refused", "awayMs": 5000, "workers": 1, "inDoubt": 1234}
+    browser.shows(1, consumerState="up", notReady=[], consumers=[up, away])
+    assert browser.run("return document.getElementById('consumers').checkVisibility()")
+    assert browser.text("consumers").split("\n") == [
+        "a:1",
+        "there, 3 workers",
+        "b:2",
+        "away for 5 s, 1 worker, 1,234 records in doubt",
+    ]
+    assert browser.text("stateText") == "All is well."
+    assert "1 consumer of 2 there" in browser.text("stateDetail") and "b:2 is away" in browser.text("stateDetail")
+    assert "storing at a:1, b:2" in browser.text("who")
+    browser.shows(
+        1, consumerState="down", consumerReason="a:1: gone; b:2: refused", consumers=[{**up, "state": "down"}, away]
+    )
+    assert browser.text("stateText").startswith("All consumers are away, since")
+    assert browser.text("stateDetail").endswith("a:1: gone; b:2: refused")
+
+
 def test_a_ring_with_something_in_it_is_not_at_rest(browser: Browser, pair: Pair) -> None:
     browser.open(pair.publisher.port)
     browser.stop_looking()

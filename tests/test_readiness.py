@@ -24,6 +24,7 @@ from harness import (
 
 import readiness
 from access import Keys
+from addresses import Place
 from readiness import Reason, _Question
 
 QUICK = "readiness.FRESH = 0.05; readiness.PATIENCE = 0.5; readiness.STUCK = 0.1"
@@ -251,7 +252,11 @@ def test_whatever_hangs_who_asks_is_answered_and_the_server_ends(tmp_path: Path,
 )
 def test_a_consumer_that_answers_otherwise(answer: bytes, expected: str | None) -> None:
     with socket.create_server(("localhost", 0)) as listener:
-        asked = Blocked(lambda: readiness._check_consumer("localhost", listener.getsockname()[1], Keys(), linked=False))
+        asked = Blocked(
+            lambda: readiness._check_consumer(
+                Place("localhost", listener.getsockname()[1], "localhost"), Keys(), linked=False
+            )
+        )
         peer, _ = listener.accept()
         with peer:
             peer.recv(65536)
@@ -295,7 +300,7 @@ def test_while_there_is_no_answer_the_last_one_does_not_count(monkeypatch: pytes
 
 @pytest.mark.parametrize("name", ["a b", "a..b", "x" * 64, "caf\xe9.invalid"])
 def test_a_name_that_no_host_can_have_is_a_consumer_that_cannot_be_reached(name: str) -> None:
-    found = readiness._check_consumer(name, 1, Keys(), linked=False)
+    found = readiness._check_consumer(Place(name, 1, name), Keys(), linked=False)
     assert found and found[0] == "consumer_unreachable" and name in found[1]
 
 

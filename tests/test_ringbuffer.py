@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from array import array
 
 import pytest
@@ -421,6 +422,169 @@ def test_many_producers_and_failing_workers_lose_and_double_nothing() -> None:
     assert not errors and not any(thread.is_alive() for thread in producers + workers)
     assert stored == {(sources[n], k): n * 10_000 + k for n in range(6) for k in range(4000)}
     assert ring.stats().high_water <= 37
+
+
+def test_a_marked_batch_goes_to_who_takes_its_mark_and_keeps_it() -> None:
+    ring = ring_of(5, 1, 2, 3)
+    ring.requeue(ring.reserve(1), "here")
+    assert ring.marks() == [("here", 1)]
+    assert ring.has_for(lambda mark: mark == "here") and not ring.has_for(lambda mark: False)
+    assert ring.reserve(1, takes=lambda mark: mark == "there").start == 1, "others go on with newer ones"
+    batch = ring.reserve(5, takes=lambda mark: mark == "here")
+    assert (list(batch.values), batch.runs) == ([1], [Run(A, 0, 1)]), "the older one first, unchanged"
+    assert ring.marks() == [("here", 1)], "in flight, too"
+    ring.requeue(batch)
+    assert ring.reserve(5, takes=lambda mark: False).start == 2
+    with pytest.raises(TimeoutError):
+        ring.reserve(5, 0.01, takes=lambda mark: False)
+    batch = ring.reserve(5)
+    assert batch.start == 0, "who has no such condition takes all"
+    ring.commit(batch)
+    assert not ring.marks()
+
+
+def test_a_marked_batch_frees_its_slots_and_is_not_stored() -> None:
+    ring = ring_of(4, 1, 2, 3, 4)
+    doubt, other = ring.reserve(2), ring.reserve(2)
+    ring.requeue(doubt, "here")
+    check(ring)
+    assert not ring.is_stored(2) and not ring.is_stored(1)
+    ring.put(ints(5, 6), A, 4, 0)
+    ring.commit(other)
+    check(ring)
+    assert ring.stats().stored == 2 and ring.committed == 4
+    assert ring.is_stored(4, since=2) and ring.wait_committed(4, 0, since=2)
+    assert not ring.is_stored(4, since=1) and not ring.wait_committed(4, 0, since=1)
+    assert not ring.is_stored(6, since=2), "nor what was never reserved"
+    waiting = Blocked(lambda: ring.wait_committed(4, DEADLINE))
+    joining = Blocked(lambda: (ring.close(), ring.join(DEADLINE)))
+    assert waiting.still() and joining.still()
+    ring.commit(ring.reserve(9, takes=lambda mark: False))
+    idle = Blocked(lambda: ring.reserve(1, takes=lambda mark: False))
+    assert joining.still() and idle.still(), "what is set aside may be marked anew"
+    batch = ring.reserve(9)
+    assert (batch.start, list(batch.values)) == (0, [1, 2]), "other values are in its slots by now"
+    ring.commit(batch)
+    assert waiting.result() and joining.result() == (None, True) and ring.stats().stored == 6
+    with pytest.raises(Closed):
+        idle.result()
+
+
+def test_what_is_set_aside_is_bounded_and_the_rest_stays_in_its_slots() -> None:
+    ring = Ring(4)
+    for turn in range(2):
+        ring.put(ints(1, 2, 3), A, 3 * turn, 0)
+        ring.requeue(ring.reserve(3), "here")
+        check(ring)
+    assert ring.stats().depth == 3 == ring.stats().backlog, "as the first three are set aside already"
+    first = ring.reserve(4)
+    assert first.start == 0 and ring.stats().in_flight == 0
+    ring.commit(first)
+    assert ring.committed == 3 and ring.stats().stored == 3
+    ring.commit(ring.reserve(4))
+    assert ring.stats().stored == ring.committed == 6
+
+
+def test_a_mark_wakes_every_worker_as_only_one_may_take_it() -> None:
+    ring = ring_of(9, 1)
+    batch = ring.reserve(1)
+    others = [Blocked(lambda: ring.reserve(1, 1, lambda mark: mark == "there")) for _ in range(3)]
+    mine = Blocked(lambda: ring.reserve(1, DEADLINE, lambda mark: mark == "here"))
+    assert mine.still() and all(each.still(0) for each in others)
+    ring.requeue(batch, "here")
+    assert mine.result() is batch
+    for each in others:
+        with pytest.raises(TimeoutError):
+            each.result()
+
+
+def test_workers_are_not_wanted_for_what_only_some_may_take() -> None:
+    ring = ring_of(9, 1)
+    ring.requeue(ring.reserve(1), "here")
+    assert not ring.wants_workers
+    ring.put(ints(2), A, 1)
+    assert ring.wants_workers
+
+
+def test_places_that_fail_with_batches_in_doubt_lose_and_double_nothing_and_nobody_is_told_too_early() -> None:
+    """Three places: a batch that failed in doubt may be stored there already, and is stored there only."""
+    seed = seeded()
+    ring = Ring(23)
+    places: list[dict[tuple[bytes, int], int]] = [{} for _ in range(3)]
+    sources = [bytes([number]) * 16 for number in range(5)]
+    errors: list[BaseException] = []
+    lock = threading.Lock()
+    doubts = []
+
+    def keep(place: int, batch: ringbuffer.Batch) -> None:
+        values = iter(batch.values)
+        with lock:
+            for run in batch.runs:
+                for sequence in range(run.first, run.first + run.count):
+                    value = next(values)
+                    assert places[place].setdefault((run.source, sequence), value) == value
+
+    def produce(number: int) -> None:
+        rng, first = random.Random(seed + number), 0
+        while first < 3000:
+            size = min(rng.choice((1, 2, 5, 22, 23, 60)), 3000 - first)
+            since = ring.cursor
+            end = ring.put(
+                array("q", range(number * 10_000 + first, number * 10_000 + first + size)), sources[number], first
+            )
+            first += size
+            if rng.random() < 0.1 and ring.wait_committed(end, rng.choice((0.001, 20)), since):
+                assert ring.is_stored(end, since)
+                with lock:
+                    known = set().union(*places)
+                assert all((sources[number], n) in known for n in range(first - size, first))
+
+    def work(number: int) -> None:
+        rng, place = random.Random(-seed - number), number % 3
+        while True:
+            try:
+                batch = ring.reserve(rng.randrange(1, 30), rng.choice((None, 0.001)), lambda mark: mark == place)
+            except Closed:
+                return
+            except TimeoutError:
+                continue
+            assert batch.mark in (None, place)
+            check(ring)
+            fate = rng.random()
+            if fate < 0.1:
+                ring.requeue(batch)  # certainly not sent
+            elif fate < 0.3:
+                if fate < 0.2:
+                    keep(place, batch)
+                doubts.append(batch)
+                ring.requeue(batch, place)
+                if rng.random() < 0.1:
+                    time.sleep(0.01)  # away
+            else:
+                keep(place, batch)
+                ring.commit(batch)
+
+    def guarded(job: object, number: int) -> None:
+        try:
+            job(number)  # type: ignore[operator]
+        except BaseException as error:
+            errors.append(error)
+            ring.abort()
+
+    producers = [threading.Thread(target=guarded, args=(produce, n), daemon=True) for n in range(5)]
+    workers = [threading.Thread(target=guarded, args=(work, n), daemon=True) for n in range(6)]
+    for thread in producers + workers:
+        thread.start()
+    for thread in producers:
+        thread.join(40)
+    ring.close()
+    assert ring.join(20)
+    for thread in workers:
+        thread.join(20)
+    assert not errors and not any(thread.is_alive() for thread in producers + workers)
+    assert sum(map(len, places)) == 15_000, "each in one place"
+    assert set().union(*places) == {(source, k) for source in sources for k in range(3000)}
+    assert len(doubts) > 20 and not ring.marks() and ring.stats().stored == 15_000
 
 
 def test_producers_that_give_up_leave_no_one_waiting_beside_free_slots() -> None:

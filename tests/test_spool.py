@@ -16,6 +16,7 @@ import spool
 import websock
 from database import StoreError
 from forwarder import Forwarder
+from outlets import Outlet
 from producer import Producer
 from ringbuffer import Ring
 from sinks import LinkState, SinkError
@@ -290,7 +291,7 @@ def test_many_workers_spool_and_forward_at_random_and_everything_arrives_once(tm
 
     ring = Ring(64)
     with spooling(tmp_path / "s", Flaky(), most=200) as running:
-        workers = Forwarder(ring, lambda connected: SpoolSink(Flaky(), running), 8, 200)  # type: ignore[arg-type]
+        workers = Forwarder(ring, [Outlet(lambda connected: SpoolSink(Flaky(), running))], 8, 200)  # type: ignore[arg-type]
         for n in range(0, 3000, 50):
             ring.put(array("q", range(n * 10, n * 10 + 500, 10)), SOURCE, n, 20)
         ring.close()

@@ -15,7 +15,7 @@ from harness import DEADLINE, HANDSHAKE, Blocked, eventually, frame, raw_link, s
 
 import ingest
 import websock
-from ingest import RingIntake, Session
+from ingest import STORED, RingIntake, Session, Ticket
 from ringbuffer import Ring
 from stats import Totals
 from websock import ClientConnection, ServerConnection
@@ -41,16 +41,16 @@ class Memory:
         self.runs: list[tuple[int, int]] = []
         self.values = array("q")
 
-    def put(self, block: Block, timeout: float) -> tuple[int, int]:
+    def put(self, block: Block, timeout: float) -> tuple[int, Ticket]:
         # The source of plain messages is random, but their numbers are not.
         self.runs += [(run.first, run.count) for run in block.runs]
         self.values += block.values
-        return len(block.values), 0
+        return len(block.values), STORED
 
-    def stored(self) -> int:
-        return 0
+    def stored(self, ticket: Ticket) -> bool:
+        return True
 
-    def wait(self, ticket: int, timeout: float) -> bool:
+    def wait(self, ticket: Ticket, timeout: float) -> bool:
         return True
 
 
@@ -259,8 +259,8 @@ def test_the_marks_of_a_long_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_idle_connection_holds_nothing_of_what_it_sent() -> None:
     class Nowhere(Memory):
-        def put(self, block: Block, timeout: float) -> tuple[int, int]:
-            return len(block.values), 0
+        def put(self, block: Block, timeout: float) -> tuple[int, Ticket]:
+            return len(block.values), STORED
 
     with connected(ServerConnection) as (connection, theirs):
         run = Blocked(lambda: Session(connection, Nowhere(), Totals(), threading.Event()).run(b""))
