@@ -170,7 +170,9 @@ class Store:
             check_file(path, real)
             self._db = undo.enter_context(closing(connect(path, application_id, WAL_LARGE)))
             with explained(path):
-                self.identity = str(uuid.UUID(bytes=self._db.execute("SELECT uuid FROM identity").fetchone()[0]))
+                self.identity = str(
+                    uuid.UUID(bytes=self._db.execute("SELECT uuid FROM identity WHERE length(uuid) = 16").fetchone()[0])
+                )
                 (self._held,) = self._db.execute(_HELD).fetchone()  # guarded by _lock, as the totals are
             undo.pop_all()
 
