@@ -9,9 +9,10 @@ has passed since the insert before, as servers choke on many small ones; then it
 comes meanwhile is for the next leader. `_lock` guards the queue, the leadership and the totals; on it, `_turn` is
 notified when an insert ends, and `_gathered` when there is enough, or no reason to wait any more: the leader alone
 waits on that. The servers and what is known of them belong to the leader, without a lock; `check` asks by connections
-of its own.
+of its own, and reads no more than which host is in use.
 """
 
+import functools
 import logging
 import sys
 import threading
@@ -58,9 +59,14 @@ WORDS = 5
 _SOURCE = Struct(">qq")
 _BIG_ENDIAN = sys.byteorder == "big"
 _LOW_16_BITS = 2 * 4 + (3 if _BIG_ENDIAN else 0)  # of the sequence, in shorts from the row's beginning
-_RAMP = array("H", range(1 << 16))
 _SHORT_RUN = 4
 """Records up to which a run is written one by one, which is faster then."""
+
+
+@functools.cache
+def _ramp() -> "array[int]":
+    """All shorts, in order."""
+    return array("H", range(1 << 16))
 
 
 def encode(blocks: Iterable[tuple[Sequence[Run], "array[int]"]], arrived_ns: int) -> "array[int]":
@@ -87,7 +93,7 @@ def encode(blocks: Iterable[tuple[Sequence[Run], "array[int]"]], arrived_ns: int
                     count = min(end, base + 0x10000) - first
                     part = array("q", (high, low, base, 0, version)) * count
                     part[3::WORDS] = values[at : at + count]
-                    with memoryview(part).cast("B").cast("H") as shorts, memoryview(_RAMP) as ramp:
+                    with memoryview(part).cast("B").cast("H") as shorts, memoryview(_ramp()) as ramp:
                         shorts[_LOW_16_BITS :: 4 * WORDS] = ramp[first - base : first - base + count]
                     rows += part
                     first, at = first + count, at + count
@@ -214,9 +220,8 @@ class ClickHouse:
                 return
             doubt = monotonic() - self._failed_at < DOUBT_SECONDS
             at = self._at
-        known = self._known
         error: StoreError | None = None
-        for turn in range(len(self._servers) if not known or known.shared else 1):
+        for turn in range(len(self._servers)):
             server = Server(self._target, *self._target.hosts[(at + turn) % len(self._servers)])
             try:
                 found = tables.look(server, self._target.database, self._cluster)
@@ -343,28 +348,29 @@ class ClickHouse:
         with memoryview(rows).cast("B") as body:
             while True:
                 server = self._servers[self._at]
+                left = max(1.0, deadline - monotonic())
                 try:
                     known = self._known = self._known or self._look_again(server)
                     settings = (
                         {**known.settings, "insert_deduplication_token": token} if known.token else known.settings
                     )
-                    said = server.post(known.insert, body, max(1.0, deadline - monotonic()), settings)
+                    if len(self._servers) > 1:  # a host that hangs is to leave time for the next
+                        left = min(left, GIVE_UP_SECONDS / 3)
+                    said = server.post(known.insert, body, left, settings)
                     if said:
                         raise Again(f"{server.name}: answered an insert with {said[:100]!r}")
                     if monotonic() - self._sized_at > SIZES_SECONDS:
                         self._measure(server)
                     return
                 except (Again, Final) as error:
-                    shared = self._known.shared if self._known else len(self._servers) > 1
                     self._known = None  # it may be another server by now
-                    movable = shared and len(self._servers) > 1
-                    left = deadline - monotonic()
-                    if (isinstance(error, Final) and not (movable and turn < len(self._servers))) or left <= pause:
-                        raise
                     turn += 1
-                    log.debug("insert_again", {"host": server.name, "reason": str(error)})
-                    if movable and turn > 1:
+                    if turn > 1:  # all have the same tables, or else they were refused at the start
                         self._at = (self._at + 1) % len(self._servers)
+                    final = isinstance(error, Final) and (len(self._servers) == 1 or turn > len(self._servers))
+                    if final or deadline - monotonic() <= pause:
+                        raise
+                    log.debug("insert_again", {"host": server.name, "reason": str(error)})
                     sleep(pause)
                     pause = min(BACKOFF_MOST, max(BACKOFF_LEAST, 2 * pause))
 

@@ -53,9 +53,10 @@ def text(value: str) -> str:
 def look(server: Server, database: str, cluster: str | None) -> Tables | None:
     """What there is; None if there is nothing yet. Raises Again, or Final, also for tables of another shape."""
     found = _tables(server, database)
-    if "ringoexp" not in found:
-        if taken := sorted({"record", "record_all", "records"} & set(found)):
-            raise Final(f"{server.name}: {database} has a table {taken[0]} of another program: name another database")
+    if "ringoexp" not in found:  # the last to be made: perhaps they are being made, or who did it was killed
+        if found and not ("record" in found and _ours(server, database, *found["record"])):
+            taken = sorted(found)[0]
+            raise Final(f"{server.name}: {database} has a table {taken} of another program: name another database")
         return None
     inserted = "record_all" if cluster else "record"
     for name in ("record", inserted, "records"):
@@ -65,11 +66,7 @@ def look(server: Server, database: str, cluster: str | None) -> Tables | None:
     if not cluster and "record_all" in found:
         raise Final(f"{server.name}: {database} belongs to a cluster: name it with --clickhouse_cluster")
     engine, key, made = found["record"]
-    columns = server.rows(
-        f"SELECT name, type FROM system.columns WHERE database = {text(database)} AND table = 'record'", ASK_SECONDS
-    )
-    version = re.search(r"ReplacingMergeTree\((?:'[^']*', *'[^']*', *)?version\)", made)
-    if columns != _COLUMNS or key != _KEY or not version:
+    if not _ours(server, database, engine, key, made):
         raise Final(f"{server.name}: the table record in {database} is of another shape: name another database")
     ((identity, schema),) = server.rows(
         f"SELECT toString(identity), schema FROM {quoted(database)}.ringoexp", ASK_SECONDS
@@ -142,6 +139,15 @@ def expire(server: Server, database: str, cluster: str | None, tables: Tables, d
         return
     on = f" ON CLUSTER {quoted(cluster)}" if cluster else ""
     server.post(f"ALTER TABLE {quoted(database)}.record{on} MODIFY TTL {ttl}", b"", DDL_SECONDS)
+
+
+def _ours(server: Server, database: str, engine: str, key: str, made: str) -> bool:
+    """Whether the table `record` has our shape."""
+    columns = server.rows(
+        f"SELECT name, type FROM system.columns WHERE database = {text(database)} AND table = 'record'", ASK_SECONDS
+    )
+    version = re.search(r"ReplacingMergeTree\((?:'[^']*', *'[^']*', *)?version\)", made)
+    return columns == _COLUMNS and key == _KEY and version is not None
 
 
 def _tables(server: Server, database: str) -> dict[str, tuple[str, str, str]]:

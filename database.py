@@ -89,11 +89,6 @@ def connect(path: str, application_id: int, wal_limit: int) -> sqlite3.Connectio
                 PRAGMA user_version = {SCHEMA_VERSION};
                 COMMIT"""
             )
-        if not db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'identity'").fetchone()[0]:
-            db.execute("BEGIN IMMEDIATE")
-            db.execute(IDENTITY)
-            db.execute("INSERT INTO identity VALUES (?)", (uuid.uuid4().bytes,))
-            db.execute("COMMIT")
         # Ids are dense and each belongs to a batch: what breaks that is not to be built upon.
         (records,) = db.execute("SELECT coalesce(max(id), 0) FROM record").fetchone()
         last = db.execute("SELECT first_id + count - 1 FROM batch ORDER BY first_id DESC LIMIT 1").fetchone()
@@ -101,7 +96,10 @@ def connect(path: str, application_id: int, wal_limit: int) -> sqlite3.Connectio
             raise StoreError(f"{path} is corrupt, or was changed by another program: restore it from a backup")
         # Proves, now, that it can be written: a read-only file would fail only at the first record.
         db.execute("BEGIN IMMEDIATE")
-        db.execute("ROLLBACK")
+        db.execute(IDENTITY)
+        if not db.execute("SELECT count(*) FROM identity WHERE length(uuid) = 16").fetchone()[0]:
+            db.execute("INSERT INTO identity VALUES (?)", (uuid.uuid4().bytes,))
+        db.execute("COMMIT")
         return db
     except BaseException as cause:
         if db is not None:

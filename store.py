@@ -175,7 +175,9 @@ class Store:
             opened = os.stat(real)
             self._file = opened.st_dev, opened.st_ino
             with explained(path):
-                self.identity = str(uuid.UUID(bytes=self._db.execute("SELECT uuid FROM identity").fetchone()[0]))
+                self.identity = str(
+                    uuid.UUID(bytes=self._db.execute("SELECT uuid FROM identity WHERE length(uuid) = 16").fetchone()[0])
+                )
                 (self._held,) = self._db.execute(_HELD).fetchone()  # guarded by _lock, as the totals are
             undo.pop_all()
 

@@ -2,12 +2,27 @@
 
 import os
 import sqlite3
+import uuid
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from database import StoreError
 from store import Store
+
+
+def test_a_file_of_before_there_was_an_identity_gets_one(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.db"
+    Store(str(path)).close()
+    with closing(sqlite3.connect(path)) as writer, writer:
+        writer.execute("DROP TABLE identity")
+    found = []
+    for _ in range(2):
+        store = Store(str(path))
+        found.append(store.identity)
+        store.close()
+    assert found[0] == found[1] and str(uuid.UUID(found[0])) == found[0]
 
 
 def test_a_named_pipe_is_not_a_file(tmp_path: Path) -> None:

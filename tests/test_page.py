@@ -734,6 +734,21 @@ def test_the_disk_is_summed_up_and_a_bar_that_is_not_to_scale_says_so(browser: B
     assert not browser.run("return document.getElementById('barNote').checkVisibility()")
 
 
+def test_of_a_database_on_other_machines_only_its_size_is_shown(browser: Browser, running: ServerProcess) -> None:
+    def seen(name: str) -> bool:
+        return bool(browser.run(f"return document.getElementById('{name}').checkVisibility()"))
+
+    browser.open(running.port)
+    browser.stop_looking()
+    parts = ("barUsedBytes", "barDatabaseBytes", "barWalBytes", "barFreeBytes", "diskBar", "barNote")
+    browser.shows(1, databaseBytes=4096, walBytes=900_000, diskFreeBytes=79_000_000_000)
+    assert [seen(name) for name in parts] == [True] * 6
+    there = "clickhouse://h:8123/numbers"
+    browser.shows(1, info={"database": there}, databaseBytes=4096, walBytes=0, diskFreeBytes=None)
+    assert [seen(name) for name in parts] == [True] + [False] * 5
+    assert browser.text("diskPath") == there and browser.value("barUsedBytes") == "4096"
+
+
 def test_what_was_said_of_the_last_send_goes_with_a_wrong_input(browser: Browser, running: ServerProcess) -> None:
     browser.open(running.port)
     browser.click("sendThem")

@@ -93,6 +93,7 @@ GOOD: dict[str, list[tuple[str, Any]]] = {
     "spool": [("a b.spool", "a b.spool")],
     "spool_max": [("1", 1), (str(2**62), 2**62)],
     "database": [("a b.db", "a b.db")],
+    "clickhouse_cluster": [("a b", "a b")],
     "retain": [("30", 30), ("0.5", 0.5), (".25", 0.25)],
     "per_address": [("1", 1), ("0", 0), ("-1", 0)],
     "threads": [("512", 512), ("1000000", 1000000)],
@@ -104,7 +105,12 @@ GOOD: dict[str, list[tuple[str, Any]]] = {
 }
 
 
-NEEDED = {"tls_key": ["--tls_cert", "c"], "client_ca": ["--tls_cert", "c"], "consumer_ca": ["--consumer_tls"]}
+NEEDED = {
+    "tls_key": ["--tls_cert", "c"],
+    "client_ca": ["--tls_cert", "c"],
+    "consumer_ca": ["--consumer_tls"],
+    "clickhouse_cluster": ["-D", "clickhouse://h"],
+}
 
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.long != "debug"], ids=lambda o: o.long)
