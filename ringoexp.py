@@ -158,7 +158,7 @@ class Parts:
         if not own and settings.retain:
             raise CannotRun(
                 f"--retain {settings.retain:g}: this publisher has no database, it forwards to "
-                f"{theirs} (--retain is a consumer's)"
+                f"{theirs} (--retain is that consumer's)"
             )
         if own and settings.spool:
             raise CannotRun(
