@@ -31,6 +31,7 @@ PATIENCE = 1.0
 MOST_MARKS = 1024
 """Reads whose acks are kept apart, for a client whose records are long in being stored."""
 GOING_AWAY = (1001, "the server is stopping")
+UNSTORED = (1011, "not stored before the server stopped")
 LOST = (1006, "connection lost")
 NOTHING = Block([], array("q"))
 
@@ -188,6 +189,8 @@ class Session:
                     elif data is None:
                         self._connection.wait()
             self._settle(patient=ending[0] != LOST[0])
+            if self._batches and self._marks and ending == GOING_AWAY:
+                ending = UNSTORED  # it may be stored yet: 1001 says to a publisher's link that it will not be
         except OSError as error:
             ending = (LOST[0], f"{LOST[1]}: {error}")
         if ending[0] == LOST[0]:

@@ -136,7 +136,8 @@ class LinkSink:
     def store(self, block: Block) -> None:
         """Returns when the consumer has acked the block. Raises SinkError when it has not; the link is closed then.
 
-        InDoubt once it began to send, unless a store says goodbye as it stops: it has acked all that it has stored.
+        InDoubt once it began to send, unless a store says goodbye as it stops (1001): it has acked all that it has, or
+        will have, stored.
         It makes no link in place of one that has ended meanwhile: another store might be at the end of that.
         """
         if self._link and monotonic() - self._acked_at >= LOOK_AFTER:

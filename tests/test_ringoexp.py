@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from contextlib import ExitStack, closing
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +25,7 @@ import ringoexp
 from options import OPTIONS, Option, Settings, read_arguments
 from ringoexp import CannotRun, Parts, is_own_consumer, main
 from store import Store
+from wire import SUBPROTOCOL, Run, encode_batch
 
 README = (ROOT / "README.md").read_text()
 
@@ -408,6 +410,19 @@ def draining(directory: Path, seconds: float) -> ServerProcess:
     """A publisher whose consumer is away, which gives up draining after `seconds`."""
     flags = ["-p", "0", "-T", str(free_port()), "-r", "10"]
     return ServerProcess(directory, *flags, patch=f"ringoexp.DRAIN_SECONDS = {seconds}")
+
+
+def test_a_stop_that_leaves_batches_unstored_does_not_say_that_they_will_not_be(tmp_path: Path) -> None:
+    """1001 says to a publisher's link that what was not acked may go elsewhere; the last of these may be stored yet."""
+    running = draining(tmp_path, 0.5)
+    try:
+        with RawClient(running.port, {"Sec-WebSocket-Protocol": SUBPROTOCOL}) as client:
+            client.send(frame(2, encode_batch([Run(bytes(16), 0, 1)], array("q", [1]))))
+            eventually(lambda: running.stats()["ringDepth"] == 1)
+            assert running.stop() == 3
+            assert client.closed() == (1011, "not stored before the server stopped", 0)
+    finally:
+        running.kill()
 
 
 @pytest.mark.parametrize("records", [5, 50])

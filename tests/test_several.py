@@ -35,6 +35,7 @@ from harness import (
 from websockets.sync.server import ServerConnection as Peer
 
 import producer
+from storage import Storage
 from wire import decode_batch, encode_ack, encode_plain
 
 QUICK = f"{SHORT_TIMES}; readiness.FRESH = 0.05; readiness.PATIENCE = 0.5; readiness.STUCK = 0.1"
@@ -262,6 +263,23 @@ def test_it_stops_in_order_and_in_time_in_every_state(tmp_path: Path, state: str
         assert status == (0 if stored == 11 else 3)
         if state != "one hangs":  # either had it
             assert stored == (10 if "both" in state else 11)
+
+
+@pytest.mark.skipif(not hasattr(Storage, "identity"), reason="needs stores that say which they are")
+def test_consumers_that_are_stopped_in_order_leave_nothing_in_doubt(tmp_path: Path) -> None:
+    """What they have not acked by their goodbye they do not have: it goes elsewhere at once."""
+    with Fleet(tmp_path, "-r", "8192") as fleet, Load(fleet.publisher.url, Random(seeded())) as load:
+        for turn in range(6):
+            load.goes_on()
+            stopped = turn % 2
+            assert fleet.consumers[stopped].stop() == 0
+            load.goes_on()
+            assert [each["inDoubt"] for each in fleet.publisher.stats()["consumers"]] == [0, 0]
+            fleet.start(stopped)
+            eventually(lambda: fleet.states() == ["up", "up"])
+        load.finish()
+        assert fleet.publisher.stop() == 0
+        assert not fleet.problems(load)
 
 
 def test_what_is_in_doubt_goes_at_once_to_another_consumer_of_the_same_store(tmp_path: Path) -> None:
