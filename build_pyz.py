@@ -1,8 +1,8 @@
 """Makes `ringoexp.pyz`, the whole program in one file: `python build_pyz.py [OUTPUT]`, from a checkout.
 
 In it are the modules that pyproject.toml names, the live page, and simple-websocket, wsproto and h11 as they
-are installed, each with its licence. Comments and docstrings are left out, for the size, and lines keep their
-numbers, so that tracebacks and profiles name those of the sources. The same sources make the same bytes,
+are installed, each with its licence. Comments, docstrings and most of the indentation are left out, for the size; lines
+keep their numbers, so that tracebacks and profiles name those of the sources. The same sources make the same bytes,
 whoever builds, when, where and with which Python; another zlib than usual (zlib-ng) packs them differently.
 """
 
@@ -87,7 +87,9 @@ def bare(source: str, name: str) -> str:
         same = False
     if not same:
         raise CannotBuild(f"{name}: a docstring and code are in one line: it cannot be left out")
-    return made
+    # A quarter of the indentation, unless a text of several lines has some of it.
+    thin = re.sub("^ +", lambda found: " " * sum(divmod(len(found[0]), 4)), made, flags=re.MULTILINE)
+    return thin if ast.dump(ast.parse(thin)) == ast.dump(tree) else made
 
 
 def _bodies(tree: ast.AST) -> Iterator[list[ast.stmt]]:

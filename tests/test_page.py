@@ -691,7 +691,7 @@ def test_several_consumers_are_listed_and_one_that_is_away_is_named(browser: Bro
     ]
     assert browser.text("stateText") == "All is well."
     assert "1 consumer of 2 there" in browser.text("stateDetail") and "b:2 is away" in browser.text("stateDetail")
-    assert "storing at a:1, b:2" in browser.text("who")
+    assert "forwarding to a:1, b:2" in browser.text("who")
     browser.shows(
         1, consumerState="down", consumerReason="a:1: gone; b:2: refused", consumers=[{**up, "state": "down"}, away]
     )

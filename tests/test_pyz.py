@@ -338,13 +338,14 @@ def _places(source: str) -> list[tuple[str, int]]:
         ('"""Doc."""\nx = 1  # one\n', "\nx = 1\n"),
         ('x = "# no comment"  # é\n', 'x = "# no comment"\n'),
         ('x = """kept  \n# kept\n"""\n', 'x = """kept  \n# kept\n"""\n'),
-        ('def f():\n    """Doc,\n    long."""\n', "def f():\n    pass\n\n"),
-        ('class E(Exception):\n    "é" "é"  # twice\n', "class E(Exception):\n    pass\n"),
+        ('def f():\n    """Doc,\n    long."""\n', "def f():\n pass\n\n"),
+        ('class E(Exception):\n    "é" "é"  # twice\n', "class E(Exception):\n pass\n"),
         ('"""Doc."""\nfrom __future__ import annotations\n', "\nfrom __future__ import annotations\n"),
         ('x = 1\n"""Of x."""\n# and\ny = 2', "x = 1\n\n\ny = 2"),
         ('try:\n    "é"; x = 1\nfinally:\n    "a"\n    "b"\n', None),
-        ('if x:\n    "a"\n    "b"\nelse:\n    "c"\n', "if x:\n    pass\n\nelse:\n    pass\n"),
+        ('if x:\n    "a"\n    "b"\nelse:\n    "c"\n', "if x:\n pass\n\nelse:\n pass\n"),
         ("x = 'a\\\nb'  # c\n", "x = 'a\\\nb'\n"),
+        ('if x:\n    y = """\n    kept\n"""\n', 'if x:\n    y = """\n    kept\n"""\n'),
     ],
 )
 def test_only_comments_and_docstrings_are_left_out(source: str, left: str | None) -> None:

@@ -138,7 +138,7 @@ def test_behind_nginx_its_socket_is_where_docs_deploy_says_and_is_for_nginx(runn
     assert running.run("stat", "-c", "%a %G", socket) == "660 www-data\n"
     ask = ["curl", "-sS", "--unix-socket", socket, "http://localhost/v1.0/ready"]
     become = ["setpriv", "--clear-groups", "--reuid", "www-data", "--regid"]
-    assert '{"ready": true}' in running.run(*become, "www-data", *ask)
+    assert '{"ready": true' in running.run(*become, "www-data", *ask)
     assert "ready" not in running.run(*become, "nogroup", *ask, check=False)
 
 
