@@ -150,4 +150,5 @@ class Consumers:
         return errors
 
     def _wanted(self) -> list[Place]:
-        return list(dict.fromkeys(place for each in self._hosts for place in self._found.get(each, ())))
+        found = [place for each in self._hosts for place in self._found.get(each, ())]
+        return list({(place.host, place.port): place for place in reversed(found)}.values())[::-1]  # two names of one

@@ -86,7 +86,7 @@ class Forwarder:
             if self._stopping:
                 return
             for outlet in dropped:
-                outlet.leaving = True
+                outlet.leaving, outlet.fixed = True, False
             self._outlets = (*self._outlets, *added)
         for outlet in added:
             try:
@@ -133,7 +133,8 @@ class Forwarder:
 
         if not outlet.breaker.pause() or self._leaves(outlet, takes):
             return False
-        several = len(self._outlets) > 1
+        # What waits for one store must not go to another, though there is only one outlet by now.
+        several = len(self._outlets) > 1 or self._ring.has_marked
         if several and not sink.ready:
             if outlet.breaker.probed_by_another:
                 return not self._retire(outlet)
@@ -144,7 +145,7 @@ class Forwarder:
             if not outlet.doubted:
                 self._answers(outlet)
         try:
-            batch = self._ring.reserve(self._limit, IDLE_SECONDS, takes if several else None)
+            batch = self._ring.reserve(self._limit, IDLE_SECONDS, None if outlet.alone else takes)
         except TimeoutError:
             if self._retire(outlet):
                 return False
@@ -253,12 +254,10 @@ class Forwarder:
             outlet.workers += 1
             self._most_workers = max(self._most_workers, len(self._working))
 
-    def _retire(self, outlet: Outlet, last: bool = False) -> bool:
-        """Counts the calling worker out, unless it is the last of its outlet, if not even that shall stay. True when
-        it should end.
-        """
+    def _retire(self, outlet: Outlet) -> bool:
+        """Counts the calling worker out, unless it is the last of its outlet. True when it should end."""
         with self._lock:
-            if outlet.workers < 2 and not last:
+            if outlet.workers < 2:
                 return False
             self._count_out(outlet)
         outlet.breaker.left()
@@ -266,7 +265,14 @@ class Forwarder:
 
     def _leaves(self, outlet: Outlet, takes: Callable[[object], bool]) -> bool:
         """Counts the calling worker out if nobody names its outlet any more, and nothing is in doubt there."""
-        return outlet.leaving and not self._ring.has_for(takes) and self._retire(outlet, last=True)
+        if not outlet.leaving:
+            return False
+        with self._lock:  # looks under it: who left before has given back what it had, and `keep` comes before or after
+            if not outlet.leaving or self._ring.has_for(takes):
+                return False
+            self._count_out(outlet)
+        outlet.breaker.left()
+        return True
 
     def _crowds(self, outlet: Outlet) -> bool:
         """True when there are as many workers as there may be, and another outlet has two fewer: it was away."""

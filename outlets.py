@@ -98,8 +98,8 @@ class Outlet:
 
     `link` is what is known of the consumer at `place`, where the sinks are links; `told` is the same, if the workers
     are to tell it what they find out, and not the spool. If it is `fixed`, that is the same consumer for ever,
-    whatever store it has: somebody gave it this address. Other addresses may become another one's. `lost` is called
-    when a link fails. It is `alone` if there never will be another outlet: then nothing needs a pin.
+    whatever store it has: somebody gave it this address. Other addresses may become another one's, as may a name that
+    has got others; then it is `fixed` no more. `lost` is called when a link fails. It is `alone` if there never will be another outlet: then nothing needs a pin.
     """
 
     def __init__(
@@ -120,8 +120,8 @@ class Outlet:
         self.lost = lost
         self.breaker = Breaker()
         self.doubted = False  # the last batch that was sent failed: a link alone proves nothing
-        self._fixed = fixed
         # The forwarder's, under its lock.
+        self.fixed = fixed  # never again once it is not
         self.workers = 0  # not counting those that retire
         self.leaving = False  # nobody names it any more: its workers end
 
@@ -134,4 +134,4 @@ class Outlet:
         assert isinstance(mark, Pin)
         if mark.store is not None and mark.store == store:
             return True
-        return mark.outlet is self and (self._fixed or mark.store is None or store is None)
+        return mark.outlet is self and (self.fixed or mark.store is None or store is None)

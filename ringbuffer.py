@@ -13,7 +13,8 @@ what was ever handed out, and everything before *committed* is stored. At every 
 A requeued batch may be *marked*, for good: then only workers that take its mark get it. What a mark is only they
 know. As it may have to wait for long it is *set aside*: it has its own copy of its values, so its slots are free as
 if it were stored, but nobody is told that it is, until it is. What is set aside is at most another `capacity` values;
-a marked batch beyond that stays in its slots. So, precisely: everything before *committed* is stored or set aside.
+a marked batch beyond that stays in its slots until there is room. So, precisely: everything before *committed* is
+stored or set aside.
 
 One `Lock` guards everything; three conditions share it, one for each kind of waiter:
 
@@ -218,6 +219,8 @@ class Ring:
             if batch in self._aside:
                 del self._aside[batch]
                 self._aside_size -= len(batch)
+                for waiting in self._marked_in_slots():
+                    self._set_aside(waiting)
                 self._advanced.notify_all()
             else:
                 self._finish(batch)
@@ -239,10 +242,8 @@ class Ring:
             else:
                 bisect.insort(self._marked, batch, key=lambda other: other.start)
                 self._not_empty.notify_all()
-                if batch not in self._aside and self._aside_size + len(batch) <= self.capacity:
-                    self._aside[batch] = None  # first: who sees the prefix grow must see this
-                    self._aside_size += len(batch)
-                    self._finish(batch)
+                if batch not in self._aside:
+                    self._set_aside(batch)
 
     def is_stored(self, sequence: int, since: int = 0) -> bool:
         """True when everything before `sequence`, from `since` on, is stored."""
@@ -309,6 +310,11 @@ class Ring:
         """True when values could be reserved by any worker, and none is waiting to do it."""
         with self._lock:
             return self._open() > 0 and self._idle == 0
+
+    @property
+    def has_marked(self) -> bool:
+        """True while a marked batch waits."""
+        return bool(self._marked)  # one read: no lock needed
 
     def has_for(self, takes: Callable[[object], bool]) -> bool:
         """True while a marked batch waits whose mark this takes."""
@@ -383,6 +389,14 @@ class Ring:
 
     def _drained(self) -> bool:
         return self._closed and self._all_stored()
+
+    def _set_aside(self, batch: Batch) -> None:
+        """Frees the slots of a marked batch that waits, if there is room beside the ring."""
+        assert self._lock.locked()
+        if self._aside_size + len(batch) <= self.capacity:
+            self._aside[batch] = None  # first: who sees the prefix grow must see this
+            self._aside_size += len(batch)
+            self._finish(batch)
 
     def _finish(self, batch: Batch) -> None:
         """`batch` needs its slots no more: frees those of the gapless prefix, and wakes who waits for it."""

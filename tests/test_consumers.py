@@ -238,3 +238,9 @@ def test_one_consumer_with_its_port_may_be_its_own(tmp_path: Path) -> None:
     with server(tmp_path, "-p", str(port), "-U", f"localhost:{port}") as running:
         assert "storing in ringoexp.db" in running.greeting
         assert running.stats()["consumers"] == []
+
+
+def test_one_address_that_two_names_have_is_one_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, {"a": ["10.0.0.1", "10.0.0.2"], "b": ["10.0.0.2", "10.0.0.3"]})
+    found = [str(each.place) for each in Consumers([("a", 1), ("b", 1)], outlet).outlets]
+    assert found == ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"]

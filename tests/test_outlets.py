@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from harness import eventually
+from harness import Blocked, eventually
 
 import forwarder
 import websock
@@ -318,3 +318,59 @@ def test_while_all_are_away_there_are_pauses(monkeypatch: pytest.MonkeyPatch) ->
         put(ring, 1)
         eventually(lambda: all(each.connects >= 5 for each in consumers))
         assert all(each.connects < 20 for each in consumers)
+
+
+def test_what_is_in_doubt_at_one_store_goes_to_no_other_though_only_one_consumer_is_left() -> None:
+    ring, here, gone = Ring(8), Consumer("here", "x"), Consumer("gone", "y")
+    gone.outlet = Outlet(lambda connected: Link(gone), gone.state, fixed=False, alone=False)
+    here.away = gone.deaf = True
+    with forwarding(ring, here, gone) as running:
+        end = put(ring, 1)
+        eventually(lambda: ring.marks())
+        gone.identity, gone.deaf, gone.away = "z", False, False  # another one has its address now
+        running.change([], [gone.outlet])
+        eventually(lambda: put(ring, 2) and gone.outlet not in running.outlets)
+        here.away = False
+        for _ in range(20):
+            since = ring.cursor
+            assert ring.wait_committed(put(ring, 3), 20, since)
+        assert not ring.is_stored(end) and 1 not in here.stored and gone.stored[0] == 1 not in gone.stored[1:]
+        back = Consumer("back", "y")
+        running.change([back.outlet], [])
+        assert ring.wait_committed(end, 20) and 1 in back.stored
+
+
+def test_a_name_that_has_other_addresses_now_is_no_longer_the_same_consumer() -> None:
+    ring, name, one, two = Ring(8), Consumer("name", "x"), Consumer("one", "x"), Consumer("two", "y")
+    name.deaf = one.away = True
+    with forwarding(ring, name) as running:
+        end = put(ring, 1)
+        eventually(lambda: ring.marks())
+        running.change([one.outlet, two.outlet], [name.outlet])
+        name.identity, name.deaf, name.away = "y", False, False  # by its name the second one answers
+        eventually(lambda: name.outlet not in running.outlets)
+        assert name.stored == [1] and not two.stored
+        one.away = False
+        assert ring.wait_committed(end, 20) and one.stored == [1]
+
+
+def test_one_that_is_taken_back_has_a_worker_however_that_coincides_with_its_leaving(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forwarder, "IDLE_SECONDS", 0.05)
+    ring, here, gone = Ring(8), Consumer("here"), Consumer("gone")
+    looking: list[Blocked] = []
+
+    def has_for(takes: object) -> bool:
+        if not looking:
+            looking.append(Blocked(lambda: running.keep(gone.outlet)))
+            looking[0].still()
+        return False
+
+    with forwarding(ring, here, gone) as running:
+        monkeypatch.setattr(ring, "has_for", has_for)
+        running.change([], [gone.outlet])
+        eventually(lambda: looking)
+        kept = looking[0].result()
+        eventually(lambda: bool(gone.outlet.workers) is kept and (gone.outlet in running.outlets) is kept)
+        assert ring.wait_committed(put(ring, 1), 20)

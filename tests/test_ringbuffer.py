@@ -485,6 +485,20 @@ def test_what_is_set_aside_is_bounded_and_the_rest_stays_in_its_slots() -> None:
     assert ring.stats().stored == ring.committed == 6
 
 
+def test_what_found_no_room_beside_the_ring_is_set_aside_as_soon_as_there_is_some() -> None:
+    """Or else one that never comes back holds up a ring that has room."""
+    ring = Ring(4)
+    for turn, mark in enumerate(["back", "gone"]):
+        ring.put(ints(1, 2, 3, 4), A, 4 * turn, 0)
+        ring.requeue(ring.reserve(4, takes=lambda mark: False), mark)
+    producer = Blocked(lambda: ring.put(ints(5), A, 8, DEADLINE))
+    assert producer.still()
+    ring.commit(ring.reserve(4, takes=lambda mark: mark == "back"))
+    assert producer.result() == 9 and ring.is_stored(4) and not ring.is_stored(8, since=4)
+    check(ring)
+    assert ring.stats().depth == 1 and ring.stats().stored == 4
+
+
 def test_a_mark_wakes_every_worker_as_only_one_may_take_it() -> None:
     ring = ring_of(9, 1)
     batch = ring.reserve(1)
