@@ -54,7 +54,7 @@ def look(server: Server, database: str, cluster: str | None) -> Tables | None:
     """What there is; None if there is nothing yet. Raises Again, or Final, also for tables of another shape."""
     found = _tables(server, database)
     if "ringoexp" not in found:  # the last to be made: perhaps they are being made, or who did it was killed
-        if found and not ("record" in found and _ours(server, database, *found["record"])):
+        if found and not ("record" in found and _ours(server, database, *found["record"], begun=True)):
             taken = sorted(found)[0]
             raise Final(f"{server.name}: {database} has a table {taken} of another program: name another database")
         return None
@@ -141,13 +141,14 @@ def expire(server: Server, database: str, cluster: str | None, tables: Tables, d
     server.post(f"ALTER TABLE {quoted(database)}.record{on} MODIFY TTL {ttl}", b"", DDL_SECONDS)
 
 
-def _ours(server: Server, database: str, engine: str, key: str, made: str) -> bool:
-    """Whether the table `record` has our shape."""
+def _ours(server: Server, database: str, engine: str, key: str, made: str, begun: bool = False) -> bool:
+    """Whether the table `record` has our shape; with `begun`, so far: 18.16 lists a table before its definition."""
     columns = server.rows(
         f"SELECT name, type FROM system.columns WHERE database = {text(database)} AND table = 'record'", ASK_SECONDS
     )
     version = re.search(r"ReplacingMergeTree\((?:'[^']*', *'[^']*', *)?version\)", made)
-    return columns == _COLUMNS and key == _KEY and version is not None
+    begun = begun and engine.endswith("ReplacingMergeTree") and not made
+    return columns == _COLUMNS and key == _KEY and (version is not None or begun)
 
 
 def _tables(server: Server, database: str) -> dict[str, tuple[str, str, str]]:

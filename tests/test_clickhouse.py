@@ -214,6 +214,28 @@ def test_tables_that_were_not_all_made_are_completed(house: ClickHouseServer, da
     assert len(house.ask(f"SHOW TABLES FROM {database}")) == 3
 
 
+def test_a_table_that_another_is_making_is_not_taken_for_somebody_elses(
+    house: ClickHouseServer, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """18.16 lists it a moment before it has its definition."""
+    ClickHouse(parse(house.url(database))).close()
+    for name in ("ringoexp", "records"):
+        house.ask(f"DROP TABLE {database}.{name}")
+    tables, asked = clickhouse_tables._tables, []
+
+    def early(asked_of: clickhouse_http.Server, of: str) -> dict[str, tuple[str, str, str]]:
+        found = tables(asked_of, of)
+        if not asked:
+            engine, key, _ = found["record"]
+            found["record"] = engine, key, ""
+        asked.append(of)
+        return found
+
+    monkeypatch.setattr(clickhouse_tables, "_tables", early)
+    ClickHouse(parse(house.url(database))).close()
+    assert len(asked) == 2 and len(house.ask(f"SHOW TABLES FROM {database}")) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
