@@ -94,6 +94,7 @@ def expected(first: int, end: int) -> dict[tuple[str, int], int]:
         ("clickhouse://h/d", [("h", 8123)], "default", "", "d", "clickhouse://h:8123/d"),
         ("clickhouses://h", [("h", 8443)], "default", "", "default", "clickhouses://h:8443/default"),
         ("clickhouse://u:p@h:1,[::1]:2,g/d", [("h", 1), ("::1", 2), ("g", 8123)], "u", "p", "d", None),
+        ("ClickHouses://u:p@h/d", [("h", 8443)], "u", "p", "d", "clickhouses://u@h:8443/d"),
         ("clickhouse://u:@h/d", [("h", 8123)], "u", "", "d", "clickhouse://u@h:8123/d"),
         ("clickhouse://u%40x:a%2Fb@c@h/d%20e", [("h", 8123)], "u@x", "a/b@c", "d e", "clickhouse://u%40x@h:8123/d%20e"),
     ],
@@ -103,7 +104,7 @@ def test_what_an_address_says(
 ) -> None:
     found = parse(text)
     assert (list(found.hosts), found.user, found.password, found.database) == (hosts, user, password, database)
-    assert found.tls == text.startswith("clickhouses:")
+    assert clickhouse_http.is_address(text) and found.tls == text.lower().startswith("clickhouses:")
     assert shown is None or found.shown == shown
 
 
@@ -119,6 +120,13 @@ def test_a_wrong_address_is_refused_without_its_password(text: str, capsys: pyte
         said = capsys.readouterr().err
         assert stop.value.code == 2 and said.count("\n") == 1
         assert "pw" not in said
+
+
+def test_a_spool_is_no_clickhouse(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options.read_arguments(["-S", "clickhouse://u:pw@h/d"])
+    said = capsys.readouterr().err
+    assert "a spool is a file" in said and "pw" not in said
 
 
 def test_a_password_is_taken_out_of_whatever_was_typed() -> None:
