@@ -41,7 +41,9 @@ MOST_GROUPED = 500_000
 """Records after which an insert takes no more blocks along; a run counts as RUN_COST."""
 RUN_COST = 16
 GIVE_UP_SECONDS = 20.0
-"""How long an insert is tried before its records are given back to who sent them; a link waits 30 s for its ack."""
+"""How long records wait at most before they are given back to who sent them; a link waits 30 s for its ack."""
+LEAST_OF_IT = 0.4
+"""The part of that for which an insert is tried in any case, if its records have waited for one before that failed."""
 CHECK_SECONDS = 1.5
 """How long a check waits for each answer."""
 BACKOFF_LEAST, BACKOFF_MOST = 0.1, 2.0
@@ -50,7 +52,7 @@ SLOW_INSERT = 5.0
 TRUST_SECONDS = 3.0
 """For how long an insert that succeeded shows that the next one would."""
 DOUBT_SECONDS = 15.0
-"""For how long one that failed is not made good by a check: by then it was tried again."""
+"""For how long one that failed, and is not being tried again, is not made good by a check."""
 SIZES_SECONDS = 10.0
 """How old the size of the tables, as the stats say it, may be while records come in."""
 
@@ -106,11 +108,12 @@ def encode(blocks: Iterable[tuple[Sequence[Run], "array[int]"]], arrived_ns: int
 class _Waiting:
     """One caller's block on its way into an insert; `done` and `error` are guarded by the store's lock."""
 
-    __slots__ = ("runs", "values", "done", "error")
+    __slots__ = ("runs", "values", "since", "done", "error")
 
     def __init__(self, runs: Sequence[Run], values: "array[int]") -> None:
         self.runs = runs
         self.values = values
+        self.since = monotonic()
         self.done = False
         self.error: StoreError | None = None
 
@@ -211,20 +214,20 @@ class ClickHouse:
     def check(self) -> None:
         """Returns when an insert of nothing has succeeded, at the host in use or one that may take its place.
 
-        Raises StoreError when none has, also while the last insert of records failed, and nobody has tried again.
+        Raises StoreError when none has. Leaves the error of the stats as it is while the last insert of records failed,
+        and its successor has not succeeded.
         """
         with self._lock:
             if self._closed:
                 raise StoreError(f"{self.path} is closed")
             if monotonic() - self._committed_at < TRUST_SECONDS and not self._error:
                 return
-            doubt = monotonic() - self._failed_at < DOUBT_SECONDS
             at = self._at
         error: StoreError | None = None
         for turn in range(len(self._servers)):
             server = Server(self._target, *self._target.hosts[(at + turn) % len(self._servers)])
             try:
-                found = tables.look(server, self._target.database, self._cluster)
+                found = tables.look(server, self._target.database, self._cluster, CHECK_SECONDS)
                 if not found or found.identity != self.identity:
                     raise Final(f"{server.name}: the tables are gone, or others: start again")
                 server.post(found.insert, b"", CHECK_SECONDS, found.settings)
@@ -235,6 +238,8 @@ class ClickHouse:
             finally:
                 server.close()
         with self._lock:
+            # As long as records are on their way, it is they that show whether it goes on.
+            doubt = self._leading or monotonic() - self._failed_at < DOUBT_SECONDS
             if error or not doubt:
                 self._error = str(error) if error else None
         if error:
@@ -311,7 +316,8 @@ class ClickHouse:
             # A block that comes later never has an earlier time, whatever becomes of the clock meanwhile.
             arrived_ns = max(time.time_ns(), self._last_ns + 1)
             self._last_ns = arrived_ns + sum(len(waiting.runs) for waiting in group)
-            self._insert(encode(((waiting.runs, waiting.values) for waiting in group), arrived_ns))
+            deadline = max(group[0].since + GIVE_UP_SECONDS, started + GIVE_UP_SECONDS * LEAST_OF_IT)
+            self._insert(encode(((waiting.runs, waiting.values) for waiting in group), arrived_ns), deadline)
         except BaseException as cause:
             log.debug("insert_failed", exc_info=True)
             error = self._explained(cause)
@@ -336,24 +342,23 @@ class ClickHouse:
                 self._leading = False
                 self._turn.notify_all()
 
-    def _insert(self, rows: "array[int]") -> None:
-        """Returns when the rows are in the database. Raises Again if they may not be, after GIVE_UP_SECONDS, or Final.
+    def _insert(self, rows: "array[int]", deadline: float) -> None:
+        """Returns when the rows are in the database. Raises Again if they may not be, soon after `deadline`, or Final.
 
         The identical bytes, by the same token, are tried at the same host, a second time at once, and elsewhere only
         where the same records are to be had too.
         """
-        deadline = monotonic() + GIVE_UP_SECONDS
         token = str(uuid.uuid4())
         pause, turn = 0.0, 0
         with memoryview(rows).cast("B") as body:
             while True:
                 server = self._servers[self._at]
-                left = max(1.0, deadline - monotonic())
                 try:
                     known = self._known = self._known or self._look_again(server)
                     settings = (
                         {**known.settings, "insert_deduplication_token": token} if known.token else known.settings
                     )
+                    left = max(1.0, deadline - monotonic())
                     if len(self._servers) > 1:  # a host that hangs is to leave time for the next
                         left = min(left, GIVE_UP_SECONDS / 3)
                     said = server.post(known.insert, body, left, settings)

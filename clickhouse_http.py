@@ -87,7 +87,7 @@ class Target(NamedTuple):
 
 def is_address(text: str) -> bool:
     """True when it names a ClickHouse database, well or not, rather than a file."""
-    return text.startswith(SCHEMES)
+    return text.lower().startswith(SCHEMES)
 
 
 def redacted(text: str) -> str:
@@ -105,7 +105,7 @@ def _user_only(found: "re.Match[str]") -> str:
 def parse(text: str) -> Target:
     """What an address says; a password it does not have is that of the environment. Raises ValueError, without it."""
     scheme, _, rest = text.partition("://")
-    secure = scheme == "clickhouses"
+    secure = scheme.lower() == "clickhouses"
     before, _, where = rest.rpartition("@")
     user, colon, password = before.partition(":")
     hosts, _, database = where.partition("/")

@@ -50,11 +50,14 @@ def text(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def look(server: Server, database: str, cluster: str | None) -> Tables | None:
-    """What there is; None if there is nothing yet. Raises Again, or Final, also for tables of another shape."""
-    found = _tables(server, database)
+def look(server: Server, database: str, cluster: str | None, seconds: float = ASK_SECONDS) -> Tables | None:
+    """What there is; None if there is nothing yet. Waits `seconds` for each answer.
+
+    Raises Again, or Final, also for tables of another shape.
+    """
+    found = _tables(server, database, seconds)
     if "ringoexp" not in found:  # the last to be made: perhaps they are being made, or who did it was killed
-        if found and not ("record" in found and _ours(server, database, *found["record"])):
+        if found and not ("record" in found and _ours(server, database, seconds, *found["record"], begun=True)):
             taken = sorted(found)[0]
             raise Final(f"{server.name}: {database} has a table {taken} of another program: name another database")
         return None
@@ -66,16 +69,14 @@ def look(server: Server, database: str, cluster: str | None) -> Tables | None:
     if not cluster and "record_all" in found:
         raise Final(f"{server.name}: {database} belongs to a cluster: name it with --clickhouse_cluster")
     engine, key, made = found["record"]
-    if not _ours(server, database, engine, key, made):
+    if not _ours(server, database, seconds, engine, key, made):
         raise Final(f"{server.name}: the table record in {database} is of another shape: name another database")
-    ((identity, schema),) = server.rows(
-        f"SELECT toString(identity), schema FROM {quoted(database)}.ringoexp", ASK_SECONDS
-    )
+    ((identity, schema),) = server.rows(f"SELECT toString(identity), schema FROM {quoted(database)}.ringoexp", seconds)
     if int(schema) > SCHEMA_VERSION:
         raise Final(f"{server.name}: {database} has version {schema}, this program knows {SCHEMA_VERSION}: use a newer")
     replicated = engine.startswith("Replicated")
-    replicas = _replicas(server, database, cluster) if replicated else 1
-    settings, token = _settings(server, replicas)
+    replicas = _replicas(server, database, cluster, seconds) if replicated else 1
+    settings, token = _settings(server, replicas, seconds)
     synced = all(re.search(rf"\b{name} = 1\b", made) for name in ("fsync_after_insert", "fsync_part_directory"))
     expires = re.search(r"\bTTL (.*?)(?: SETTINGS |$)", made)
     return Tables(
@@ -141,36 +142,37 @@ def expire(server: Server, database: str, cluster: str | None, tables: Tables, d
     server.post(f"ALTER TABLE {quoted(database)}.record{on} MODIFY TTL {ttl}", b"", DDL_SECONDS)
 
 
-def _ours(server: Server, database: str, engine: str, key: str, made: str) -> bool:
-    """Whether the table `record` has our shape."""
+def _ours(server: Server, database: str, seconds: float, engine: str, key: str, made: str, begun: bool = False) -> bool:
+    """Whether the table `record` has our shape; with `begun`, so far: 18.16 lists a table before its definition."""
     columns = server.rows(
-        f"SELECT name, type FROM system.columns WHERE database = {text(database)} AND table = 'record'", ASK_SECONDS
+        f"SELECT name, type FROM system.columns WHERE database = {text(database)} AND table = 'record'", seconds
     )
     version = re.search(r"ReplacingMergeTree\((?:'[^']*', *'[^']*', *)?version\)", made)
-    return columns == _COLUMNS and key == _KEY and version is not None
+    begun = begun and engine.endswith("ReplacingMergeTree") and not made
+    return columns == _COLUMNS and key == _KEY and (version is not None or begun)
 
 
-def _tables(server: Server, database: str) -> dict[str, tuple[str, str, str]]:
+def _tables(server: Server, database: str, seconds: float) -> dict[str, tuple[str, str, str]]:
     """Engine, sorting key and definition of the tables there are, by name. Raises Final when there is no database."""
     rows = server.rows(
         "SELECT name, engine, sorting_key, engine_full FROM system.tables "
         f"WHERE database = {text(database)} AND name IN ('ringoexp', 'record', 'record_all', 'records')",
-        ASK_SECONDS,
+        seconds,
     )
     return {name: (engine, key, made) for name, engine, key, made in rows}
 
 
-def _replicas(server: Server, database: str, cluster: str | None) -> int:
+def _replicas(server: Server, database: str, cluster: str | None, seconds: float) -> int:
     """How many replicas the table is to have, for each shard."""
     if cluster:
         sql = f"SELECT max(replica_num) FROM system.clusters WHERE cluster = {text(cluster)}"
     else:
         sql = f"SELECT max(total_replicas) FROM system.replicas WHERE database = {text(database)} AND table = 'record'"
-    ((count,),) = server.rows(sql, ASK_SECONDS)
+    ((count,),) = server.rows(sql, seconds)
     return int(count)
 
 
-def _settings(server: Server, replicas: int) -> tuple[dict[str, str], bool]:
+def _settings(server: Server, replicas: int, seconds: float) -> tuple[dict[str, str], bool]:
     """The settings of a safe insert, as far as the server knows them; and whether it knows tokens."""
     wanted = {
         "async_insert": "0",
@@ -183,7 +185,7 @@ def _settings(server: Server, replicas: int) -> tuple[dict[str, str], bool]:
     }
     names = [*wanted, "insert_quorum", "insert_quorum_timeout", "insert_quorum_parallel", "insert_deduplication_token"]
     listed = ", ".join(text(name) for name in names)
-    known = {name for (name,) in server.rows(f"SELECT name FROM system.settings WHERE name IN ({listed})", ASK_SECONDS)}
+    known = {name for (name,) in server.rows(f"SELECT name FROM system.settings WHERE name IN ({listed})", seconds)}
     settings = {name: value for name, value in wanted.items() if name in known}
     if "distributed_foreground_insert" in known:
         settings.pop("insert_distributed_sync", None)

@@ -140,6 +140,13 @@ def _database(text: str) -> str:
     return text
 
 
+def _spool(text: str) -> str:
+    """A path; what is an address all the same is not shown, as there may be a password in it."""
+    if clickhouse_http.is_address(text):
+        raise argparse.ArgumentTypeError("a ClickHouse address is not accepted: a spool is a file on this machine")
+    return _not_empty(text)
+
+
 OPTIONS = (
     Option("N", "name", "", _header_text, "basic", "the server's name, sent as the Server header"),
     Option("H", "hostname", "localhost", _host, "basic", "address to listen on, or unix:PATH"),
@@ -192,7 +199,7 @@ OPTIONS = (
         "S",
         "spool",
         None,
-        _not_empty,
+        _spool,
         "publisher",
         "file that takes over, durably, while the consumer is away; what is in it is sent on afterwards",
     ),

@@ -12,7 +12,8 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlencode
@@ -56,6 +57,17 @@ class Ports(NamedTuple):
 def ports() -> Ports:
     """Free ones."""
     return Ports(free_port(), free_port(), free_port())
+
+
+@contextmanager
+def _killed_if_not(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Kills one that does not become what it should: nobody gets hold of it then."""
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
 
 
 class Asked:
@@ -102,7 +114,8 @@ class Asked:
             except OSError:
                 return False
 
-        eventually(answers, f"{what} answers")
+        with _killed_if_not(process):
+            eventually(answers, f"{what} answers")
 
 
 class ClickHouseServer(Asked):
@@ -206,7 +219,8 @@ class ZooKeeper:
             except OSError:
                 return False
 
-        eventually(answers, "ZooKeeper answers")
+        with _killed_if_not(self.process):
+            eventually(answers, "ZooKeeper answers")
 
     def kill(self) -> None:
         """SIGKILL."""

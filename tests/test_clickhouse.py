@@ -94,6 +94,7 @@ def expected(first: int, end: int) -> dict[tuple[str, int], int]:
         ("clickhouse://h/d", [("h", 8123)], "default", "", "d", "clickhouse://h:8123/d"),
         ("clickhouses://h", [("h", 8443)], "default", "", "default", "clickhouses://h:8443/default"),
         ("clickhouse://u:p@h:1,[::1]:2,g/d", [("h", 1), ("::1", 2), ("g", 8123)], "u", "p", "d", None),
+        ("ClickHouses://u:p@h/d", [("h", 8443)], "u", "p", "d", "clickhouses://u@h:8443/d"),
         ("clickhouse://u:@h/d", [("h", 8123)], "u", "", "d", "clickhouse://u@h:8123/d"),
         ("clickhouse://u%40x:a%2Fb@c@h/d%20e", [("h", 8123)], "u@x", "a/b@c", "d e", "clickhouse://u%40x@h:8123/d%20e"),
     ],
@@ -103,7 +104,7 @@ def test_what_an_address_says(
 ) -> None:
     found = parse(text)
     assert (list(found.hosts), found.user, found.password, found.database) == (hosts, user, password, database)
-    assert found.tls == text.startswith("clickhouses:")
+    assert clickhouse_http.is_address(text) and found.tls == text.lower().startswith("clickhouses:")
     assert shown is None or found.shown == shown
 
 
@@ -119,6 +120,13 @@ def test_a_wrong_address_is_refused_without_its_password(text: str, capsys: pyte
         said = capsys.readouterr().err
         assert stop.value.code == 2 and said.count("\n") == 1
         assert "pw" not in said
+
+
+def test_a_spool_is_no_clickhouse(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options.read_arguments(["-S", "clickhouse://u:pw@h/d"])
+    said = capsys.readouterr().err
+    assert "a spool is a file" in said and "pw" not in said
 
 
 def test_a_password_is_taken_out_of_whatever_was_typed() -> None:
@@ -214,6 +222,28 @@ def test_tables_that_were_not_all_made_are_completed(house: ClickHouseServer, da
     assert len(house.ask(f"SHOW TABLES FROM {database}")) == 3
 
 
+def test_a_table_that_another_is_making_is_not_taken_for_somebody_elses(
+    house: ClickHouseServer, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """18.16 lists it a moment before it has its definition."""
+    ClickHouse(parse(house.url(database))).close()
+    for name in ("ringoexp", "records"):
+        house.ask(f"DROP TABLE {database}.{name}")
+    tables, asked = clickhouse_tables._tables, []
+
+    def early(asked_of: clickhouse_http.Server, of: str, seconds: float) -> dict[str, tuple[str, str, str]]:
+        found = tables(asked_of, of, seconds)
+        if not asked:
+            engine, key, _ = found["record"]
+            found["record"] = engine, key, ""
+        asked.append(of)
+        return found
+
+    monkeypatch.setattr(clickhouse_tables, "_tables", early)
+    ClickHouse(parse(house.url(database))).close()
+    assert len(asked) == 2 and len(house.ask(f"SHOW TABLES FROM {database}")) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -263,7 +293,12 @@ def test_the_first_record_goes_at_once_and_the_next_waits_out_the_second(
     monkeypatch.setattr(clickhouse, "INTERVAL", 1.0)
     began = []
     insert = opened._insert
-    monkeypatch.setattr(opened, "_insert", lambda rows: (began.append((monotonic(), len(rows) // 5)), insert(rows)))
+
+    def noted(rows: "array[int]", deadline: float) -> None:
+        began.append((monotonic(), len(rows) // 5))
+        insert(rows, deadline)
+
+    monkeypatch.setattr(opened, "_insert", noted)
     start = monotonic()
     opened.append(*block(0, 1))
     others = [Blocked(lambda n=n: opened.append(*block(n, n + 1))) for n in range(1, 9)]
@@ -371,6 +406,85 @@ def test_a_server_that_does_not_answer_is_given_up_and_the_records_with_it(
     said = [record.getMessage() for record in caplog.records]
     assert [each for each in said if each.startswith("store_")] == ["store_failing", "store_ok"]
     opened.close()
+
+
+def test_a_check_waits_no_longer_than_a_check_may(
+    house: ClickHouseServer, database: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clickhouse, "CHECK_SECONDS", 0.3)
+    monkeypatch.setattr(clickhouse_tables, "ASK_SECONDS", DEADLINE)
+    opened = ClickHouse(parse(house.url(database, proxy.port)))
+    proxy.hold(UP, DOWN)
+    start = monotonic()
+    with pytest.raises(StoreError, match="no answer"):
+        opened.check()
+    assert monotonic() - start < 4
+    proxy.heal()
+    opened.close()
+
+
+def test_a_check_makes_nothing_good_while_records_are_tried_again(
+    opened: ClickHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes longer than the doubt about the last insert, and an insert of nothing needs no quorum."""
+    monkeypatch.setattr(clickhouse, "DOUBT_SECONDS", 0.0)
+    monkeypatch.setattr(clickhouse, "TRUST_SECONDS", 0.0)
+    tried, go = threading.Semaphore(0), threading.Semaphore(0)
+
+    def insert(rows: "array[int]", deadline: float) -> None:
+        tried.release()
+        go.acquire(timeout=DEADLINE)
+        raise Again("no quorum")
+
+    monkeypatch.setattr(opened, "_insert", insert)
+    for error in (None, "no quorum"):
+        call = Blocked(lambda: opened.append(*block(0, 5)))
+        assert tried.acquire(timeout=DEADLINE)
+        opened.check()
+        assert (error or "") in (opened.stats().error or "") and bool(opened.stats().error) == bool(error)
+        go.release()
+        with pytest.raises(StoreError, match="no quorum"):
+            call.result()
+    opened.check()
+    assert opened.stats().error is None
+
+
+def test_records_that_waited_for_an_insert_that_failed_are_tried_for_less(
+    opened: ClickHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their link has no patience for as long a time once more."""
+    left: list[float] = []
+    monkeypatch.setattr(opened, "_insert", lambda rows, deadline: left.append(deadline - monotonic()))
+    for waited in (0, 10, 20):
+        opened.append(*block(0, 5))
+        waiting = clickhouse._Waiting(*block(0, 5))
+        waiting.since -= waited
+        with opened._lock:
+            opened._leading = True
+        opened._commit([waiting, clickhouse._Waiting(*block(5, 10))])
+    assert [round(each) for each in left] == [20, 20, 20, 10, 20, 8]
+
+
+def test_what_it_takes_to_look_again_is_part_of_the_time_of_an_insert(
+    opened: ClickHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, given = opened._known, []
+    assert known
+
+    def slowly(server: clickhouse_http.Server) -> clickhouse_tables.Tables:
+        eventually(lambda: monotonic() - start > 1)
+        return known
+
+    def post(sql: str, body: memoryview, seconds: float, settings: object) -> bytes:
+        given.append(seconds)
+        return b""
+
+    monkeypatch.setattr(opened, "_look_again", slowly)
+    monkeypatch.setattr(opened._servers[0], "post", post)
+    opened._known = None
+    opened._sized_at = start = monotonic()
+    opened.append(*block(0, 5))
+    assert given[0] <= clickhouse.GIVE_UP_SECONDS - 1
 
 
 def test_too_many_parts_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -652,7 +766,7 @@ def test_a_consumer_killed_in_mid_load_and_started_again(
 def test_a_consumer_that_acks_what_it_has_not_inserted_is_found_out(
     house: ClickHouseServer, database: str, tmp_path: Path
 ) -> None:
-    patch = "clickhouse.INTERVAL = 0.1; clickhouse.ClickHouse._insert = lambda self, rows: None"
+    patch = "clickhouse.INTERVAL = 0.1; clickhouse.ClickHouse._insert = lambda self, rows, deadline: None"
     with server(tmp_path, "-p", "0", "-I", "false", "-D", house.url(database), patch=patch) as running:
         with Load(running.url, random.Random(1), 1) as load:
             load.goes_on()

@@ -223,10 +223,10 @@ def test_stats_do_not_wait_for_a_commit(kind: Kind, monkeypatch: pytest.MonkeyPa
     name = "_insert" if isinstance(kind.store, ClickHouse) else "_write"
     inside = getattr(kind.store, name)
 
-    def slow(what: object) -> object:
+    def slow(*what: object) -> object:
         entered.set()
         assert gate.wait(30)
-        return inside(what)
+        return inside(*what)
 
     monkeypatch.setattr(kind.store, name, slow)
     call = Blocked(lambda: kind.store.append(*block(A, 0, 5)))
