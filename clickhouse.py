@@ -376,6 +376,9 @@ class ClickHouse:
                     if final or deadline - monotonic() <= pause:
                         raise
                     log.debug("insert_again", {"host": server.name, "reason": str(error)})
+                    if turn > 1:  # so that it is known now, not when it is given up
+                        with self._lock:
+                            self._error = str(self._explained(error))
                     sleep(pause)
                     pause = min(BACKOFF_MOST, max(BACKOFF_LEAST, 2 * pause))
 

@@ -50,11 +50,12 @@ def text(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def look(server: Server, database: str, cluster: str | None, seconds: float = ASK_SECONDS) -> Tables | None:
-    """What there is; None if there is nothing yet. Waits `seconds` for each answer.
+def look(server: Server, database: str, cluster: str | None, seconds: float | None = None) -> Tables | None:
+    """What there is; None if there is nothing yet. Waits `seconds` for each answer, or ASK_SECONDS.
 
     Raises Again, or Final, also for tables of another shape.
     """
+    seconds = seconds or ASK_SECONDS
     found = _tables(server, database, seconds)
     if "ringoexp" not in found:  # the last to be made: perhaps they are being made, or who did it was killed
         if found and not ("record" in found and _ours(server, database, seconds, *found["record"], begun=True)):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
 from certificates import Authority
@@ -447,6 +448,28 @@ def test_a_check_makes_nothing_good_while_records_are_tried_again(
             call.result()
     opened.check()
     assert opened.stats().error is None
+
+
+def test_an_insert_that_fails_is_told_while_it_is_tried_again(
+    opened: ClickHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clickhouse, "TRUST_SECONDS", 0.0)
+    server, healed = opened._servers[0], threading.Event()
+    post = server.post
+
+    def failing(sql: str, body: bytes, *more: Any) -> bytes:
+        if body and not healed.is_set():
+            raise Again(f"{server.name}: no quorum")
+        return post(sql, body, *more)
+
+    monkeypatch.setattr(server, "post", failing)
+    call = Blocked(lambda: opened.append(*block(0, 5)))
+    eventually(lambda: "no quorum" in (opened.stats().error or ""))
+    opened.check()
+    assert call.still() and "no quorum" in (opened.stats().error or "")
+    healed.set()
+    call.result()
+    assert opened.stats()[2:5] == (1, 0, None)
 
 
 def test_records_that_waited_for_an_insert_that_failed_are_tried_for_less(
