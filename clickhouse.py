@@ -364,7 +364,7 @@ class ClickHouse:
                     said = server.post(known.insert, body, left, settings)
                     if said:
                         raise Again(f"{server.name}: answered an insert with {said[:100]!r}")
-                    if monotonic() - self._sized_at > SIZES_SECONDS:
+                    if monotonic() - self._sized_at > SIZES_SECONDS or not self._size.records:
                         self._measure(server)
                     return
                 except (Again, Final) as error:
