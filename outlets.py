@@ -99,8 +99,8 @@ class Outlet:
     `link` is what is known of the consumer at `place`, where the sinks are links; `told` is the same, if the workers
     are to tell it what they find out, and not the spool. If it is `fixed`, that is the same consumer for ever,
     whatever store it has: somebody gave it this address. Other addresses may become another one's, as may a name that
-    has got others; then it is `fixed` no more. `lost` is called when a link fails. It is `alone` if there never will be
-    another outlet: then nothing needs a pin.
+    has got others; then it is `fixed` no more. `lost` is called when a link fails. It is `alone` if there never will
+    be another outlet: then nothing needs a pin.
     """
 
     def __init__(

@@ -231,9 +231,16 @@ class Readiness:
     def _consumer_away(self, outlet: Outlet, wait: bool, deadline: float) -> Reason | None:
         assert outlet.link
         link = outlet.link.stats()
-        if link.state == "down":  # a worker, or the spool's thread, tries all the time
+        if link.state == "down" and not self._untried(outlet):  # a worker, or the spool's thread, tries all the time
             return Reason("consumer_unreachable", link.reason or "", link.away)
-        return None if link.quiet < FRESH else self._question(outlet).reason(wait, deadline)
+        return None if link.quiet < FRESH and link.state != "down" else self._question(outlet).reason(wait, deadline)
+
+    def _untried(self, outlet: Outlet) -> bool:
+        """True when there is a link again, and nothing to try it with: another took over what was in doubt there."""
+        assert self._forwarder
+        if self._spool or not self._ring or self._ring.stats().depth:
+            return False
+        return outlet not in self._doubts() and self._forwarder.linked(outlet)
 
     def _question(self, outlet: Outlet) -> _Question:
         assert self._forwarder and outlet.place

@@ -12,9 +12,13 @@ import pytest
 from harness import Blocked, eventually
 
 import forwarder
+import readiness
 import websock
+from access import Access
+from addresses import Place
 from forwarder import Forwarder
 from outlets import Outlet, Pin
+from readiness import Readiness
 from ringbuffer import Ring
 from sinks import InDoubt, LinkState, SinkError
 from wire import Block
@@ -374,3 +378,23 @@ def test_one_that_is_taken_back_has_a_worker_however_that_coincides_with_its_lea
         kept = looking[0].result()
         eventually(lambda: bool(gone.outlet.workers) is kept and (gone.outlet in running.outlets) is kept)
         assert ring.wait_committed(put(ring, 1), 20)
+
+
+def test_one_that_is_back_with_nothing_to_try_it_with_is_asked_whether_it_is_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or else a publisher that gets nothing while it is not ready never is again."""
+    monkeypatch.setattr(readiness, "_check_consumer", lambda *unused: None)
+    ring, back, same = Ring(8), Consumer("back", "x"), Consumer("same", "x")
+    back.outlet.place, same.outlet.place = Place("back", 1, "back"), Place("same", 1, "same")
+    back.deaf = same.away = True
+    with forwarding(ring, back, same) as running:
+        ready = Readiness(ring, None, None, running, Access())
+        end = put(ring, 1)
+        eventually(lambda: ring.marks())
+        same.away = False
+        assert ring.wait_committed(end, 20) and same.stored == [1]
+        same.state.failed("it has gone")
+        back.deaf = back.away = False
+        eventually(lambda: running.linked(back.outlet))
+        assert back.state.down and not ready.reasons()
