@@ -324,7 +324,7 @@ def _check_consumer(place: Place, keys: Keys, linked: bool) -> Answer:
         response = connection.getresponse()
         status, body = response.status, response.read(65536)
     except TimeoutError:
-        return "consumer_unreachable", f"{where}: no answer within {PATIENCE:.0f} s"
+        return "consumer_unreachable", f"{where}: {_late()}"
     except ssl.SSLError as error:
         return "consumer_unreachable", f"{where}: {explain(error)}"
     except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no host can have such a name

@@ -87,6 +87,11 @@ class CannotRun(Exception):
     """The server cannot start. The text says what happened and what to do."""
 
 
+def _no_thread(error: RuntimeError) -> CannotRun:
+    """What a thread that cannot be had is to who starts a server."""
+    return CannotRun(f"no thread to be had: {error} (ulimit -u limits them)")
+
+
 def resolve(flag: str, host: str, port: int) -> list[Address]:
     """The addresses of a host, IPv4 first. Raises CannotRun when there is none."""
     try:
@@ -196,7 +201,7 @@ class Parts:
                 try:
                     self.retention = Retention(store, settings.retain)
                 except RuntimeError as error:
-                    raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
+                    raise _no_thread(error) from error
                 undo.callback(self.retention.stop, 5)
             if settings.is_publisher:
                 try:
@@ -214,7 +219,7 @@ class Parts:
                     if self.consumers:
                         self.consumers.start(self.forwarder)
                 except RuntimeError as error:
-                    raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
+                    raise _no_thread(error) from error
             undo.pop_all()
         to_consumers = self.forwarder if self.consumers else None
         self._readiness = Readiness(self.ring, self.store, self.spool, to_consumers, self.access)
@@ -233,7 +238,7 @@ class Parts:
             if self.profiler:
                 self.profiler.start()
         except RuntimeError as error:
-            raise CannotRun(f"no thread to be had: {error} (ulimit -u limits them)") from error
+            raise _no_thread(error) from error
         if self.profiler:
             where = {"host": self.settings.profiler_host, "port": self.profiler.port}
             log.log(logging.INFO if self.profiler.loopback else logging.WARNING, "profiling", where)
