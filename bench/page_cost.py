@@ -2,8 +2,7 @@
 
 `python bench/page_cost.py` polls for a minute as the page does, once a second on one connection, after a minute without
 polls, which is subtracted; first a server at rest, with its window of ack latencies full, then one that takes a steady
-load, some 50,000 records a second. It prints both, as a share of one core, and the size of the page. Linux only: it
-reads /proc.
+load, some 50,000 records a second. It prints both, as a share of one core, and the size of the page. Linux only.
 """
 
 import argparse
@@ -17,30 +16,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from bench import Process, own_consumer  # noqa: E402
+from bench import Process, cpu_seconds, own_consumer  # noqa: E402
 from producer import Producer  # noqa: E402
 
 LATENCIES = 4096
 PIECE = 1000  # records, 50 times a second
 
 
-def cpu_seconds(process: Process) -> float:
-    """Processor time of all threads since the start, those that have ended among them; in steps of 10 ms."""
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
-
-
 def spent(process: Process, seconds: int, polls: bool) -> tuple[float, int]:
     """Processor time in these seconds, with a poll in each or without, and the bytes of the last answer."""
     connection = http.client.HTTPConnection("localhost", process.port, timeout=30)
-    size, started, before = 0, time.monotonic(), cpu_seconds(process)
+    size, started, before = 0, time.monotonic(), cpu_seconds(process.pid)
     for number in range(1, seconds + 1):
         if polls:
             connection.request("GET", "/v1.0/stats", headers={"Accept": "application/json"})
             size = len(connection.getresponse().read())
         time.sleep(max(0.0, started + number - time.monotonic()))
     connection.close()
-    return cpu_seconds(process) - before, size
+    return cpu_seconds(process.pid) - before, size
 
 
 def compare(process: Process, seconds: int, what: str) -> None:

@@ -26,10 +26,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from page_cost import cpu_seconds  # noqa: E402
 
 import sampling  # noqa: E402
-from bench import Process, generate  # noqa: E402
+from bench import Process, cpu_seconds, generate  # noqa: E402
 
 
 class Sizes(NamedTuple):
@@ -77,9 +76,9 @@ def get(port: int, path: str) -> bytes:
 def at_rest(seconds: int, port: int) -> float:
     """Processor seconds of a server that nobody asks for anything."""
     with server(port) as process:
-        before = cpu_seconds(process)
+        before = cpu_seconds(process.pid)
         time.sleep(seconds)
-        return cpu_seconds(process) - before
+        return cpu_seconds(process.pid) - before
 
 
 def sampler(threads: int, seconds: int) -> tuple[float, float]:

@@ -128,7 +128,7 @@ def show(what: str, without: Sequence[Found], retaining: Sequence[Found]) -> Non
     )
     ratio = Found(
         *(
-            statistics.median(with_it / plainly for plainly, with_it in zip(*pair, strict=True)) if any(pair[0]) else 0
+            statistics.median(with_it / plainly for plainly, with_it in zip(*pair, strict=True)) if all(pair[0]) else 0
             for pair in zip(zip(*without, strict=True), zip(*retaining, strict=True), strict=True)
         )
     )

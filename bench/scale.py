@@ -9,7 +9,6 @@ Needs Debian's clickhouse-server.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
 
 from clickhouses import ClickHouseServer  # noqa: E402
 
-from bench import Process, say  # noqa: E402
+from bench import Process, cpu_seconds, say  # noqa: E402
 
 RING = "1048576"
 
@@ -38,15 +37,6 @@ class Found(NamedTuple):
     load: float
 
 
-def cpu(*pids: int) -> float:
-    """Seconds of processor time that processes have had, user and system."""
-    total = 0.0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
-
-
 def run(records: int, pairs: int, house: ClickHouseServer | None) -> Found:
     """So many records, through so many publishers and their consumers, into one ClickHouse, or a SQLite file each."""
     with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory, ExitStack() as stack:
@@ -59,7 +49,7 @@ def run(records: int, pairs: int, house: ClickHouseServer | None) -> Found:
             stack.callback(publishers[-1].stop)
         kinds = [[each.pid for each in kind] for kind in (publishers, consumers)]
         kinds.append([house.process.pid] if house else [])
-        before = [cpu(*pids) for pids in kinds]
+        before = [sum(map(cpu_seconds, pids)) for pids in kinds]
         each = records // pairs
         generators = [
             subprocess.Popen(
@@ -75,7 +65,7 @@ def run(records: int, pairs: int, house: ClickHouseServer | None) -> Found:
             if generator.returncode:
                 raise SystemExit(f"the load generator failed: {out}")
             said.append(json.loads(out))
-        after = [cpu(*pids) for pids in kinds]
+        after = [sum(map(cpu_seconds, pids)) for pids in kinds]
         costs = [(late - early) / records * 1e6 for early, late in zip(before, after, strict=True)]
         return Found(
             records / max(one["seconds"] for one in said),

@@ -25,9 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
 
 import load  # noqa: E402
 from certificates import Authority, tls  # noqa: E402
-from page_cost import cpu_seconds  # noqa: E402
 
-from bench import Process  # noqa: E402
+from bench import Process, cpu_seconds  # noqa: E402
 from tls import client_context  # noqa: E402
 
 SEND_BYTES = 64 * 1024
@@ -73,7 +72,8 @@ def main() -> None:
     ):
         plain, secure = (statistics.median(pair[which][number] for pair in runs) for which in (0, 1))
         digits = 0 if plain > 1000 else 2
-        print(f"{f'{name}, {unit}':40}{plain:12,.{digits}f}{secure:12,.{digits}f}{secure / plain:8.2f}")
+        ratio = f"{secure / plain:.2f}" if plain > 0 else "-"  # a few connections may need no page that was not there
+        print(f"{f'{name}, {unit}':40}{plain:12,.{digits}f}{secure:12,.{digits}f}{ratio:>8}")
 
 
 def measure(sizes: Sizes, flags: list[str], context: ssl.SSLContext | None) -> Found:
@@ -83,10 +83,10 @@ def measure(sizes: Sizes, flags: list[str], context: ssl.SSLContext | None) -> F
         try:
             rate = stream(process.port, sizes.messages, context)
             ack = ping_pong(process.port, sizes.acks, context)
-            before = cpu_seconds(process)
+            before = cpu_seconds(process.pid)
             for _ in range(sizes.connections):
                 ask(process.port, context).close()
-            connection = (cpu_seconds(process) - before) / sizes.connections * 1000
+            connection = (cpu_seconds(process.pid) - before) / sizes.connections * 1000
             before = process.resident()
             held = [ask(process.port, context) for _ in range(sizes.idle)]
             idle = (process.resident() - before) / sizes.idle / 1024
