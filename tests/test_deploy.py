@@ -15,13 +15,14 @@ import pytest
 from contained import entry_point, health_check, instructions
 from harness import DEADLINE, ROOT, free_port, server
 
+import assembly
 import ringoexp
 from options import Settings, read_arguments
 from wsserver import Handler
 
 DEPLOY = ROOT / "deploy"
 ROLES = ("publisher", "consumer")
-STOP_SECONDS = ringoexp.DRAIN_SECONDS + ringoexp.GIVE_UP_SECONDS
+STOP_SECONDS = assembly.DRAIN_SECONDS + ringoexp.GIVE_UP_SECONDS
 
 
 def unit(role: str) -> dict[str, list[str]]:
@@ -228,7 +229,7 @@ def test_the_images_commands_run_as_nobody_with_a_root_that_cannot_be_written(pl
 
 def test_times_and_numbers_in_the_documentation_are_those_of_the_files() -> None:
     text = (ROOT / "docs/deploy.md").read_text()
-    assert f"{ringoexp.DRAIN_SECONDS:.0f} s" in text and f"{STOP_SECONDS:.0f} s" in text
+    assert f"{assembly.DRAIN_SECONDS:.0f} s" in text and f"{STOP_SECONDS:.0f} s" in text
     for role in ROLES:
         assert f"`TimeoutStopSec={unit(role)['TimeoutStopSec'][0]}`" in text
         assert f"{pods()[role]['terminationGracePeriodSeconds']} s" in text

@@ -12,12 +12,12 @@ import pytest
 from harness import DEADLINE, RawClient, eventually, frame, free_port, request, server
 
 from access import Access
+from assembly import CannotRun, Parts
 from forwarder import Forwarder
 from options import read_arguments
 from outlets import Outlet
 from readiness import Readiness
 from ringbuffer import Ring
-from ringoexp import CannotRun, Parts
 from sinks import LinkSink, LinkState, StoreSink
 from spool import Spool
 from store import Store

@@ -303,7 +303,7 @@ def first_process() -> list[str]:
 def test_a_stop_that_hangs_gives_up_after_the_drain_and_a_little(tmp_path: Path) -> None:
     """As on a disk that never answers: those who wait for the end kill it not much later."""
     patch = "store.Store.close = lambda self: store.threading.Event().wait(600);"
-    patch += "ringoexp.DRAIN_SECONDS = 0.2; ringoexp.GIVE_UP_SECONDS = 0.8"
+    patch += "assembly.DRAIN_SECONDS = 0.2; ringoexp.GIVE_UP_SECONDS = 0.8"
     with server(tmp_path, "-p", "0", "-T", "0", patch=patch) as running:
         began = time.monotonic()
         assert running.stop() == ringoexp.EXIT_UNSTORED

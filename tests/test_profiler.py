@@ -302,7 +302,7 @@ def test_where_it_cannot_listen_the_server_does_not_run(tmp_path: Path) -> None:
 
 def test_where_it_cannot_listen_nothing_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the database's lock nor a thread, in the process itself."""
-    import ringoexp
+    import assembly
     from options import read_arguments
 
     monkeypatch.chdir(tmp_path)
@@ -310,8 +310,8 @@ def test_where_it_cannot_listen_nothing_is_left_open(tmp_path: Path, monkeypatch
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         settings = read_arguments(["-p", "0", "-T", "0", "-L", port])
-        with pytest.raises(ringoexp.CannotRun):
-            ringoexp.Parts(settings, [])
+        with pytest.raises(assembly.CannotRun):
+            assembly.Parts(settings, [])
     assert set(threading.enumerate()) == before
     with server(tmp_path, "-p", "0", "-T", "0"):
         pass
@@ -320,7 +320,7 @@ def test_where_it_cannot_listen_nothing_is_left_open(tmp_path: Path, monkeypatch
 def test_where_the_database_is_taken_the_profilers_port_is_free_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ringoexp
+    import assembly
     from options import read_arguments
     from store import StoreError
 
@@ -328,7 +328,7 @@ def test_where_the_database_is_taken_the_profilers_port_is_free_again(
     port = free_port()
     with server(tmp_path, "-p", "0", "-T", "0"):
         with pytest.raises(StoreError) as failed:
-            ringoexp.Parts(read_arguments(["-p", "0", "-T", "0", "-L", str(port)]), [])
+            assembly.Parts(read_arguments(["-p", "0", "-T", "0", "-L", str(port)]), [])
         socket.create_server(("127.0.0.1", port)).close()
         assert failed.value
 
@@ -428,7 +428,7 @@ def test_a_signal_ends_a_profile(tmp_path: Path, number: int) -> None:
 def test_a_server_that_does_not_stop_can_still_be_looked_at(tmp_path: Path) -> None:
     port, consumer = free_port(), free_port()
     flags = ["-p", "0", "-T", str(consumer), "-L", str(port)]
-    with server(tmp_path, *flags, patch="ringoexp.DRAIN_SECONDS = 600") as running, RawClient(running.port) as client:
+    with server(tmp_path, *flags, patch="assembly.DRAIN_SECONDS = 600") as running, RawClient(running.port) as client:
         client.send(frame(2, bytes(4)))
         eventually(lambda: running.stats()["ringDepth"] == 1)
         running.send_signal(signal.SIGTERM)

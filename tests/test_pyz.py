@@ -133,8 +133,8 @@ def test_exit_status_3_is_kept_when_records_stay_unstored(pyz: Path, alone: list
     patched = f"""
 import runpy, sys
 sys.path.insert(0, {str(pyz)!r})
-import ringoexp
-ringoexp.DRAIN_SECONDS = 0.2
+import assembly
+assembly.DRAIN_SECONDS = 0.2
 runpy.run_path({str(pyz)!r}, run_name="__main__")
 """
     program = [this_python, "-I", "-S", "-c", patched]

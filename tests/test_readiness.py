@@ -123,7 +123,7 @@ def test_a_full_ring_counts_once_it_stands_still(tmp_path: Path) -> None:
 
 
 def test_a_draining_server_says_so(tmp_path: Path) -> None:
-    patch = f"ringoexp.DRAIN_SECONDS = 600; {QUICK}"
+    patch = f"assembly.DRAIN_SECONDS = 600; {QUICK}"
     with (
         server(tmp_path, "-p", "0", "-T", str(free_port()), patch=patch) as publisher,
         RawClient(publisher.port) as client,
@@ -213,7 +213,7 @@ def test_what_one_link_loses_and_another_one_stores_leaves_the_consumer_up(tmp_p
 @pytest.mark.parametrize("role", ["consumer", "publisher"])
 def test_whatever_hangs_who_asks_is_answered_and_the_server_ends(tmp_path: Path, role: str) -> None:
     """The consumer's disk hangs; to the publisher the consumer answers, but ever so slowly."""
-    patch = f"{QUICK}; ringoexp.DRAIN_SECONDS = 1"
+    patch = f"{QUICK}; assembly.DRAIN_SECONDS = 1"
     with socket.create_server(("localhost", 0)) as listener:
         if role == "consumer":
             flags = ["-I", "false"]

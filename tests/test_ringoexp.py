@@ -20,10 +20,12 @@ from typing import Any
 import pytest
 from harness import DEADLINE, ROOT, Blocked, RawClient, ServerProcess, eventually, frame, free_port, request, server
 
+import assembly
 import options
 import ringoexp
+from assembly import CannotRun, Parts, is_own_consumer
 from options import OPTIONS, Option, Settings, read_arguments
-from ringoexp import CannotRun, Parts, is_own_consumer, main
+from ringoexp import main
 from store import Store
 from wire import SUBPROTOCOL, Run, encode_batch
 
@@ -336,7 +338,7 @@ def test_when_no_thread_is_to_be_had_it_says_so_and_leaves_nothing_open(
     def no_thread(*unused: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(ringoexp, "Forwarder", no_thread)
+    monkeypatch.setattr(assembly, "Forwarder", no_thread)
     port, database = free_port(), str(tmp_path / "d")
     flags = ["-p", str(port), "-T", str(port), "-D", database]
     with pytest.raises(CannotRun, match="no thread to be had"):
@@ -409,7 +411,7 @@ def test_a_signal_ends_an_idle_server_at_once(tmp_path: Path, number: int, role:
 def draining(directory: Path, seconds: float) -> ServerProcess:
     """A publisher whose consumer is away, which gives up draining after `seconds`."""
     flags = ["-p", "0", "-T", str(free_port()), "-r", "10"]
-    return ServerProcess(directory, *flags, patch=f"ringoexp.DRAIN_SECONDS = {seconds}")
+    return ServerProcess(directory, *flags, patch=f"assembly.DRAIN_SECONDS = {seconds}")
 
 
 def test_a_stop_that_leaves_batches_unstored_does_not_say_that_they_will_not_be(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_one_that_hangs_holds_up_what_it_has_and_nothing_else(tmp_path: Path) ->
 
 @pytest.mark.parametrize("state", ["up", "one away", "both away", "one hangs", "both hang"])
 def test_it_stops_in_order_and_in_time_in_every_state(tmp_path: Path, state: str) -> None:
-    with Fleet(tmp_path, patch=f"{QUICK}; ringoexp.DRAIN_SECONDS = 1") as fleet:
+    with Fleet(tmp_path, patch=f"{QUICK}; assembly.DRAIN_SECONDS = 1") as fleet:
         for value in range(10):
             assert post(fleet.publisher, value) == 200
         for each in {"one": [0], "both": [0, 1]}.get(state.split()[0], []):
@@ -346,7 +346,7 @@ def test_each_address_of_a_name_is_a_consumer_and_a_new_one_is_found(tmp_path: P
     find = f"[addresses.Place(each, port, host) for each in open({str(names)!r}).read().split()]"
     patch = (
         f"{QUICK}; consumers.SOON = 0.1; consumers.places = lambda host, port: {find};"
-        " ringoexp.find = lambda host, port: [(2, ('127.0.0.1' if host == 'localhost' else '127.0.0.9', port))];"
+        " assembly.find = lambda host, port: [(2, ('127.0.0.1' if host == 'localhost' else '127.0.0.9', port))];"
         " forwarder.IDLE_SECONDS = 0.2; addresses.x = 1"
     )
     ends: ServerProcess | None = None

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 from harness import RawClient, frame, request
 
-import ringoexp
+import assembly
 from database import StoreError
 from options import read_arguments
 from stats import Histogram
@@ -54,9 +54,9 @@ class Memory:
 
 
 @pytest.fixture(params=[["-T", "0"], ["-I", "false"]], ids=["publisher", "consumer"])
-def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ringoexp.Parts]:
-    monkeypatch.setattr(ringoexp, "Store", Memory)
-    made = ringoexp.Parts(read_arguments(["-p", "0", *request.param]), [])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[assembly.Parts]:
+    monkeypatch.setattr(assembly, "Store", Memory)
+    made = assembly.Parts(read_arguments(["-p", "0", *request.param]), [])
     try:
         made.start()
         yield made
@@ -65,7 +65,7 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     assert made.store and made.store.closed  # type: ignore[attr-defined]
 
 
-def test_a_server_needs_of_its_store_what_the_face_says_and_nothing_else(parts: ringoexp.Parts) -> None:
+def test_a_server_needs_of_its_store_what_the_face_says_and_nothing_else(parts: assembly.Parts) -> None:
     face = {name for name in vars(Storage) if not name.startswith("_")}
     store: Memory = parts.store  # type: ignore[assignment]
     assert (
@@ -85,7 +85,7 @@ def test_a_server_needs_of_its_store_what_the_face_says_and_nothing_else(parts: 
     assert request(port, "GET", "/metrics")[0] == request(port, "GET", "/v1.0/ready")[0] == 200
 
 
-def test_what_it_says_is_what_the_others_say(parts: ringoexp.Parts) -> None:
+def test_what_it_says_is_what_the_others_say(parts: assembly.Parts) -> None:
     parts.store.fails = "memory: it is tired"  # type: ignore[union-attr]
     status, _, body = request(parts.server.port, "GET", "/v1.0/ready")
     reasons = json.loads(body)["reasons"]
