@@ -4,32 +4,28 @@ Each (source, sequence) counts once, however often it is inserted: the table for
 shows them. So what is known already is not looked for, and not counted, and to insert again is harmless, with the
 identical bytes above all. What came first stays, by the clocks of the consumers that took it.
 
-Any thread may `append`. As in `store`, the first to come leads: it waits until MANY records have gathered, or a second
-has passed since the insert before, as servers choke on many small ones; then it inserts all and wakes the others. Who
-comes meanwhile is for the next leader. `_lock` guards the queue, the leadership and the totals; on it, `_turn` is
-notified when an insert ends, and `_gathered` when there is enough, or no reason to wait any more: the leader alone
-waits on that. The servers and what is known of them belong to the leader, without a lock; `check` asks by connections
-of its own, and reads no more than which host is in use.
+Any thread may call any of it; `groupcommit` says who inserts. The leader first waits until MANY records have gathered,
+or a second has passed since the insert before, as servers choke on many small ones. The servers and what is known of
+them belong to the leader, without a lock; `check` asks by connections of its own, and reads no more than which host is
+in use.
 """
 
 import functools
 import logging
 import sys
-import threading
 import time
 import uuid
 from array import array
 from collections.abc import Iterable, Sequence
 from struct import Struct
 from time import monotonic, sleep
-from typing import NamedTuple
 
 import clickhouse_tables as tables
 import tls
 from clickhouse_http import Again, Final, Server, Target
 from database import StoreError
-from stats import Histogram
-from store import Sizes, StoreStats
+from groupcommit import GroupCommit, Waiting, Written
+from storage import Sizes
 from wire import Run
 
 log = logging.getLogger("ringoexp.clickhouse")
@@ -37,9 +33,6 @@ log = logging.getLogger("ringoexp.clickhouse")
 INTERVAL = 1.0
 """Seconds between the beginnings of two inserts, unless there are MANY records."""
 MANY = 100_000
-MOST_GROUPED = 500_000
-"""Records after which an insert takes no more blocks along; a run counts as RUN_COST."""
-RUN_COST = 16
 GIVE_UP_SECONDS = 20.0
 """How long records wait at most before they are given back to who sent them; a link waits 30 s for its ack."""
 LEAST_OF_IT = 0.4
@@ -47,8 +40,6 @@ LEAST_OF_IT = 0.4
 CHECK_SECONDS = 1.5
 """How long a check waits for each answer."""
 BACKOFF_LEAST, BACKOFF_MOST = 0.1, 2.0
-SLOW_INSERT = 5.0
-"""Seconds from which on an insert is said to be slow."""
 TRUST_SECONDS = 3.0
 """For how long an insert that succeeded shows that the next one would."""
 DOUBT_SECONDS = 15.0
@@ -105,66 +96,28 @@ def encode(blocks: Iterable[tuple[Sequence[Run], "array[int]"]], arrived_ns: int
     return rows
 
 
-class _Waiting:
-    """One caller's block on its way into an insert; `done` and `error` are guarded by the store's lock."""
-
-    __slots__ = ("runs", "values", "since", "done", "error")
-
-    def __init__(self, runs: Sequence[Run], values: "array[int]") -> None:
-        self.runs = runs
-        self.values = values
-        self.since = monotonic()
-        self.done = False
-        self.error: StoreError | None = None
-
-    @property
-    def cost(self) -> int:
-        """What it counts for in a group."""
-        return len(self.values) + RUN_COST * (len(self.runs) - 1)
-
-
-class _Size(NamedTuple):
-    """What the tables hold, as far as the servers count it without reading them."""
-
-    records: int  # with those that are there more than once, until they are merged
-    bytes: int
-
-
-class ClickHouse:
+class ClickHouse(GroupCommit):
     """A database on the target's hosts, its tables made if they are missing. Raises StoreError if it cannot be had.
 
     `cluster` is where they are made, and over whose shards they are spread. `retain` is after how many days the servers
     may delete a record.
     """
 
+    MOST_GROUPED = 500_000
+    RUN_COST = 16
+    SLOW = 5.0
+
     def __init__(self, target: Target, cluster: str | None = None, retain: float | None = None) -> None:
-        self.path = target.shown
+        super().__init__(target.shown)
         self._target = target
         self._cluster = cluster
-
-        self._lock = threading.Lock()
-        self._turn = threading.Condition(self._lock)
-        self._gathered = threading.Condition(self._lock)
-        # Guarded by _lock.
-        self._queue: list[_Waiting] = []
-        self._queued = 0  # their cost
-        self._leading = False
-        self._closed = False
-        self._stored = 0
-        self._commits = 0
-        self._failed_commits = 0
-        self._error: str | None = None
-        self._commit_times = Histogram()
-        self._committed_at = self._failed_at = float("-inf")  # inserts, monotonic seconds
-        self._size = _Size(0, 0)
 
         # The leader's.
         self._at = 0  # the host in use
         self._known: tables.Tables | None = None  # of that host; None after a failure
-        self._began_at = float("-inf")  # the last insert, monotonic seconds
+        self._records = self._bytes = 0  # what the tables hold, as far as the servers count it without reading them
         self._sized_at = float("-inf")  # monotonic seconds
         self._last_ns = 0  # when the last run came
-        self._failing_since = 0.0  # monotonic seconds, 0 while inserts succeed
         self._servers: list[Server] = []
         try:
             self._servers = [Server(target, *host) for host in target.hosts]
@@ -177,39 +130,10 @@ class ClickHouse:
         self.identity = found.identity
         self.power_safe = found.power_safe
         self._measure(self._servers[self._at])
+        self._held = self._records
         if not found.power_safe:
             reason = "neither fsync_after_insert nor replicas are to be had there: a power cut may lose what was acked"
             log.warning("not_power_safe", {"database": self.path, "reason": reason})
-
-    def append(self, runs: Sequence[Run], values: "array[int]") -> None:
-        """Returns when every record of the block is in the database, now or from an earlier time.
-
-        Raises StoreError when that cannot be said; the block may be tried again.
-        """
-        mine = _Waiting(runs, values)
-        with self._lock:
-            if self._closed:
-                raise StoreError(f"{self.path} is closed")
-            self._queue.append(mine)
-            self._queued += mine.cost
-            if self._queued >= MANY:
-                self._gathered.notify()
-        while True:
-            with self._lock:
-                while self._leading and not mine.done:
-                    self._turn.wait()
-                if mine.done:
-                    break
-                self._leading = True
-                while self._queued < MANY and not self._closed:
-                    if (left := self._began_at + INTERVAL - monotonic()) <= 0:
-                        break
-                    self._gathered.wait(left)
-                group = self._next_group()
-            self._commit(group)
-        if mine.error:
-            # A new one for each caller: a traceback grows on whatever is raised.
-            raise StoreError(str(mine.error)) from mine.error
 
     def check(self) -> None:
         """Returns when an insert of nothing has succeeded, at the host in use or one that may take its place.
@@ -217,12 +141,9 @@ class ClickHouse:
         Raises StoreError when none has. Leaves the error of the stats as it is while the last insert of records failed,
         and its successor has not succeeded.
         """
-        with self._lock:
-            if self._closed:
-                raise StoreError(f"{self.path} is closed")
-            if monotonic() - self._committed_at < TRUST_SECONDS and not self._error:
-                return
-            at = self._at
+        if self._committed_within(TRUST_SECONDS):
+            return
+        at = self._at
         error: StoreError | None = None
         for turn in range(len(self._servers)):
             server = Server(self._target, *self._target.hosts[(at + turn) % len(self._servers)])
@@ -245,32 +166,13 @@ class ClickHouse:
         if error:
             raise error
 
-    def stats(self) -> StoreStats:
-        """What there is now, and the totals since the store was opened. Records known already count as stored."""
-        with self._lock:
-            return StoreStats(
-                self._stored,
-                0,
-                self._commits,
-                self._failed_commits,
-                self._error,
-                self._size.records,
-                self._commit_times.snapshot(),
-                self.power_safe,
-            )
-
     def sizes(self) -> Sizes:
         """What the tables took on the servers' disks a while ago; nothing is known of the room that is left there."""
-        return Sizes(self._size.bytes, 0, None)
+        return Sizes(self._bytes, 0, None)
 
     def close(self) -> None:
         """Has what waits inserted, waits for that, and gives up the connections. Does nothing the second time."""
-        with self._lock:
-            already, self._closed = self._closed, True
-            self._gathered.notify_all()
-            while self._leading or self._queue:
-                self._turn.wait()
-        if not already:
+        if self._close():
             for server in self._servers:
                 server.close()
 
@@ -296,51 +198,19 @@ class ClickHouse:
         assert failed
         raise failed
 
-    def _next_group(self) -> list[_Waiting]:
-        """Takes the oldest of the queue, up to MOST_GROUPED, or one."""
+    def _pace(self) -> float:
         assert self._lock.locked()
-        count, cost = 0, 0
-        while count < len(self._queue) and cost < MOST_GROUPED:
-            cost += self._queue[count].cost
-            count += 1
-        group, self._queue = self._queue[:count], self._queue[count:]
-        self._queued -= cost
-        return group
+        return 0.0 if self._queued >= MANY else self._began_at + INTERVAL - monotonic()
 
-    def _commit(self, group: list[_Waiting]) -> None:
-        """Inserts `group`, says so to each of it and gives up the lead."""
-        error = None
-        self._began_at = started = monotonic()
-        records = sum(len(waiting.values) for waiting in group)
-        try:
-            # A block that comes later never has an earlier time, whatever becomes of the clock meanwhile.
-            arrived_ns = max(time.time_ns(), self._last_ns + 1)
-            self._last_ns = arrived_ns + sum(len(waiting.runs) for waiting in group)
-            deadline = max(group[0].since + GIVE_UP_SECONDS, started + GIVE_UP_SECONDS * LEAST_OF_IT)
-            self._insert(encode(((waiting.runs, waiting.values) for waiting in group), arrived_ns), deadline)
-        except BaseException as cause:
-            log.debug("insert_failed", exc_info=True)
-            error = self._explained(cause)
-            error.__cause__ = cause.with_traceback(None)  # whose frames hold the blocks, and those this error
-        finally:
-            self._note(error)
-            seconds = monotonic() - started
-            if seconds >= SLOW_INSERT:
-                log.warning("slow_commit", {"seconds": round(seconds, 3), "records": records})
-            with self._lock:
-                if error:
-                    self._failed_commits += 1
-                    self._failed_at = monotonic()
-                else:
-                    self._stored += records
-                    self._commits += 1
-                    self._commit_times.add(seconds)
-                    self._committed_at = monotonic()
-                self._error = str(error) if error else None
-                for waiting in group:
-                    waiting.done, waiting.error = True, error
-                self._leading = False
-                self._turn.notify_all()
+    def _write(self, group: list[Waiting]) -> Written:
+        """Inserts `group`; what is known already counts as stored."""
+        started = monotonic()
+        # A block that comes later never has an earlier time, whatever becomes of the clock meanwhile.
+        arrived_ns = max(time.time_ns(), self._last_ns + 1)
+        self._last_ns = arrived_ns + sum(len(waiting.runs) for waiting in group)
+        deadline = max(group[0].since + GIVE_UP_SECONDS, started + GIVE_UP_SECONDS * LEAST_OF_IT)
+        self._insert(encode(((waiting.runs, waiting.values) for waiting in group), arrived_ns), deadline)
+        return Written(sum(len(waiting.values) for waiting in group), 0, self._records)
 
     def _insert(self, rows: "array[int]", deadline: float) -> None:
         """Returns when the rows are in the database. Raises Again if they may not be, soon after `deadline`, or Final.
@@ -364,7 +234,7 @@ class ClickHouse:
                     said = server.post(known.insert, body, left, settings)
                     if said:
                         raise Again(f"{server.name}: answered an insert with {said[:100]!r}")
-                    if monotonic() - self._sized_at > SIZES_SECONDS or not self._size.records:
+                    if monotonic() - self._sized_at > SIZES_SECONDS or not self._records:
                         self._measure(server)
                     return
                 except (Again, Final) as error:
@@ -399,9 +269,12 @@ class ClickHouse:
         self._sized_at = monotonic()
         try:
             ((records, size),) = server.rows(sql, CHECK_SECONDS)
-            self._size = _Size(int(records), int(size))
+            self._records, self._bytes = int(records), int(size)
         except (Again, Final, ValueError) as error:
             log.debug("not_measured", {"reason": str(error)})
+
+    def _failed(self, cause: BaseException) -> StoreError:
+        return self._explained(cause)
 
     def _explained(self, cause: BaseException) -> StoreError:
         """One line: the database, the host if there are several, and what is wrong."""
@@ -409,12 +282,3 @@ class ClickHouse:
         if len(self._target.hosts) == 1:
             said = said.removeprefix(f"{self._servers[0].name}: " if self._servers else "")
         return StoreError(f"{self.path}: {said}")
-
-    def _note(self, error: StoreError | None) -> None:
-        """Says in the log when inserts begin to fail, and when they succeed again: not once for each."""
-        if error and not self._failing_since:
-            self._failing_since = monotonic()
-            log.error("store_failing", {"reason": str(error)})
-        elif self._failing_since and not error:
-            log.info("store_ok", {"failing_seconds": round(monotonic() - self._failing_since, 1)})
-            self._failing_since = 0.0

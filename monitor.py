@@ -12,7 +12,7 @@ from retention import RetentionStats
 from ringbuffer import RingLayout, RingStats
 from spool import SpoolStats
 from stats import TotalsSnapshot, at
-from store import Sizes, StoreStats
+from storage import Sizes, StoreStats
 
 
 class Snapshot(NamedTuple):

@@ -6,10 +6,31 @@ and nothing is guarded.
 
 from array import array
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from store import Sizes, StoreStats
+from stats import HistogramSnapshot
 from wire import Run
+
+
+class StoreStats(NamedTuple):
+    """A snapshot. Totals are since the store was opened, and of records where they do not say otherwise."""
+
+    stored: int
+    duplicates: int
+    commits: int
+    failed_commits: int
+    error: str | None  # why the last commit failed, None if it did not
+    held: int  # records in the file now
+    commit_times: HistogramSnapshot  # of those that succeeded
+    power_safe: bool = True  # what is committed outlasts a power cut
+
+
+class Sizes(NamedTuple):
+    """Bytes of the database file, of its WAL, and of free room on its disk, None if that cannot be told."""
+
+    database: int
+    wal: int
+    disk_free: int | None
 
 
 class Storage(Protocol):

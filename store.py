@@ -4,12 +4,8 @@ Only this room knows SQL, and `database`, which opens the file. One connection d
 checkpoints (SQLite before 3.51.3 can corrupt a WAL reset when two connections write or checkpoint at once),
 and an advisory lock on `PATH-lock` keeps a second server off the file; readers, the `sqlite3` shell say, come and go.
 
-Any thread may `append`. There is no writer thread: the first to come leads, writes what has
-gathered until then in one transaction and wakes the others; who came meanwhile waits and is
-written by the next leader. Other work than a commit has its turn after a commit at most, however many wait, and
-then it is the commits' turn again. `_lock` guards the queue, the leadership and the totals; `_turn` shares
-it and is notified when a turn ends. The connection and the cache of sources belong to the leader,
-without a lock.
+Any thread may call any of it; `groupcommit` says who writes. The connection and the cache of sources belong to the
+leader, without a lock.
 
 Record ids are dense, so a row of `batch` names its records: `first_id .. first_id + count - 1`.
 The batches of one source are disjoint intervals of its sequence; of an arriving run only what they
@@ -20,11 +16,10 @@ what is sent again is still known; the newest record stays, as ids go on from it
 import logging
 import os
 import sqlite3
-import threading
 import time
 import uuid
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from itertools import chain
 from time import monotonic
@@ -41,7 +36,8 @@ from database import (
     explained,
     lock_file,
 )
-from stats import Histogram, HistogramSnapshot
+from groupcommit import GroupCommit, Waiting, Written
+from storage import Sizes
 from wire import Block, Run
 
 log = logging.getLogger("ringoexp.store")
@@ -51,44 +47,18 @@ _INSERT_RECORDS = {size: "INSERT INTO record(value) VALUES " + ",".join(["(?)"] 
 # Ids are dense: no need to count. Each with its own SELECT, or SQLite would look at every row.
 _HELD = "SELECT coalesce((SELECT max(id) FROM record) - (SELECT min(id) FROM record) + 1, 0)"
 _MOST_SOURCES_CACHED = 10_000
-MOST_GROUPED = 262_144
-"""Records after which a commit takes no more blocks along, so that nobody waits long; a run counts as RUN_COST."""
-RUN_COST = 64
 WAL_LARGE = 64 * 1024 * 1024
 """Bytes of WAL, or of free pages in an emptied file, that are given back to the system."""
 TRUST_SECONDS = 1.0
 """For how long a commit of records that succeeded shows that the next one would: no check is needed then."""
 DOUBT_SECONDS = 15.0
 """For how long one that failed is not made good by a check, which needs less room: by then it was tried again."""
-SLOW_COMMIT = 1.0
-"""Seconds from which on a commit is said to be slow."""
 READER_WAIT_MS = 100
 """How long a commit waits for readers that keep a large WAL from starting over: once every WAL_LARGE bytes."""
 SLICE = 4096
 """Records that `expire` deletes between two looks at the clock."""
 BATCH_SLICE = 256
 """Batches that it forgets in between: each costs as much as some records, as they lie in an index too."""
-
-
-class StoreStats(NamedTuple):
-    """A snapshot. Totals are since the store was opened, and of records where they do not say otherwise."""
-
-    stored: int
-    duplicates: int
-    commits: int
-    failed_commits: int
-    error: str | None  # why the last commit failed, None if it did not
-    held: int  # records in the file now
-    commit_times: HistogramSnapshot  # of those that succeeded
-    power_safe: bool = True  # what is committed outlasts a power cut
-
-
-class Sizes(NamedTuple):
-    """Bytes of the database file, of its WAL, and of free room on its disk, None if that cannot be told."""
-
-    database: int
-    wal: int
-    disk_free: int | None
 
 
 class Oldest(NamedTuple):
@@ -120,46 +90,21 @@ class _Source:
         self.end = end
 
 
-class _Waiting:
-    """One caller's block on its way into a commit; `done` and `error` are guarded by the store's lock."""
-
-    __slots__ = ("runs", "values", "done", "error")
-
-    def __init__(self, runs: Sequence[Run], values: "array[int]") -> None:
-        self.runs = runs
-        self.values = values
-        self.done = False
-        self.error: StoreError | None = None
-
-
-class Store:
+class Store(GroupCommit):
     """A database file, made if it is missing. Raises StoreError when it cannot be opened or is not ours.
 
     `application_id` is the kind of file it is to be: a file of another kind is refused.
     """
 
-    def __init__(self, path: str, application_id: int = APPLICATION_ID) -> None:
-        self.path = path
+    MOST_GROUPED = 262_144
+    RUN_COST = 64
+    SLOW = 1.0
 
-        self._lock = threading.Lock()
-        self._turn = threading.Condition(self._lock)
-        # Guarded by _lock.
-        self._queue: list[_Waiting] = []
-        self._leading = False
-        self._others = 0  # callers that wait for the lead, for other work than a commit
-        self._others_turn = False  # the next lead is one of theirs
-        self._closed = False
-        self._stored = 0
-        self._duplicates = 0
-        self._commits = 0
-        self._failed_commits = 0
-        self._error: str | None = None
-        self._commit_times = Histogram()
-        self._committed_at = self._failed_at = float("-inf")  # commits of records, monotonic seconds
+    def __init__(self, path: str, application_id: int = APPLICATION_ID) -> None:
+        super().__init__(path)
 
         # The leader's.
         self._sources: dict[bytes, _Source] = {}
-        self._failing_since = 0.0  # monotonic seconds, 0 while commits succeed
         self._wal_due = WAL_LARGE  # the size at which the WAL is to start over
         self._wal_kept = False  # by a reader
         real = os.path.realpath(path)  # one lock whatever links lead to it
@@ -178,31 +123,8 @@ class Store:
                 self.identity = str(
                     uuid.UUID(bytes=self._db.execute("SELECT uuid FROM identity WHERE length(uuid) = 16").fetchone()[0])
                 )
-                (self._held,) = self._db.execute(_HELD).fetchone()  # guarded by _lock, as the totals are
+                (self._held,) = self._db.execute(_HELD).fetchone()
             undo.pop_all()
-
-    def append(self, runs: Sequence[Run], values: "array[int]") -> None:
-        """Returns when every record of the block is on disk, now or from an earlier time.
-
-        Raises StoreError when that cannot be said; the block may be tried again.
-        """
-        mine = _Waiting(runs, values)
-        with self._lock:
-            if self._closed:
-                raise StoreError(f"{self.path} is closed")
-            self._queue.append(mine)
-        while True:
-            with self._lock:
-                while (self._leading or self._others_turn) and not mine.done:
-                    self._turn.wait()
-                if mine.done:
-                    break
-                group = self._next_group()
-                self._leading = True
-            self._commit(group)
-        if mine.error:
-            # A new one for each caller: a traceback grows on whatever is raised.
-            raise StoreError(str(mine.error)) from mine.error
 
     def oldest(self, most: int) -> Oldest | None:
         """The oldest batches that together have at most `most` records, or the oldest one; None when there is none.
@@ -293,19 +215,6 @@ class Store:
                 self._held = held
             return Expired(records, batches, more, oldest_ms, newest_ms, monotonic() - started)
 
-    def stats(self) -> StoreStats:
-        """What there is now, and the totals since the store was opened."""
-        with self._lock:
-            return StoreStats(
-                self._stored,
-                self._duplicates,
-                self._commits,
-                self._failed_commits,
-                self._error,
-                self._held,
-                self._commit_times.snapshot(),
-            )
-
     def wal_bytes(self) -> int:
         """The size of the WAL: what is stored and not yet copied into the database file, and room for the next."""
         try:
@@ -327,11 +236,9 @@ class Store:
         The way to find out whether a record would be stored, when no commit of records has just shown it. It is not
         counted as a commit, but its error is the last commit's error.
         """
+        if self._committed_within(TRUST_SECONDS):
+            return
         error = None
-        with self._lock:
-            recently = monotonic() - self._committed_at < TRUST_SECONDS
-            if recently and not self._error and not self._closed:
-                return
         with self._alone():
             try:
                 self._tend_wal()
@@ -350,73 +257,9 @@ class Store:
 
     def close(self) -> None:
         """Waits for the commit that runs, then closes the file. Does nothing the second time."""
-        with self._lock:
-            already, self._closed = self._closed, True
-            while self._leading or self._queue:
-                self._turn.wait()
-        if not already:
+        if self._close():
             self._db.close()
             self._guard.close()
-
-    def _next_group(self) -> list[_Waiting]:
-        """Takes the oldest of the queue, up to MOST_GROUPED records, or one."""
-        assert self._lock.locked()
-        count, records = 0, 0
-        while count < len(self._queue) and records < MOST_GROUPED:
-            records += len(self._queue[count].values) + RUN_COST * (len(self._queue[count].runs) - 1)
-            count += 1
-        group, self._queue = self._queue[:count], self._queue[count:]
-        return group
-
-    def _commit(self, group: list[_Waiting]) -> None:
-        """Writes `group` in one transaction, says so to each of it and gives up the lead."""
-        stored = duplicates = 0
-        held: int | None = None
-        error = None
-        started = monotonic()
-        try:
-            self._tend_wal()
-            stored, duplicates, held = self._write(group)
-        except BaseException as cause:
-            # A commit that reported an error may have happened all the same: the cache is stale.
-            self._sources.clear()
-            self._wal_due = 0  # a disk that is full may be full of WAL
-            log.debug("commit_failed", exc_info=True)
-            error = StoreError(explain(self.path, cause))
-            error.__cause__ = cause.with_traceback(None)  # whose frames hold the blocks, and those this error
-        finally:
-            self._note(error)
-            seconds = monotonic() - started
-            if seconds >= SLOW_COMMIT:
-                records = sum(len(waiting.values) for waiting in group)
-                wal = self.wal_bytes()
-                log.warning("slow_commit", {"seconds": round(seconds, 3), "records": records, "wal_bytes": wal})
-            with self._lock:
-                self._stored += stored
-                self._duplicates += duplicates
-                self._held = self._held if held is None else held
-                if error:
-                    self._failed_commits += 1
-                    self._failed_at = monotonic()
-                else:
-                    self._commits += 1
-                    self._commit_times.add(seconds)
-                    self._committed_at = monotonic()
-                self._error = str(error) if error else None
-                for waiting in group:
-                    waiting.done, waiting.error = True, error
-                self._leading = False
-                self._others_turn = self._others > 0
-                self._turn.notify_all()
-
-    def _note(self, error: StoreError | None) -> None:
-        """Says in the log when commits begin to fail, and when they succeed again: not once for each."""
-        if error and not self._failing_since:
-            self._failing_since = monotonic()
-            log.error("store_failing", {"reason": str(error)})
-        elif self._failing_since and not error:
-            log.info("store_ok", {"failing_seconds": round(monotonic() - self._failing_since, 1)})
-            self._failing_since = 0.0
 
     def _tend_wal(self) -> None:
         """Has a large WAL start over, empty, unless a reader still needs it; then grows on, for as long as it does.
@@ -460,31 +303,12 @@ class Store:
         except sqlite3.Error as error:  # it will be tried again when it is emptied the next time
             log.warning("not_given_back", {"reason": str(error)})
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """The lead, for other work than a commit."""
-        with self._lock:
-            self._others += 1
-            while self._leading or (self._queue and not self._others_turn):
-                self._turn.wait()
-            self._others -= 1
-            self._others_turn = False
-            if self._closed:
-                self._turn.notify_all()  # what waits here is for the commits then
-                raise StoreError(f"{self.path} is closed")
-            self._leading = True
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._leading = False
-                self._turn.notify_all()
+    def _write(self, group: list[Waiting]) -> Written:
+        """Stores what is new of `group`, in one transaction.
 
-    def _write(self, group: list[_Waiting]) -> tuple[int, int, int]:
-        """Stores what is new of `group`. Returns how many records were stored, how many known, and how many there are.
-
-        Those are counted anew each time: a commit that reported an error may have happened all the same.
+        What there is is counted anew each time: a commit that reported an error may have happened all the same.
         """
+        self._tend_wal()
         new = array("q")
         arrived = 0
         now = time.time_ns() // 1_000_000
@@ -505,7 +329,17 @@ class Store:
                 arrived += offset
             self._insert(new)
             (held,) = self._db.execute(_HELD).fetchone()
-        return len(new), arrived - len(new), held
+        return Written(len(new), arrived - len(new), held)
+
+    def _failed(self, cause: BaseException) -> StoreError:
+        """The error in a line. A commit that reported one may have happened all the same: the cache is stale."""
+        self._sources.clear()
+        self._wal_due = 0  # a disk that is full may be full of WAL
+        return StoreError(explain(self.path, cause))
+
+    def _slow(self) -> dict[str, object]:
+        """The WAL may be why."""
+        return {"wal_bytes": self.wal_bytes()}
 
     def _insert(self, values: "array[int]") -> None:
         """Appends records with the next ids, in order."""

@@ -20,6 +20,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
 
+import pytest  # noqa: E402
 from clickhouses import ClickHouseServer  # noqa: E402
 
 from bench import Process, cpu_seconds, say  # noqa: E402
@@ -88,7 +89,10 @@ def main() -> None:
     say(f"{'':24}{'million/s':>12}{'publisher':>12}{'consumer':>12}{'database':>12}{'load':>12}")
     cases = [(store, pairs) for pairs in (1, 2, 4) for store in ("SQLite", "ClickHouse")]
     with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory:
-        house = ClickHouseServer(Path(directory, "clickhouse"))
+        try:
+            house = ClickHouseServer(Path(directory, "clickhouse"))
+        except pytest.skip.Exception as missing:  # as the tests do without it
+            raise SystemExit(f"{missing}: apt install clickhouse-server, or have it in the PATH") from None
         try:
             found: dict[tuple[str, int], list[Found]] = {case: [] for case in cases}
             for _ in range(rounds):

@@ -190,7 +190,7 @@ def test_a_server_with_a_lock_that_is_never_given_back_is_not_vouched_for(
 
 def test_a_disk_that_hangs_is_no_reason_for_a_restart(tmp_path: Path, manager: Manager) -> None:
     """A restart would not mend it, nor a consumer that is away: it goes on to be vouched for."""
-    patch = "store.Store._write = lambda self, group: store.threading.Event().wait(600)"
+    patch = "store.Store._write = lambda self, group: store.time.sleep(600)"
     with told(tmp_path, manager, "-p", "0", "-T", "0", period=0.4, patch=patch) as running:
         with RawClient(running.port) as client:
             client.send(frame(2, bytes(4)))
@@ -302,7 +302,7 @@ def first_process() -> list[str]:
 
 def test_a_stop_that_hangs_gives_up_after_the_drain_and_a_little(tmp_path: Path) -> None:
     """As on a disk that never answers: those who wait for the end kill it not much later."""
-    patch = "store.Store.close = lambda self: store.threading.Event().wait(600);"
+    patch = "store.Store.close = lambda self: store.time.sleep(600);"
     patch += "assembly.DRAIN_SECONDS = 0.2; ringoexp.GIVE_UP_SECONDS = 0.8"
     with server(tmp_path, "-p", "0", "-T", "0", patch=patch) as running:
         began = time.monotonic()

@@ -13,8 +13,8 @@ import assembly
 from database import StoreError
 from options import read_arguments
 from stats import Histogram
-from storage import Storage
-from store import Sizes, Store, StoreStats
+from storage import Sizes, Storage, StoreStats
+from store import Store
 from wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 
 
@@ -71,7 +71,7 @@ def test_a_server_needs_of_its_store_what_the_face_says_and_nothing_else(parts: 
     assert (
         {name for name in [*vars(Memory), "path", "identity"] if not name.startswith("_")}
         == face
-        <= {*vars(Store), "path", "identity"}
+        <= {*dir(Store), "path", "identity"}
     )
     port = parts.server.port
     with RawClient(port, {"Sec-WebSocket-Protocol": SUBPROTOCOL}) as client:

@@ -18,6 +18,7 @@ from harness import Blocked, eventually, rows, seeded
 
 import store
 from database import APPLICATION_ID, SPOOL_APPLICATION_ID, StoreError
+from groupcommit import Waiting, Written
 from store import Store
 from wire import Run
 
@@ -160,9 +161,9 @@ def test_a_transaction_that_could_not_be_rolled_back_does_not_stop_the_next(open
 
 
 def test_a_group_is_bounded_by_its_runs_too(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "MOST_GROUPED", 1000)
+    monkeypatch.setattr(Store, "MOST_GROUPED", 1000)
     many = [Run(bytes([n]) * 16, 0, 1) for n in range(20)]
-    waiting = [store._Waiting(many, array("q", range(20))) for _ in range(3)]
+    waiting = [Waiting(many, array("q", range(20)), 64) for _ in range(3)]
     with opened._lock:
         opened._queue = list(waiting)
         assert opened._next_group() == waiting[:1]
@@ -174,7 +175,7 @@ def test_who_comes_while_a_commit_runs_is_committed_together_by_the_next(
 ) -> None:
     gate, groups, write = threading.Event(), [], opened._write
 
-    def slow(group: list[store._Waiting]) -> tuple[int, int, int]:
+    def slow(group: list[Waiting]) -> Written:
         groups.append(len(group))
         assert gate.wait(30)
         return write(group)
@@ -198,13 +199,13 @@ def test_a_commit_takes_a_bounded_number_of_records_along(
 ) -> None:
     gate, groups, write = threading.Event(), [], opened._write
 
-    def slow(group: list[store._Waiting]) -> tuple[int, int, int]:
+    def slow(group: list[Waiting]) -> Written:
         groups.append([len(waiting.values) for waiting in group])
         assert gate.wait(30)
         return write(group)
 
     monkeypatch.setattr(opened, "_write", slow)
-    monkeypatch.setattr(store, "MOST_GROUPED", 4)
+    monkeypatch.setattr(Store, "MOST_GROUPED", 4)
     calls = [Blocked(lambda: opened.append(*block(A, 0, 1)))]
     eventually(lambda: groups == [[1]])
     for start, size in ((1, 3), (4, 2), (6, 9), (15, 1)):
@@ -222,7 +223,7 @@ def test_a_failed_commit_fails_exactly_its_batches_and_the_next_starts_clean(
 ) -> None:
     gate, write, groups = threading.Event(), opened._write, []
 
-    def failing(group: list[store._Waiting]) -> tuple[int, int, int]:
+    def failing(group: list[Waiting]) -> Written:
         groups.append(len(group))
         if len(groups) == 1:
             assert gate.wait(30)
@@ -265,7 +266,7 @@ def test_the_log_and_the_stats_say_once_that_commits_fail(
     caplog.set_level(logging.INFO)
     write = opened._write
 
-    def failing(group: list[store._Waiting]) -> tuple[int, int, int]:
+    def failing(group: list[Waiting]) -> Written:
         raise sqlite3.OperationalError("disk I/O error")
 
     for outage in (1, 2):
@@ -321,7 +322,7 @@ def test_a_check_does_not_make_good_what_failed_for_records(
     """It needs less room: until they have been tried again, their error stands."""
     caplog.set_level(logging.INFO)
 
-    def failing(group: list[store._Waiting]) -> tuple[int, int, int]:
+    def failing(group: list[Waiting]) -> Written:
         raise sqlite3.OperationalError("database or disk is full")
 
     with monkeypatch.context() as short:
@@ -348,7 +349,7 @@ def test_slow_commits_are_said_and_all_are_timed(
 ) -> None:
     opened.append(*block(A, 0, 5))
     assert not caplog.records
-    monkeypatch.setattr(store, "SLOW_COMMIT", 0)
+    monkeypatch.setattr(Store, "SLOW", 0)
     opened.append(*block(A, 5, 12))
     (said,) = caplog.records
     assert said.msg == "slow_commit" and isinstance(said.args, dict) and said.args["records"] == 7
@@ -547,7 +548,7 @@ def test_a_commit_that_happened_but_reported_an_error_is_not_doubled(
     opened.append(*block(A, 0, 5))
     write = opened._write
 
-    def lying(group: list[store._Waiting]) -> tuple[int, int, int]:
+    def lying(group: list[Waiting]) -> Written:
         write(group)
         monkeypatch.setattr(opened, "_write", write)
         raise sqlite3.OperationalError("disk I/O error")
@@ -615,7 +616,7 @@ def test_close_waits_for_the_commit_that_runs_and_ends_the_store(path: Path, mon
     opened, gate = Store(str(path)), threading.Event()
     write, started = opened._write, threading.Event()
 
-    def slow(group: list[store._Waiting]) -> tuple[int, int, int]:
+    def slow(group: list[Waiting]) -> Written:
         started.set()
         assert gate.wait(30)
         return write(group)
