@@ -92,6 +92,12 @@ def bare(source: str, name: str) -> str:
     return thin if ast.dump(ast.parse(thin)) == ast.dump(tree) else made
 
 
+def bare_page(page: str) -> str:
+    """The live page without indentation, and without comments in lines of their own; lines keep their numbers."""
+    without = re.sub(r"^ */\*(?:(?!\*/).)*\*/$", lambda found: "\n" * found[0].count("\n"), page, flags=re.M | re.S)
+    return re.sub("^ +", "", without, flags=re.M)
+
+
 def _bodies(tree: ast.AST) -> Iterator[list[ast.stmt]]:
     """All lists of statements that a docstring can be in."""
     for node in ast.walk(tree):
@@ -132,8 +138,8 @@ def contents() -> dict[str, bytes]:
     found = {"__main__.py": MAIN.encode()}
     for name in modules():
         found[f"{name}.py"] = bare((ROOT / f"{name}.py").read_text("utf-8"), name).encode()
-    for name in ("dashboard.html", "LICENSE"):
-        found[name] = (ROOT / name).read_bytes()
+    found["dashboard.html"] = bare_page((ROOT / "dashboard.html").read_text("utf-8")).encode()
+    found["LICENSE"] = (ROOT / "LICENSE").read_bytes()
     for name, package in PACKAGES.items():
         this = installed(name)
         licences = 0

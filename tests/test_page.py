@@ -377,7 +377,12 @@ def same_as_stats(browser: Browser, process: ServerProcess) -> bool:
     shown = {name: browser.value(name) for name in told}
     numbers = {name for name in told if name not in CHANGING}
     assert len(numbers) > 20
-    return all(shown[name] == told[name] or float(shown[name] or -1) == float(told[name] or -1) for name in numbers)
+    return all(shown[name] == told[name] or as_number(shown[name]) == as_number(told[name]) for name in numbers)
+
+
+def as_number(value: str) -> float:
+    """Of a number or, in Python or JavaScript, of whether something is so; -1 for none."""
+    return float({"": "-1", "true": "1", "false": "0"}.get(value.lower(), value))
 
 
 def test_after_a_known_load_the_numbers_are_those_of_the_stats(browser: Browser, running: ServerProcess) -> None:
@@ -712,6 +717,49 @@ def test_a_ring_with_something_in_it_is_not_at_rest(browser: Browser, pair: Pair
     ):
         browser.shows(1, ring={"committed": committed, "reserved": committed, "cursor": put, **none})
         assert browser.text("speed") == said
+
+
+IN_WORDS = {"storeError", "notReady", "consumerState", "consumerReason", "consumers", "startTime"}
+"""Stats that the page tells in other ways than as a number of its list."""
+
+
+def test_all_numbers_are_on_the_page(running: ServerProcess) -> None:
+    listed = PAGE[PAGE.index('id="numbers"') : PAGE.index("</main>")]
+    assert set(running.stats()) - set(re.findall(r'<data id="(\w+)"', listed)) == IN_WORDS
+
+
+def test_what_only_some_servers_have_is_shown_for_those(browser: Browser, running: ServerProcess) -> None:
+    def seen() -> list[bool]:
+        names = ["recordsExpired", "oldestRecordMs", "unauthorizedRequests", "tlsFailures", "certificateExpires"]
+        return [browser.run(f"return document.getElementById('{name}').checkVisibility()") for name in names]
+
+    browser.open(running.port)
+    browser.stop_looking()
+    assert seen() == [False] * 5 and browser.text("powerSafe") == "yes"
+    more = {"retain": 30, "tokenFile": "token", "tlsCert": "cert.pem"}
+    browser.shows(1, info=more, oldestRecordMs=60_000, certificateExpires="2027-03-09T12:00:00.000Z", powerSafe=False)
+    assert seen() == [True] * 5
+    assert browser.text("oldestRecordMs").endswith(" ago")
+    assert browser.text("certificateExpires") == "9 March 2027" and browser.text("powerSafe") == "no"
+    browser.shows(1, info={**more, "database": "clickhouse://h:8123/numbers"})
+    assert seen()[:2] == [False] * 2, "the servers do it, and nobody counts"
+
+
+def test_the_page_in_the_one_file_works_as_well(browser: Browser, tmp_path: Path) -> None:
+    """There it has no indentation, and fewer comments."""
+    made = tmp_path / "ringoexp.pyz"
+    subprocess.run([sys.executable, str(ROOT / "build_pyz.py"), str(made)], check=True, stdout=subprocess.DEVNULL)
+    one = ServerProcess(tmp_path, "-p", "0", "-T", "0", program=[sys.executable, str(made)])
+    try:
+        browser.open(one.port)
+        browser.write("1 2 -3")
+        browser.click("sendThem")
+        assert "3 sent, all stored" in browser.sent()
+        eventually(lambda: browser.value("recordsAcked") == "3")
+        assert same_as_stats(browser, one)
+        assert one.stop() == 0
+    finally:
+        one.kill()
 
 
 def test_words_that_would_mislead_are_not_there(browser: Browser, running: ServerProcess, pair: Pair) -> None:

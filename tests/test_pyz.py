@@ -23,9 +23,10 @@ import pytest
 from harness import DEADLINE, ROOT, RawClient, ServerProcess, eventually, free_port, request, rows
 
 import build_pyz
-from build_pyz import CannotBuild, bare
+from build_pyz import CannotBuild, bare, bare_page
 
 MOST_BYTES = 150_000
+PAGE = bare_page((ROOT / "dashboard.html").read_text()).encode()
 SITE = str(importlib.metadata.distribution("h11").locate_file(""))
 
 
@@ -96,7 +97,7 @@ def test_one_file_is_the_whole_program(pyz: Path, alone: list[str], tmp_path: Pa
         done = run([*alone, *program, "send", "--url", running.url], work, "\n".join(map(str, range(1000))))
         assert done.returncode == 0, done.stderr
         assert post(running.port, 42, -(2**63)) == (200, 2)
-        assert running.get("/")[::2] == (200, (ROOT / "dashboard.html").read_bytes())
+        assert running.get("/")[::2] == (200, PAGE)
         assert running.stats()["recordsStored"] == 1002
         assert b"ringoexp_records_stored_total 1002" in running.get("/metrics")[2]
         status, _, threads = request(profiler, "GET", "/debug/pprof/threads")
@@ -222,7 +223,7 @@ def test_a_new_file_may_take_its_place_while_it_runs(pyz: Path, tmp_path: Path) 
     try:
         (tmp_path / "new").write_bytes(b"another" * 5000)
         os.replace(tmp_path / "new", mine)
-        assert running.get("/")[::2] == (200, (ROOT / "dashboard.html").read_bytes())
+        assert running.get("/")[::2] == (200, PAGE)
         with RawClient(running.port) as client:
             client.send(b"\x82\x84\0\0\0\0" + struct.pack(">i", 42))
             assert client.acked(1) == 1
@@ -282,6 +283,15 @@ def test_everything_is_in_it_and_nothing_else(pyz: Path) -> None:
     assert licences.pop("LICENSE") == (ROOT / "LICENSE").read_text()
     whose = {name.split("/")[1].rsplit("-", 1)[0] for name in licences}
     assert whose == set(build_pyz.PACKAGES) and all("Copyright" in text for text in licences.values())
+
+
+def test_of_the_page_only_indentation_and_lines_of_comment_are_left_out() -> None:
+    page = "<p>\n  /* one\n     two */\n  a /* b */\n /* c */ d /* e */\n\n  f('*/*'); /* g */\n</p>\n"
+    assert bare_page(page) == "<p>\n\n\na /* b */\n/* c */ d /* e */\n\nf('*/*'); /* g */\n</p>\n"
+    whole = (ROOT / "dashboard.html").read_text()
+    assert len(PAGE.decode().split("\n")) == len(whole.split("\n"))
+    script = whole.partition("<script>")[2]
+    assert not [text for text in re.findall("`[^`]*`", script) if "\n" in text], "it would lose its indentation"
 
 
 def test_it_is_small_and_executable(pyz: Path) -> None:
