@@ -37,12 +37,12 @@ except ModuleNotFoundError as missing:
 import assembly
 import logs
 import notify
-import producer
+import send
 from addresses import shown
 from assembly import CannotRun, Parts
 from database import StoreError
 from options import Settings, __version__, read_arguments
-from producer import say
+from send import say
 
 log = logging.getLogger("ringoexp")
 
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ["send"]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        return producer.main(arguments[1:])
+        return send.main(arguments[1:])
     settings = read_arguments(arguments)
     logs.setup(settings.debug, settings.log_json)
     try:

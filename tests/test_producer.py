@@ -35,6 +35,7 @@ from websockets.sync.server import ServerConnection as Peer
 from websockets.sync.server import serve
 
 import producer
+import send as command
 import websock
 from producer import Producer, ProducerError
 from wire import SUBPROTOCOL, decode_batch, encode_ack
@@ -98,7 +99,7 @@ def test_the_readmes_three_lines(tmp_path: Path) -> None:
 
 def test_the_readme_lists_the_flags() -> None:
     text = (ROOT / "README.md").read_text()
-    for action in producer.parser()._actions:
+    for action in command.parser()._actions:
         for flag in action.option_strings:
             written = "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag  # or with hyphens
             assert f"`{written}`" in text or flag in ("-h", "--help")
@@ -301,10 +302,10 @@ def test_ctrl_c_before_the_first_record_is_one_line_too(
     def interrupted(*unused: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(producer, "Producer", interrupted)
+    monkeypatch.setattr(command, "Producer", interrupted)
     monkeypatch.setattr(sys, "stdin", open(os.devnull))
     with sys.stdin:
-        assert producer.main([]) == 130
+        assert command.main([]) == 130
     assert capsys.readouterr().err == "ringoexp send: error: interrupted\n"
 
 
@@ -387,7 +388,7 @@ def test_ctrl_c_counts_again_once_it_is_said_how_to_go_on(
     monkeypatch.setattr(producer.Producer, "flush", interrupted)
     monkeypatch.setattr(sys, "stdin", open(os.devnull))
     with sys.stdin:
-        assert producer.main([]) == 130
+        assert command.main([]) == 130
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert capsys.readouterr().err == "ringoexp send: error: interrupted\n"
 
@@ -396,7 +397,7 @@ def test_without_a_thread_for_the_progress_it_sends_all_the_same(monkeypatch: py
     def none_to_be_had(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    progress = producer._Progress(None)  # type: ignore[arg-type]
+    progress = command._Progress(None)  # type: ignore[arg-type]
     monkeypatch.setattr(threading.Thread, "start", none_to_be_had)
     with progress:
         pass
