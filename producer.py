@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from time import monotonic
 from urllib.parse import urlsplit
 
-from tls import client_context
+from tls import TLSError, client_context
 from websock import ClientConnection, HandshakeError, backoff
 from wire import MAX_SEQUENCE, SUBPROTOCOL, Run, WireError, decode_ack, encode_batch
 
@@ -217,7 +217,9 @@ class Producer:
                 self._serve()
             except (OSError, HandshakeError, WireError) as error:
                 self._trouble = str(error)
-                if isinstance(error, HandshakeError) and error.status and _for_good(error.status):
+                refused = isinstance(error, HandshakeError) and error.status and _for_good(error.status)
+                # A certificate, say. Once there was a connection, the server's may have been replaced, and be again.
+                if refused or isinstance(error, TLSError) and not self._links:
                     self._give_up(f"{self.url}: {error}")
             except ProducerError as error:
                 self._give_up(f"{self.url}: {error}")

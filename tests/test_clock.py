@@ -34,7 +34,7 @@ from wire import encode_plain
 ALLOWED = {
     ("store", "time.time_ns"): "received_at_ms",
     ("clickhouse", "time.time_ns"): "received_at_ms, and which of two values was first, as nobody else may say",
-    ("ringoexp", "datetime.datetime.now"): "startTime",
+    ("assembly", "datetime.datetime.now"): "startTime",
     ("stats", "datetime.datetime.now"): "since when a server is not ready",
     ("stats", "datetime.timedelta"): "the same",
     ("profiler", "time.time_ns"): "when a heap profile was made",

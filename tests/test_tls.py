@@ -593,6 +593,46 @@ def test_mutual_tls_lets_in_who_has_a_certificate(authority: Authority, pair: Pa
     assert [value for _, _, value in rows(tmp_path / "c.db")] == [1, 2, 3]
 
 
+def test_what_tls_refuses_from_the_start_ends_send_with_one_line(
+    authority: Authority, pair: Pair, tmp_path: Path
+) -> None:
+    """It would be the same for ever: the wrong authority, no certificate to show, a server without TLS."""
+    known = ["--ca", str(authority.ca)]
+    want = [*tls(pair), "--client_ca", str(authority.ca)]
+    for number, (server_flags, host, flags, said) in enumerate(
+        (
+            (tls(pair), "localhost", [], "its certificate is not accepted: "),
+            (tls(pair), "127.0.0.2", known, "its certificate is not accepted: "),
+            (want, "localhost", known, "it wants a certificate of ours"),
+            ([], "localhost", known, "it does not speak TLS on this port"),
+        )
+    ):
+        with server(tmp_path, "-p", "0", "-T", "0", "-H", "0.0.0.0", "-D", f"{number}.db", *server_flags) as running:
+            url = f"wss://{host}:{running.port}/v1.0/ingest"
+            command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", url, *flags]
+            done = subprocess.run(command, input=b"1\n", capture_output=True, timeout=DEADLINE)
+            errors = done.stderr.decode().splitlines()
+            assert done.returncode == 1 and len(errors) == 2, errors
+            assert errors[0].startswith(f"ringoexp send: error: {url}: {said}"), errors
+            assert errors[1].startswith("ringoexp send: 0 of 1 acked; send all of it again with --source ")
+
+
+def test_a_certificate_that_becomes_unacceptable_later_is_waited_out(authority: Authority, tmp_path: Path) -> None:
+    mine, others = authority.issue(), Authority(tmp_path, "other").issue()
+    with server(tmp_path, "-p", "0", "-T", "0", *tls(mine)) as running:
+        port = running.port
+        with Producer(f"wss://localhost:{port}/v1.0/ingest", context=client_context(str(authority.ca))) as producer:
+            producer.send([1])
+            producer.flush(DEADLINE)
+            assert running.stop() == 0
+            with server(tmp_path, "-p", str(port), "-T", str(port), *tls(others)):
+                producer.send([2])
+                eventually(lambda: "its certificate is not accepted" in (producer.trouble or ""))
+            with server(tmp_path, "-p", str(port), "-T", str(port), *tls(mine)) as running:
+                producer.flush(DEADLINE)
+    assert [value for _, _, value in rows(tmp_path / "ringoexp.db")] == [1, 2]
+
+
 # SIGHUP.
 
 
