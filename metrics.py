@@ -128,6 +128,7 @@ def _metrics(now: Snapshot) -> Iterator[tuple[str, str, str, Samples]]:
         yield counter("commits", disk.commits, "Commits of the own database or spool.")
         yield counter("failed_commits", disk.failed_commits, "Commits that failed.")
         yield gauge("store_failing", int(disk.error is not None), "1 while the last commit has failed, else 0.")
+        yield gauge("power_safe", int(disk.power_safe), "1 if what is acked outlasts a power cut, else 0.")
         yield (
             "ringoexp_commit_duration_seconds",
             "histogram",

@@ -248,6 +248,31 @@ def test_a_failed_commit_fails_exactly_its_batches_and_the_next_starts_clean(
     assert opened.stats()[:5] == (2, 0, 2, 1, None)
 
 
+def test_an_error_that_cannot_be_put_into_words_is_no_success(
+    opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever leads gets that error, and the others of the group one that says no more than that it failed."""
+
+    def failing(group: list[Waiting]) -> Written:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    def wordless(cause: BaseException) -> StoreError:
+        raise RuntimeError("no words")
+
+    with monkeypatch.context() as short:
+        short.setattr(opened, "_write", failing)
+        short.setattr(opened, "_failed", wordless)
+        group = [Waiting(*block(A, n, n + 1), 64) for n in range(2)]
+        with opened._lock:
+            opened._leading = True
+        with pytest.raises(RuntimeError, match="no words"):
+            opened._commit(group)
+    assert all(waiting.done and "broke off" in str(waiting.error) for waiting in group)
+    assert opened.stats()[2:4] == (0, 1) and "broke off" in (opened.stats().error or "")
+    opened.append(*block(A, 0, 1))
+    assert found(path) == {(A_TEXT, 0): 0}
+
+
 def test_a_full_disk_fails_the_commit_and_goes_on_when_there_is_room(opened: Store, path: Path) -> None:
     opened.append(*block(A, 0, 10))
     (pages,) = opened._db.execute("PRAGMA page_count").fetchone()
