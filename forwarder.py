@@ -87,7 +87,9 @@ class Forwarder:
                 return
             for outlet in dropped:
                 outlet.leaving, outlet.fixed = True, False
-            self._outlets = (*self._outlets, *added)
+            # One that leaves without a worker, as there was no thread to be had, nobody else counts out.
+            there = (each for each in self._outlets if each.workers or not each.leaving)
+            self._outlets = (*there, *added)
         for outlet in added:
             try:
                 self._start_worker(outlet)

@@ -293,6 +293,24 @@ def test_one_that_is_dropped_ends_its_workers_once_nothing_is_in_doubt_there(mon
         assert ring.wait_committed(put(ring, 3), 20)
 
 
+def test_one_that_is_dropped_before_it_had_a_worker_is_gone_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would ever count it out: stats and metrics would have it for good, and twice once it is named again."""
+    ring, here, new = Ring(8), Consumer("here"), Consumer("new")
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with forwarding(ring, here) as running:
+        with monkeypatch.context() as short:
+            short.setattr(threading.Thread, "start", no_thread)
+            running.change([new.outlet], [])
+        assert new.outlet in running.outlets and new.outlet.workers == 0
+        running.change([], [new.outlet])
+        assert list(running.outlets) == [here.outlet]
+        assert not running.keep(new.outlet)
+        assert ring.wait_committed(put(ring, 1), 20)
+
+
 @pytest.mark.parametrize("state", ["up", "away", "in doubt", "storing"])
 def test_it_stops_in_every_state(state: str) -> None:
     ring, one, two = Ring(8), Consumer("one"), Consumer("two")
