@@ -155,6 +155,9 @@ class Forwarder:
             return True
         except Closed:
             return False
+        if batch.mark is not None and not sink.ready and not outlet.alone:
+            self._ring.requeue(batch)  # it came into doubt meanwhile: first a link, to know which store is there
+            return True
         if outlet.breaker.probed_by_another and (not sink.ready or (several and outlet.doubted)):
             self._ring.requeue(batch)
             return not self._retire(outlet)

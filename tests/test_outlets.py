@@ -362,6 +362,26 @@ def test_what_is_in_doubt_at_one_store_goes_to_no_other_though_only_one_consumer
         assert ring.wait_committed(end, 20) and 1 in back.stored
 
 
+def test_what_became_in_doubt_while_a_worker_without_a_link_waited_goes_to_no_other_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It looked before whether there was such a batch; who it would reach, nobody knows until there is a link."""
+    monkeypatch.setattr(forwarder, "IDLE_SECONDS", 0.01)
+    ring, there = Ring(8), Consumer("there", "another")
+    there.outlet.fixed = False  # a name with one address
+    link = Link(there)
+    put(ring, 1)
+    ring.requeue(ring.reserve(1), there.outlet.pin("the one"))
+    running = Forwarder(ring, [], 8)
+    with monkeypatch.context() as before:
+        before.setattr(Ring, "has_marked", False)
+        assert running.step(there.outlet, link)
+    assert running.step(there.outlet, link) and link.ready
+    assert not there.stored and len(ring.marks()) == 1
+    there.identity = "the one"
+    assert running.step(there.outlet, Link(there)) and there.stored == [1]
+
+
 def test_a_name_that_has_other_addresses_now_is_no_longer_the_same_consumer() -> None:
     ring, name, one, two = Ring(8), Consumer("name", "x"), Consumer("one", "x"), Consumer("two", "y")
     name.deaf = one.away = True
