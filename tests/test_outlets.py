@@ -233,6 +233,16 @@ def test_an_error_that_nobody_expected_leaves_the_batch_in_doubt() -> None:
         assert ring.wait_committed(end, 20) and 1 in buggy.stored and 1 not in here.stored
 
 
+def test_an_error_that_nobody_expected_does_not_make_it_forget_which_store_may_have_it() -> None:
+    """Or a batch in doubt there would go to whichever store is at this address next."""
+    ring, there = Ring(8), Consumer("there", "the one")
+    there.outlet.fixed, there.buggy = False, True
+    put(ring, 1)
+    ring.requeue(ring.reserve(1), there.outlet.pin("the one"))
+    assert Forwarder(ring, [], 8).step(there.outlet, Link(there))
+    assert ring.marks() == [(Pin(there.outlet, "the one"), 1)]
+
+
 def test_one_that_takes_batches_and_never_acks_gets_no_more_than_its_workers_had() -> None:
     """It accepts links: that is not enough to be back."""
     ring, here, deaf = Ring(64), Consumer("here"), Consumer("deaf")
