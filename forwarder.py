@@ -87,7 +87,9 @@ class Forwarder:
                 return
             for outlet in dropped:
                 outlet.leaving, outlet.fixed = True, False
-            self._outlets = (*self._outlets, *added)
+            # One that leaves without a worker, as there was no thread to be had, nobody else counts out.
+            there = (each for each in self._outlets if each.workers or not each.leaving)
+            self._outlets = (*there, *added)
         for outlet in added:
             try:
                 self._start_worker(outlet)
@@ -153,6 +155,9 @@ class Forwarder:
             return True
         except Closed:
             return False
+        if batch.mark is not None and not sink.ready and not outlet.alone:
+            self._ring.requeue(batch)  # it came into doubt meanwhile: first a link, to know which store is there
+            return True
         if outlet.breaker.probed_by_another and (not sink.ready or (several and outlet.doubted)):
             self._ring.requeue(batch)
             return not self._retire(outlet)
@@ -164,7 +169,7 @@ class Forwarder:
                 self._ring.requeue(batch)
             else:
                 outlet.doubted = True
-                self._ring.requeue(batch, None if outlet.alone else outlet.pin(getattr(error, "store", None)))
+                self._ring.requeue(batch, None if outlet.alone else outlet.pin(getattr(error, "store", sink.identity)))
             return self._failed(outlet, error)
         self._ring.commit(batch)
         outlet.doubted = False

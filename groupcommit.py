@@ -105,9 +105,16 @@ class GroupCommit(ABC):
                 if mine.done:
                     break
                 self._leading = True
-                while not self._closed and (left := self._pace()) > 0:
-                    self._gathered.wait(left)
-                group = self._next_group()
+                try:
+                    while not self._closed and (left := self._pace()) > 0:
+                        self._gathered.wait(left)
+                    group = self._next_group()
+                except BaseException:  # no memory, say: others lead then, and write what is theirs
+                    self._queue.remove(mine)
+                    self._queued -= mine.cost
+                    self._leading = False
+                    self._turn.notify_all()
+                    raise
                 self._began_at = monotonic()
             self._commit(group)
         if mine.error:

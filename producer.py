@@ -40,7 +40,7 @@ FOR_GOOD = (1002, 1003, 1007, 1008, 1009)
 
 
 class ProducerError(Exception):
-    """The server will not take what it gets, however often it is sent. The text says why."""
+    """The server takes nothing, however often it is sent, or TLS fails from the start. The text says why."""
 
 
 class Producer:
@@ -135,7 +135,7 @@ class Producer:
         """Takes `values`, 64-bit integers, to be stored in this order. Returns once they are in memory here.
 
         Waits while MOST_UNACKED records are not acked. Raises OverflowError for a value beyond 64 bits
-        (none of `values` is taken then), ProducerError when the server has refused for good, ValueError once
+        (none of `values` is taken then), ProducerError when there is no use in trying again, ValueError once
         closed, and where the numbers of a source end.
         """
         block = values if isinstance(values, array) and values.typecode == "q" else array("q", values)

@@ -233,6 +233,16 @@ def test_an_error_that_nobody_expected_leaves_the_batch_in_doubt() -> None:
         assert ring.wait_committed(end, 20) and 1 in buggy.stored and 1 not in here.stored
 
 
+def test_an_error_that_nobody_expected_does_not_make_it_forget_which_store_may_have_it() -> None:
+    """Or a batch in doubt there would go to whichever store is at this address next."""
+    ring, there = Ring(8), Consumer("there", "the one")
+    there.outlet.fixed, there.buggy = False, True
+    put(ring, 1)
+    ring.requeue(ring.reserve(1), there.outlet.pin("the one"))
+    assert Forwarder(ring, [], 8).step(there.outlet, Link(there))
+    assert ring.marks() == [(Pin(there.outlet, "the one"), 1)]
+
+
 def test_one_that_takes_batches_and_never_acks_gets_no_more_than_its_workers_had() -> None:
     """It accepts links: that is not enough to be back."""
     ring, here, deaf = Ring(64), Consumer("here"), Consumer("deaf")
@@ -293,6 +303,24 @@ def test_one_that_is_dropped_ends_its_workers_once_nothing_is_in_doubt_there(mon
         assert ring.wait_committed(put(ring, 3), 20)
 
 
+def test_one_that_is_dropped_before_it_had_a_worker_is_gone_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would ever count it out: stats and metrics would have it for good, and twice once it is named again."""
+    ring, here, new = Ring(8), Consumer("here"), Consumer("new")
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with forwarding(ring, here) as running:
+        with monkeypatch.context() as short:
+            short.setattr(threading.Thread, "start", no_thread)
+            running.change([new.outlet], [])
+        assert new.outlet in running.outlets and new.outlet.workers == 0
+        running.change([], [new.outlet])
+        assert list(running.outlets) == [here.outlet]
+        assert not running.keep(new.outlet)
+        assert ring.wait_committed(put(ring, 1), 20)
+
+
 @pytest.mark.parametrize("state", ["up", "away", "in doubt", "storing"])
 def test_it_stops_in_every_state(state: str) -> None:
     ring, one, two = Ring(8), Consumer("one"), Consumer("two")
@@ -342,6 +370,26 @@ def test_what_is_in_doubt_at_one_store_goes_to_no_other_though_only_one_consumer
         back = Consumer("back", "y")
         running.change([back.outlet], [])
         assert ring.wait_committed(end, 20) and 1 in back.stored
+
+
+def test_what_became_in_doubt_while_a_worker_without_a_link_waited_goes_to_no_other_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It looked before whether there was such a batch; who it would reach, nobody knows until there is a link."""
+    monkeypatch.setattr(forwarder, "IDLE_SECONDS", 0.01)
+    ring, there = Ring(8), Consumer("there", "another")
+    there.outlet.fixed = False  # a name with one address
+    link = Link(there)
+    put(ring, 1)
+    ring.requeue(ring.reserve(1), there.outlet.pin("the one"))
+    running = Forwarder(ring, [], 8)
+    with monkeypatch.context() as before:
+        before.setattr(Ring, "has_marked", False)
+        assert running.step(there.outlet, link)
+    assert running.step(there.outlet, link) and link.ready
+    assert not there.stored and len(ring.marks()) == 1
+    there.identity = "the one"
+    assert running.step(there.outlet, Link(there)) and there.stored == [1]
 
 
 def test_a_name_that_has_other_addresses_now_is_no_longer_the_same_consumer() -> None:

@@ -741,6 +741,8 @@ def test_what_only_some_servers_have_is_shown_for_those(browser: Browser, runnin
     assert seen() == [True] * 5
     assert browser.text("oldestRecordMs").endswith(" ago")
     assert browser.text("certificateExpires") == "9 March 2027" and browser.text("powerSafe") == "no"
+    browser.shows(1, info=more, oldestRecordMs=0)
+    assert browser.text("oldestRecordMs") == "–", "there is none"
     browser.shows(1, info={**more, "database": "clickhouse://h:8123/numbers"})
     assert seen()[:2] == [False] * 2, "the servers do it, and nobody counts"
 

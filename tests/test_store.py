@@ -273,6 +273,23 @@ def test_an_error_that_cannot_be_put_into_words_is_no_success(
     assert found(path) == {(A_TEXT, 0): 0}
 
 
+def test_who_cannot_gather_a_group_leaves_the_lead_and_the_queue_to_others(
+    opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For want of memory, say: or nobody would ever lead again, nor `close` return."""
+
+    def no_memory() -> list[Waiting]:
+        raise MemoryError
+
+    with monkeypatch.context() as short:
+        short.setattr(opened, "_next_group", no_memory)
+        with pytest.raises(MemoryError):
+            opened.append(*block(A, 0, 1))
+    assert (opened._leading, opened._queue, opened._queued) == (False, [], 0)
+    Blocked(lambda: opened.append(*block(A, 1, 2))).result()
+    assert found(path) == {(A_TEXT, 1): 10}
+
+
 def test_a_full_disk_fails_the_commit_and_goes_on_when_there_is_room(opened: Store, path: Path) -> None:
     opened.append(*block(A, 0, 10))
     (pages,) = opened._db.execute("PRAGMA page_count").fetchone()
