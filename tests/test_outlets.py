@@ -321,6 +321,24 @@ def test_one_that_is_dropped_before_it_had_a_worker_is_gone_at_once(monkeypatch:
         assert ring.wait_committed(put(ring, 1), 20)
 
 
+def test_one_that_found_no_thread_has_a_worker_as_soon_as_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if there are as many as there may be, and nothing is to be stored."""
+    ring, here, new = Ring(8), Consumer("here", "x"), Consumer("new", "y")
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with forwarding(ring, here, most=1) as running:
+        with monkeypatch.context() as short:
+            short.setattr(threading.Thread, "start", no_thread)
+            running.change([new.outlet], [])
+            assert running.keep(new.outlet), "it is tried again, and that is no error"
+        assert new.outlet.workers == 0
+        assert running.keep(new.outlet) and running.keep(new.outlet), "each time that names are resolved"
+        assert new.outlet.workers == 1
+        eventually(lambda: new.stored or put(ring, 2) and False)
+
+
 @pytest.mark.parametrize("state", ["up", "away", "in doubt", "storing"])
 def test_it_stops_in_every_state(state: str) -> None:
     ring, one, two = Ring(8), Consumer("one"), Consumer("two")
