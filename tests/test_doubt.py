@@ -53,11 +53,18 @@ class Database:
         self.late: list[dict[Record, int]] = []  # still on their way, though nobody waits for them any more
 
 
+    def __repr__(self) -> str:
+        return f"{self.name} ({self.identity})"
+
+
 class Sent(NamedTuple):
     """Where a record may be: it was sent to this store by this outlet."""
 
     store: Database
     outlet: Outlet
+
+    def __repr__(self) -> str:
+        return f"{self.store} by {self.outlet.place}"
 
 
 def records_of(block: Block) -> dict[Record, int]:
@@ -303,8 +310,10 @@ class World:
             back = fixed and any(each.outlet is outlet for each in before)  # the same consumer, whatever it has now
             if before and not at:
                 known = [each for each in before if each.store.identity and store.identity]
-                assert back or not known, f"{record} may be in {before}, and goes to {store.name}"
-                assert any(each.outlet is outlet for each in before), f"{record} goes to another outlet: {before}"
+                if known and not back:
+                    self.turns.fail(f"{record} may be in {before}, and goes to {store}")
+                if not any(each.outlet is outlet for each in before):
+                    self.turns.fail(f"{record} goes to another outlet: {before}, and goes to {store}")
                 self.excused.add(record)
                 self.note("uncertain")
             if before:
@@ -323,9 +332,10 @@ class World:
 
     def keep(self, store: Database, records: dict[Record, int]) -> None:
         for record, value in records.items():
-            assert value == value_of(record)
-            if record not in store.records and any(record in each.records for each in self.stores):
-                assert record in self.excused, f"{record} is stored twice"
+            if value != value_of(record):
+                self.turns.fail(f"{record} has the value {value}")
+            if record not in store.records and record not in self.excused and self.stored([record]):
+                self.turns.fail(f"{record} is stored twice")
             store.records[record] = value
 
     def stored(self, records: Sequence[Record] | dict[Record, int]) -> bool:
@@ -512,7 +522,8 @@ class TheRing(Ring):
         return super().reserve(limit, timeout, takes and noted)
 
     def commit(self, batch: ringbuffer.Batch) -> None:
-        assert self._world.stored(records_of(Block(batch.runs, batch.values))), "committed, and not stored"
+        if not self._world.stored(records_of(Block(batch.runs, batch.values))):
+            self._world.turns.fail("committed, and not stored")
         super().commit(batch)
 
     def _read(self, start: int, end: int) -> "array[int]":

@@ -18,10 +18,6 @@ class Over(BaseException):
     """This run is over: every thread ends where it is."""
 
 
-class Stuck(AssertionError):
-    """All threads wait for ever, or there is no end to it."""
-
-
 class Task:
     """One thread, and what it waits for."""
 
@@ -119,6 +115,14 @@ class Turns:
                 self.error, self.over = error, True
                 self._main.gate.release()
 
+    def fail(self, what: str) -> None:
+        """The run is over, as this was found: no room under test has a say in it."""
+        if not self.over:
+            self.error, self.over = AssertionError(what), True
+            if self._of[threading.current_thread()] is not self._main:
+                self._main.gate.release()
+        raise Over
+
     def end(self) -> None:
         """Ends all threads, wherever they are. For the first one."""
         self.over = True
@@ -145,13 +149,13 @@ class Turns:
         """Whose turn it is now."""
         self.passed += 1
         if self.passed > self._most:
-            raise Stuck(f"no end after {self.passed} turns, {self.now:.1f} s: {self.waiting()}")
+            self.fail(f"no end after {self.passed} turns, {self.now:.1f} s: {self.waiting()}")
         self.now += self.rng.random() * 0.002
         if self.rng.random() < 0.02:
             self._leap(60)
         while not (ready := [each for each in self._tasks if self._is_ready(each)]):
             if not self._leap():
-                raise Stuck(f"nobody goes on after {self.now:.1f} s: {self.waiting()}")
+                self.fail(f"nobody goes on after {self.now:.1f} s: {self.waiting()}")
         return self.rng.choice(ready)
 
     def _is_ready(self, task: Task) -> bool:
