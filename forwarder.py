@@ -169,7 +169,8 @@ class Forwarder:
                 self._ring.requeue(batch)
             else:
                 outlet.doubted = True
-                self._ring.requeue(batch, None if outlet.alone else outlet.pin(getattr(error, "store", sink.identity)))
+                store = getattr(error, "store", sink.identity) or getattr(batch.mark, "store", None)
+                self._ring.requeue(batch, None if outlet.alone else outlet.pin(store))
             return self._failed(outlet, error)
         self._ring.commit(batch)
         outlet.doubted = False

@@ -243,6 +243,16 @@ def test_an_error_that_nobody_expected_does_not_make_it_forget_which_store_may_h
     assert ring.marks() == [(Pin(there.outlet, "the one"), 1)]
 
 
+def test_a_store_that_does_not_say_which_it_is_does_not_make_it_forget_which_one_may_have_it() -> None:
+    """It was sent to one that says so, and then, at the same address, to one that does not: that may be the same."""
+    ring, there = Ring(8), Consumer("there")
+    there.outlet.fixed, there.deaf = False, True
+    put(ring, 1)
+    ring.requeue(ring.reserve(1), there.outlet.pin("the one"))
+    assert Forwarder(ring, [], 8).step(there.outlet, Link(there)) and there.stored == [1]
+    assert ring.marks() == [(Pin(there.outlet, "the one"), 1)]
+
+
 def test_one_that_takes_batches_and_never_acks_gets_no_more_than_its_workers_had() -> None:
     """It accepts links: that is not enough to be back."""
     ring, here, deaf = Ring(64), Consumer("here"), Consumer("deaf")
