@@ -28,6 +28,7 @@ class Task:
         self.until: Callable[[], bool] | None = None
         self.deadline: float | None = None
         self.done = False
+        self.wants: Callable[[], bool] | None = None  # what it waits for, when somebody is to notify it
 
 
 class Turns:
@@ -83,6 +84,19 @@ class Turns:
             self._pass(task)
             task.until = task.deadline = None
         return until()
+
+    def noting(self, wait_until: Callable[..., bool]) -> Callable[..., bool]:
+        """A function that waits on a condition for a predicate, which must not be true when all threads wait."""
+
+        def noted(condition: Condition, predicate: Callable[[], bool], deadline: float | None) -> bool:
+            task = self._of[threading.current_thread()]
+            task.wants = predicate
+            try:
+                return wait_until(condition, predicate, deadline)
+            finally:
+                task.wants = None
+
+        return noted
 
     def sleep(self, seconds: float) -> None:
         self.block(lambda: False, seconds)
@@ -154,6 +168,8 @@ class Turns:
         if self.rng.random() < 0.02:
             self._leap(60)
         while not (ready := [each for each in self._tasks if self._is_ready(each)]):
+            if lost := [each.name for each in self._tasks if each.wants and each.wants()]:
+                self.fail(f"nobody has woken {', '.join(lost)}")
             if not self._leap():
                 self.fail(f"nobody goes on after {self.now:.1f} s: {self.waiting()}")
         return self.rng.choice(ready)
@@ -162,8 +178,12 @@ class Turns:
         return task.until is None or (task.deadline is not None and task.deadline <= self.now) or task.until()
 
     def _leap(self, most: float = float("inf")) -> bool:
-        """It is later now, by `most` seconds at most, so that somebody's time is up; False when nobody waits for that."""
-        ahead = [each.deadline for each in self._tasks if each.deadline is not None and self.now < each.deadline < self.now + most]
+        """It is later now, at most by so many seconds, so that somebody's time is up; False when nobody's is."""
+        ahead = [
+            each.deadline
+            for each in self._tasks
+            if each.deadline is not None and self.now < each.deadline < self.now + most
+        ]
         if ahead:
             self.now = min(ahead)
         return bool(ahead)
