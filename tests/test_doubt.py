@@ -123,10 +123,10 @@ class Wire:
         world, block = self._world, decode_batch(message)
         records = records_of(block)
         world.turns.switch(0.3)
-        if self.cut:
-            raise BrokenPipeError
         fate = world.fate()
-        world.sent(self.there, records, stays=fate != "goodbye")
+        world.sent(self.there, records, stays=fate != "goodbye" or self.cut)
+        if self.cut:
+            raise BrokenPipeError  # that nothing has arrived nobody can know
         self._sent += len(records)
         if fate == "late" and world.calm:
             fate = "stored"
@@ -338,7 +338,7 @@ class World:
     def supposed(self, runs: Any, values: Any) -> None:
         """An error that nobody expected: the program has to suppose that the records were sent."""
         me = threading.current_thread()
-        link = next((each for each in self.links if each is self.holds.get(me)), None)
+        link = self.holds[me]
         if link:
             self.sent(link.there, records_of(Block(runs, values)), stays=True)
 

@@ -41,6 +41,7 @@ class Turns:
         self.error: BaseException | None = None
         self.may_start: Callable[[str], bool] = lambda name: True
         self.passed = 0
+        self._choosing = False  # who is next: what is asked for that is nobody's turn
         self._often = often  # of all points where a turn may end, this part
         self._most = most
         self._fine = fine
@@ -164,6 +165,7 @@ class Turns:
         self.passed += 1
         if self.passed > self._most:
             self.fail(f"no end after {self.passed} turns, {self.now:.1f} s: {self.waiting()}")
+        self._choosing = True
         self.now += self.rng.random() * 0.002
         if self.rng.random() < 0.02:
             self._leap(60)
@@ -172,6 +174,7 @@ class Turns:
                 self.fail(f"nobody has woken {', '.join(lost)}")
             if not self._leap():
                 self.fail(f"nobody goes on after {self.now:.1f} s: {self.waiting()}")
+        self._choosing = False
         return self.rng.choice(ready)
 
     def _is_ready(self, task: Task) -> bool:
@@ -192,7 +195,7 @@ class Turns:
         return self._line if Path(frame.f_code.co_filename).name in self._fine else None
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "line":
+        if event == "line" and not self._choosing:
             self.switch(0.03)
         return self._line
 
