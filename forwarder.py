@@ -91,17 +91,17 @@ class Forwarder:
             there = (each for each in self._outlets if each.workers or not each.leaving)
             self._outlets = (*there, *added)
         for outlet in added:
-            try:
-                self._start_worker(outlet)
-            except RuntimeError:
-                pass  # it is logged; as the one with the fewest workers it gets the next
+            self._start_first(outlet)
 
     def keep(self, outlet: Outlet) -> bool:
-        """True when this outlet, that was dropped, could be taken back, as it has workers still."""
+        """True when this outlet, if it was dropped, could be taken back, as it has workers still."""
         with self._lock:
             if outlet.workers:
                 outlet.leaving = False
-            return not outlet.leaving
+                return True
+        if not outlet.leaving:
+            self._start_first(outlet)
+        return not outlet.leaving
 
     def stats(self) -> ForwarderStats:
         """The workers now and the totals since the start."""
@@ -169,7 +169,8 @@ class Forwarder:
                 self._ring.requeue(batch)
             else:
                 outlet.doubted = True
-                self._ring.requeue(batch, None if outlet.alone else outlet.pin(getattr(error, "store", sink.identity)))
+                store = getattr(error, "store", sink.identity) or getattr(batch.mark, "store", None)
+                self._ring.requeue(batch, None if outlet.alone else outlet.pin(store))
             return self._failed(outlet, error)
         self._ring.commit(batch)
         outlet.doubted = False
@@ -258,6 +259,12 @@ class Forwarder:
             self._working.add(thread)
             outlet.workers += 1
             self._most_workers = max(self._most_workers, len(self._working))
+
+    def _start_first(self, outlet: Outlet) -> None:
+        try:
+            self._start_worker(outlet)
+        except RuntimeError:
+            pass  # it is logged, and `keep` tries again
 
     def _retire(self, outlet: Outlet) -> bool:
         """Counts the calling worker out, unless it is the last of its outlet. True when it should end."""

@@ -243,6 +243,16 @@ def test_an_error_that_nobody_expected_does_not_make_it_forget_which_store_may_h
     assert ring.marks() == [(Pin(there.outlet, "the one"), 1)]
 
 
+def test_a_store_that_does_not_say_which_it_is_does_not_make_it_forget_which_one_may_have_it() -> None:
+    """It was sent to one that says so, and then, at the same address, to one that does not: that may be the same."""
+    ring, there = Ring(8), Consumer("there")
+    there.outlet.fixed, there.deaf = False, True
+    put(ring, 1)
+    ring.requeue(ring.reserve(1), there.outlet.pin("the one"))
+    assert Forwarder(ring, [], 8).step(there.outlet, Link(there)) and there.stored == [1]
+    assert ring.marks() == [(Pin(there.outlet, "the one"), 1)]
+
+
 def test_one_that_takes_batches_and_never_acks_gets_no_more_than_its_workers_had() -> None:
     """It accepts links: that is not enough to be back."""
     ring, here, deaf = Ring(64), Consumer("here"), Consumer("deaf")
@@ -319,6 +329,24 @@ def test_one_that_is_dropped_before_it_had_a_worker_is_gone_at_once(monkeypatch:
         assert list(running.outlets) == [here.outlet]
         assert not running.keep(new.outlet)
         assert ring.wait_committed(put(ring, 1), 20)
+
+
+def test_one_that_found_no_thread_has_a_worker_as_soon_as_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if there are as many as there may be, and nothing is to be stored."""
+    ring, here, new = Ring(8), Consumer("here", "x"), Consumer("new", "y")
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with forwarding(ring, here, most=1) as running:
+        with monkeypatch.context() as short:
+            short.setattr(threading.Thread, "start", no_thread)
+            running.change([new.outlet], [])
+            assert running.keep(new.outlet), "it is tried again, and that is no error"
+        assert new.outlet.workers == 0
+        assert running.keep(new.outlet) and running.keep(new.outlet), "each time that names are resolved"
+        assert new.outlet.workers == 1
+        eventually(lambda: new.stored or put(ring, 2) and False)
 
 
 @pytest.mark.parametrize("state", ["up", "away", "in doubt", "storing"])
