@@ -617,7 +617,7 @@ def test_a_program_with_a_hole_is_found_out(of: type, name: str, good: str, bad:
     assert good in source
     made: dict[str, Any] = {}
     code = "from __future__ import annotations\n" + source.replace(good, bad)
-    exec(compile(code, "a hole", "exec"), vars(sys.modules[of.__module__]), made)
+    exec(compile(code, "<a hole>", "exec"), vars(sys.modules[of.__module__]), made)
     with patch.object(of, name, made[name]), pytest.raises(AssertionError):
         for seed in range(1000):
             World(seed, again_one=bad == "False").run()
