@@ -342,13 +342,18 @@ class Settings:
 
 
 class _Parser(argparse.ArgumentParser):
+    given: Sequence[str] = ()
+    """The addresses among the arguments, whatever stands before them, which may have a password in them."""
+
     def error(self, message: str) -> NoReturn:
         """One line, and where to find more; no usage text in between."""
-        message = clickhouse_http.redacted(message)
+        for each in self.given:  # by itself: in a message nobody knows where a password ends
+            for form in (each, repr(each)[1:-1], repr("\"'" + each)[4:-1]):  # as the quotes around it want it
+                message = message.replace(form, clickhouse_http.redacted(form))
         self.exit(EXIT_USAGE, f"ringoexp: error: {message} (ringoexp --help lists the flags)\n")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> _Parser:
     """The command line's parser, made from OPTIONS."""
     made = _Parser(
         prog="ringoexp",
@@ -399,6 +404,7 @@ def _shown(default: Any) -> str:
 def read_arguments(argv: Sequence[str]) -> Settings:
     """The settings that `argv` gives. Prints and raises SystemExit for help, version (0) and bad values (2)."""
     made = parser()
+    made.given = [found[0] for each in argv if (found := re.search(r"(?is)clickhouses?://.*", each))]
     words = [word for word in argv if word in ("help", "version")]
     if len(argv) == 1 and words:
         argv = [f"--{words[0]}"]

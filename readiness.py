@@ -25,6 +25,7 @@ from sinks import LinkStats
 from spool import Spool
 from storage import Storage
 from tls import explain
+from websock import hint
 
 log = logging.getLogger("ringoexp.ready")
 
@@ -341,6 +342,6 @@ def _check_consumer(place: Place, keys: Keys, linked: bool) -> Answer:
     if unauthorized:
         return "consumer_unreachable", f"{where}: it wants a token, or another one (--token_file, or RINGOEXP_TOKEN)"
     if status != 200 and not theirs:
-        return "consumer_unreachable", f"{where}: answered {status}"
+        return "consumer_unreachable", f"{where}: answered {status}{hint(status)}"
     ours = [detail for code, detail in theirs if code != THEIR_LIMIT or not linked]
     return ("consumer_not_ready", f"{where}: {'; '.join(ours)}") if ours else None

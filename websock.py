@@ -435,7 +435,7 @@ class ClientConnection(Connection):
         self._tail += rest
         if isinstance(answer, RejectConnection):
             raise HandshakeError(
-                f"refused with HTTP status {answer.status_code}{_hint(answer.status_code)}",
+                f"refused with HTTP status {answer.status_code}{hint(answer.status_code)}",
                 answer.status_code,
             )
         if not isinstance(answer, AcceptConnection) or answer.subprotocol != self._wanted:
@@ -452,7 +452,7 @@ def backoff(failures: int) -> float:
     return random.uniform(0, min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(failures, 16)))
 
 
-def _hint(status: int) -> str:
+def hint(status: int) -> str:
     """What a refused handshake may come from."""
     where = ": is that the /v1.0/ingest of a ringoexp?"
     return _HINTS.get(status, where if status < 400 or status == 404 else "")

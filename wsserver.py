@@ -136,7 +136,10 @@ class Handler(WebHandler):
         if stopping:  # reason enough: nothing is to be asked any more
             reasons.append(Reason("draining", "the server is stopping"))
         elif not self.server.admitted():
-            reasons.append(Reason(THEIR_LIMIT, f"all {self.server.limit} connections (-n, --threads) are taken"))
+            most = f"{self.server.limit} connections (-n, --threads)"
+            if self.server.crowding():
+                most = f"{self.server.per_address} connections of this address (--per_address)"
+            reasons.append(Reason(THEIR_LIMIT, f"all {most} are taken"))
         trusted = self.has_token()  # details have addresses and paths in them
         # For a publisher, whose links will be asked for it.
         told: dict[str, Any] = {"authorized": trusted} if self.server.access.keys.token else {}

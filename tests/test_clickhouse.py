@@ -124,6 +124,31 @@ def test_a_wrong_address_is_refused_without_its_password(text: str, capsys: pyte
         assert "pw" not in said
 
 
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("clickhouse://", "'clickhouse://' is not accepted: "),
+        ("clickhouse://u:pw@h:99999/x", "'clickhouse://u:***@h:99999/x' is not accepted: "),
+        ("clickhouse://u:pw@h/x?y=1", "'clickhouse://u:***@h/x?***' is not accepted: nothing may follow"),
+    ],
+)
+def test_what_hides_the_password_leaves_the_reason(address: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options.read_arguments(["-I", "false", "-D", address])
+    line = capsys.readouterr().err
+    assert said in line and "(clickhouse://USER@HOST:PORT/DATABASE)" in line and "pw" not in line
+
+
+@pytest.mark.parametrize("before", ["", "x", "-x", "--nix=", "'", '"', "'\"", "-r", "-d"])
+@pytest.mark.parametrize("password", ["pw", "p'pw", 'p"pw', "p'\"pw", "p\\pw", "p pw@pw"])
+def test_a_password_in_a_wrong_argument_is_not_shown(
+    before: str, password: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        options.read_arguments([f"{before}clickhouse://u:{password}@h/d"])
+    assert "pw" not in capsys.readouterr().err
+
+
 def test_a_spool_is_no_clickhouse(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         options.read_arguments(["-S", "clickhouse://u:pw@h/d"])

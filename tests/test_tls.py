@@ -556,6 +556,8 @@ def test_a_link_without_tls_to_a_consumer_with(authority: Authority, pair: Pair,
     with server(tmp_path, "-p", "0", "-I", "false", "-D", "c.db", *tls(pair)) as consumer:
         with server(tmp_path, "-p", "0", "-T", str(consumer.port)) as publisher:
             assert not_ready(publisher) == ["consumer_unreachable"]
+            hint = b"answered 400: does it want TLS (wss://, --consumer_tls)?"
+            eventually(lambda: hint in publisher.get("/v1.0/ready")[2], "before there is any record")
             with RawClient(publisher.port) as client:
                 client.send(b"\x82\x84\x00\x00\x00\x00\x00\x00\x00\x2a")
                 eventually(lambda: "does it want TLS (wss://, --consumer_tls)?" in log_of(publisher))

@@ -16,6 +16,10 @@ const NEVER = [1002, 1003, 1007, 1008, 1009]; // close codes: the same again is 
 
 const url = new URL(process.argv[2] ?? 'ws://localhost:6660/v1.0/ingest');
 const source = process.argv[3] ?? randomUUID();
+if (url.protocol !== 'ws:' || !/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i.test(source)) {
+  console.error('usage: exactly_once.mjs [ws://HOST:PORT/v1.0/ingest [UUID [FIRST]]]');
+  process.exit(2);
+}
 let next = BigInt(process.argv[4] ?? 0); // the number of the next record
 let acked = next; // everything before it is stored
 let messages = []; // [first, count, payload], sent or not, the oldest that is not all acked in front
@@ -136,7 +140,11 @@ setInterval(() => {
 }, 1000);
 connect();
 for await (const line of readline.createInterface({ input: process.stdin })) {
-  if (line.trim()) take(BigInt(line));
+  if (!/^\s*([+-]?\d+)?\s*$/.test(line)) {
+    console.error(`no integer: ${line}`);
+    process.exit(2);
+  }
+  if (line.trim()) take(BigInt(line.trim().replace(/^\+/, '')));
   if (next - acked >= MOST_UNACKED) await new Promise((resolve) => { room = resolve; });
 }
 makeMessage();
