@@ -36,7 +36,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple, TypeAlias
 
-from wire import Run
+from ringolib.wire import Run
 
 Values: TypeAlias = "array[int] | memoryview[int]"
 

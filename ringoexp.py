@@ -34,15 +34,16 @@ except ModuleNotFoundError as missing:
         f"ringoexp: error: no package {missing.name}: pip install simple-websocket, in a venv, or use ringoexp.pyz"
     )
 
-import assembly
-import logs
-import notify
-import send
-from addresses import shown
-from assembly import CannotRun, Parts
-from database import StoreError
-from options import Settings, __version__, read_arguments
-from send import say
+from ringolib import __version__
+from ringolib import app as assembly
+from ringolib.app import CannotRun, Parts
+from ringolib.client import send
+from ringolib.client.send import say
+from ringolib.net.addresses import shown
+from ringolib.options import Settings, read_arguments
+from ringolib.status import logs
+from ringolib.status import systemd as notify
+from ringolib.storage.sqlite_file import StoreError
 
 log = logging.getLogger("ringoexp")
 

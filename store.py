@@ -25,7 +25,9 @@ from itertools import chain
 from time import monotonic
 from typing import NamedTuple
 
-from database import (
+from ringolib.storage.group_commit import GroupCommit, Waiting, Written
+from ringolib.storage.interface import Sizes
+from ringolib.storage.sqlite_file import (
     APPLICATION_ID,
     BUSY_TIMEOUT_MS,
     SCHEMA_VERSION,
@@ -36,9 +38,7 @@ from database import (
     explained,
     lock_file,
 )
-from groupcommit import GroupCommit, Waiting, Written
-from storage import Sizes
-from wire import Block, Run
+from ringolib.wire import Block, Run
 
 log = logging.getLogger("ringoexp.store")
 

@@ -13,20 +13,20 @@ from time import monotonic
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-import web
-from access import PROTOCOL as BEARER
-from access import Access
-from addresses import Listeners
-from connections import Connections
-from database import StoreError
-from ingest import LOST, Intake, Session, plain_block
-from metrics import CONTENT_TYPE as METRICS
-from page import HTML, page
-from readiness import THEIR_LIMIT, Reason
-from stats import Totals, ago
-from web import GET_OR_HEAD, JSON, Refusal, Routes, WebHandler, peer_name, request_id
-from websock import HandshakeError, ServerConnection
-from wire import MAX_MESSAGE, PLAIN_SUBPROTOCOL, SUBPROTOCOL, WireError, decode_plain
+from ringolib.counters import Totals, ago
+from ringolib.net.addresses import Listeners
+from ringolib.net.credentials import PROTOCOL as BEARER
+from ringolib.net.credentials import Access
+from ringolib.net.websocket import HandshakeError, ServerConnection
+from ringolib.status.prometheus import CONTENT_TYPE as METRICS
+from ringolib.status.readiness import THEIR_LIMIT, Reason
+from ringolib.storage.sqlite_file import StoreError
+from ringolib.web import handler as web
+from ringolib.web.connections import Connections
+from ringolib.web.handler import GET_OR_HEAD, JSON, Refusal, Routes, WebHandler, peer_name, request_id
+from ringolib.web.page import HTML, page
+from ringolib.web.session import LOST, Intake, Session, plain_block
+from ringolib.wire import MAX_MESSAGE, PLAIN_SUBPROTOCOL, SUBPROTOCOL, WireError, decode_plain
 
 log = logging.getLogger("ringoexp.http")
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from bench import Process, cpu_seconds, own_consumer  # noqa: E402
-from producer import Producer  # noqa: E402
+from ringolib.client.producer import Producer  # noqa: E402
 
 LATENCIES = 4096
 PIECE = 1000  # records, 50 times a second

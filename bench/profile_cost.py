@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 
-import sampling  # noqa: E402
 from bench import Process, cpu_seconds, generate  # noqa: E402
+from ringolib.status import sampler as sampling  # noqa: E402
 
 
 class Sizes(NamedTuple):

@@ -30,8 +30,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import load  # noqa: E402
 
 from bench import Process, say  # noqa: E402
+from ringolib.wire import Run  # noqa: E402
 from store import Store  # noqa: E402
-from wire import Run  # noqa: E402
 
 BLOCK = 65_536
 DAY_MS = 86_400_000

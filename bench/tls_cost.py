@@ -27,7 +27,7 @@ import load  # noqa: E402
 from certificates import Authority, tls  # noqa: E402
 
 from bench import Process, cpu_seconds  # noqa: E402
-from tls import client_context  # noqa: E402
+from ringolib.net.tls import client_context  # noqa: E402
 
 SEND_BYTES = 64 * 1024
 

@@ -22,7 +22,7 @@ from harness import server  # noqa: E402
 from PIL import Image  # noqa: E402
 from test_page import Browser, chromium  # noqa: E402
 
-from producer import Producer  # noqa: E402
+from ringolib.client.producer import Producer  # noqa: E402
 
 SECONDS = 64
 WIDTH, SCALE, COLOURS = 1120, 1.25, 128

@@ -21,14 +21,14 @@ import pytest
 from harness import DEADLINE, Blocked, ServerProcess, eventually, free_port
 from proxy import Proxy
 
-import producer
-import websock
+from ringolib.client import producer
+from ringolib.net import websocket as websock
 
 TIMEOUT = 0.5
 """Seconds after which either end gives up a silent link, where SHORT_TIMES and `short_times` apply."""
 SHORT_TIMES = (
-    f"sinks.ACK_TIMEOUT = {TIMEOUT}; spool.PATIENCE = {TIMEOUT}; websock.BACKOFF_MOST = 0.2;"
-    f"websock.CONNECT_TIMEOUT = {TIMEOUT}; websock.CLOSE_TIMEOUT = {TIMEOUT}"
+    f"ringolib.forward.link.ACK_TIMEOUT = {TIMEOUT}; ringolib.forward.spool.PATIENCE = {TIMEOUT}; ringolib.net.websocket.BACKOFF_MOST = 0.2;"
+    f"ringolib.net.websocket.CONNECT_TIMEOUT = {TIMEOUT}; ringolib.net.websocket.CLOSE_TIMEOUT = {TIMEOUT}"
 )
 """The servers' patch."""
 

@@ -26,7 +26,7 @@ from websockets.http11 import Response
 from websockets.sync.server import ServerConnection as Peer
 from websockets.sync.server import serve
 
-from wire import SUBPROTOCOL
+from ringolib.wire import SUBPROTOCOL
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 30.0
@@ -75,10 +75,20 @@ class Blocked:
         return self._value
 
 
+def imports_of(code: str) -> str:
+    """The modules of the program that `code` names in full, as an import statement lists them."""
+    found = set()
+    for name in re.findall(r"\b(?:ringolib(?:\.\w+)+|ringbuffer|store|wsserver)\b", code):
+        while not (ROOT / f"{name.replace('.', '/')}.py").exists() and "." in name:
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return ", ".join(sorted(found)) or "sys"
+
+
 class ServerProcess:
     """`python ringoexp.py` with these flags, in `directory`, from its first line of output to its exit.
 
-    `patch` are statements that change something first: `web.REQUEST_TIMEOUT = 1; websock.READ_SIZE = 9`, say.
+    `patch` are statements that change something first: `ringolib.web.handler.REQUEST_TIMEOUT = 1; ringolib.net.websocket.READ_SIZE = 9`, say.
     `under` is a command that runs it, `strace` with its flags, say; `env` is added to the environment. `program`
     runs in its place, another build of it, say.
     """
@@ -94,8 +104,7 @@ class ServerProcess:
     ) -> None:
         script = [str(ROOT / "ringoexp.py")]
         if patch:
-            rooms = {statement.split(".")[0].strip() for statement in patch.split(";")}
-            start = f"import sys; sys.path[0] = {str(ROOT)!r}; import ringoexp, {', '.join(sorted(rooms))}; {patch}"
+            start = f"import sys; sys.path[0] = {str(ROOT)!r}; import ringoexp, {imports_of(patch)}; {patch}"
             script = ["-c", f"{start}; sys.exit(ringoexp.main())"]
         self.errors = directory / f"stderr-{time.monotonic_ns()}"
         with open(self.errors, "wb") as errors:

@@ -17,8 +17,8 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
-from access import MOST_TOKEN, Access, BadKeys, Files, read_token
-from producer import Producer, ProducerError
+from ringolib.client.producer import Producer, ProducerError
+from ringolib.net.credentials import MOST_TOKEN, Access, BadKeys, Files, read_token
 
 TOKEN = "t0k-en._~+/x=="
 FRAME = b"\x82\x84\x00\x00\x00\x00\x00\x00\x00\x2a"
@@ -239,7 +239,14 @@ def test_the_token_is_in_no_log_line_and_no_stats(tmp_path: Path, token_file: Pa
 
 def test_refusals_are_limited_in_the_log(tmp_path: Path, token_file: Path) -> None:
     with server(
-        tmp_path, "-p", "0", "-T", "0", "--token_file", str(token_file), patch="logs.LIMIT_SECONDS = 600"
+        tmp_path,
+        "-p",
+        "0",
+        "-T",
+        "0",
+        "--token_file",
+        str(token_file),
+        patch="ringolib.status.logs.LIMIT_SECONDS = 600",
     ) as running:
         for _ in range(50):
             assert running.get("/v1.0/stats")[0] == 401
@@ -320,7 +327,7 @@ def test_many_sighups_during_traffic_end_nothing(tmp_path: Path, token_file: Pat
 
 def test_a_signal_to_stop_is_heard_among_any_number_of_sighups(tmp_path: Path, token_file: Path) -> None:
     """They fill the buffer that wakes the main thread, while that is busy with the first."""
-    patch = "access.Access.reload = lambda self: __import__('time').sleep(1)"
+    patch = "ringolib.net.credentials.Access.reload = lambda self: __import__('time').sleep(1)"
     with server(tmp_path, "-p", "0", "-T", "0", "--token_file", str(token_file), patch=patch) as running:
         until = time.monotonic() + 0.8
         while time.monotonic() < until:
@@ -376,7 +383,7 @@ def test_the_profilers_port_wants_the_token_too(tmp_path: Path, token_file: Path
 
 def test_comparing_takes_as_long_for_one_wrong_token_as_for_another(access: Access) -> None:
     """That it goes through `hmac.compare_digest`: no measurement, which a noisy machine would spoil, but its use."""
-    import access as room
+    from ringolib.net import credentials as room
 
     seen = []
     original = room.hmac.compare_digest
@@ -441,7 +448,7 @@ def test_connections_per_address(tmp_path: Path) -> None:
 
 
 def test_one_address_that_floods_does_not_keep_others_out(tmp_path: Path) -> None:
-    patch = "connections.MOST_REFUSED = 5; web.REFUSED_TIMEOUT = 600"
+    patch = "ringolib.web.connections.MOST_REFUSED = 5; ringolib.web.handler.REFUSED_TIMEOUT = 600"
     with server(tmp_path, "-p", "0", "-T", "0", "-H", "0.0.0.0", "--per_address", "1", patch=patch) as running:
         flood = [socket.create_connection(("127.0.0.1", running.port), DEADLINE) for _ in range(50)]
         with socket.create_connection(("127.0.0.1", running.port), DEADLINE, ("127.0.0.2", 0)) as other:

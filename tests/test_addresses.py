@@ -36,12 +36,12 @@ from harness import (
     server,
 )
 
-import addresses
-from addresses import AddressError, Listeners, certified_name, resolve
-from options import read_arguments
-from producer import Producer
-from sinks import LinkSink, SinkError
-from wire import Block, Run
+from ringolib.client.producer import Producer
+from ringolib.forward.link import LinkSink, SinkError
+from ringolib.net import addresses
+from ringolib.net.addresses import AddressError, Listeners, certified_name, resolve
+from ringolib.options import read_arguments
+from ringolib.wire import Block, Run
 
 
 def has_ipv6() -> bool:

@@ -25,15 +25,15 @@ from clickhouses import PASSWORD, ClickHouseServer, Cluster, NewClickHouse, need
 from harness import DEADLINE, Blocked, ServerProcess, eventually, free_port, not_ready, seeded, server
 from proxy import DOWN, UP, Proxy
 
-import clickhouse
-import clickhouse_http
-import clickhouse_tables
-import options
-from clickhouse import ClickHouse
-from clickhouse_http import Again, Final, parse, redacted
-from database import StoreError
-from groupcommit import Waiting
-from wire import Run
+from ringolib import options
+from ringolib.storage.clickhouse import http as clickhouse_http
+from ringolib.storage.clickhouse import schema as clickhouse_tables
+from ringolib.storage.clickhouse import store as clickhouse
+from ringolib.storage.clickhouse.http import Again, Final, parse, redacted
+from ringolib.storage.clickhouse.store import ClickHouse
+from ringolib.storage.group_commit import Waiting
+from ringolib.storage.sqlite_file import StoreError
+from ringolib.wire import Run
 
 A = b"a" * 16
 A_TEXT = "61616161-6161-6161-6161-616161616161"
@@ -766,11 +766,11 @@ def test_a_server_killed_in_mid_load_and_started_again(
 ) -> None:
     program()
     short_times(monkeypatch)
-    monkeypatch.setattr("producer.STALL_TIMEOUT", 5.0)
+    monkeypatch.setattr("ringolib.client.producer.STALL_TIMEOUT", 5.0)
     house = ClickHouseServer(tmp_path / "clickhouse")
     try:
         database = house.database()
-        patch = f"{SHORT_TIMES}; clickhouse.INTERVAL = 0.1; clickhouse.GIVE_UP_SECONDS = 1.0"
+        patch = f"{SHORT_TIMES}; ringolib.storage.clickhouse.store.INTERVAL = 0.1; ringolib.storage.clickhouse.store.GIVE_UP_SECONDS = 1.0"
         with server(tmp_path, "-p", "0", *role, "-D", house.url(database), patch=patch) as running:
             with Load(running.url, random.Random(seeded())) as load:
                 for _ in range(3):
@@ -792,10 +792,10 @@ def test_a_consumer_killed_in_mid_load_and_started_again(
     house: ClickHouseServer, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short_times(monkeypatch)
-    monkeypatch.setattr("producer.STALL_TIMEOUT", 5.0)
+    monkeypatch.setattr("ringolib.client.producer.STALL_TIMEOUT", 5.0)
     port = free_port()
     flags = ["-p", str(port), "-I", "false", "-D", house.url(database)]
-    patch = "clickhouse.INTERVAL = 0.1"
+    patch = "ringolib.storage.clickhouse.store.INTERVAL = 0.1"
     running = ServerProcess(tmp_path, *flags, patch=patch)
     try:
         with Load(running.url, random.Random(seeded())) as load:
@@ -815,7 +815,7 @@ def test_a_consumer_killed_in_mid_load_and_started_again(
 def test_a_consumer_that_acks_what_it_has_not_inserted_is_found_out(
     house: ClickHouseServer, database: str, tmp_path: Path
 ) -> None:
-    patch = "clickhouse.INTERVAL = 0.1; clickhouse.ClickHouse._insert = lambda self, rows, deadline: None"
+    patch = "ringolib.storage.clickhouse.store.INTERVAL = 0.1; ringolib.storage.clickhouse.store.ClickHouse._insert = lambda self, rows, deadline: None"
     with server(tmp_path, "-p", "0", "-I", "false", "-D", house.url(database), patch=patch) as running:
         with Load(running.url, random.Random(1), 1) as load:
             load.goes_on()
@@ -897,9 +897,9 @@ def test_another_host_takes_over(cluster: Cluster, monkeypatch: pytest.MonkeyPat
 def test_a_replica_is_killed_in_mid_load(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Acked is on two: with one of three dead the load goes on, by another, and nothing acked is missing there."""
     short_times(monkeypatch)
-    monkeypatch.setattr("producer.STALL_TIMEOUT", 20.0)
+    monkeypatch.setattr("ringolib.client.producer.STALL_TIMEOUT", 20.0)
     database = cluster.database()
-    patch = "clickhouse.INTERVAL = 0.2"
+    patch = "ringolib.storage.clickhouse.store.INTERVAL = 0.2"
     flags = ["-p", "0", "-I", "false", "-D", cluster.url(database), "--clickhouse_cluster", cluster.name]
     with server(tmp_path, *flags, patch=patch) as running:
         assert running.stats()["powerSafe"] is True

@@ -29,7 +29,7 @@ from harness import (
     seeded,
 )
 
-from wire import encode_plain
+from ringolib.wire import encode_plain
 
 ALLOWED = {
     ("store", "time.time_ns"): "received_at_ms",
@@ -115,7 +115,7 @@ def jumping(seed: int) -> str:
             "time.time_ns = lambda: int(time.time() * 1e9)",
             "datetime.datetime = type('Jumping', (datetime.datetime,), {'now': classmethod(lambda kind, tz=None:"
             " kind.fromtimestamp(time.time(), tz))})",
-            "websock.BACKOFF_MOST = 0.2",
+            "ringolib.net.websocket.BACKOFF_MOST = 0.2",
         ]
     )
 
@@ -123,7 +123,7 @@ def jumping(seed: int) -> str:
 def produce(directory: Path, url: str, count: int, patch: str) -> subprocess.Popen[bytes]:
     """`ringoexp send` of the integers below `count`, patched."""
     (directory / "numbers").write_text("".join(f"{n}\n" for n in range(count)))
-    start = f"import sys; sys.path[0] = {str(ROOT)!r}; import datetime, ringoexp, time, websock; {patch}"
+    start = f"import sys; sys.path[0] = {str(ROOT)!r}; import datetime, ringoexp, time, ringolib.net.websocket; {patch}"
     command = [sys.executable, "-c", f"{start}; sys.exit(ringoexp.main())", "send", "numbers", "--url", url, "--json"]
     return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

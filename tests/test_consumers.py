@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from harness import Blocked, eventually, free_port, server
 
-import addresses
-import consumers
-import options
-from addresses import AddressError, Place, listed, places
-from consumers import Consumers
-from outlets import Outlet
+from ringolib import options
+from ringolib.forward import discovery as consumers
+from ringolib.forward.destination import Outlet
+from ringolib.forward.discovery import Consumers
+from ringolib.net import addresses
+from ringolib.net.addresses import AddressError, Place, listed, places
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from database import StoreError
+from ringolib.storage.sqlite_file import StoreError
 from store import Store
 
 

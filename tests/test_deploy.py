@@ -15,9 +15,9 @@ import pytest
 from contained import entry_point, health_check, instructions
 from harness import DEADLINE, ROOT, free_port, server
 
-import assembly
 import ringoexp
-from options import Settings, read_arguments
+from ringolib import app as assembly
+from ringolib.options import Settings, read_arguments
 from wsserver import Handler
 
 DEPLOY = ROOT / "deploy"

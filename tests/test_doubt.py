@@ -23,23 +23,23 @@ import pytest
 from harness import MEASURED, seeded
 from turns import Turns
 
-import addresses
-import assembly
-import consumers
-import forwarder
-import outlets
 import ringbuffer
-import sinks
-import websock
-from access import Access
-from addresses import Place
-from consumers import Consumers
-from forwarder import Forwarder
-from outlets import Outlet
 from ringbuffer import Closed, Full, Ring
-from sinks import LinkSink
-from websock import HandshakeError
-from wire import Block, decode_batch, encode_ack
+from ringolib import app as assembly
+from ringolib.forward import destination as outlets
+from ringolib.forward import discovery as consumers
+from ringolib.forward import link as sinks
+from ringolib.forward import workers as forwarder
+from ringolib.forward.destination import Outlet
+from ringolib.forward.discovery import Consumers
+from ringolib.forward.link import LinkSink
+from ringolib.forward.workers import Forwarder
+from ringolib.net import addresses
+from ringolib.net import websocket as websock
+from ringolib.net.addresses import Place
+from ringolib.net.credentials import Access
+from ringolib.net.websocket import HandshakeError
+from ringolib.wire import Block, decode_batch, encode_ack
 
 ROOMS = ringbuffer, forwarder, outlets, consumers, sinks
 Record = tuple[bytes, int]

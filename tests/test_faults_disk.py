@@ -22,17 +22,17 @@ import pytest
 import strace
 from harness import Blocked, RawClient, ServerProcess, eventually, frame, not_ready, request, seeded, server
 
-import websock
-from producer import Producer
+from ringolib.client.producer import Producer
+from ringolib.net import websocket as websock
+from ringolib.wire import encode_plain
 from store import Store
-from wire import encode_plain
 
 BASE = 2**62
 """The values' begin: each takes 8 bytes on disk."""
 MEBIBYTE = 1024 * 1024
 ENDS = "SELECT (SELECT max(id) FROM record), (SELECT first_id + count - 1 FROM batch ORDER BY first_id DESC LIMIT 1)"
 COUNTS = "SELECT (SELECT count(*) FROM record), (SELECT sum(count) FROM batch)"
-QUICK = "websock.BACKOFF_MOST = 0.2; ingest.PATIENCE = 0.1; wsserver.INGEST_TIMEOUT = 0.3; forwarder.QUIET_SECONDS = 0"
+QUICK = "ringolib.net.websocket.BACKOFF_MOST = 0.2; ringolib.web.session.PATIENCE = 0.1; wsserver.INGEST_TIMEOUT = 0.3; ringolib.forward.workers.QUIET_SECONDS = 0"
 ROLES = ["consumer behind a publisher", "single process"]
 
 
@@ -259,7 +259,7 @@ def test_ready_finds_out_that_the_disk_fails_and_that_it_works_again_without_any
 ) -> None:
     """Nobody sends anything: no client is sent to a server that is not ready."""
     database = place / "numbers.db"
-    quick = "readiness.FRESH = 0.05"
+    quick = "ringolib.status.readiness.FRESH = 0.05"
     with ExitStack() as stack:
         consumer = stack.enter_context(server(tmp_path, "-I", "false", "-p", "0", "-D", str(database), patch=quick))
         front = stack.enter_context(server(tmp_path, "-p", "0", "-T", str(consumer.port), patch=quick))
@@ -311,7 +311,7 @@ def test_commits_that_fail_now_and_then_fail_alone(
     Store(str(database)).close()  # so that the server has nothing to write when it opens it, and it starts
     under = strace.command(log, f"-P{database}{file}", "-e", f"inject={call}:error=EIO:when={first}+{step}")
     flags = ["-I", "false", "-p", "0", "-D", str(database)]
-    patch = "websock.READ_SIZE = 4096; store.WAL_LARGE = 200_000"
+    patch = "ringolib.net.websocket.READ_SIZE = 4096; store.WAL_LARGE = 200_000"
     with server(tmp_path, *flags, under=under, patch=patch) as running, ExitStack() as stack:
         producers = [stack.enter_context(closing(Producer(running.url))) for _ in range(4)]
         for producer in producers:

@@ -14,7 +14,7 @@ import pytest
 from checks import TIMEOUT, VICTIMS, Load, Servers, problems, short_times
 from harness import DEADLINE, eventually, seeded, server
 
-from producer import Producer
+from ringolib.client.producer import Producer
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_with_a_spool_the_acks_go_on_whatever_becomes_of_the_consumer(tmp_path: 
 
 
 LATE = (
-    "ingest.StoreIntake.put = lambda self, block, timeout:"
+    "ringolib.web.session.StoreIntake.put = lambda self, block, timeout:"
     " (__import__('threading').Timer(3600, self._store.append, block).start(), (len(block.values), 0))[1]"
 )
 

@@ -15,7 +15,7 @@ from checks import LINKS, TIMEOUT, VICTIMS, Load, Servers, short_times
 from harness import DEADLINE, eventually, seeded
 from proxy import DOWN, UP, Proxy
 
-import producer
+from ringolib.client import producer
 
 
 @pytest.fixture(autouse=True)

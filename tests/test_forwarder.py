@@ -15,15 +15,15 @@ from harness import Blocked, consumer, eventually, free_port, raw_link, rows
 from websockets.sync.server import ServerConnection as Peer
 from websockets.sync.server import serve
 
-import forwarder
-import sinks
-import websock
-from forwarder import Forwarder
-from outlets import Breaker, Outlet
 from ringbuffer import Closed, Ring
-from sinks import InDoubt, LinkSink, LinkState, SinkError, StoreSink
+from ringolib.forward import link as sinks
+from ringolib.forward import workers as forwarder
+from ringolib.forward.destination import Breaker, Outlet
+from ringolib.forward.link import InDoubt, LinkSink, LinkState, SinkError, StoreSink
+from ringolib.forward.workers import Forwarder
+from ringolib.net import websocket as websock
+from ringolib.wire import Block, Run, decode_batch, encode_ack
 from store import Store
-from wire import Block, Run, decode_batch, encode_ack
 
 SOURCE = b"s" * 16
 

@@ -23,8 +23,8 @@ import pytest
 from gauges import RETURNING, back_to, complaints, settled
 from harness import HANDSHAKE, Blocked, RawClient, ServerProcess, frame, request, rows, seeded, server
 
-from producer import Producer
-from wire import MAX_MESSAGE, SUBPROTOCOL, Run, encode_batch, encode_plain
+from ringolib.client.producer import Producer
+from ringolib.wire import MAX_MESSAGE, SUBPROTOCOL, Run, encode_batch, encode_plain
 
 ENOUGH = 10.0
 """Seconds within which the server ends a connection whose client has ended its side, and acks a good client."""
@@ -491,7 +491,9 @@ def test_whatever_comes_in_the_server_stays_up_keeps_nothing_and_serves_good_cli
 ) -> None:
     seed = seeded()
     flags = ["-T", "0"] if role == "publisher" else ["-I", "false"]
-    with server(tmp_path, "-p", "0", *flags, patch="forwarder.IDLE_SECONDS = 0.3", env=RETURNING) as running:
+    with server(
+        tmp_path, "-p", "0", *flags, patch="ringolib.forward.workers.IDLE_SECONDS = 0.3", env=RETURNING
+    ) as running:
         assert request(running.port, "POST", "/v1.0/ingest", bytes(4))[0] == 200
         base = settled(running)
         fuzz = Fuzz(running, seed)

@@ -30,16 +30,16 @@ from harness import (
 )
 from websockets.sync.client import connect
 
-from producer import Producer
-from wire import MAX_MESSAGE
+from ringolib.client.producer import Producer
+from ringolib.wire import MAX_MESSAGE
 
 SHORT = {
-    "web.REQUEST_TIMEOUT": 0.4,
-    "websock.CLOSE_TIMEOUT": 0.4,
-    "websock.PING_AFTER": 0.3,
-    "websock.PING_TIMEOUT": 0.3,
-    "websock.STALL_TIMEOUT": 0.4,
-    "websock.MESSAGE_TIMEOUT": 0.5,
+    "ringolib.web.handler.REQUEST_TIMEOUT": 0.4,
+    "ringolib.net.websocket.CLOSE_TIMEOUT": 0.4,
+    "ringolib.net.websocket.PING_AFTER": 0.3,
+    "ringolib.net.websocket.PING_TIMEOUT": 0.3,
+    "ringolib.net.websocket.STALL_TIMEOUT": 0.4,
+    "ringolib.net.websocket.MESSAGE_TIMEOUT": 0.5,
 }
 """The server's patience, shortened."""
 ENOUGH = 10.0
@@ -55,7 +55,7 @@ SMALL_BUFFERS = (
 
 def patched(timeouts: dict[str, float]) -> str:
     """The patch that makes a server so impatient, and its idle workers and probes too."""
-    more = {"forwarder.IDLE_SECONDS": 0.3, "websock.BACKOFF_MOST": 0.2}
+    more = {"ringolib.forward.workers.IDLE_SECONDS": 0.3, "ringolib.net.websocket.BACKOFF_MOST": 0.2}
     return "; ".join([*(f"{name} = {seconds}" for name, seconds in {**timeouts, **more}.items()), SMALL_BUFFERS])
 
 

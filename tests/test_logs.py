@@ -19,8 +19,8 @@ from typing import IO, Any
 import pytest
 from harness import ROOT, RawClient, ServerProcess, eventually, frame, free_port, request, server
 
-import logs
-from wire import encode_plain
+from ringolib.status import logs
+from ringolib.wire import encode_plain
 
 LINE = re.compile(r"time=(\S+) level=(debug|info|warning|error) event=(\S+) (.*)thread=(\S+) logger=(\S+)")
 
@@ -265,7 +265,7 @@ def test_a_client_is_logged_when_it_comes_and_when_it_goes_and_why(tmp_path: Pat
 
 def test_a_link_is_logged_once_per_change(tmp_path: Path) -> None:
     port = free_port()
-    quick = "websock.BACKOFF_MOST = 0.05"
+    quick = "ringolib.net.websocket.BACKOFF_MOST = 0.05"
     with server(tmp_path, "-p", "0", "-T", str(port), "-r", "64", patch=quick) as publisher:
         with RawClient(publisher.port) as client:
             for turn in range(1, 4):
@@ -283,7 +283,9 @@ def test_a_link_is_logged_once_per_change(tmp_path: Path) -> None:
 
 def test_refusals_are_limited_and_debug_tells_each(tmp_path: Path) -> None:
     for flags, expected in (([], {"404": 1}), (["-d"], {"404": 50})):
-        with server(tmp_path, "-p", "0", "-T", "0", *flags, patch="logs.LIMIT_SECONDS = 600") as running:
+        with server(
+            tmp_path, "-p", "0", "-T", "0", *flags, patch="ringolib.status.logs.LIMIT_SECONDS = 600"
+        ) as running:
             for _ in range(50):
                 assert request(running.port, "GET", "/nothing")[0] == 404
             told = of(running, "refused")

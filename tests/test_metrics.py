@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from harness import ROOT, RawClient, ServerProcess, eventually, frame, free_port, request, server
 
-import metrics
-from stats import BOUNDS
-from wire import encode_plain
+from ringolib.counters import BOUNDS
+from ringolib.status import prometheus as metrics
+from ringolib.wire import encode_plain
 
 DOCS = (ROOT / "docs/metrics.md").read_text()
 SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)+)\})? (\S+)')

@@ -29,10 +29,10 @@ from nginx import CONFIG, nginx, room
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-import web
-import websock
-from producer import Producer
-from wire import MAX_MESSAGE, encode_plain
+from ringolib.client.producer import Producer
+from ringolib.net import websocket as websock
+from ringolib.web import handler as web
+from ringolib.wire import MAX_MESSAGE, encode_plain
 
 Proxied = tuple[ServerProcess, int]
 
@@ -144,7 +144,7 @@ SHORT = ("proxy_read_timeout 1h;", "proxy_read_timeout 2s;")
 
 def test_an_idle_websocket_lives_as_long_as_the_server_pings(place: Path) -> None:
     """It is longer than nginx would wait without; the test shows that, too."""
-    with server(place, "-H", "unix:x.sock", patch="websock.PING_AFTER = 0.5") as running:
+    with server(place, "-H", "unix:x.sock", patch="ringolib.net.websocket.PING_AFTER = 0.5") as running:
         with nginx(place, running.at, SHORT) as port, connect(url(port), ping_interval=None) as client:
             try:
                 client.recv(timeout=5)

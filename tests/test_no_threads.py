@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from harness import DEADLINE, RawClient, eventually, frame, free_port, request, server
 
-from access import Access
-from assembly import CannotRun, Parts
-from forwarder import Forwarder
-from options import read_arguments
-from outlets import Outlet
-from readiness import Readiness
 from ringbuffer import Ring
-from sinks import LinkSink, LinkState, StoreSink
-from spool import Spool
+from ringolib.app import CannotRun, Parts
+from ringolib.forward.destination import Outlet
+from ringolib.forward.link import LinkSink, LinkState, StoreSink
+from ringolib.forward.spool import Spool
+from ringolib.forward.workers import Forwarder
+from ringolib.net.credentials import Access
+from ringolib.options import read_arguments
+from ringolib.status.readiness import Readiness
 from store import Store
 
 NONE_LEFT = "can't start new thread"

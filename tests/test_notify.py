@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from harness import DEADLINE, ROOT, Blocked, RawClient, ServerProcess, eventually, frame, free_port, request, server
 
-import notify
 import ringoexp
+from ringolib.status import systemd as notify
 
 
 class Manager:
@@ -201,7 +201,7 @@ def test_a_disk_that_hangs_is_no_reason_for_a_restart(tmp_path: Path, manager: M
 
 
 def test_a_server_whose_acceptor_has_ended_is_not_vouched_for(tmp_path: Path, manager: Manager) -> None:
-    patch = "connections.Connections._crowded = lambda self: 1 / 0; connections.threading.excepthook = print"
+    patch = "ringolib.web.connections.Connections._crowded = lambda self: 1 / 0; ringolib.web.connections.threading.excepthook = print"
     with told(tmp_path, manager, "-p", "0", "-T", "0", period=0.4, patch=patch) as running:
         manager.until("WATCHDOG")
         socket.create_connection(("localhost", running.port)).close()
@@ -303,7 +303,7 @@ def first_process() -> list[str]:
 def test_a_stop_that_hangs_gives_up_after_the_drain_and_a_little(tmp_path: Path) -> None:
     """As on a disk that never answers: those who wait for the end kill it not much later."""
     patch = "store.Store.close = lambda self: store.time.sleep(600);"
-    patch += "assembly.DRAIN_SECONDS = 0.2; ringoexp.GIVE_UP_SECONDS = 0.8"
+    patch += "ringolib.app.DRAIN_SECONDS = 0.2; ringoexp.GIVE_UP_SECONDS = 0.8"
     with server(tmp_path, "-p", "0", "-T", "0", patch=patch) as running:
         began = time.monotonic()
         assert running.stop() == ringoexp.EXIT_UNSTORED

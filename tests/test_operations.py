@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from harness import DEADLINE, ROOT, eventually, rows, server
 
-from producer import Producer
+from ringolib.client.producer import Producer
 from store import Store
 
 DOC = (ROOT / "docs" / "operations.md").read_text()

@@ -11,17 +11,17 @@ from contextlib import contextmanager
 import pytest
 from harness import Blocked, eventually
 
-import forwarder
-import readiness
-import websock
-from access import Access
-from addresses import Place
-from forwarder import Forwarder
-from outlets import Outlet, Pin
-from readiness import Readiness
 from ringbuffer import Ring
-from sinks import InDoubt, LinkState, SinkError
-from wire import Block
+from ringolib.forward import workers as forwarder
+from ringolib.forward.destination import Outlet, Pin
+from ringolib.forward.link import InDoubt, LinkState, SinkError
+from ringolib.forward.workers import Forwarder
+from ringolib.net import websocket as websock
+from ringolib.net.addresses import Place
+from ringolib.net.credentials import Access
+from ringolib.status import readiness
+from ringolib.status.readiness import Readiness
+from ringolib.wire import Block
 
 SOURCE = b"s" * 16
 

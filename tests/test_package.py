@@ -14,9 +14,9 @@ from typing import NamedTuple
 import pytest
 from harness import DEADLINE, ROOT, ServerProcess, rows
 
-from options import __version__
+from ringolib import __version__
 
-PAGE = (ROOT / "dashboard.html").read_bytes()
+PAGE = (ROOT / "ringolib/web/dashboard.html").read_bytes()
 NOT_SOURCE = (".*", "__pycache__", "*.egg-info", "build", "dist", "*.db*", "*.pyz")
 
 

@@ -26,10 +26,10 @@ from certificates import Authority, tls
 from harness import ROOT, RawClient, ServerProcess, eventually, frame, free_port, request, rows, server
 from nginx import nginx, room
 
-import page
-from wire import SUBPROTOCOL, Run, encode_batch, encode_plain
+from ringolib.web import page
+from ringolib.wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 
-PAGE = (ROOT / "dashboard.html").read_text()
+PAGE = (ROOT / "ringolib/web/dashboard.html").read_text()
 CHROMIUM = [shutil.which("chromium"), shutil.which("chromedriver")]
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -132,7 +132,7 @@ def serves_the_page(directory: Path, *command: str, env: dict[str, str] | None =
 def copied(directory: Path, *more: str) -> Path:
     """The program without its tests."""
     directory.mkdir()
-    for path in [*ROOT.glob("*.py"), ROOT / "dashboard.html", *(ROOT / name for name in more)]:
+    for path in [*ROOT.glob("*.py"), ROOT / "ringolib/web/dashboard.html", *(ROOT / name for name in more)]:
         shutil.copy(path, directory)
     return directory
 

@@ -29,8 +29,8 @@ import strace
 from harness import DEADLINE, Blocked, RawClient, ServerProcess, frame, seeded
 
 import store
-from database import APPLICATION_ID, SPOOL_APPLICATION_ID, StoreError
-from wire import SUBPROTOCOL, Run, encode_batch, encode_plain
+from ringolib.storage.sqlite_file import APPLICATION_ID, SPOOL_APPLICATION_ID, StoreError
+from ringolib.wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 
 TAG = 0x5AC3A55A
 """The upper half of every value; in the lower are 8 bits for its client and 24 for its number."""
@@ -48,7 +48,7 @@ SMALL_WAL = (
 CUT_WAL = "store.WAL_LARGE = 100_000"
 UNSYNCED = SMALL_WAL.replace("wal_autocheckpoint = 20", "synchronous = {}")
 EARLY = (
-    "ingest.StoreIntake.put = lambda self, block, timeout: (__import__('threading').Thread("
+    "ringolib.web.session.StoreIntake.put = lambda self, block, timeout: (__import__('threading').Thread("
     "target=self._store.append, args=(block.runs, block.values)).start(), (len(block.values), 0))[1]"
 )
 

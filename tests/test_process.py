@@ -23,7 +23,7 @@ from harness import Blocked, RawClient, ServerProcess, eventually, frame, free_p
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.sync.client import connect
 
-from wire import SUBPROTOCOL, Run, encode_batch, encode_plain
+from ringolib.wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 
 EXTREMES = [0, 1, -1, 2**31 - 1, -(2**31), 2**31, -(2**31) - 1, 2**63 - 1, -(2**63)]
 

@@ -34,11 +34,11 @@ from harness import (
 from websockets.sync.server import ServerConnection as Peer
 from websockets.sync.server import serve
 
-import producer
-import send as command
-import websock
-from producer import Producer, ProducerError
-from wire import SUBPROTOCOL, decode_batch, encode_ack
+from ringolib.client import producer
+from ringolib.client import send as command
+from ringolib.client.producer import Producer, ProducerError
+from ringolib.net import websocket as websock
+from ringolib.wire import SUBPROTOCOL, decode_batch, encode_ack
 
 
 @pytest.fixture(autouse=True)

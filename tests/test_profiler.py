@@ -302,8 +302,8 @@ def test_where_it_cannot_listen_the_server_does_not_run(tmp_path: Path) -> None:
 
 def test_where_it_cannot_listen_nothing_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the database's lock nor a thread, in the process itself."""
-    import assembly
-    from options import read_arguments
+    from ringolib import app as assembly
+    from ringolib.options import read_arguments
 
     monkeypatch.chdir(tmp_path)
     before = set(threading.enumerate())
@@ -320,8 +320,8 @@ def test_where_it_cannot_listen_nothing_is_left_open(tmp_path: Path, monkeypatch
 def test_where_the_database_is_taken_the_profilers_port_is_free_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import assembly
-    from options import read_arguments
+    from ringolib import app as assembly
+    from ringolib.options import read_arguments
     from store import StoreError
 
     monkeypatch.chdir(tmp_path)
@@ -359,7 +359,7 @@ def test_a_profile_of_the_server(one: Profiled) -> None:
     assert abs(by_name["MainThread"][2] - read.duration_ns) < read.duration_ns / 10
     functions = {call.function.rpartition(".")[2] for each in read.samples for call in each.calls}
     assert {"serve_forever", "main", "_serve"} <= functions
-    assert any(call.file == str(ROOT / "websock.py") for each in read.samples for call in each.calls)
+    assert any(call.file == str(ROOT / "ringolib/net/websocket.py") for each in read.samples for call in each.calls)
 
 
 def test_lines_for_flame_graphs(one: Profiled) -> None:
@@ -404,7 +404,7 @@ def test_requests_on_one_connection_are_answered_in_turn(one: Profiled) -> None:
 
 
 def test_a_profile_may_take_longer_than_a_request(tmp_path: Path) -> None:
-    with profiled(tmp_path, patch="web.REQUEST_TIMEOUT = 0.5") as found:
+    with profiled(tmp_path, patch="ringolib.web.handler.REQUEST_TIMEOUT = 0.5") as found:
         connection = http.client.HTTPConnection("localhost", found.port, timeout=DEADLINE)
         connection.request("GET", f"{BASE}profile?seconds=1")
         answer = connection.getresponse()
@@ -428,7 +428,10 @@ def test_a_signal_ends_a_profile(tmp_path: Path, number: int) -> None:
 def test_a_server_that_does_not_stop_can_still_be_looked_at(tmp_path: Path) -> None:
     port, consumer = free_port(), free_port()
     flags = ["-p", "0", "-T", str(consumer), "-L", str(port)]
-    with server(tmp_path, *flags, patch="assembly.DRAIN_SECONDS = 600") as running, RawClient(running.port) as client:
+    with (
+        server(tmp_path, *flags, patch="ringolib.app.DRAIN_SECONDS = 600") as running,
+        RawClient(running.port) as client,
+    ):
         client.send(frame(2, bytes(4)))
         eventually(lambda: running.stats()["ringDepth"] == 1)
         running.send_signal(signal.SIGTERM)
@@ -488,10 +491,10 @@ def test_memory_is_traced_when_asked(tmp_path: Path) -> None:
         read = read_profile(body)
         assert read.types == [("inuse_objects", "count"), ("inuse_space", "bytes")]
         assert read.default == "inuse_space" and read.period[0] == ("space", "bytes")
-        traced = [each for each in read.samples if any(call.file.endswith("websock.py") for call in each.calls)]
+        traced = [each for each in read.samples if any(call.file.endswith("websocket.py") for call in each.calls)]
         assert traced and all(each.values[0] > 0 and each.values[1] > 0 for each in traced)
         ends = [(Path(each.calls[0].file).name, Path(each.calls[-1].file).name) for each in traced]
-        assert ("websock.py", "threading.py") in ends, "innermost first"
+        assert ("websocket.py", "threading.py") in ends, "innermost first"
         assert max(len(each.calls) for each in read.samples) <= 20
         first, *rest = text.splitlines()
         assert re.fullmatch(r"\d+ bytes now, \d+ at the peak, since the tracing began", first)

@@ -38,7 +38,7 @@ from harness import (
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from wire import (
+from ringolib.wire import (
     SUBPROTOCOL,
     Run,
     WireError,
@@ -325,7 +325,7 @@ def test_what_cannot_be_stored_is_answered_1011_and_503_and_may_be_sent_again(tm
 
 
 def test_a_body_that_does_not_come_in_time_is_answered_408(tmp_path: Path) -> None:
-    with server(tmp_path, *ROLES["consumer"], patch="web.REQUEST_TIMEOUT = 0.2") as consumer:
+    with server(tmp_path, *ROLES["consumer"], patch="ringolib.web.handler.REQUEST_TIMEOUT = 0.2") as consumer:
         head = "POST /v1.0/ingest HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\n\r\n"
         with socket.create_connection(("localhost", consumer.port), DEADLINE) as sock:
             sock.sendall(head.encode() + bytes(7))

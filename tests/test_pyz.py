@@ -19,14 +19,13 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import build_pyz
 import pytest
+from build_pyz import CannotBuild, bare, bare_page
 from harness import DEADLINE, ROOT, RawClient, ServerProcess, eventually, free_port, request, rows
 
-import build_pyz
-from build_pyz import CannotBuild, bare, bare_page
-
 MOST_BYTES = 150_000
-PAGE = bare_page((ROOT / "dashboard.html").read_text()).encode()
+PAGE = bare_page((ROOT / "ringolib/web/dashboard.html").read_text()).encode()
 SITE = str(importlib.metadata.distribution("h11").locate_file(""))
 
 
@@ -134,8 +133,8 @@ def test_exit_status_3_is_kept_when_records_stay_unstored(pyz: Path, alone: list
     patched = f"""
 import runpy, sys
 sys.path.insert(0, {str(pyz)!r})
-import assembly
-assembly.DRAIN_SECONDS = 0.2
+from ringolib import app as assembly
+ringolib.app.DRAIN_SECONDS = 0.2
 runpy.run_path({str(pyz)!r}, run_name="__main__")
 """
     program = [this_python, "-I", "-S", "-c", patched]
@@ -189,7 +188,7 @@ def test_it_runs_by_itself_under_any_name(pyz: Path, tmp_path: Path) -> None:
 
 
 def test_a_program_of_ones_own_may_import_from_it(pyz: Path, tmp_path: Path) -> None:
-    code = "import producer, wsproto; print(producer.Producer.__name__, producer.__file__, wsproto.__file__)"
+    code = "from ringolib.client import producer; import wsproto; print(producer.Producer.__name__, producer.__file__, wsproto.__file__)"
     done = run(["env", "-i", f"PYTHONPATH={pyz}", this_python, "-S", "-c", code], tmp_path)
     assert done.stdout == f"Producer {pyz}/producer.py {pyz}/wsproto/__init__.py\n", done.stderr
 
@@ -288,7 +287,7 @@ def test_everything_is_in_it_and_nothing_else(pyz: Path) -> None:
 def test_of_the_page_only_indentation_and_lines_of_comment_are_left_out() -> None:
     page = "<p>\n  /* one\n     two */\n  a /* b */\n /* c */ d /* e */\n\n  f('*/*'); /* g */\n</p>\n"
     assert bare_page(page) == "<p>\n\n\na /* b */\n/* c */ d /* e */\n\nf('*/*'); /* g */\n</p>\n"
-    whole = (ROOT / "dashboard.html").read_text()
+    whole = (ROOT / "ringolib/web/dashboard.html").read_text()
     assert len(PAGE.decode().split("\n")) == len(whole.split("\n"))
     script = whole.partition("<script>")[2]
     assert not [text for text in re.findall("`[^`]*`", script) if "\n" in text], "it would lose its indentation"

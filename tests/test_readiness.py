@@ -22,12 +22,12 @@ from harness import (
     server,
 )
 
-import readiness
-from access import Keys
-from addresses import Place
-from readiness import Reason, _Question
+from ringolib.net.addresses import Place
+from ringolib.net.credentials import Keys
+from ringolib.status import readiness
+from ringolib.status.readiness import Reason, _Question
 
-QUICK = "readiness.FRESH = 0.05; readiness.PATIENCE = 0.5; readiness.STUCK = 0.1"
+QUICK = "ringolib.status.readiness.FRESH = 0.05; ringolib.status.readiness.PATIENCE = 0.5; ringolib.status.readiness.STUCK = 0.1"
 
 
 def reasons(running: ServerProcess) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ def test_a_full_ring_counts_once_it_stands_still(tmp_path: Path) -> None:
 
 
 def test_a_draining_server_says_so(tmp_path: Path) -> None:
-    patch = f"assembly.DRAIN_SECONDS = 600; {QUICK}"
+    patch = f"ringolib.app.DRAIN_SECONDS = 600; {QUICK}"
     with (
         server(tmp_path, "-p", "0", "-T", str(free_port()), patch=patch) as publisher,
         RawClient(publisher.port) as client,
@@ -179,7 +179,7 @@ def test_with_a_spool_a_publisher_is_ready_until_that_is_full(tmp_path: Path) ->
 
 def test_a_spool_leaves_room_on_its_disk_and_ready_knows(tmp_path: Path) -> None:
     flags = ["-S", "s.spool"]
-    patch = f"{QUICK}; spool.ROOM = 2**62"
+    patch = f"{QUICK}; ringolib.forward.spool.ROOM = 2**62"
     with server(tmp_path, "-p", "0", "-T", str(free_port()), *flags, patch=patch) as publisher:
         assert not_ready(publisher) == ["consumer_unreachable", "spool_full"]
 
@@ -196,7 +196,7 @@ def test_what_one_link_loses_and_another_one_stores_leaves_the_consumer_up(tmp_p
             str(consumer.port),
             "-r",
             "64",
-            patch=f"forwarder.IDLE_SECONDS = 0.3; forwarder.QUIET_SECONDS = 0; {QUICK}",
+            patch=f"ringolib.forward.workers.IDLE_SECONDS = 0.3; ringolib.forward.workers.QUIET_SECONDS = 0; {QUICK}",
         ) as publisher,
         RawClient(publisher.port) as client,
     ):
@@ -213,7 +213,7 @@ def test_what_one_link_loses_and_another_one_stores_leaves_the_consumer_up(tmp_p
 @pytest.mark.parametrize("role", ["consumer", "publisher"])
 def test_whatever_hangs_who_asks_is_answered_and_the_server_ends(tmp_path: Path, role: str) -> None:
     """The consumer's disk hangs; to the publisher the consumer answers, but ever so slowly."""
-    patch = f"{QUICK}; assembly.DRAIN_SECONDS = 1"
+    patch = f"{QUICK}; ringolib.app.DRAIN_SECONDS = 1"
     with socket.create_server(("localhost", 0)) as listener:
         if role == "consumer":
             flags = ["-I", "false"]

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 from harness import DEADLINE, ROOT, ServerProcess, eventually, rows, server
 
-import retention
 import store
-from database import StoreError
-from producer import Producer
-from retention import DAY, Clock, Retention
+from ringolib.client.producer import Producer
+from ringolib.storage import retention
+from ringolib.storage.retention import DAY, Clock, Retention
+from ringolib.storage.sqlite_file import StoreError
+from ringolib.wire import Run
 from store import Expired, Store
-from wire import Run
 
 A, B = b"a" * 16, b"b" * 16
 FAR = 2**62  # ms: everything came before
@@ -470,7 +470,9 @@ def test_a_server_killed_while_it_deletes_leaves_a_sound_file_and_goes_on_after_
     left = [old + 10]
     flags = ("-p", "0", "-T", "0", "--retain", "1")
     for _ in range(4):
-        running = ServerProcess(tmp_path, *flags, patch="retention.STEP_SECONDS = 1e-9; store.SLICE = 200")
+        running = ServerProcess(
+            tmp_path, *flags, patch="ringolib.storage.retention.STEP_SECONDS = 1e-9; store.SLICE = 200"
+        )
         try:
             with Producer(running.url) as producer:
                 producer.send(range(1000))

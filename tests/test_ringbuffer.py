@@ -10,7 +10,7 @@ from harness import DEADLINE, Blocked, seeded
 
 import ringbuffer
 from ringbuffer import Batch, Closed, Full, Ring
-from wire import Run
+from ringolib.wire import Run
 
 A, B = b"a" * 16, b"b" * 16
 

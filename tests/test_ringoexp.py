@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 from harness import DEADLINE, ROOT, Blocked, RawClient, ServerProcess, eventually, frame, free_port, request, server
 
-import assembly
-import options
 import ringoexp
-from assembly import CannotRun, Parts, is_own_consumer
-from options import OPTIONS, Option, Settings, read_arguments
 from ringoexp import main
+from ringolib import app as assembly
+from ringolib import options
+from ringolib.app import CannotRun, Parts, is_own_consumer
+from ringolib.options import OPTIONS, Option, Settings, read_arguments
+from ringolib.wire import SUBPROTOCOL, Run, encode_batch
 from store import Store
-from wire import SUBPROTOCOL, Run, encode_batch
 
 README = (ROOT / "README.md").read_text()
 
@@ -411,7 +411,7 @@ def test_a_signal_ends_an_idle_server_at_once(tmp_path: Path, number: int, role:
 def draining(directory: Path, seconds: float) -> ServerProcess:
     """A publisher whose consumer is away, which gives up draining after `seconds`."""
     flags = ["-p", "0", "-T", str(free_port()), "-r", "10"]
-    return ServerProcess(directory, *flags, patch=f"assembly.DRAIN_SECONDS = {seconds}")
+    return ServerProcess(directory, *flags, patch=f"ringolib.app.DRAIN_SECONDS = {seconds}")
 
 
 def test_a_stop_that_leaves_batches_unstored_does_not_say_that_they_will_not_be(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ import pytest
 from harness import Blocked, eventually, seeded
 from pprof_reader import read_profile
 
-import sampling
-from sampling import INTERVAL_NS, MOMENT_NS, Cost, Profile, Stack, sample
+from ringolib.status import sampler as sampling
+from ringolib.status.sampler import INTERVAL_NS, MOMENT_NS, Cost, Profile, Stack, sample
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="CPU time of threads is known on Linux only")
 MS = 1_000_000

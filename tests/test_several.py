@@ -34,11 +34,11 @@ from harness import (
 )
 from websockets.sync.server import ServerConnection as Peer
 
-import producer
-from storage import Storage
-from wire import decode_batch, encode_ack, encode_plain
+from ringolib.client import producer
+from ringolib.storage.interface import Storage
+from ringolib.wire import decode_batch, encode_ack, encode_plain
 
-QUICK = f"{SHORT_TIMES}; readiness.FRESH = 0.05; readiness.PATIENCE = 0.5; readiness.STUCK = 0.1"
+QUICK = f"{SHORT_TIMES}; ringolib.status.readiness.FRESH = 0.05; ringolib.status.readiness.PATIENCE = 0.5; ringolib.status.readiness.STUCK = 0.1"
 
 
 class Fleet:
@@ -150,7 +150,7 @@ def log(running: ServerProcess, event: str) -> list[str]:
     return re.findall(rf"event={event} consumer=(\S+)", running.errors.read_text())
 
 
-DIES = "ingest.StoreIntake.put = lambda self, block, timeout: (self._store.append(*block), __import__('os')._exit(9))"
+DIES = "ringolib.web.session.StoreIntake.put = lambda self, block, timeout: (self._store.append(*block), __import__('os')._exit(9))"
 
 
 def test_a_consumer_that_stores_and_dies_before_its_ack_gets_that_batch_again_and_nobody_else(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_one_that_hangs_holds_up_what_it_has_and_nothing_else(tmp_path: Path) ->
 
 @pytest.mark.parametrize("state", ["up", "one away", "both away", "one hangs", "both hang"])
 def test_it_stops_in_order_and_in_time_in_every_state(tmp_path: Path, state: str) -> None:
-    with Fleet(tmp_path, patch=f"{QUICK}; assembly.DRAIN_SECONDS = 1") as fleet:
+    with Fleet(tmp_path, patch=f"{QUICK}; ringolib.app.DRAIN_SECONDS = 1") as fleet:
         for value in range(10):
             assert post(fleet.publisher, value) == 200
         for each in {"one": [0], "both": [0, 1]}.get(state.split()[0], []):
@@ -345,9 +345,9 @@ def test_each_address_of_a_name_is_a_consumer_and_a_new_one_is_found(tmp_path: P
     names.write_text("127.0.0.1 127.0.0.2")
     find = f"[addresses.Place(each, port, host) for each in open({str(names)!r}).read().split()]"
     patch = (
-        f"{QUICK}; consumers.SOON = 0.1; consumers.places = lambda host, port: {find};"
-        " assembly.find = lambda host, port: [(2, ('127.0.0.1' if host == 'localhost' else '127.0.0.9', port))];"
-        " forwarder.IDLE_SECONDS = 0.2; addresses.x = 1"
+        f"{QUICK}; ringolib.forward.discovery.SOON = 0.1; ringolib.forward.discovery.places = lambda host, port: {find};"
+        " ringolib.app.find = lambda host, port: [(2, ('127.0.0.1' if host == 'localhost' else '127.0.0.9', port))];"
+        " ringolib.forward.workers.IDLE_SECONDS = 0.2; ringolib.net.addresses.x = 1"
     )
     ends: ServerProcess | None = None
     with ExitStack() as stack:

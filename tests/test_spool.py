@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 from harness import Blocked, ServerProcess, eventually, free_port, in_order, rows, seeded, server
 
-import spool
-import websock
-from database import StoreError
-from forwarder import Forwarder
-from outlets import Outlet
-from producer import Producer
 from ringbuffer import Ring
-from sinks import LinkState, SinkError
-from spool import Spool, SpoolSink
+from ringolib.client.producer import Producer
+from ringolib.forward import spool
+from ringolib.forward.destination import Outlet
+from ringolib.forward.link import LinkState, SinkError
+from ringolib.forward.spool import Spool, SpoolSink
+from ringolib.forward.workers import Forwarder
+from ringolib.net import websocket as websock
+from ringolib.storage.sqlite_file import StoreError
+from ringolib.wire import Block, Run
 from store import Store
-from wire import Block, Run
 
 SOURCE = b"s" * 16
 
@@ -366,7 +366,11 @@ def test_a_full_spool_is_backpressure_and_nothing_is_lost(tmp_path: Path, port: 
 def test_a_consumer_that_takes_and_never_answers_is_away_too(tmp_path: Path) -> None:
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db") as consumer:
         flags = ["-p", "0", "-T", str(consumer.port), "-S", "s"]
-        with server(tmp_path, *flags, patch="spool.PATIENCE = 0.5; websock.CONNECT_TIMEOUT = 0.5") as publisher:
+        with server(
+            tmp_path,
+            *flags,
+            patch="ringolib.forward.spool.PATIENCE = 0.5; ringolib.net.websocket.CONNECT_TIMEOUT = 0.5",
+        ) as publisher:
             with Producer(publisher.url) as sender:
                 sender.send(range(1000))
                 sender.flush(30)

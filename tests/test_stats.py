@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-import stats
-from stats import BOUNDS, Histogram, Totals, memory
+from ringolib import counters as stats
+from ringolib.counters import BOUNDS, Histogram, Totals, memory
 
 
 def test_totals_add_up_from_many_threads() -> None:

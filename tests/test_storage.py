@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 import pytest
 from harness import RawClient, frame, request
 
-import assembly
-from database import StoreError
-from options import read_arguments
-from stats import Histogram
-from storage import Sizes, Storage, StoreStats
+from ringolib import app as assembly
+from ringolib.counters import Histogram
+from ringolib.options import read_arguments
+from ringolib.storage.interface import Sizes, Storage, StoreStats
+from ringolib.storage.sqlite_file import StoreError
+from ringolib.wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 from store import Store
-from wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 
 
 class Memory:

@@ -17,10 +17,10 @@ import pytest
 from harness import Blocked, eventually, rows, seeded
 
 import store
-from database import APPLICATION_ID, SPOOL_APPLICATION_ID, StoreError
-from groupcommit import Waiting, Written
+from ringolib.storage.group_commit import Waiting, Written
+from ringolib.storage.sqlite_file import APPLICATION_ID, SPOOL_APPLICATION_ID, StoreError
+from ringolib.wire import Run
 from store import Store
-from wire import Run
 
 A, B = b"a" * 16, b"b" * 16
 A_TEXT = "61616161-6161-6161-6161-616161616161"

@@ -11,13 +11,13 @@ import pytest
 from clickhouses import ClickHouseServer, NewClickHouse, need_chdb, program
 from harness import Blocked, eventually, rows, seeded
 
-import clickhouse
-import clickhouse_http
-from clickhouse import ClickHouse
-from database import StoreError
-from storage import Storage
+from ringolib.storage.clickhouse import http as clickhouse_http
+from ringolib.storage.clickhouse import store as clickhouse
+from ringolib.storage.clickhouse.store import ClickHouse
+from ringolib.storage.interface import Storage
+from ringolib.storage.sqlite_file import StoreError
+from ringolib.wire import Run
 from store import Store
-from wire import Run
 
 A, B = b"a" * 16, b"b" * 16
 A_TEXT = "61616161-6161-6161-6161-616161616161"

@@ -13,13 +13,23 @@ from time import monotonic
 import pytest
 from harness import DEADLINE, HANDSHAKE, Blocked, eventually, frame, raw_link, seeded
 
-import ingest
-import websock
-from ingest import STORED, RingIntake, Session, Ticket
 from ringbuffer import Ring
-from stats import Totals
-from websock import ClientConnection, ServerConnection
-from wire import SUBPROTOCOL, Block, Messages, Run, encode_ack, encode_batch, encode_plain, frame_head, take_frames
+from ringolib.counters import Totals
+from ringolib.net import websocket as websock
+from ringolib.net.websocket import ClientConnection, ServerConnection
+from ringolib.web import session as ingest
+from ringolib.web.session import STORED, RingIntake, Session, Ticket
+from ringolib.wire import (
+    SUBPROTOCOL,
+    Block,
+    Messages,
+    Run,
+    encode_ack,
+    encode_batch,
+    encode_plain,
+    frame_head,
+    take_frames,
+)
 
 
 class Judged(ServerConnection):

@@ -7,7 +7,7 @@ from array import array
 import pytest
 from harness import seeded
 
-from wire import (
+from ringolib.wire import (
     MAX_MESSAGE,
     MAX_RUNS,
     Block,
@@ -172,7 +172,7 @@ def test_acks() -> None:
 
 
 def test_the_largest_batch_of_a_worker_is_within_the_limit() -> None:
-    from forwarder import BATCH_RECORDS
+    from ringolib.forward.workers import BATCH_RECORDS
 
     runs = [Run(UUID, 0, 1)] * BATCH_RECORDS
     assert len(encode_batch(runs, array("q", bytes(8 * BATCH_RECORDS)))) < MAX_MESSAGE

@@ -25,7 +25,7 @@ from harness import (
     server,
 )
 
-from wire import MAX_MESSAGE, encode_plain
+from ringolib.wire import MAX_MESSAGE, encode_plain
 
 UUID4 = re.compile(r"[0-9A-F]{8}-[0-9A-F]{4}-4[0-9A-F]{3}-[89AB][0-9A-F]{3}-[0-9A-F]{12}")
 OCTETS = {"Content-Type": "application/octet-stream"}
@@ -336,7 +336,14 @@ def test_a_post_that_is_not_stored_in_time_says_how_much_was_accepted(tmp_path: 
 
 def test_connections_beyond_the_limit_are_bounded_too_and_do_not_wait_long(tmp_path: Path) -> None:
     with server(
-        tmp_path, "-p", "0", "-T", "0", "-n", "1", patch="connections.MOST_REFUSED = 5; web.REFUSED_TIMEOUT = 0.2"
+        tmp_path,
+        "-p",
+        "0",
+        "-T",
+        "0",
+        "-n",
+        "1",
+        patch="ringolib.web.connections.MOST_REFUSED = 5; ringolib.web.handler.REFUSED_TIMEOUT = 0.2",
     ) as running:
         with RawClient(running.port), ExitStack() as idle:
             for _ in range(50):
@@ -350,7 +357,7 @@ def test_connections_beyond_the_limit_are_bounded_too_and_do_not_wait_long(tmp_p
 
 
 def test_a_request_has_a_deadline_however_slowly_it_trickles(tmp_path: Path) -> None:
-    with server(tmp_path, "-p", "0", "-T", "0", patch="web.REQUEST_TIMEOUT = 0.5") as running:
+    with server(tmp_path, "-p", "0", "-T", "0", patch="ringolib.web.handler.REQUEST_TIMEOUT = 0.5") as running:
         with socket.create_connection(("localhost", running.port), DEADLINE) as client:
 
             def ended() -> bool:

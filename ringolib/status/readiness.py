@@ -1,0 +1,347 @@
+"""`GET /v1.0/ready`: would a record sent now be stored now? Finds out instead of remembering, where nobody knows.
+
+A server that is asked and has no news of its own asks further: its database with a commit that changes nothing, its
+consumers with the same request. It does so at most once every FRESH seconds, in the threads `ask-disk` and `ask-
+consumer`, one for each question, so that who asks is answered in time, whatever hangs. `_Question._lock` guards the
+last answer; `_answered` shares it and is notified when there is one. Nothing is asked under the lock.
+"""
+
+import http.client
+import json
+import logging
+import ssl
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import NamedTuple
+
+from ringbuffer import Ring
+from ringolib.forward.destination import Outlet, Pin
+from ringolib.forward.link import LinkStats
+from ringolib.forward.spool import Spool
+from ringolib.forward.workers import Forwarder
+from ringolib.net.addresses import Place, certified_name, connect, host_header
+from ringolib.net.credentials import Access, Keys
+from ringolib.net.tls import explain
+from ringolib.net.websocket import hint
+from ringolib.storage.interface import Storage
+from ringolib.storage.sqlite_file import StoreError
+
+log = logging.getLogger("ringoexp.ready")
+
+FRESH = 1.0
+"""Seconds for which an answer holds."""
+BRIEFLY = 0.1
+"""Seconds that who only wants to know waits for an answer."""
+STALE = 60.0
+"""Seconds after which an old answer says nothing any more."""
+PATIENCE = 2.0
+"""Seconds that database and consumer have to answer."""
+STUCK = 1.0
+"""Seconds for which a full ring has to wait for its oldest batch until it counts as full: less is backpressure."""
+LITTLE_ROOM = 1 << 20
+"""Bytes of free disk below which no commit is to be hoped for."""
+THEIR_LIMIT = "connections_full"
+"""A reason that is none for who has a link: that is one of the connections."""
+
+
+Answer = tuple[str, str] | None
+"""A reason's code and detail, or none."""
+
+
+class Reason(NamedTuple):
+    """Why a record would not be stored now: a word for programs, a text for people, and for how long, if known."""
+
+    code: str
+    detail: str
+    seconds: float | None = None
+
+
+class _Question:
+    """`ask`, asked by one thread at a time, and its answer, kept for FRESH seconds, with the time it has lasted.
+
+    `late` is the answer while it has none after PATIENCE.
+    """
+
+    def __init__(self, name: str, ask: Callable[[], Answer], late: Answer) -> None:
+        self._name = name
+        self._ask = ask
+        self._late = late
+        self._lock = threading.Lock()
+        self._answered = threading.Condition(self._lock)
+        # Guarded by _lock.
+        self._asking = False
+        self._asked_at = 0.0  # monotonic seconds
+        self._answer: Answer = None
+        self._at = float("-inf")  # monotonic seconds
+        self._since = 0.0  # since when the answer has had this code
+
+    @property
+    def answered(self) -> bool:
+        """True once there was an answer."""
+        return self._at > float("-inf")
+
+    def begin(self) -> None:
+        """Asks, if the last answer is FRESH seconds old, for who looks for the answer afterwards."""
+        with self._lock:
+            self._ask_if_due()
+
+    def reason(self, wait: bool, deadline: float | None = None) -> Reason | None:
+        """The answer, at most FRESH seconds old, within PATIENCE. Without `wait`, within BRIEFLY: or else the last one,
+        if it is not STALE. `deadline`, in monotonic seconds, in place of these.
+        """
+        deadline = deadline or monotonic() + (PATIENCE if wait else BRIEFLY)
+        with self._lock:
+            self._ask_if_due()
+            while self._asking and (left := deadline - monotonic()) > 0:
+                self._answered.wait(left)
+            if self._asking and (wait or monotonic() - self._asked_at >= PATIENCE):
+                self._say(self._late)
+            return self._answer and Reason(*self._answer, monotonic() - self._since)
+
+    def _ask_if_due(self) -> None:
+        assert self._lock.locked()
+        if not self._asking and monotonic() - self._at >= FRESH:
+            if monotonic() - self._at >= STALE:
+                self._answer, self._at = None, float("-inf")
+            self._begin()
+
+    def _begin(self) -> None:
+        """Has it asked by a thread of its own."""
+        assert self._lock.locked()
+        # Daemon, and nobody waits for its end: what it asks may hang, and nothing depends on it.
+        thread = threading.Thread(target=self._run, name=f"ask-{self._name}", daemon=True)
+        try:
+            thread.start()
+            self._asking, self._asked_at = True, monotonic()
+        except RuntimeError as error:
+            self._say(("failed", f"no thread to be had: {error}"))
+
+    def _run(self) -> None:
+        """The thread: one question."""
+        try:
+            answer = self._ask()
+        except Exception as error:
+            log.error("worker_error", {"error": repr(error)}, exc_info=log.isEnabledFor(logging.DEBUG))
+            answer = "failed", f"{type(error).__name__}: {error}"
+        with self._lock:
+            self._say(answer)
+            self._at = monotonic()
+            self._asking = False
+            self._answered.notify_all()
+
+    def _say(self, answer: Answer) -> None:
+        assert self._lock.locked()
+        if answer is None or self._answer is None or answer[0] != self._answer[0]:
+            self._since = monotonic()
+        self._answer = answer
+
+
+class ConsumerStats(NamedTuple):
+    """A snapshot of one consumer, as its publisher sees it."""
+
+    address: str
+    link: LinkStats
+    workers: int
+    in_doubt: int  # records that it may have stored, and that wait for it
+
+
+class Readiness:
+    """Knows what a record's way goes through: the ring, then the own store, or the links, those of `forwarder`, and
+    perhaps the spool.
+
+    One consumer that would store is enough.
+    """
+
+    def __init__(
+        self,
+        ring: Ring | None,
+        store: Storage | None,
+        spool: Spool | None,
+        forwarder: Forwarder | None,
+        access: Access,
+    ) -> None:
+        self._ring = ring
+        self._spool = spool
+        self._forwarder = forwarder
+        self._access = access
+        self._disk: Storage | None = store or (spool.store if spool else None)
+        self._ask_disk = _Question("disk", self._check_disk, ("store_failing", f"the database: {_late()}"))
+        self._lock = threading.Lock()
+        self._ask_consumer: dict[Outlet, _Question] = {}  # guarded by _lock
+
+    def reasons(self, wait: bool = True) -> list[Reason]:
+        """Why a record sent now would not be stored now; none if it would.
+
+        Without `wait` the database is not asked, and of the consumer the last answer is taken.
+        """
+        found = []
+        if self._forwarder:
+            away = self._consumers_away(wait)
+            if away and (not self._spool or (why := self._spool_refuses(wait))):
+                found += away
+                if self._spool and why:
+                    found.append(why)
+        elif why := self._disk_fails(wait):
+            found.append(why)
+        if full := self._ring_full():
+            found.append(full)
+        return found
+
+    def consumers(self) -> list[ConsumerStats]:
+        """What records on their way have shown of each consumer, or else its last answer; none for an own store."""
+        if not self._forwarder:
+            return []
+        outlets = self._forwarder.outlets
+        for outlet in outlets:
+            self._question(outlet).begin()
+        deadline = monotonic() + BRIEFLY
+        doubts = self._doubts()
+        return [
+            ConsumerStats(str(each.place), self._known(each, deadline), each.workers, doubts.get(each, 0))
+            for each in outlets
+        ]
+
+    def _known(self, outlet: Outlet, deadline: float) -> LinkStats:
+        assert outlet.link
+        link, away = outlet.link.stats(), self._consumer_away(outlet, False, deadline)
+        if away and away.code == "consumer_unreachable":
+            return link._replace(state="down", reason=away.detail, away=away.seconds or 0.0)
+        answered = self._question(outlet).answered
+        if link.state == "unknown" and answered and (not away or away.code == "consumer_not_ready"):
+            return link._replace(state="up")
+        return link
+
+    def _consumers_away(self, wait: bool) -> list[Reason]:
+        """Why no consumer takes anything, each of them; nothing if one does."""
+        assert self._forwarder
+        outlets = self._forwarder.outlets
+        if any(each.link and not each.link.down and each.link.stats().quiet < FRESH for each in outlets):
+            return []
+        for outlet in outlets:
+            self._question(outlet).begin()
+        deadline = monotonic() + (PATIENCE if wait else BRIEFLY)
+        found = []
+        for outlet in outlets:
+            away = self._consumer_away(outlet, wait, deadline)
+            if not away:
+                return []
+            found.append(away)
+        return found
+
+    def _consumer_away(self, outlet: Outlet, wait: bool, deadline: float) -> Reason | None:
+        assert outlet.link
+        link = outlet.link.stats()
+        if link.state == "down" and not self._untried(outlet):  # a worker, or the spool's thread, tries all the time
+            return Reason("consumer_unreachable", link.reason or "", link.away)
+        return None if link.quiet < FRESH and link.state != "down" else self._question(outlet).reason(wait, deadline)
+
+    def _untried(self, outlet: Outlet) -> bool:
+        """True when there is a link again, and nothing to try it with: another took over what was in doubt there."""
+        assert self._forwarder
+        if self._spool or not self._ring or self._ring.stats().depth:
+            return False
+        return outlet not in self._doubts() and self._forwarder.linked(outlet)
+
+    def _question(self, outlet: Outlet) -> _Question:
+        assert self._forwarder and outlet.place
+        with self._lock:
+            if outlet not in self._ask_consumer:
+                place, linked = outlet.place, self._forwarder.linked
+                self._ask_consumer = {
+                    each: self._ask_consumer[each] for each in self._forwarder.outlets if each in self._ask_consumer
+                }
+                self._ask_consumer[outlet] = _Question(
+                    "consumer",
+                    lambda: _check_consumer(place, self._access.keys, linked(outlet)),
+                    ("consumer_unreachable", f"{place}: {_late()}"),
+                )
+            return self._ask_consumer[outlet]
+
+    def _doubts(self) -> dict[Outlet, int]:
+        """How many records are in doubt at each consumer that has some, and wait for it."""
+        found: dict[Outlet, int] = {}
+        for mark, size in self._ring.marks() if self._ring else ():
+            assert isinstance(mark, Pin)
+            found[mark.outlet] = found.get(mark.outlet, 0) + size
+        return found
+
+    def _spool_refuses(self, wait: bool) -> Reason | None:
+        assert self._spool
+        if why := self._spool.refuses():
+            return Reason("spool_full", why)
+        return self._disk_fails(wait)
+
+    def _disk_fails(self, wait: bool) -> Reason | None:
+        if wait:
+            return self._ask_disk.reason(wait)
+        assert self._disk
+        error = self._disk.stats().error
+        if not error:
+            return None
+        return self._ask_disk.reason(wait) or Reason("store_failing", error)  # a check may make it good
+
+    def _ring_full(self) -> Reason | None:
+        if not self._ring:
+            return None
+        ring = self._ring.stats()
+        if ring.depth < ring.capacity or ring.oldest_in_flight < STUCK:
+            return None
+        return Reason("ring_full", f"all {ring.capacity} slots are taken", ring.oldest_in_flight)
+
+    def _check_disk(self) -> Answer:
+        assert self._disk
+        free = self._disk.sizes().disk_free
+        if free is not None and free < LITTLE_ROOM:
+            return "disk_full", f"{self._disk.path}: {free} bytes are left on its disk: make room"
+        try:
+            self._disk.check()
+        except StoreError as error:
+            return "store_failing", str(error)
+        failing = self._disk.stats().error  # of records: a check needs less
+        return ("store_failing", failing) if failing else None
+
+
+def _late() -> str:
+    return f"no answer within {PATIENCE:.0f} s"
+
+
+def _check_consumer(place: Place, keys: Keys, linked: bool) -> Answer:
+    """What the consumer says when it is asked whether it is ready; nothing if it is.
+
+    That all its connections are taken is no matter for who is `linked` to it already.
+    """
+    where, (host, port, name) = str(place), place
+    connection: http.client.HTTPConnection | None = None
+    try:
+        connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
+        connection.sock = connect(host, port, PATIENCE)
+        if keys.client:
+            connection.sock = keys.client.wrap_socket(connection.sock, server_hostname=certified_name(name))
+        headers = {"Host": host_header(name, port), "Accept": "application/json", "Connection": "close"}
+        if keys.token:
+            headers["Authorization"] = f"Bearer {keys.token}"
+        connection.request("GET", "/v1.0/ready", headers=headers)
+        response = connection.getresponse()
+        status, body = response.status, response.read(65536)
+    except TimeoutError:
+        return "consumer_unreachable", f"{where}: {_late()}"
+    except ssl.SSLError as error:
+        return "consumer_unreachable", f"{where}: {explain(error)}"
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no host can have such a name
+        return "consumer_unreachable", f"{where}: {error or type(error).__name__}"
+    finally:
+        if connection:
+            connection.close()
+    try:
+        said = json.loads(body)
+        theirs = [(str(each["code"]), str(each["detail"])) for each in said.get("reasons", ())]
+        unauthorized = said.get("authorized") is False
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "consumer_unreachable", f"{where}: answered {status}: is that a ringoexp?"
+    if unauthorized:
+        return "consumer_unreachable", f"{where}: it wants a token, or another one (--token_file, or RINGOEXP_TOKEN)"
+    if status != 200 and not theirs:
+        return "consumer_unreachable", f"{where}: answered {status}{hint(status)}"
+    ours = [detail for code, detail in theirs if code != THEIR_LIMIT or not linked]
+    return ("consumer_not_ready", f"{where}: {'; '.join(ours)}") if ours else None

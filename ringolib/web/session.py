@@ -1,0 +1,272 @@
+"""From what a client sends to the ack it gets: the job behind `/v1.0/ingest`, without HTTP.
+
+An *intake* is where records go: a publisher's ring, or straight to a consumer's store. A `Session`
+is one WebSocket client, run by its connection's own thread from the first byte to the last.
+Nothing here is shared between threads but the intake and the totals, which lock for themselves.
+"""
+
+import uuid
+from array import array
+from collections import deque
+from threading import Event
+from time import monotonic
+from typing import NamedTuple, Protocol
+
+from ringbuffer import Closed, Full, Ring
+from ringolib.counters import Totals
+from ringolib.net.websocket import ServerConnection
+from ringolib.storage.interface import Storage
+from ringolib.storage.sqlite_file import StoreError
+from ringolib.wire import (
+    SUBPROTOCOL,
+    Block,
+    Run,
+    decode_batch_messages,
+    decode_plain_messages,
+    encode_ack,
+)
+
+PATIENCE = 1.0
+"""Seconds a session waits, for the ring or the disk, before it looks at its socket again."""
+MOST_MARKS = 1024
+"""Reads whose acks are kept apart, for a client whose records are long in being stored."""
+GOING_AWAY = (1001, "the server is stopping")
+UNSTORED = (1011, "not stored before the server stopped")
+LOST = (1006, "connection lost")
+NOTHING = Block([], array("q"))
+
+
+class Ticket(NamedTuple):
+    """What was put is within these numbers of the intake's own, perhaps among what others put."""
+
+    since: int
+    end: int
+
+
+class Intake(Protocol):
+    """Takes blocks and tells when they are stored. A *ticket* stands for a block that was put.
+
+    `put` returns how many records were taken within `timeout` seconds, and the ticket for those; fewer
+    than all when there was no room, or when `closed`. Raises StoreError when nothing was stored.
+    `stored` says whether those of the ticket are; `wait` returns True once they are.
+    """
+
+    @property
+    def closed(self) -> bool: ...
+    def put(self, block: Block, timeout: float) -> tuple[int, Ticket]: ...
+    def stored(self, ticket: Ticket) -> bool: ...
+    def wait(self, ticket: Ticket, timeout: float) -> bool: ...
+
+
+class RingIntake:
+    """A publisher's intake: a ring that workers drain. Tickets are ring sequences.
+
+    With `ack_in_ring` a record counts as stored as soon as it is in the ring (`-A ring`).
+    """
+
+    def __init__(self, ring: Ring, ack_in_ring: bool = False) -> None:
+        self._ring = ring
+        self._ack_in_ring = ack_in_ring
+
+    @property
+    def closed(self) -> bool:
+        """True when nothing more is taken, nor will be stored."""
+        return self._ring.closed
+
+    def put(self, block: Block, timeout: float) -> tuple[int, Ticket]:
+        """How many records are in the ring after at most `timeout` seconds, and their ticket."""
+        deadline = monotonic() + timeout
+        accepted, since = 0, self._ring.cursor
+        with memoryview(block.values) as values:
+            for run in block.runs:
+                part = values[accepted : accepted + run.count]
+                left = max(0.0, deadline - monotonic())
+                try:
+                    self._ring.put(part, run.source, run.first, left)
+                except (Full, Closed) as stop:
+                    accepted += stop.accepted
+                    break
+                finally:
+                    part.release()
+                accepted += run.count
+        # Not what `put` returned: after Full or Closed there is no such thing, and later is safe.
+        return accepted, Ticket(since, self._ring.cursor)
+
+    def stored(self, ticket: Ticket) -> bool:
+        """True when the records of the ticket may be acked."""
+        return self._ack_in_ring or self._ring.is_stored(ticket.end, ticket.since)
+
+    def wait(self, ticket: Ticket, timeout: float) -> bool:
+        """True once the records of the ticket may be acked; False after `timeout` seconds or on abort."""
+        return self._ack_in_ring or self._ring.wait_committed(ticket.end, timeout, ticket.since)
+
+
+STORED = Ticket(0, 0)
+
+
+class StoreIntake:
+    """A consumer's intake: `put` is a commit, so that there is nothing to wait for afterwards."""
+
+    closed = False
+
+    def __init__(self, store: Storage) -> None:
+        self._store = store
+
+    def put(self, block: Block, timeout: float) -> tuple[int, Ticket]:
+        """Returns when the block is on disk, however long that takes. Raises StoreError if it is not."""
+        self._store.append(block.runs, block.values)
+        return len(block.values), STORED
+
+    def stored(self, ticket: Ticket) -> bool:
+        """What was put is stored."""
+        return True
+
+    def wait(self, ticket: Ticket, timeout: float) -> bool:
+        """What was put is stored."""
+        return True
+
+
+def plain_block(values: "array[int]", source: bytes, first: int) -> Block:
+    """Values that came without a source of their own, as records `first`, ... of `source`."""
+    return Block([Run(source, first, len(values))] if values else [], values)
+
+
+class _Mark(NamedTuple):
+    """When what `ticket` stands for is stored, as that of all marks before, the connection's first `records` are."""
+
+    ticket: Ticket
+    records: int
+    read_at: float  # monotonic seconds
+
+
+class Session:
+    """One WebSocket client: reads, decodes, puts, waits for stored, acks. `run` it once.
+
+    `stopping` makes it read no more, finish what it has read, and close with 1001.
+    """
+
+    def __init__(self, connection: ServerConnection, intake: Intake, totals: Totals, stopping: Event) -> None:
+        self._connection = connection
+        self._intake = intake
+        self._totals = totals
+        self._stopping = stopping
+        self._batches = connection.subprotocol == SUBPROTOCOL
+        self._source = uuid.uuid4().bytes  # of plain messages
+        # Records of this connection:
+        self.received = 0
+        self._put = 0  # of those, put into the intake
+        self._stored = 0  # of those, stored
+        self.acked = 0  # and of those, acked
+        self._marks: deque[_Mark] = deque()
+        self._block = NOTHING  # decoded, and not in the intake yet
+
+    def run(self, rest: bytes) -> tuple[int, str]:
+        """Serves the client until either side ends, closes, and returns the code and reason.
+
+        `rest` is what came right behind the handshake. What was read is put and acked before the
+        close, unless the client leaves while there is no room for it; one that ends its side without a
+        Close frame gets the acks of the next PATIENCE. Never raises OSError: a lost connection ends with 1006.
+        """
+        ending = None
+        data: bytes | None = rest
+        rest = b""
+        try:
+            while ending is None:
+                if data:
+                    read_at = monotonic()
+                    ending = self._decode(data)
+                    data = None  # a thread that waits for room, or a client, holds no more than _block
+                    ending = self._put_all(read_at) or ending
+                self._ack()
+                if ending is None and self._stopping.is_set():
+                    ending = GOING_AWAY
+                if ending is None:
+                    data = self._connection.read(wait=False)
+                    if data == b"":
+                        ending = LOST
+                    elif data is None and self._marks:
+                        self._intake.wait(self._marks[0].ticket, PATIENCE)
+                    elif data is None:
+                        self._connection.wait()
+            self._settle(patient=ending[0] != LOST[0])
+            if self._batches and self._marks and ending == GOING_AWAY:
+                ending = UNSTORED  # it may be stored yet: 1001 says to a publisher's link that it will not be
+        except OSError as error:
+            ending = (LOST[0], f"{LOST[1]}: {error}")
+        if ending[0] == LOST[0]:
+            self._connection.abort()
+        last = b""
+        if self._stored > self.acked and ending[0] != LOST[0]:  # the client has not read the acks before it
+            last = encode_ack(self._stored)
+            self._totals.acked(self._stored - self.acked)
+            self.acked = self._stored
+        self._connection.finish(*ending, last)
+        return ending
+
+    def _decode(self, data: bytes) -> tuple[int, str] | None:
+        """Makes a block of `data`; the code and reason to close with after it, if that is the end."""
+        self._totals.read(len(data))
+        messages = self._connection.parse(data)
+        ending = self._connection.ending
+        if self._batches:
+            self._block, error = decode_batch_messages(messages)
+        else:
+            values, error = decode_plain_messages(messages)
+            self._block = plain_block(values, self._source, self._put)
+        if error:
+            ending = (error.close_code, str(error))
+        if error or self._connection.at_fault:
+            self._totals.refused()
+        if self._block.values:
+            self.received += len(self._block.values)
+            self._totals.received(len(self._block.values))
+        return ending
+
+    def _put_all(self, read_at: float) -> tuple[int, str] | None:
+        """Puts the block, however long there is no room for it; the code and reason to close with, if not all is in."""
+        while self._block.values:
+            try:
+                accepted, ticket = self._intake.put(self._block, PATIENCE)
+            except StoreError as error:
+                self._totals.refused(len(self._block.values))
+                return 1011, f"not stored: {error}"
+            if accepted:
+                self._put += accepted
+                if len(self._marks) >= MOST_MARKS:  # its latency counts from the older one's read
+                    last = self._marks.pop()
+                    ticket, read_at = Ticket(last.ticket.since, ticket.end), last.read_at
+                self._marks.append(_Mark(ticket, self._put, read_at))
+            if accepted == len(self._block.values):
+                break
+            self._block = self._block.after(accepted)
+            if self._intake.closed or self._connection.is_gone():
+                self._totals.refused(len(self._block.values))
+                return GOING_AWAY if self._intake.closed else LOST
+            self._ack()
+        self._block = NOTHING
+        return None
+
+    def _ack(self) -> None:
+        """Tells the client how many of its records are stored, if more are than it knows."""
+        now = monotonic()
+        latencies = []
+        while self._marks and self._intake.stored(self._marks[0].ticket):
+            mark = self._marks.popleft()
+            self._stored = mark.records
+            latencies.append(now - mark.read_at)
+        sent = self._stored > self.acked and self._connection.send_ack(encode_ack(self._stored))
+        if sent or latencies:
+            self._totals.acked(self._stored - self.acked if sent else 0, latencies)
+        if sent:
+            self.acked = self._stored
+
+    def _settle(self, patient: bool) -> None:
+        """Waits until all that was put is stored, and acks it; gives up when the client is gone, when nothing will
+        be stored any more, or, if not `patient`, after PATIENCE.
+        """
+        while self._marks:
+            stored = self._intake.wait(Ticket(self._marks[0].ticket.since, self._marks[-1].ticket.end), PATIENCE)
+            self._ack()
+            over = self._stopping.is_set() and self._intake.closed
+            if stored or over or not patient or self._connection.is_gone():
+                return
