@@ -4,7 +4,7 @@ ARG BASE=python:3.13-slim
 FROM ${BASE} AS build
 WORKDIR /src
 COPY . .
-RUN python3 -m venv /venv && /venv/bin/pip install --no-cache-dir . && /venv/bin/python build_pyz.py /ringoexp
+RUN python3 -m venv /venv && /venv/bin/pip install --no-cache-dir . && /venv/bin/python tools/build_pyz.py /ringoexp
 
 FROM ${BASE}
 COPY --from=build /ringoexp /usr/local/bin/ringoexp

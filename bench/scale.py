@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
 
 import pytest  # noqa: E402
-from clickhouses import ClickHouseServer  # noqa: E402
+from support.clickhouses import ClickHouseServer  # noqa: E402
 
 from bench import Process, cpu_seconds, say  # noqa: E402
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
 
 import load  # noqa: E402
-from certificates import Authority, tls  # noqa: E402
+from support.certificates import Authority, tls  # noqa: E402
 
 from bench import Process, cpu_seconds  # noqa: E402
 from ringolib.net.tls import client_context  # noqa: E402

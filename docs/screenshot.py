@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from harness import server  # noqa: E402
 from PIL import Image  # noqa: E402
+from support.harness import server  # noqa: E402
 from test_page import Browser, chromium  # noqa: E402
 
 from ringolib.client.producer import Producer  # noqa: E402

@@ -1,34 +1,32 @@
-"""Makes `ringoexp.pyz`, the whole program in one file: `python build_pyz.py [OUTPUT]`, from a checkout.
+"""Builds `ringoexp.pyz`, the whole program in one file: `python tools/build_pyz.py [OUTPUT]`, from a checkout.
 
-In it are the modules that pyproject.toml names, the live page, and simple-websocket, wsproto and h11 as they
-are installed, each with its licence. Comments, docstrings and most of the indentation are left out, for the size; lines
-keep their numbers, so that tracebacks and profiles name those of the sources. The same sources make the same bytes,
-whoever builds, when, where and with which Python; another zlib than usual (zlib-ng) packs them differently.
+The file is a zip of the sources, unchanged: the program's modules, the live page, and simple-websocket, wsproto and
+h11 as they are installed, each with its licence. The same sources give the same bytes, on every machine and with every
+Python. Only a different zlib (for example zlib-ng) compresses them differently.
 """
 
-import ast
 import hashlib
 import io
 import os
 import re
 import sys
-import tokenize
 import zipfile
-from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = "ringoexp.pyz"
-PACKAGES = {"simple-websocket": "simple_websocket", "wsproto": "wsproto", "h11": "h11"}
-"""What the program needs besides the standard library: distributions, and the package in each."""
-TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip file knows
+MODULES = ("ringoexp.py", "wsserver.py", "ringbuffer.py", "store.py")
+PACKAGE = "ringolib"
+DEPENDENCIES = {"simple-websocket": "simple_websocket", "wsproto": "wsproto", "h11": "h11"}
+"""Distributions the program needs besides the standard library, and the package in each."""
+ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip file can hold
 FILE_MODE = 0o100644  # S_IFREG, rw-r--r--
 UNIX = 3
 LICENCE = re.compile(r"(licen[cs]e|copying|notice|authors)[^/]*$", re.IGNORECASE)
 
 MAIN = """\
-# Any Python can read this file, 2.7 too: one that is too old is to say so, and not to trip over the syntax.
+# Every Python can parse this file, even 2.7: a version that is too old prints one line instead of a syntax error.
 import sys
 
 if sys.version_info < (3, 10):
@@ -36,144 +34,82 @@ if sys.version_info < (3, 10):
 
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: end, without a traceback
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
 
-import ringoexp  # first: it has the signals handled
+import ringoexp  # first: it sets up the signal handlers
 from ringolib.web import page
 
-page.page()  # read now: a newer file may take this one's place while it runs
+page.page()  # read the page now: a newer file may replace this one while the program runs
 sys.exit(ringoexp.main())
 """
 
 
-class CannotBuild(Exception):
-    """The file cannot be made. The text says what happened and what to do."""
-
-
-def modules() -> list[str]:
-    """The names of our modules, as pip installs them. Raises CannotBuild."""
-    listed = re.search(
-        r"^py-modules = (\[.*?\])", (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE | re.DOTALL
-    )
-    if not listed:
-        raise CannotBuild("pyproject.toml has no list py-modules")
-    return [str(name) for name in ast.literal_eval(listed[1])]
-
-
-def bare(source: str, name: str) -> str:
-    """A module's source without comments and docstrings, every statement in its line. Raises CannotBuild."""
-    lines = source.split("\n")
-    cuts = []  # first line, column; last line, column; and what stands there instead
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            cuts.append((*token.start, *token.end, ""))
-    tree = ast.parse(source)
-    for body in _bodies(tree):
-        texts = [each for each in body if _is_text(each)]
-        for text in texts:
-            assert text.end_lineno and text.end_col_offset
-            start = _column(lines[text.lineno - 1], text.col_offset)
-            end = _column(lines[text.end_lineno - 1], text.end_col_offset)
-            only = len(texts) == len(body) and text is texts[0]
-            cuts.append((text.lineno, start, text.end_lineno, end, "pass" if only else ""))
-    for first, start, last, end, instead in sorted(cuts, reverse=True):
-        left = (lines[first - 1][:start] + instead + lines[last - 1][end:]).rstrip()
-        lines[first - 1 : last] = [left, *[""] * (last - first)]
-    made = "\n".join(lines)
-    _drop_texts(tree)
-    try:
-        same = ast.dump(ast.parse(made)) == ast.dump(tree)
-    except SyntaxError:
-        same = False
-    if not same:
-        raise CannotBuild(f"{name}: a docstring and code are in one line: it cannot be left out")
-    # A quarter of the indentation, unless a text of several lines has some of it.
-    thin = re.sub("^ +", lambda found: " " * sum(divmod(len(found[0]), 4)), made, flags=re.MULTILINE)
-    return thin if ast.dump(ast.parse(thin)) == ast.dump(tree) else made
-
-
-def bare_page(page: str) -> str:
-    """The live page without indentation, and without comments in lines of their own; lines keep their numbers."""
-    without = re.sub(r"^ */\*(?:(?!\*/).)*\*/$", lambda found: "\n" * found[0].count("\n"), page, flags=re.M | re.S)
-    return re.sub("^ +", "", without, flags=re.M)
-
-
-def _bodies(tree: ast.AST) -> Iterator[list[ast.stmt]]:
-    """All lists of statements that a docstring can be in."""
-    for node in ast.walk(tree):
-        for part in ("body", "orelse", "finalbody"):
-            if isinstance(body := getattr(node, part, None), list) and body:
-                yield body
-
-
-def _is_text(statement: ast.stmt) -> bool:
-    """True for a string that stands by itself: a docstring, of an attribute maybe."""
-    found = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-    return found and isinstance(statement.value.value, str)  # type: ignore[attr-defined]
-
-
-def _column(line: str, offset: int) -> int:
-    """A column in characters; `ast` counts bytes."""
-    return len(line.encode()[:offset].decode())
-
-
-def _drop_texts(tree: ast.AST) -> None:
-    for body in _bodies(tree):
-        body[:] = [each for each in body if not _is_text(each)] or [ast.Pass()]
+class BuildError(Exception):
+    """The file cannot be built. The text names the cause and the remedy."""
 
 
 def installed(name: str) -> Distribution:
-    """An installed package. Raises CannotBuild."""
+    """Return an installed distribution. Raises BuildError if it is missing."""
     try:
         return distribution(name)
     except PackageNotFoundError:
-        raise CannotBuild(
+        raise BuildError(
             f"{name} is not installed for {sys.executable}: "
-            "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/python build_pyz.py"
+            "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/python tools/build_pyz.py"
         ) from None
 
 
-def contents() -> dict[str, bytes]:
-    """What goes into the file, by its name there. Raises CannotBuild, OSError."""
-    found = {"__main__.py": MAIN.encode()}
-    for name in modules():
-        found[f"{name}.py"] = bare((ROOT / f"{name}.py").read_text("utf-8"), name).encode()
-    found["dashboard.html"] = bare_page((ROOT / "dashboard.html").read_text("utf-8")).encode()
-    found["LICENSE"] = (ROOT / "LICENSE").read_bytes()
-    for name, package in PACKAGES.items():
-        this = installed(name)
-        licences = 0
-        for path in this.files or ():
-            place = path.as_posix()
-            if path.suffix in (".so", ".pyd"):
-                raise CannotBuild(f"{name} {this.version}: {place} is not Python, it cannot be in the file")
-            if place.startswith(f"{package}/") and path.suffix == ".py":
-                found[place] = bare(path.read_text("utf-8"), place).encode()
-            elif ".dist-info/" in place and LICENCE.search(place):
-                found[f"licenses/{name}-{this.version}/{path.name}"] = path.read_binary()
-                licences += 1
-        if f"{package}/__init__.py" not in found or not licences:
-            raise CannotBuild(f"{name} {this.version}: its files or its licence are not where pip puts them")
+def own_files() -> dict[str, bytes]:
+    """The program's own files, by their name in the archive. Raises OSError."""
+    paths = [ROOT / name for name in (*MODULES, "LICENSE")]
+    paths += [path for path in (ROOT / PACKAGE).rglob("*") if path.suffix in (".py", ".html")]
+    return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in paths}
+
+
+def dependency_files(name: str, package: str) -> dict[str, bytes]:
+    """The sources and licences of an installed distribution. Raises BuildError, OSError."""
+    found = {}
+    licences = 0
+    dist = installed(name)
+    for path in dist.files or ():
+        location = path.as_posix()
+        if path.suffix in (".so", ".pyd"):
+            raise BuildError(f"{name} {dist.version}: {location} is not Python source, so it cannot be in the file")
+        if location.startswith(f"{package}/") and path.suffix == ".py":
+            found[location] = path.read_binary()
+        elif ".dist-info/" in location and LICENCE.search(location):
+            found[f"licenses/{name}-{dist.version}/{path.name}"] = path.read_binary()
+            licences += 1
+    if f"{package}/__init__.py" not in found or not licences:
+        raise BuildError(f"{name} {dist.version}: its files or its licence are not where pip puts them")
     return found
 
 
+def contents() -> dict[str, bytes]:
+    """All files of the archive, by their name in it. Raises BuildError, OSError."""
+    files = {"__main__.py": MAIN.encode(), **own_files()}
+    for name, package in DEPENDENCIES.items():
+        files |= dependency_files(name, package)
+    return files
+
+
 def archive(files: dict[str, bytes]) -> bytes:
-    """The file itself: the line that names the interpreter, and a zip."""
-    made = io.BytesIO()
-    made.write(b"#!/usr/bin/env python3\n")
-    with zipfile.ZipFile(made, "w") as packed:
+    """An executable zip of `files`: a line that names the interpreter, then the zip."""
+    output = io.BytesIO()
+    output.write(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(output, "w") as packed:
         for name, content in sorted(files.items()):
-            info = zipfile.ZipInfo(name, TIME)
+            info = zipfile.ZipInfo(name, ZIP_EPOCH)
             info.create_system = UNIX
             info.external_attr = FILE_MODE << 16
             packed.writestr(info, content, zipfile.ZIP_DEFLATED, 9)
-    return made.getvalue()
+    return output.getvalue()
 
 
 def main(arguments: list[str]) -> int:
-    """The program: 0 made, 1 could not, 2 bad usage."""
+    """Build the file and return the exit status: 0 built, 1 failed, 2 bad usage."""
     if len(arguments) > 1 or arguments and arguments[0].startswith("-"):
-        print("usage: python build_pyz.py [OUTPUT]", file=sys.stderr)
+        print("usage: python tools/build_pyz.py [OUTPUT]", file=sys.stderr)
         return 2
     output = Path(arguments[0] if arguments else OUTPUT)
     if output.is_dir():
@@ -181,15 +117,15 @@ def main(arguments: list[str]) -> int:
         return 1
     new = output.with_name(f"{output.name}.new")
     try:
-        made = archive(contents())
-        new.write_bytes(made)  # and then it takes the old one's place at once, also while that runs
+        content = archive(contents())
+        new.write_bytes(content)  # then replace the old file in one step: it may be running
         new.chmod(0o755)
         os.replace(new, output)
-    except (CannotBuild, OSError) as error:
+    except (BuildError, OSError) as error:
         print(f"build_pyz: error: {error}", file=sys.stderr)
         return 1
-    versions = ", ".join(f"{name} {installed(name).version}" for name in PACKAGES)
-    print(f"{output}: {len(made)} bytes, sha256 {hashlib.sha256(made).hexdigest()}, with {versions}")
+    versions = ", ".join(f"{name} {installed(name).version}" for name in DEPENDENCIES)
+    print(f"{output}: {len(content)} bytes, sha256 {hashlib.sha256(content).hexdigest()}, with {versions}")
     return 0
 
 

@@ -1,0 +1,249 @@
+"""What the fault tests share: the seed, servers to be killed, a load of producers that keep their source, and the check
+of a database against what they sent and what was acked.
+"""
+
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import uuid
+from array import array
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
+
+import pytest
+
+from ringolib.client import producer
+from ringolib.net import websocket as websock
+from support.harness import DEADLINE, Blocked, ServerProcess, eventually, free_port
+from support.proxy import Proxy
+
+TIMEOUT = 0.5
+"""Seconds after which either end gives up a silent link, where SHORT_TIMES and `short_times` apply."""
+SHORT_TIMES = (
+    f"forward.link.ACK_TIMEOUT = {TIMEOUT}; forward.spool.PATIENCE = {TIMEOUT}; net.websocket.BACKOFF_MOST = 0.2;"
+    f"net.websocket.CONNECT_TIMEOUT = {TIMEOUT}; net.websocket.CLOSE_TIMEOUT = {TIMEOUT}"
+)
+"""The servers' patch."""
+
+
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for producers in this process, which also keep less unacked."""
+    monkeypatch.setattr(producer, "STALL_TIMEOUT", TIMEOUT)
+    monkeypatch.setattr(websock, "BACKOFF_MOST", 0.2)
+    monkeypatch.setattr(producer, "MOST_UNACKED", 20_000)
+    monkeypatch.setattr(websock, "CONNECT_TIMEOUT", TIMEOUT)
+    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", TIMEOUT)
+
+
+LINKS = ("client to publisher", "publisher to consumer")
+VICTIMS = (("consumer",), ("publisher",), ("consumer", "publisher"))
+
+
+class Servers:
+    """A publisher and its consumer, with short timeouts, on ports that stay theirs when they are killed.
+
+    If `proxied`, with a proxy before each, by the name of its link. If `spooling`, the publisher has a spool.
+    """
+
+    def __init__(self, directory: Path, proxied: bool = False, spooling: bool = False) -> None:
+        self.database = directory / "c.db"
+        self.spool = directory / "p.spool" if spooling else None
+        self._directory = directory
+        self._stack = ExitStack()
+        ports = [free_port() for _ in range(2)]
+        self.proxies: dict[str, Proxy] = {}
+        front = ports
+        if proxied:
+            self.proxies = {link: Proxy(port) for link, port in zip(LINKS, ports, strict=True)}
+            front = [self._stack.enter_context(proxy).port for proxy in self.proxies.values()]
+        self.url = f"ws://localhost:{front[0]}/v1.0/ingest"
+        self._flags = {
+            "consumer": ["-I", "false", "-p", str(ports[1]), "-D", self.database.name],
+            "publisher": ["-p", str(ports[0]), "-T", str(front[1])],
+        }
+        if self.spool:
+            self._flags["publisher"] += ["-S", self.spool.name]
+        self.running: dict[str, ServerProcess] = {}
+
+    def __enter__(self) -> "Servers":
+        self.start("consumer", "publisher")
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.kill(*self.running)
+        self._stack.close()
+        for errors in self._directory.glob("stderr-*"):
+            assert "Traceback" not in errors.read_text()
+
+    def start(self, *roles: str) -> None:
+        for role in roles:
+            self.running[role] = ServerProcess(self._directory, *self._flags[role], patch=SHORT_TIMES)
+
+    def problems(self, load: "Load", still: Collection[str]) -> list[str]:
+        """How the databases break the promise, by what is acked now, while the servers of these roles do nothing."""
+        acked = load.acked()  # before a database is read
+        # The spool first: what leaves it afterwards is at the consumer by then.
+        elsewhere = spans(self.spool, "publisher" in still) if self.spool else {}
+        return problems(self.database, load.sent, acked, "consumer" in still, whole=False, elsewhere=elsewhere)
+
+    def kill(self, *roles: str) -> None:
+        """All of them before any is waited for."""
+        for role in roles:
+            self.running[role].send_signal(signal.SIGKILL)
+        for role in roles:
+            self.running[role].kill()
+
+    def stop(self, *roles: str) -> None:
+        """Returns when every thread of them stands still, until `go_on`."""
+        for role in roles:
+            self.running[role].send_signal(signal.SIGSTOP)
+        for role in roles:
+            os.waitid(os.P_PID, self.running[role].process.pid, os.WSTOPPED)
+
+    def go_on(self, *roles: str) -> None:
+        for role in roles:
+            self.running[role].send_signal(signal.SIGCONT)
+
+
+class Load:
+    """Producers that send random values, a few at a time, until `finish`; each keeps its source, and what it sent."""
+
+    def __init__(self, url: str, rng: random.Random, producers: int = 3) -> None:
+        self.sent: dict[uuid.UUID, array[int]] = {}
+        self.producers = [producer.Producer(url) for _ in range(producers)]
+        self._done = Event()
+        self._feeders = []
+        for each in self.producers:
+            self.sent[each.source] = array("q")
+            seed = rng.getrandbits(64)
+            self._feeders.append(Blocked(partial(self._feed, each, random.Random(seed))))
+
+    def _feed(self, sender: producer.Producer, rng: random.Random) -> None:
+        while not self._done.wait(rng.uniform(0, 0.03)):  # the pace of the load
+            values = array("q", rng.randbytes(8 * rng.choice((1, 10, 100, 300))))
+            self.sent[sender.source] += values
+            sender.send(values)
+
+    def __enter__(self) -> "Load":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._done.set()
+        for each, feeder in zip(self.producers, self._feeders, strict=True):
+            each.close()
+            assert not feeder.still(DEADLINE)
+
+    def acked(self) -> dict[uuid.UUID, int]:
+        """How many records of each source are acked."""
+        return {each.source: each.acked for each in self.producers}
+
+    def reconnects(self) -> int:
+        return sum(each.reconnects for each in self.producers)
+
+    def goes_on(self) -> None:
+        """Returns when every producer has acks that it had not before."""
+        before = self.acked()
+
+        def ahead() -> bool:
+            for feeder in self._feeders:
+                assert feeder.still(0) or feeder.result(), "a producer has given up"
+            return all(count > before[source] for source, count in self.acked().items())
+
+        eventually(ahead, "everybody's records are acked")
+
+    def finish(self) -> None:
+        """Sends no more, and returns when all is acked."""
+        self._done.set()
+        for feeder in self._feeders:
+            feeder.result(60)
+        for each in self.producers:
+            each.flush(60)
+        assert self.acked() == {source: len(values) for source, values in self.sent.items()}
+
+    def problems(self, database: Path, dead: bool = False, whole: bool = False) -> list[str]:
+        """How the database breaks the promise, by what is acked now."""
+        acked = self.acked()  # before the database is read
+        return problems(database, self.sent, acked, dead, whole)
+
+
+def problems(
+    database: Path,
+    sent: Mapping[uuid.UUID, "array[int]"],
+    acked: Mapping[uuid.UUID, int],
+    dead: bool = False,
+    whole: bool = True,
+    elsewhere: Mapping[uuid.UUID, Sequence[tuple[int, int]]] | None = None,
+) -> list[str]:
+    """How the database breaks the promise: the first `acked` of each source are there, none twice, each as sent.
+
+    `dead` says that its writer is killed or stopped: then a copy of the files is recovered, and they stay as they are.
+    Values and the file itself are looked at if it is to be `whole`: ten times the work, so for the end. What is
+    `elsewhere`, in a spool, is not missing.
+    """
+    found = []
+    with _reader(database, dead) as reader:
+        batches = reader.execute(
+            "SELECT uuid, sequence, count, first_id FROM batch LEFT JOIN source ON source.id = source_id"
+            " ORDER BY first_id"
+        ).fetchall()
+        records, highest = reader.execute("SELECT count(*), coalesce(max(id), 0) FROM record").fetchone()
+        if whole:
+            found += [said for (said,) in reader.execute("PRAGMA quick_check") if said != "ok"]
+            values = array("q", (value for (value,) in reader.execute("SELECT value FROM record ORDER BY id")))
+    at = 0
+    stored: dict[uuid.UUID, list[tuple[int, int]]] = defaultdict(list)
+    for name, sequence, count, first_id in batches:
+        source = uuid.UUID(bytes=name or bytes(16))
+        stored[source].append((sequence, sequence + count))
+        if first_id != at + 1:
+            found.append(f"ids: a batch begins at {first_id}, not {at + 1}")
+        if whole and values[at : at + count] != sent.get(source, array("q"))[sequence : sequence + count]:
+            found.append(f"{source}: of the records from {sequence} on, {count}, some were never sent")
+        at += count
+    if not at == records == highest:
+        found.append(f"ids: {at} records in batches, {records} in all, the last is {highest}")
+    for source in {*stored, *acked}:
+        end = 0
+        for first, after in sorted(stored[source]):
+            if first < end:
+                found.append(f"{source}: records {first} to {min(end, after) - 1} are stored twice")
+            end = max(end, after)
+        end = 0
+        anywhere = [*stored[source], *(elsewhere or {}).get(source, ())]
+        for first, after in [*sorted(anywhere), (acked.get(source, 0), 0)]:
+            if first > end < acked.get(source, 0):
+                found.append(f"{source}: records {end} to {min(first, acked[source]) - 1} are acked and not stored")
+            end = max(end, after)
+    return found
+
+
+def spans(database: Path, dead: bool) -> dict[uuid.UUID, list[tuple[int, int]]]:
+    """Which records of each source a database holds, as `[first, end)`."""
+    found: dict[uuid.UUID, list[tuple[int, int]]] = defaultdict(list)
+    with _reader(database, dead) as reader:
+        for name, sequence, count in reader.execute(
+            "SELECT uuid, sequence, count FROM batch JOIN source ON source.id = source_id"
+        ):
+            found[uuid.UUID(bytes=name)].append((sequence, sequence + count))
+    return found
+
+
+@contextmanager
+def _reader(database: Path, dead: bool) -> Iterator[sqlite3.Connection]:
+    """A connection that sees one state of the database."""
+    with TemporaryDirectory(dir=database.parent) as apart:
+        if dead:
+            for path in database.parent.glob(f"{database.name}*"):
+                if not path.name.endswith(("-shm", "-lock")):
+                    shutil.copy(path, apart)
+            database = Path(apart) / database.name
+        with closing(sqlite3.connect(f"file:{database}?mode={'rw' if dead else 'ro'}", uri=True)) as reader:
+            reader.execute("BEGIN")
+            yield reader

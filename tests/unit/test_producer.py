@@ -1,0 +1,535 @@
+"""`ringoexp send` and its Producer: all stored, once, in order, whatever fails in between."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import uuid
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from support.harness import (
+    DEADLINE,
+    ROOT,
+    Blocked,
+    ServerProcess,
+    eventually,
+    free_port,
+    in_order,
+    raw_link,
+    rows,
+    seeded,
+    server,
+)
+from websockets.sync.server import ServerConnection as Peer
+from websockets.sync.server import serve
+
+from ringolib.client import producer
+from ringolib.client import send as command
+from ringolib.client.producer import Producer, ProducerError
+from ringolib.net import websocket as websock
+from ringolib.wire import SUBPROTOCOL, decode_batch, encode_ack
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websock, "BACKOFF_FIRST", 0.005)
+    monkeypatch.setattr(websock, "BACKOFF_MOST", 0.05)
+    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
+
+
+def send(directory: Path, *flags: str, given: bytes = b"") -> "subprocess.CompletedProcess[str]":
+    """`ringoexp send` with these flags, to its end."""
+    command = [sys.executable, str(ROOT / "ringoexp.py"), "send", *flags]
+    done = subprocess.run(command, cwd=directory, input=given, capture_output=True, timeout=60)
+    assert b"Traceback" not in done.stderr
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A complete system for tests that leave it as it was, but for its records."""
+    directory = tmp_path_factory.mktemp("shared")
+    with server(directory, "-p", "0", "-T", "0") as running:
+        running.database = directory / "ringoexp.db"  # type: ignore[attr-defined]
+        yield running
+
+
+@contextmanager
+def peer(answer: object) -> Iterator[str]:
+    """A server that nobody here wrote, with `answer` for each connection; its URL."""
+    with serve(answer, "localhost", 0, subprotocols=[SUBPROTOCOL]) as running:  # type: ignore[arg-type,list-item]
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        try:
+            yield f"ws://localhost:{running.socket.getsockname()[1]}/v1.0/ingest"
+        finally:
+            running.shutdown()
+            thread.join(DEADLINE)
+
+
+def test_lines_of_a_pipe_are_stored_in_order(tmp_path: Path) -> None:
+    values = [*range(-3, 100_000), 2**63 - 1, -(2**63)]
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        given = "".join(f"{value}\n" for value in values)[:-1].encode()  # the last line without its end
+        done = send(tmp_path, "--url", running.url, "--json", given=given)
+        summary = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (summary["sent"], summary["acked"], summary["reconnects"]) == (len(values), len(values), 0)
+    assert in_order(tmp_path / "ringoexp.db", summary["source"]) == values
+
+
+def test_the_readmes_three_lines(tmp_path: Path) -> None:
+    (lines,) = re.findall(r"^```\n(from producer.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        script = lines.replace("6660", str(running.port))
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=DEADLINE)
+    assert [value for _, _, value in rows(tmp_path / "ringoexp.db")] == [1, 2, 3]
+
+
+def test_the_readme_lists_the_flags() -> None:
+    text = (ROOT / "README.md").read_text()
+    for action in command.parser()._actions:
+        for flag in action.option_strings:
+            written = "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag  # or with hyphens
+            assert f"`{written}`" in text or flag in ("-h", "--help")
+
+
+def test_a_binary_file(tmp_path: Path) -> None:
+    (tmp_path / "numbers").write_bytes(struct.pack(">3q", 5, -5, 2**62))
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        done = send(tmp_path, "--url", running.url, "--binary", "--json", "numbers")
+        cut = send(tmp_path, "--url", running.url, "--binary", given=bytes(11))
+    assert in_order(tmp_path / "ringoexp.db", json.loads(done.stdout)["source"]) == [5, -5, 2**62]
+    assert cut.returncode == 2 and "3 bytes are left at the end" in cut.stderr
+
+
+@pytest.mark.parametrize("bad", ["x", "1.5", "1 2", "1_0", "9223372036854775808", "٣", "--1", "caf\xe9"])
+def test_a_bad_line_is_named_and_what_came_before_is_stored(shared: ServerProcess, tmp_path: Path, bad: str) -> None:
+    done = send(tmp_path, "--url", shared.url, "--json", given=f"7\n\n -8 \n{bad}\n9\n".encode())
+    summary = json.loads(done.stdout)
+    said, rest = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert "line 4 is not a whole number" in said and (bad in said or "\\" in said)
+    assert rest.endswith(
+        f"2 of 2 acked; send what follows the first 2 integers with --source {summary['source']} --first 2"
+    )
+    assert in_order(shared.database, json.loads(done.stdout)["source"]) == [7, -8]
+
+
+def test_a_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
+    lines = [str(value) for value in range(200_000)]
+    lines[150_000] = "oops"
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        done = send(tmp_path, "--url", running.url, "--json", given="\n".join(lines).encode())
+    assert "line 150001 is not" in done.stderr
+    assert in_order(tmp_path / "ringoexp.db", json.loads(done.stdout)["source"]) == list(range(150_000))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--url", "http://localhost/"], "ws://HOST:PORT"),
+        (["--url", "ws://localhost:99999/"], "ws://HOST:PORT"),
+        (["--url", "ws://localhost:0/"], "ws://HOST:PORT"),
+        (["--url", "ws://a..b:6660/"], "ws://HOST:PORT"),
+        (["--url", "ws://localhost:6660/a b"], "ws://HOST:PORT"),
+        (["--url", "ws://localhost:6660/\xe9"], "ws://HOST:PORT"),
+        (["--url", "ws://localhost:6660/?a=1"], "ws://HOST:PORT"),
+        (["--url", "ws://me:secret@localhost:6660/"], "a name or a password in it is not accepted"),
+        (["--key", "key.pem"], "is of no use without --cert"),
+        (["--url", "ws+unix::/v1.0/ingest"], "ws+unix:PATH:/v1.0/ingest"),
+        (["--url", "ws+unix:///tmp/x.sock:/a b"], "ws+unix:PATH:/v1.0/ingest"),
+        (["--first", "-1"], "a whole number from 0"),
+        (["--source", "me"], "a UUID"),
+        (["--nope"], "unrecognized arguments"),
+    ],
+)
+def test_bad_usage_is_one_line(tmp_path: Path, flags: list[str], said: str) -> None:
+    done = send(tmp_path, *flags)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("ringoexp send: error: ") and said in done.stderr
+    assert "secret" not in done.stderr
+
+
+@pytest.mark.parametrize("given", [b"1\r\n\r\n2\r\n", b"1\n\n2\n", b" 1 \n \n2"])
+def test_empty_lines_are_skipped(shared: ServerProcess, tmp_path: Path, given: bytes) -> None:
+    done = send(tmp_path, "--url", shared.url, "--json", given=given)
+    assert done.returncode == 0
+    assert in_order(shared.database, json.loads(done.stdout)["source"]) == [1, 2]
+
+
+def test_numbers_beyond_the_last_are_said_in_one_line(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        done = send(tmp_path, "--url", running.url, "--first", str(2**63 - 3), given=b"1\n2\n3\n4\n")
+    assert done.returncode == 2 and "sequences end at 2**63 - 1" in done.stderr
+
+
+def test_a_closed_stdin_is_one_line(tmp_path: Path) -> None:
+    command = f"exec {sys.executable} {ROOT / 'ringoexp.py'} send <&-"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stderr) == (1, "ringoexp send: error: stdin: it is closed\n")
+
+
+@pytest.mark.parametrize("streams", ["2>&-", ">/dev/full", ">&-", "2>/dev/full"])
+def test_what_nobody_can_read_stops_nothing(shared: ServerProcess, tmp_path: Path, streams: str) -> None:
+    source = uuid.uuid4()
+    flags = f"--json --source {source} --url {shared.url}"
+    command = f"echo 7 | {sys.executable} {ROOT / 'ringoexp.py'} send {flags} {streams}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert in_order(shared.database, source) == [7]
+
+
+def test_why_it_makes_no_progress_is_said_once(tmp_path: Path) -> None:
+    port = free_port()
+    url = f"ws://localhost:{port}/v1.0/ingest"
+    command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdin and running.stderr
+        running.stdin.write("1\n")
+        running.stdin.close()
+        first = running.stderr.readline()
+        assert first.startswith(f"ringoexp send: {url}: ") and first.endswith("Connection refused; trying again\n")
+        with server(tmp_path, "-p", str(port), "-T", str(port)):
+            assert running.wait(DEADLINE) == 0
+        assert running.stderr.read() == ""
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    done = send(tmp_path, "nowhere")
+    assert (done.returncode, done.stderr) == (1, "ringoexp send: error: nowhere: No such file or directory\n")
+
+
+def test_a_server_that_refuses_for_good_ends_it(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        done = send(tmp_path, "--url", running.url.replace("ingest", "nothing"), given=b"1\n")
+    assert done.returncode == 1 and "refused with HTTP status 404" in done.stderr
+    assert "0 of 1 acked; send all of it again with --source " in done.stderr
+
+
+def test_what_is_sent_before_the_server_is_there_is_stored_once_it_is(tmp_path: Path) -> None:
+    port = free_port()
+    with Producer(f"ws://localhost:{port}/v1.0/ingest") as sender:
+        sender.send(range(1000))
+        with pytest.raises(TimeoutError, match="1000 records are not acked"):
+            sender.flush(0.05)
+        with server(tmp_path, "-p", str(port), "-T", str(port)):
+            sender.flush(DEADLINE)
+            assert (sender.sent, sender.acked, sender.reconnects) == (1000, 1000, 0)
+    assert in_order(tmp_path / "ringoexp.db", sender.source) == list(range(1000))
+
+
+@pytest.mark.parametrize("victim", ["consumer", "publisher"])
+def test_servers_are_killed_and_everything_is_stored_once(tmp_path: Path, victim: str) -> None:
+    seed = seeded()
+    rng = random.Random(seed)
+    ports = {"consumer": free_port(), "publisher": free_port()}
+    flags = {
+        "consumer": ["-I", "false", "-p", str(ports["consumer"]), "-D", "c.db"],
+        "publisher": ["-p", str(ports["publisher"]), "-T", str(ports["consumer"])],
+    }
+    running = {role: ServerProcess(tmp_path, *flags[role]) for role in flags}
+    values = array("q", rng.randbytes(8 * 400_000))
+    try:
+        with Producer(f"ws://localhost:{ports['publisher']}/v1.0/ingest") as sender:
+            call = Blocked(lambda: sender.send(values))
+            for turn in range(1, 4):
+                eventually(lambda turn=turn: sender.acked > turn * 50_000, "acks")
+                running[victim].kill()
+                known = sender.acked
+                if victim == "consumer":
+                    held = {sequence for _, sequence, _ in rows(tmp_path / "c.db")}
+                    assert held >= set(range(known)), "acked and gone"
+                running[victim] = ServerProcess(tmp_path, *flags[victim])
+            call.result()
+            sender.flush(60)
+            assert (sender.reconnects > 0) == (victim == "publisher")
+    finally:
+        for each in running.values():
+            each.kill()
+    assert in_order(tmp_path / "c.db", sender.source) == list(values)
+
+
+def test_a_killed_sender_goes_on_with_its_source(tmp_path: Path) -> None:
+    """What it had sent and did not know to be acked is sent again, and stored once."""
+    source = uuid.uuid4()
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", running.url, "--source", str(source)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as first:
+            assert first.stdin
+            first.stdin.write(b"".join(b"%d\n" % value for value in range(50_000)))
+            first.stdin.flush()
+            eventually(lambda: running.stats()["recordsStored"] > 1000)
+            first.kill()
+            first.stdin.close()
+        assert first.returncode == -signal.SIGKILL
+        rest = b"".join(b"%d\n" % value for value in range(500, 60_000))
+        done = send(tmp_path, "--url", running.url, "--source", str(source), "--first", "500", given=rest)
+        assert done.returncode == 0
+    assert in_order(tmp_path / "ringoexp.db", source) == list(range(60_000))
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    url = f"ws://localhost:{free_port()}/v1.0/ingest"
+    command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdin and running.stderr
+        running.stdin.write(b"1\n2\n")
+        running.stdin.flush()
+        # It reads, and then waits for more: only then the signal.
+        eventually(lambda: "pipe_read" in Path(f"/proc/{running.pid}/wchan").read_text() or stat_sleeps(running.pid))
+        eventually(lambda: len(os.listdir(f"/proc/{running.pid}/task")) > 1)
+        running.send_signal(signal.SIGINT)
+        said = running.stderr.read().decode()
+    assert running.returncode == 130 and "Traceback" not in said
+    assert "interrupted" in said
+
+
+def test_ctrl_c_before_the_first_record_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*unused: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "Producer", interrupted)
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    with sys.stdin:
+        assert command.main([]) == 130
+    assert capsys.readouterr().err == "ringoexp send: error: interrupted\n"
+
+
+def stat_sleeps(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
+def test_acks_that_stand_for_a_part_of_a_message_and_lost_links() -> None:
+    """Every connection is cut after some records; what was not acked comes again under the same numbers."""
+    seen: dict[int, int] = {}
+    links: list[int] = []
+    source = uuid.uuid4()
+
+    def answer(connection: Peer) -> None:
+        links.append(1)
+        total = 0
+        for message in connection:
+            block = decode_batch(message)  # type: ignore[arg-type]
+            (run,) = block.runs
+            assert run.source == source.bytes
+            for offset, value in enumerate(block.values):
+                assert seen.setdefault(run.first + offset, value) == value
+                total += 1
+                if total == 700 * len(links):
+                    connection.send(encode_ack(total))
+                    connection.socket.shutdown(socket.SHUT_RDWR)
+                    return
+            connection.send(encode_ack(total))
+
+    with peer(answer) as url, Producer(url, source) as sender:
+        for start in range(0, 5000, 500):
+            sender.send(range(start, start + 500))
+        sender.flush(DEADLINE)
+        assert sender.acked == 5000 and sender.reconnects == len(links) - 1 > 1
+    assert seen == {number: number for number in range(5000)}
+
+
+def test_a_stalled_server_is_given_up_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.2)
+    links: list[int] = []
+
+    def answer(connection: Peer) -> None:
+        links.append(1)
+        for _ in connection:
+            if len(links) > 2:
+                connection.send(encode_ack(3))
+
+    with peer(answer) as url, Producer(url) as sender:
+        sender.send([1, 2, 3])
+        sender.flush(DEADLINE)
+    assert len(links) == 3
+
+
+def test_a_server_that_acks_nothing_is_given_up_though_records_trickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.3)
+    links: list[int] = []
+
+    def answer(connection: Peer) -> None:
+        links.append(1)
+        for _ in connection:
+            pass
+
+    with peer(answer) as url:
+        sender = Producer(url)
+
+        def trickled() -> bool:
+            sender.send([1])
+            return len(links) > 1
+
+        eventually(trickled)
+        sender.close()
+
+
+def test_ctrl_c_counts_again_once_it_is_said_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*unused: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(producer.Producer, "flush", interrupted)
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    with sys.stdin:
+        assert command.main([]) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert capsys.readouterr().err == "ringoexp send: error: interrupted\n"
+
+
+def test_without_a_thread_for_the_progress_it_sends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_to_be_had(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    progress = command._Progress(None)  # type: ignore[arg-type]
+    monkeypatch.setattr(threading.Thread, "start", none_to_be_had)
+    with progress:
+        pass
+
+
+def test_send_waits_while_too_much_is_not_acked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producer, "MOST_UNACKED", 10)
+    monkeypatch.setattr(producer, "CHUNK_RECORDS", 5)
+    gate = threading.Event()
+
+    def answer(connection: Peer) -> None:
+        total = 0
+        for message in connection:
+            total += len(decode_batch(message).values)  # type: ignore[arg-type]
+            assert gate.wait(DEADLINE)
+            connection.send(encode_ack(total))
+
+    with peer(answer) as url, Producer(url) as sender:
+        sender.send(range(10))
+        more = Blocked(lambda: sender.send(range(3)))
+        assert more.still()
+        gate.set()
+        more.result()
+        sender.flush(DEADLINE)
+        assert sender.acked == 13
+
+
+def test_acks_count_while_the_server_is_slow_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads a little at a time, and each time acks what it has; no message is taken whole in a STALL_TIMEOUT."""
+    monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sender = Producer(f"ws://127.0.0.1:{listener.getsockname()[1]}/")
+        sender.send(range(producer.CHUNK_RECORDS * 20))
+        with raw_link(listener) as peer:
+            start = monotonic()
+            acked = 0
+            while monotonic() < start + 2.0:  # four times the patience
+                assert peer.recv(2048)
+                acked += 10
+                peer.sendall(b"\x82\x08" + encode_ack(acked))
+                threading.Event().wait(0.02)  # the server's slowness
+            eventually(lambda: sender.acked == acked)
+            assert sender.reconnects == 0
+            sender.close()
+
+
+def test_an_ack_of_more_than_was_sent_is_not_believed() -> None:
+    links: list[int] = []
+
+    def answer(connection: Peer) -> None:
+        links.append(1)
+        connection.recv()
+        connection.send(encode_ack(3 if len(links) > 1 else 4))
+
+    with peer(answer) as url, Producer(url) as sender:
+        sender.send([1, 2, 3])
+        sender.flush(DEADLINE)
+    assert len(links) == 2
+
+
+def test_what_nobody_expected_reaches_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*unused: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(producer, "ClientConnection", broken)
+    sender = Producer()
+    sender.send([1])
+    with pytest.raises(ProducerError, match="ZeroDivisionError: a bug"):
+        sender.flush(DEADLINE)
+    sender.close()
+
+
+def test_close_ends_a_flush_and_does_not_wait_for_a_server_that_reads_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sender = Producer(f"ws://127.0.0.1:{listener.getsockname()[1]}/")
+        sender.send(range(producer.CHUNK_RECORDS * 60))
+        with raw_link(listener):
+            flush = Blocked(sender.flush)
+            eventually(lambda: sender._unsent < 60 and flush.still())
+            closing = Blocked(sender.close)
+            with pytest.raises(ValueError, match="closed"):
+                flush.result()
+            closing.result(producer.STALL_TIMEOUT / 4)
+
+
+def test_a_refusal_for_good_reaches_send_and_flush() -> None:
+    def answer(connection: Peer) -> None:
+        connection.recv()
+        connection.close(1007, "no")
+
+    with peer(answer) as url:
+        sender = Producer(url)
+        sender.send([1])
+        with pytest.raises(ProducerError, match="closed with 1007 no"):
+            sender.flush(DEADLINE)
+        with pytest.raises(ProducerError, match="closed with 1007 no"):
+            sender.send([2])
+        sender.close()
+
+
+def test_misuse_is_said() -> None:
+    with pytest.raises(ValueError, match="ws://"):
+        Producer("localhost:6660")
+    with pytest.raises(ValueError, match="first"):
+        Producer(first=-1)
+    sender = Producer(f"ws://localhost:{free_port()}/")
+    with pytest.raises(OverflowError):
+        sender.send([1, 2**63])
+    assert sender.sent == 0
+    sender.close()
+    sender.close()
+    with pytest.raises(ValueError, match="closed"):
+        sender.send([1])
+    with pytest.raises(RuntimeError, match="mine"), Producer(f"ws://localhost:{free_port()}/") as other:
+        other.send([1])
+        raise RuntimeError("mine")  # and it does not wait for a flush
+    assert not [thread for thread in threading.enumerate() if thread.name == "producer"]
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1.0/ingest"])
+def test_the_path_may_be_left_out(tmp_path: Path, path: str) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        with Producer(f"ws://localhost:{running.port}{path}") as producer:
+            producer.send([1])
+        assert producer.acked == 1
+
+
+def test_a_server_that_is_no_websocket_there_ends_it_with_a_hint(tmp_path: Path) -> None:
+    """200, as of a page, or a redirect: the next time it would be the same."""
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        url = f"ws://localhost:{running.port}/v1.0/alive"
+        with pytest.raises(ProducerError, match="HTTP status 200: is that the /v1.0/ingest of a ringoexp"):
+            with Producer(url) as producer:
+                producer.send([1])

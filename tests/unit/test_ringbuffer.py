@@ -1,0 +1,627 @@
+"""The ring: what it guarantees to producers and workers, each rule by itself and all of them under load."""
+
+import random
+import threading
+import time
+from array import array
+
+import pytest
+from support.harness import DEADLINE, Blocked, seeded
+
+import ringbuffer
+from ringbuffer import Batch, Closed, Full, Ring
+from ringolib.wire import Run
+
+A, B = b"a" * 16, b"b" * 16
+
+
+def ints(*values: int) -> "array[int]":
+    return array("q", values)
+
+
+def ring_of(capacity: int, *values: int) -> Ring:
+    """A ring that holds these values of source A."""
+    ring = Ring(capacity)
+    ring.put(ints(*values), A, 0, 0)
+    return ring
+
+
+def check(ring: Ring) -> None:
+    """The ring's invariant, from its snapshot."""
+    stats = ring.stats()
+    assert 0 <= stats.committed <= stats.cursor
+    assert stats.depth == stats.cursor - stats.committed <= stats.capacity
+    assert stats.backlog + stats.in_flight <= stats.depth <= stats.high_water
+
+
+@pytest.mark.parametrize("capacity", [0, -1])
+def test_a_ring_has_at_least_one_slot(capacity: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        Ring(capacity)
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 7])
+def test_values_come_out_as_they_went_in_whatever_the_wrap(capacity: int) -> None:
+    ring = Ring(capacity)
+    out: list[int] = []
+    for first in range(0, 60, 3):
+        call = Blocked(lambda first=first: ring.put(ints(first, first + 1, -first - 2), A, first))
+        taken = 0
+        while taken < 3:
+            batch = ring.reserve(2)
+            taken += len(batch)
+            out += batch.values
+            ring.commit(batch)
+        assert call.result() == first + 3
+        check(ring)
+    assert out == [value for first in range(0, 60, 3) for value in (first, first + 1, -first - 2)]
+
+
+def test_put_returns_the_sequence_after_the_last_and_no_values_are_no_change() -> None:
+    ring = ring_of(4, 1, 2, 3)
+    assert ring.put(ints(), A, 3) == 3
+    assert ring.put(ints(4), A, 3) == 4
+    assert ring.cursor == 4
+
+
+def test_put_copies_and_takes_views() -> None:
+    values = ints(1, 2, 3)
+    ring = Ring(4)
+    with memoryview(values)[1:] as view:
+        ring.put(view, A, 0)
+    values[1] = 99
+    assert list(ring.reserve(4).values) == [2, 3]
+
+
+def test_extremes_of_64_bits_pass() -> None:
+    ring = ring_of(2, 2**63 - 1, -(2**63))
+    assert list(ring.reserve(2).values) == [2**63 - 1, -(2**63)]
+
+
+def test_put_blocks_while_full_and_a_reserved_slot_is_not_free() -> None:
+    ring = ring_of(2, 1, 2)
+    call = Blocked(lambda: ring.put(ints(3), A, 2))
+    assert call.still()
+    batch = ring.reserve(1)
+    assert call.still()
+    ring.commit(batch)
+    assert call.result() == 3
+    assert ring.stats().times_full == 1
+
+
+def test_more_than_fits_goes_in_piece_by_piece() -> None:
+    ring = Ring(2)
+    call = Blocked(lambda: ring.put(ints(*range(5)), A, 0))
+    out: list[int] = []
+    while len(out) < 5:
+        batch = ring.reserve(9)
+        assert len(batch) <= 2
+        out += batch.values
+        ring.commit(batch)
+    assert call.result() == 5
+    assert out == list(range(5))
+
+
+def test_full_says_how_many_are_in_and_a_timed_out_put_leaves_no_trace() -> None:
+    ring = Ring(3)
+    with pytest.raises(Full) as full:
+        ring.put(ints(*range(5)), A, 0, 0.01)
+    assert full.value.accepted == 3
+    with pytest.raises(Full) as full:
+        ring.put(ints(7), A, 5, 0)
+    assert full.value.accepted == 0
+    batch = ring.reserve(9)
+    assert (list(batch.values), batch.runs) == ([0, 1, 2], [Run(A, 0, 3)])
+    ring.commit(batch)
+    ring.put(ints(8), B, 0, 0)
+    assert list(ring.reserve(9).values) == [8]
+    assert ring.cursor == 4
+
+
+def test_a_commit_wakes_every_producer_whatever_the_size_of_its_block() -> None:
+    ring = ring_of(4, 1, 2, 3, 4)
+    calls = [Blocked(lambda n=n: ring.put(ints(*range(n)), A, 0)) for n in (1, 2, 1)]
+    assert all(call.still(0.02) for call in calls)
+    ring.commit(ring.reserve(4))
+    for call in calls:
+        call.result()
+
+
+def test_batches_finish_in_any_order_but_only_the_gapless_prefix_is_free() -> None:
+    ring = ring_of(6, *range(6))
+    first, second, third = (ring.reserve(2) for _ in range(3))
+    ring.commit(third)
+    ring.commit(second)
+    assert ring.committed == 0
+    with pytest.raises(Full):
+        ring.put(ints(9), A, 6, 0)
+    assert not ring.wait_committed(1, 0)
+    ring.commit(first)
+    assert ring.committed == 6
+    assert ring.wait_committed(6, 0)
+    assert ring.stats().depth == 0
+
+
+def test_a_requeued_batch_comes_first_unchanged_and_the_oldest_before_the_others() -> None:
+    ring = ring_of(6, *range(6))
+    first, second, third = (ring.reserve(2) for _ in range(3))
+    ring.requeue(third)
+    ring.requeue(first)
+    assert ring.reserve(1) is first  # whole, whatever the limit
+    assert ring.reserve(9) is third
+    assert list(first.values) == [0, 1]
+    for batch in (second, third, first):
+        ring.commit(batch)
+    assert ring.committed == 6
+
+
+def test_a_batch_lands_once() -> None:
+    ring = ring_of(2, 1, 2)
+    batch, other = ring.reserve(1), ring.reserve(1)
+    ring.commit(batch)
+    for operation in (ring.commit, ring.requeue):
+        with pytest.raises(ValueError, match="not in flight"):
+            operation(batch)
+    ring.requeue(other)
+    for operation in (ring.commit, ring.requeue):
+        with pytest.raises(ValueError, match="not in flight"):
+            operation(other)
+    with pytest.raises(ValueError, match="not in flight"):
+        ring.commit(Batch(1, 2, [], 0))  # equal is not identical
+
+
+def test_reserve_blocks_until_there_is_something_or_its_time_is_over() -> None:
+    ring = Ring(2)
+    with pytest.raises(TimeoutError):
+        ring.reserve(1, 0.01)
+    call = Blocked(lambda: ring.reserve(1))
+    assert call.still()
+    ring.put(ints(5), A, 0)
+    assert list(call.result().values) == [5]
+
+
+def test_two_waiting_workers_share_what_one_put_brought() -> None:
+    ring = Ring(4)
+    calls = [Blocked(lambda: ring.reserve(1)) for _ in range(2)]
+    assert all(call.still(0.02) for call in calls)
+    ring.put(ints(1, 2), A, 0)
+    assert sorted(call.result().values[0] for call in calls) == [1, 2]
+
+
+def test_runs_merge_where_they_continue_and_are_cut_where_a_batch_ends() -> None:
+    ring = Ring(20)
+    ring.put(ints(0, 1), A, 0)
+    ring.put(ints(2), A, 2)
+    ring.put(ints(9), B, 7)
+    ring.put(ints(5), A, 5)
+    ring.put(ints(6), A, 6)
+    ring.put(ints(6), A, 6)  # the same again does not continue
+    assert ring.reserve(2).runs == [Run(A, 0, 2)]
+    assert ring.reserve(4).runs == [Run(A, 2, 1), Run(B, 7, 1), Run(A, 5, 2)]
+    assert ring.reserve(9).runs == [Run(A, 6, 1)]
+
+
+def test_after_close_nothing_goes_in_but_all_comes_out() -> None:
+    ring = ring_of(3, 1, 2)
+    ring.close()
+    with pytest.raises(Closed) as closed:
+        ring.put(ints(3), A, 2)
+    assert closed.value.accepted == 0
+    batch = ring.reserve(9)
+    assert not ring.join(0)
+    ring.commit(batch)
+    assert ring.join(0)
+    with pytest.raises(Closed):
+        ring.reserve(1)
+
+
+def test_close_wakes_a_blocked_put_which_says_how_many_are_in() -> None:
+    ring = Ring(2)
+    call = Blocked(lambda: ring.put(ints(1, 2, 3), A, 0))
+    assert call.still()
+    ring.close()
+    with pytest.raises(Closed) as closed:
+        call.result()
+    assert closed.value.accepted == 2
+
+
+def test_after_close_a_worker_waits_for_what_is_in_flight_and_may_come_back() -> None:
+    for come_back in (True, False):
+        ring = ring_of(2, 1)
+        batch = ring.reserve(1)
+        ring.close()
+        call = Blocked(lambda ring=ring: ring.reserve(1))
+        assert call.still()
+        if come_back:
+            ring.requeue(batch)
+            assert call.result() is batch
+        else:
+            ring.commit(batch)
+            with pytest.raises(Closed):
+                call.result()
+
+
+def test_close_wakes_every_idle_worker_of_an_empty_ring() -> None:
+    ring = Ring(1)
+    calls = [Blocked(lambda: ring.reserve(1)) for _ in range(3)]
+    assert all(call.still(0.02) for call in calls)
+    ring.close()
+    for call in calls:
+        with pytest.raises(Closed):
+            call.result()
+
+
+def test_abort_ends_every_wait() -> None:
+    ring = ring_of(1, 1)
+    batch = ring.reserve(1)
+    calls = [
+        Blocked(lambda: ring.put(ints(2), A, 1)),
+        Blocked(lambda: ring.reserve(1)),
+        Blocked(lambda: ring.wait_committed(1)),
+        Blocked(lambda: ring.join()),
+    ]
+    assert all(call.still(0.02) for call in calls)
+    ring.abort()
+    for call in calls[:2]:
+        with pytest.raises(Closed):
+            call.result()
+    assert calls[2].result() is False
+    assert calls[3].result() is False
+    ring.commit(batch)  # what was under way may still land
+    assert ring.wait_committed(1, 0) and ring.join(0)
+
+
+def test_wait_committed_blocks_until_everything_before_is_stored() -> None:
+    ring = ring_of(3, 1, 2, 3)
+    first, second = ring.reserve(1), ring.reserve(2)
+    call = Blocked(lambda: ring.wait_committed(2))
+    ring.commit(first)
+    assert call.still()
+    ring.commit(second)
+    assert call.result() is True
+    assert ring.wait_committed(4, 0.01) is False
+
+
+def test_workers_are_wanted_when_something_waits_and_nobody_does() -> None:
+    ring = Ring(4)
+    assert not ring.wants_workers
+    ring.put(ints(1), A, 0)
+    assert ring.wants_workers
+    batch = ring.reserve(4)
+    assert not ring.wants_workers
+    ring.requeue(batch)
+    assert ring.wants_workers
+
+
+def test_what_is_stored_beyond_a_gap_is_counted() -> None:
+    ring = ring_of(5, 1, 2, 3)
+    first, second = ring.reserve(1), ring.reserve(2)
+    ring.commit(second)
+    assert (ring.stats().stored, ring.stats().committed) == (2, 0)
+    ring.commit(first)
+    assert (ring.stats().stored, ring.stats().committed) == (3, 3)
+
+
+def test_a_batch_that_cannot_be_copied_is_reserved_again_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = ring_of(5, 1, 2, 3)
+
+    def no_memory(start: int, end: int) -> "array[int]":
+        raise MemoryError
+
+    with monkeypatch.context() as short:
+        short.setattr(ring, "_read", no_memory)
+        with pytest.raises(MemoryError):
+            ring.reserve(2)
+    assert ring.stats().in_flight == 0
+    batch = ring.reserve(1)
+    assert (list(batch.values), batch.end) == ([1, 2], 2)
+
+
+def test_stats_agree_and_show_the_age_of_the_oldest_in_flight() -> None:
+    ring = ring_of(5, 1, 2, 3, 4)
+    assert ring.stats().oldest_in_flight == 0
+    batch = ring.reserve(3)
+    stats = ring.stats()
+    assert stats[:10] == (5, 4, 3, 0, 0, 4, 1, 3, 4, 0)
+    assert 0 <= stats.oldest_in_flight < 60
+    ring.commit(batch)
+    assert (ring.stats().depth, ring.stats().high_water, ring.stats().oldest_in_flight) == (1, 4, 0)
+
+
+def test_the_age_of_a_batch_that_fails_again_and_again_counts_from_the_first_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(ringbuffer, "monotonic", lambda: now[0])
+    ring = ring_of(5, 1, 2)
+    for age in (0, 10, 20):
+        assert ring.stats().oldest_in_flight == age
+        batch = ring.reserve(1)
+        ring.requeue(batch)
+        now[0] += 10
+    ring.commit(ring.reserve(1))
+    assert ring.stats().oldest_in_flight == 0
+
+
+def test_the_layout_says_where_what_is() -> None:
+    ring = ring_of(8, *range(8))
+    assert ring.layout() == (8, 0, 0, 8, [], [])
+    first, second, third, fourth = (ring.reserve(1) for _ in range(4))
+    assert ring.layout() == (8, 0, 4, 8, [(0, 4)], [])
+    ring.requeue(second)
+    assert ring.layout() == (8, 0, 4, 8, [(0, 1), (2, 4)], [])
+    ring.commit(fourth)
+    ring.commit(third)
+    assert ring.layout() == (8, 0, 4, 8, [(0, 1)], [(2, 4)])
+    ring.commit(first)
+    ring.commit(ring.reserve(1))
+    assert ring.layout() == (8, 4, 4, 8, [], [])
+
+
+def test_many_producers_and_failing_workers_lose_and_double_nothing() -> None:
+    seed = seeded()
+    ring = Ring(37)
+    sources = [bytes([number]) * 16 for number in range(6)]
+    stored: dict[tuple[bytes, int], int] = {}
+    errors: list[BaseException] = []
+    lock = threading.Lock()
+
+    def produce(number: int) -> None:
+        rng, first = random.Random(seed + number), 0
+        while first < 4000:
+            size = min(rng.choice((1, 1, 2, 5, 36, 37, 90)), 4000 - first)
+            block = array("q", range(number * 10_000 + first, number * 10_000 + first + size))
+            timeout = rng.choice((None, 0.001))
+            try:
+                end = ring.put(block, sources[number], first, timeout)
+                first += size
+            except Full as full:
+                first += full.accepted
+                continue
+            if rng.random() < 0.02:
+                assert ring.wait_committed(end, 20)
+
+    def work(number: int) -> None:
+        rng = random.Random(-seed - number)
+        while True:
+            try:
+                batch = ring.reserve(rng.randrange(1, 40), rng.choice((None, 0.001)))
+            except Closed:
+                return
+            except TimeoutError:
+                continue
+            if rng.random() < 0.3:
+                ring.requeue(batch)
+                continue
+            with lock:
+                values = iter(batch.values)
+                for run in batch.runs:
+                    for sequence in range(run.first, run.first + run.count):
+                        assert (run.source, sequence) not in stored
+                        stored[run.source, sequence] = next(values)
+            check(ring)
+            ring.commit(batch)
+
+    def guarded(job: object, number: int) -> None:
+        try:
+            job(number)  # type: ignore[operator]
+        except BaseException as error:
+            errors.append(error)
+            ring.abort()
+
+    producers = [threading.Thread(target=guarded, args=(produce, n), daemon=True) for n in range(6)]
+    workers = [threading.Thread(target=guarded, args=(work, n), daemon=True) for n in range(5)]
+    for thread in producers + workers:
+        thread.start()
+    for thread in producers:
+        thread.join(40)
+    ring.close()
+    assert ring.join(20)
+    for thread in workers:
+        thread.join(20)
+    assert not errors and not any(thread.is_alive() for thread in producers + workers)
+    assert stored == {(sources[n], k): n * 10_000 + k for n in range(6) for k in range(4000)}
+    assert ring.stats().high_water <= 37
+
+
+def test_a_marked_batch_goes_to_who_takes_its_mark_and_keeps_it() -> None:
+    ring = ring_of(5, 1, 2, 3)
+    ring.requeue(ring.reserve(1), "here")
+    assert ring.marks() == [("here", 1)]
+    assert ring.has_for(lambda mark: mark == "here") and not ring.has_for(lambda mark: False)
+    assert ring.reserve(1, takes=lambda mark: mark == "there").start == 1, "others go on with newer ones"
+    batch = ring.reserve(5, takes=lambda mark: mark == "here")
+    assert (list(batch.values), batch.runs) == ([1], [Run(A, 0, 1)]), "the older one first, unchanged"
+    assert ring.marks() == [("here", 1)], "in flight, too"
+    ring.requeue(batch)
+    assert ring.reserve(5, takes=lambda mark: False).start == 2
+    with pytest.raises(TimeoutError):
+        ring.reserve(5, 0.01, takes=lambda mark: False)
+    batch = ring.reserve(5)
+    assert batch.start == 0, "who has no such condition takes all"
+    ring.commit(batch)
+    assert not ring.marks()
+
+
+def test_a_marked_batch_frees_its_slots_and_is_not_stored() -> None:
+    ring = ring_of(4, 1, 2, 3, 4)
+    doubt, other = ring.reserve(2), ring.reserve(2)
+    ring.requeue(doubt, "here")
+    check(ring)
+    assert not ring.is_stored(2) and not ring.is_stored(1)
+    ring.put(ints(5, 6), A, 4, 0)
+    ring.commit(other)
+    check(ring)
+    assert ring.stats().stored == 2 and ring.committed == 4
+    assert ring.is_stored(4, since=2) and ring.wait_committed(4, 0, since=2)
+    assert not ring.is_stored(4, since=1) and not ring.wait_committed(4, 0, since=1)
+    assert not ring.is_stored(6, since=2), "nor what was never reserved"
+    waiting = Blocked(lambda: ring.wait_committed(4, DEADLINE))
+    joining = Blocked(lambda: (ring.close(), ring.join(DEADLINE)))
+    assert waiting.still() and joining.still()
+    ring.commit(ring.reserve(9, takes=lambda mark: False))
+    idle = Blocked(lambda: ring.reserve(1, takes=lambda mark: False))
+    assert joining.still() and idle.still(), "what is set aside may be marked anew"
+    batch = ring.reserve(9)
+    assert (batch.start, list(batch.values)) == (0, [1, 2]), "other values are in its slots by now"
+    ring.commit(batch)
+    assert waiting.result() and joining.result() == (None, True) and ring.stats().stored == 6
+    with pytest.raises(Closed):
+        idle.result()
+
+
+def test_what_is_set_aside_is_bounded_and_the_rest_stays_in_its_slots() -> None:
+    ring = Ring(4)
+    for turn in range(2):
+        ring.put(ints(1, 2, 3), A, 3 * turn, 0)
+        ring.requeue(ring.reserve(3), "here")
+        check(ring)
+    assert ring.stats().depth == 3 == ring.stats().backlog, "as the first three are set aside already"
+    first = ring.reserve(4)
+    assert first.start == 0 and ring.stats().in_flight == 0
+    ring.commit(first)
+    assert ring.committed == 3 and ring.stats().stored == 3
+    ring.commit(ring.reserve(4))
+    assert ring.stats().stored == ring.committed == 6
+
+
+def test_what_found_no_room_beside_the_ring_is_set_aside_as_soon_as_there_is_some() -> None:
+    """Or else one that never comes back holds up a ring that has room."""
+    ring = Ring(4)
+    for turn, mark in enumerate(["back", "gone"]):
+        ring.put(ints(1, 2, 3, 4), A, 4 * turn, 0)
+        ring.requeue(ring.reserve(4, takes=lambda mark: False), mark)
+    producer = Blocked(lambda: ring.put(ints(5), A, 8, DEADLINE))
+    assert producer.still()
+    ring.commit(ring.reserve(4, takes=lambda mark: mark == "back"))
+    assert producer.result() == 9 and ring.is_stored(4) and not ring.is_stored(8, since=4)
+    check(ring)
+    assert ring.stats().depth == 1 and ring.stats().stored == 4
+
+
+def test_a_mark_wakes_every_worker_as_only_one_may_take_it() -> None:
+    ring = ring_of(9, 1)
+    batch = ring.reserve(1)
+    others = [Blocked(lambda: ring.reserve(1, 1, lambda mark: mark == "there")) for _ in range(3)]
+    mine = Blocked(lambda: ring.reserve(1, DEADLINE, lambda mark: mark == "here"))
+    assert mine.still() and all(each.still(0) for each in others)
+    ring.requeue(batch, "here")
+    assert mine.result() is batch
+    for each in others:
+        with pytest.raises(TimeoutError):
+            each.result()
+
+
+def test_workers_are_not_wanted_for_what_only_some_may_take() -> None:
+    ring = ring_of(9, 1)
+    ring.requeue(ring.reserve(1), "here")
+    assert not ring.wants_workers
+    ring.put(ints(2), A, 1)
+    assert ring.wants_workers
+
+
+def test_places_that_fail_with_batches_in_doubt_lose_and_double_nothing_and_nobody_is_told_too_early() -> None:
+    """Three places: a batch that failed in doubt may be stored there already, and is stored there only."""
+    seed = seeded()
+    ring = Ring(23)
+    places: list[dict[tuple[bytes, int], int]] = [{} for _ in range(3)]
+    sources = [bytes([number]) * 16 for number in range(5)]
+    errors: list[BaseException] = []
+    lock = threading.Lock()
+    doubts = []
+
+    def keep(place: int, batch: ringbuffer.Batch) -> None:
+        values = iter(batch.values)
+        with lock:
+            for run in batch.runs:
+                for sequence in range(run.first, run.first + run.count):
+                    value = next(values)
+                    assert places[place].setdefault((run.source, sequence), value) == value
+
+    def produce(number: int) -> None:
+        rng, first = random.Random(seed + number), 0
+        while first < 3000:
+            size = min(rng.choice((1, 2, 5, 22, 23, 60)), 3000 - first)
+            since = ring.cursor
+            end = ring.put(
+                array("q", range(number * 10_000 + first, number * 10_000 + first + size)), sources[number], first
+            )
+            first += size
+            if rng.random() < 0.1 and ring.wait_committed(end, rng.choice((0.001, 20)), since):
+                assert ring.is_stored(end, since)
+                with lock:
+                    known = set().union(*places)
+                assert all((sources[number], n) in known for n in range(first - size, first))
+
+    def work(number: int) -> None:
+        rng, place = random.Random(-seed - number), number % 3
+        while True:
+            try:
+                batch = ring.reserve(rng.randrange(1, 30), rng.choice((None, 0.001)), lambda mark: mark == place)
+            except Closed:
+                return
+            except TimeoutError:
+                continue
+            assert batch.mark in (None, place)
+            check(ring)
+            fate = rng.random()
+            if fate < 0.1:
+                ring.requeue(batch)  # certainly not sent
+            elif fate < 0.3:
+                if fate < 0.2:
+                    keep(place, batch)
+                doubts.append(batch)
+                ring.requeue(batch, place)
+                if rng.random() < 0.1:
+                    time.sleep(0.01)  # away
+            else:
+                keep(place, batch)
+                ring.commit(batch)
+
+    def guarded(job: object, number: int) -> None:
+        try:
+            job(number)  # type: ignore[operator]
+        except BaseException as error:
+            errors.append(error)
+            ring.abort()
+
+    producers = [threading.Thread(target=guarded, args=(produce, n), daemon=True) for n in range(5)]
+    workers = [threading.Thread(target=guarded, args=(work, n), daemon=True) for n in range(6)]
+    for thread in producers + workers:
+        thread.start()
+    for thread in producers:
+        thread.join(40)
+    ring.close()
+    assert ring.join(20)
+    for thread in workers:
+        thread.join(20)
+    assert not errors and not any(thread.is_alive() for thread in producers + workers)
+    assert sum(map(len, places)) == 15_000, "each in one place"
+    assert set().union(*places) == {(source, k) for source in sources for k in range(3000)}
+    assert len(doubts) > 20 and not ring.marks() and ring.stats().stored == 15_000
+
+
+def test_producers_that_give_up_leave_no_one_waiting_beside_free_slots() -> None:
+    """A slot's one notification may go to a producer whose time is just over."""
+    seed = seeded()
+    rng = random.Random(seed)
+    ring = Ring(3)
+
+    def produce(number: int, patience: list[float]) -> None:
+        for turn, timeout in enumerate(patience):
+            done, size = 0, 1 + turn % 5
+            while done < size:
+                try:
+                    ring.put(array("q", range(size - done)), bytes([number]) * 16, turn * 10 + done, timeout or None)
+                    done = size
+                except Full as full:
+                    done += full.accepted
+
+    patience = [[rng.choice([0, 1e-5, 1e-4]) for _ in range(300)] for _ in range(6)]
+    producers = [Blocked(lambda n=n: produce(n, patience[n])) for n in range(6)]
+    total = 6 * 60 * (1 + 2 + 3 + 4 + 5)
+    while ring.committed < total:
+        ring.commit(ring.reserve(2, DEADLINE))
+    for each in producers:
+        each.result()
+    assert ring.cursor == total

@@ -1,0 +1,440 @@
+"""The spool: while the consumer is away what it is given is on disk, afterwards it is at the consumer, once."""
+
+import logging
+import random
+import signal
+import threading
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.harness import Blocked, ServerProcess, eventually, free_port, in_order, rows, seeded, server
+
+from ringbuffer import Ring
+from ringolib.client.producer import Producer
+from ringolib.forward import spool
+from ringolib.forward.destination import Outlet
+from ringolib.forward.link import LinkState, SinkError
+from ringolib.forward.spool import Spool, SpoolSink
+from ringolib.forward.workers import Forwarder
+from ringolib.net import websocket as websock
+from ringolib.storage.sqlite_file import StoreError
+from ringolib.wire import Block, Run
+from store import Store
+
+SOURCE = b"s" * 16
+
+
+class FakeLink:
+    """A link to a consumer that is there as long as `error` is None; keeps the first value of each record."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.ready = False
+        self.stored: dict[tuple[bytes, int], int] = {}
+        self.calls = 0
+        self.closed = 0
+
+    def store(self, block: Block) -> None:
+        self.calls += 1
+        self.ready = False
+        if self.error:
+            raise self.error
+        self.ready = True
+        keep(self.stored, block)
+
+    def idle(self) -> None: ...
+
+    def abort(self) -> None:
+        self.error = SinkError("aborted")
+
+    def close(self) -> None:
+        self.ready = False
+        self.closed += 1
+
+
+def keep(stored: dict[tuple[bytes, int], int], block: Block) -> None:
+    values = iter(block.values)
+    for run in block.runs:
+        for sequence in range(run.first, run.first + run.count):
+            stored.setdefault((run.source, sequence), next(values))
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websock, "BACKOFF_FIRST", 0.001)
+    monkeypatch.setattr(websock, "BACKOFF_MOST", 0.01)
+    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
+
+
+@contextmanager
+def spooling(path: Path, link: FakeLink, most: int = 1000) -> Iterator[Spool]:
+    running = Spool(str(path), most, link, LinkState("there:1"))  # type: ignore[arg-type]
+    try:
+        yield running
+    finally:
+        assert running.stop(20)
+        assert not [thread for thread in threading.enumerate() if thread.name == "replay"]
+
+
+def a_block(first: int, end: int) -> Block:
+    return Block([Run(SOURCE, first, end - first)], array("q", range(first * 10, end * 10, 10)))
+
+
+def expected(end: int) -> dict[tuple[bytes, int], int]:
+    return {(SOURCE, n): n * 10 for n in range(end)}
+
+
+def test_what_a_failing_link_refuses_is_spooled_and_forwarded_in_order_once_it_works(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    link, replay = FakeLink(), FakeLink()
+    link.error = replay.error = SinkError("away")
+    with spooling(tmp_path / "s", replay) as running:
+        sink = SpoolSink(link, running)  # type: ignore[arg-type]
+        for n in range(0, 50, 10):
+            sink.store(a_block(n, n + 10))
+        assert link.calls == 1, "from then on, to the spool at once"
+        eventually(lambda: replay.calls > 3)
+        stats = running.stats()
+        assert (stats.depth, stats.forwarded) == (50, 0) and stats.oldest >= 0
+        assert running.state.stats()[:2] == ("down", "away") and running.state.stats().away > 0
+        assert len(rows(tmp_path / "s")) == 50
+        link.error = replay.error = None
+        eventually(lambda: running.depth == 0)
+        eventually(lambda: running.stats() == (0, 0.0, 50))
+        assert running.state.stats()[:3] == ("up", None, 0)
+        assert replay.stored == expected(50) and list(replay.stored) == list(expected(50))
+        eventually(lambda: replay.closed == 1, "it needs no link while there is nothing to forward")
+        sink.store(a_block(50, 60))
+        assert link.calls == 2 and running.depth == 0, "directly again"
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["link_down", "link_up", "spool_empty"], "once per change"
+
+
+def test_workers_with_a_working_link_use_it_while_others_spool(tmp_path: Path) -> None:
+    good, bad, replay = FakeLink(), FakeLink(), FakeLink()
+    bad.error = replay.error = SinkError("refused with HTTP status 503")
+    with spooling(tmp_path / "s", replay) as running:
+        sink = SpoolSink(good, running)  # type: ignore[arg-type]
+        sink.store(a_block(0, 1))
+        SpoolSink(bad, running).store(a_block(1, 2))  # type: ignore[arg-type]
+        sink.store(a_block(2, 3))
+        assert running.away and good.calls == 2 and good.ready
+        sink.idle()
+        assert not good.ready, "an idle one makes room for the one that forwards the spool"
+        replay.error = None
+        eventually(lambda: running.depth == 0)
+
+
+def test_a_full_spool_refuses_and_takes_again_when_there_is_room(tmp_path: Path) -> None:
+    link, replay = FakeLink(), FakeLink()
+    link.error = replay.error = SinkError("away")
+    with spooling(tmp_path / "s", replay, most=100) as running:
+        sink = SpoolSink(link, running)  # type: ignore[arg-type]
+        sink.store(a_block(0, 60))
+        with pytest.raises(SinkError, match="spool is full, it has at most 100 records"):
+            sink.store(a_block(60, 101))
+        sink.store(a_block(60, 100))
+        calls = link.calls
+        with pytest.raises(SinkError, match="full"):
+            sink.store(a_block(100, 101))
+        assert link.calls > calls, "with a full spool the link is tried"
+        link.error = None
+        sink.store(a_block(100, 101))
+        assert not running.away, "and says that the consumer is back"
+        replay.error = None
+        eventually(lambda: running.depth == 0)
+    assert {**replay.stored, **link.stored} == expected(101)
+
+
+def test_blocks_on_their_way_count_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replay, gate = FakeLink(), threading.Event()
+    replay.error = SinkError("away")
+    with spooling(tmp_path / "s", replay, most=10) as running:
+        append = running.store.append
+        monkeypatch.setattr(running.store, "append", lambda *block: (gate.wait(30), append(*block)))
+        first = Blocked(lambda: running.append(a_block(0, 6)))
+        eventually(lambda: running._coming == 6)
+        with pytest.raises(SinkError, match="full"):
+            running.append(a_block(6, 12))
+        gate.set()
+        first.result()
+        assert running.depth == 6
+
+
+def test_a_spool_that_cannot_store_says_so_and_the_link_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, replay = FakeLink(), FakeLink()
+    link.error = replay.error = SinkError("away")
+    with spooling(tmp_path / "s", replay) as running:
+        sink = SpoolSink(link, running)  # type: ignore[arg-type]
+
+        def broken(*block: object) -> None:
+            raise StoreError("s: database or disk is full")
+
+        monkeypatch.setattr(running.store, "append", broken)
+        for _ in range(2):
+            with pytest.raises(SinkError, match="disk is full"):
+                sink.store(a_block(0, 5))
+        link.error = None
+        sink.store(a_block(0, 5))
+        assert link.stored == expected(5) and not running.away
+
+
+def test_a_full_spool_is_forwarded_after_a_restart(tmp_path: Path) -> None:
+    replay = FakeLink()
+    replay.error = SinkError("away")
+    with spooling(tmp_path / "s", replay) as running:
+        for n in range(10):
+            running.append(a_block(n, n + 1))
+    again = FakeLink()
+    with spooling(tmp_path / "s", again) as running:
+        eventually(lambda: running.depth == 0)
+        eventually(lambda: running.stats().forwarded == 10)
+    assert again.stored == expected(10)
+
+
+@pytest.mark.parametrize("method", ["oldest", "delete"])
+def test_the_thread_lives_on_after_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    """Of the store, and some that nobody expected; what was forwarded and not deleted is forwarded again."""
+    replay = FakeLink()
+    with spooling(tmp_path / "s", replay) as running:
+        works = getattr(running.store, method)
+        errors = iter([StoreError("s: disk I/O error"), ZeroDivisionError("a bug"), StoreError("again")])
+
+        def failing(given: object) -> object:
+            for error in errors:
+                raise error
+            return works(given)
+
+        monkeypatch.setattr(running.store, method, failing)
+        running.append(a_block(0, 5))
+        eventually(lambda: running.stats().forwarded == 5)
+        assert running.depth == 0 and replay.calls == (4 if method == "delete" else 1)
+    assert replay.stored == expected(5)
+    said = [str(record.args) for record in caplog.records if record.msg == "replay_error"]
+    assert len(said) == 2 and "disk I/O error" in said[0] and "a bug" in said[1], "what is known is said once"
+
+
+def test_a_spool_that_cannot_be_read_does_not_make_the_consumer_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nobody but the workers can find out that it is back."""
+    link, replay = FakeLink(), FakeLink()
+    link.error = SinkError("away")
+    with spooling(tmp_path / "s", replay) as running:
+        oldest = running.store.oldest
+        monkeypatch.setattr(
+            running.store, "oldest", lambda most: (_ for _ in ()).throw(StoreError("s: disk I/O error"))
+        )
+        sink = SpoolSink(link, running)  # type: ignore[arg-type]
+        sink.store(a_block(0, 5))
+        eventually(lambda: running._broken)
+        link.error = None
+        sink.store(a_block(5, 10))
+        assert link.stored == {(SOURCE, n): n * 10 for n in range(5, 10)} and running.depth == 5
+        monkeypatch.setattr(running.store, "oldest", oldest)
+        eventually(lambda: running.depth == 0)
+    assert replay.stored == expected(5)
+
+
+def test_a_link_too_slow_for_much_gets_less_at_a_time(tmp_path: Path) -> None:
+    class Slow(FakeLink):
+        def store(self, block: Block) -> None:
+            self.error = SinkError("no ack within 30 s") if len(block.values) > 100 else None
+            super().store(block)
+
+    replay = Slow()
+    with spooling(tmp_path / "s", replay, most=10_000) as running:
+        for n in range(0, 5000, 50):
+            running.append(a_block(n, n + 50))
+        eventually(lambda: running.depth == 0)
+    assert replay.stored == expected(5000)
+
+
+def test_the_spool_leaves_its_disk_some_room_to_delete_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, replay = FakeLink(), FakeLink()
+    link.error = replay.error = SinkError("away")
+    with spooling(tmp_path / "s", replay) as running:
+        sink = SpoolSink(link, running)  # type: ignore[arg-type]
+        monkeypatch.setattr(spool, "ROOM", 2**62)
+        with pytest.raises(SinkError, match="of its disk are free: make room"):
+            sink.store(a_block(0, 5))
+        assert not sink.ready
+        monkeypatch.setattr(spool, "ROOM", 0)
+        sink.store(a_block(0, 5))
+        assert sink.ready
+
+
+def test_many_workers_spool_and_forward_at_random_and_everything_arrives_once(tmp_path: Path) -> None:
+    seed = seeded()
+    rng = random.Random(seed)
+    stored: dict[tuple[bytes, int], int] = {}
+    lock = threading.Lock()
+
+    class Flaky(FakeLink):
+        def store(self, block: Block) -> None:
+            with lock:
+                lost, fails = rng.random() < 0.2, rng.random() < 0.5
+                if not fails or not lost:
+                    keep(stored, block)
+            self.ready = not fails
+            if fails:
+                raise SinkError("flaky")
+
+    ring = Ring(64)
+    with spooling(tmp_path / "s", Flaky(), most=200) as running:
+        workers = Forwarder(ring, [Outlet(lambda connected: SpoolSink(Flaky(), running))], 8, 200)  # type: ignore[arg-type]
+        for n in range(0, 3000, 50):
+            ring.put(array("q", range(n * 10, n * 10 + 500, 10)), SOURCE, n, 20)
+        ring.close()
+        assert ring.join(20) and workers.stop(20)
+        eventually(lambda: running.depth == 0)
+    assert stored == expected(3000)
+
+
+# Whole processes.
+
+
+@pytest.fixture
+def port() -> int:
+    """A port where nobody listens but who is told to."""
+    return free_port()
+
+
+def test_a_publisher_acks_while_the_consumer_is_away_and_survives_with_a_full_spool(tmp_path: Path, port: int) -> None:
+    own = free_port()
+    flags = ["-p", str(own), "-T", str(port), "-S", "s.spool"]
+    values = array("q", random.randbytes(8 * 300_000))
+    running = ServerProcess(tmp_path, *flags)
+    try:
+        assert running.greeting.endswith(", spooling in s.spool\n")
+        with Producer(running.url) as sender:
+            sender.send(values[:200_000])
+            sender.flush(30)  # nobody there, and all is acked
+            assert running.stats()["spoolDepth"] == 200_000
+            running.kill()
+            assert in_order(tmp_path / "s.spool", sender.source) == list(values[:200_000])
+            running = ServerProcess(tmp_path, *flags)
+            sender.send(values[200_000:])
+            sender.flush(30)
+            stats = running.stats()
+            assert stats["spoolDepth"] == 300_000 and stats["spoolOldestMs"] > 0 and stats["consumerAwayMs"] > 0
+            with server(tmp_path, "-I", "false", "-p", str(port), "-D", "c.db") as consumer:
+                eventually(lambda: running.stats()["spoolForwarded"] >= 50_000, "it forwards")
+                consumer.kill()
+            eventually(lambda: running.stats()["consumerAwayMs"] > 0)
+            with server(tmp_path, "-I", "false", "-p", str(port), "-D", "c.db") as consumer:
+                eventually(lambda: running.stats()["spoolDepth"] == 0)
+                sender.send([1, 2, 3])
+                sender.flush(30)
+                stats = running.stats()
+                assert stats["consumerAwayMs"] == stats["spoolOldestMs"] == stats["spoolDepth"] == 0
+                assert consumer.stats()["recordsStored"] + consumer.stats()["recordsDuplicate"] >= 3
+            assert running.stop() == 0
+            assert running.tally.endswith(" stored, 0 unstored, 0 in the spool")
+    finally:
+        running.kill()
+    assert "Traceback" not in running.errors.read_text()
+    assert in_order(tmp_path / "c.db", sender.source) == [*values, 1, 2, 3]
+
+
+def test_a_full_spool_is_backpressure_and_nothing_is_lost(tmp_path: Path, port: int) -> None:
+    values = array("q", range(100_000))
+    with server(tmp_path, "-p", "0", "-T", str(port), "-S", "s", "--spool_max", "30000", "-r", "1024") as publisher:
+        with Producer(publisher.url) as sender:
+            sender.send(values)
+            eventually(lambda: publisher.stats()["ringDepth"] == 1024 and publisher.stats()["spoolDepth"] > 29_000)
+            with pytest.raises(TimeoutError):
+                sender.flush(0.3)
+            stats = publisher.stats()
+            assert stats["spoolDepth"] <= 30_000 and sender.acked <= stats["spoolDepth"]
+            with server(tmp_path, "-I", "false", "-p", str(port), "-D", "c.db"):
+                sender.flush(30)
+                eventually(lambda: publisher.stats()["spoolDepth"] == 0)
+                assert publisher.stop() == 0
+    assert in_order(tmp_path / "c.db", sender.source) == list(values)
+
+
+def test_a_consumer_that_takes_and_never_answers_is_away_too(tmp_path: Path) -> None:
+    with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db") as consumer:
+        flags = ["-p", "0", "-T", str(consumer.port), "-S", "s"]
+        with server(
+            tmp_path,
+            *flags,
+            patch="forward.spool.PATIENCE = 0.5; net.websocket.CONNECT_TIMEOUT = 0.5",
+        ) as publisher:
+            with Producer(publisher.url) as sender:
+                sender.send(range(1000))
+                sender.flush(30)
+                consumer.send_signal(signal.SIGSTOP)
+                sender.send(range(1000, 50_000))
+                sender.flush(30)
+                assert publisher.stats()["spoolDepth"] > 0
+                consumer.send_signal(signal.SIGCONT)
+                eventually(lambda: publisher.stats()["spoolDepth"] == 0)
+    assert in_order(tmp_path / "c.db", sender.source) == list(range(50_000))
+
+
+def test_a_stop_while_the_consumer_is_away_leaves_all_in_the_spool(tmp_path: Path, port: int) -> None:
+    with server(tmp_path, "-p", "0", "-T", str(port), "-S", "s", "-A", "ring") as publisher:
+        with Producer(publisher.url) as sender:
+            sender.send(range(50_000))
+            sender.flush(30)
+            assert publisher.stop() == 0
+    assert publisher.tally == "ringoexp: stopped, 50000 stored, 0 unstored, 50000 in the spool"
+    assert in_order(tmp_path / "s", sender.source) == list(range(50_000))
+
+
+def test_a_publisher_whose_consumers_name_turns_out_to_be_its_own_keeps_its_spool(tmp_path: Path, port: int) -> None:
+    unknown = (
+        "socket.tries = []; socket.getaddrinfo = (lambda real: lambda host, *args, **kw: real('nowhere.invalid' if"
+        " host == 'me.lan' and (socket.tries.append(1) or len(socket.tries) < 2) else"
+        " 'localhost' if host == 'me.lan' else host, *args, **kw))(socket.getaddrinfo)"
+    )
+    flags = ["-p", str(port), "-T", str(port), "-U", "me.lan", "-S", "s"]
+    with server(tmp_path, *flags, patch=unknown) as publisher:
+        with Producer(publisher.url) as sender:
+            sender.send(range(100))
+            sender.flush(30)
+        eventually(lambda: "this server itself" in publisher.errors.read_text())
+        assert publisher.stats()["spoolDepth"] == 100
+        assert publisher.stop() == 0
+    assert in_order(tmp_path / "s", sender.source) == list(range(100))
+
+
+def test_a_publisher_with_a_spool_starts_while_the_consumers_name_does_not_resolve(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-U", "nowhere.invalid", "-T", "1", "-S", "s") as publisher:
+        with Producer(publisher.url) as sender:
+            sender.send(range(100))
+            sender.flush(30)
+    assert "event=consumer_unknown" in publisher.errors.read_text()
+    assert in_order(tmp_path / "s", sender.source) == list(range(100))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "flags", "said"),
+    [
+        (lambda path: None, ["-T", "0"], "stores in its own database, it needs no spool"),
+        (lambda path: Store(str(path)).close(), ["-T", "1"], "is a consumer's database, not a publisher's spool"),
+        (lambda path: path.mkdir(), ["-T", "1"], "is a directory"),
+    ],
+)
+def test_a_spool_that_cannot_be_is_one_line(tmp_path: Path, prepare: object, flags: list[str], said: str) -> None:
+    prepare(tmp_path / "s")  # type: ignore[operator]
+    with pytest.raises(AssertionError, match=said) as refused:
+        ServerProcess(tmp_path, "-p", "0", *flags, "-S", "s")
+    assert str(refused.value).count("ringoexp: error: ") == 1 and "Traceback" not in str(refused.value)
+
+
+def test_one_spool_is_not_for_two(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "1", "-S", "s"):
+        with pytest.raises(AssertionError, match="in use by another ringoexp"):
+            ServerProcess(tmp_path, "-p", "0", "-T", "1", "-S", "s")

@@ -1,0 +1,237 @@
+"""What holds for every store, on SQLite, on ClickHouse as old as Debian's, and on a current one, by chdb."""
+
+import random
+import threading
+import uuid
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.clickhouses import ClickHouseServer, NewClickHouse, need_chdb, program
+from support.harness import Blocked, eventually, rows, seeded
+
+from ringolib.storage.clickhouse import http as clickhouse_http
+from ringolib.storage.clickhouse import store as clickhouse
+from ringolib.storage.clickhouse.store import ClickHouse
+from ringolib.storage.interface import Storage
+from ringolib.storage.sqlite_file import StoreError
+from ringolib.wire import Run
+from store import Store
+
+A, B = b"a" * 16, b"b" * 16
+A_TEXT = "61616161-6161-6161-6161-616161616161"
+
+
+class Kind:
+    """A store of some kind, and how to read its database without it."""
+
+    def __init__(
+        self, name: str, make: Callable[[], Storage], records: Callable[[], dict[tuple[str, int], int]]
+    ) -> None:
+        self.name = name
+        self.make = make
+        self.records = records
+        self.store = make()
+
+    def reopen(self) -> None:
+        self.store.close()
+        self.store = self.make()
+
+
+@pytest.fixture(scope="module", params=["sqlite", "clickhouse 18.16", "clickhouse of today"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ClickHouseServer | NewClickHouse | None]:
+    if request.param == "sqlite":
+        yield None
+        return
+    made: ClickHouseServer | NewClickHouse
+    if request.param == "clickhouse 18.16":
+        program()
+        made = ClickHouseServer(tmp_path_factory.mktemp("clickhouse"))
+    else:
+        need_chdb()
+        made = NewClickHouse(tmp_path_factory.mktemp("chdb"))
+    try:
+        yield made
+    finally:
+        made.kill()
+
+
+@pytest.fixture
+def kind(
+    server: ClickHouseServer | NewClickHouse | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Kind]:
+    monkeypatch.setattr(clickhouse, "INTERVAL", 0.0)
+    if server:
+        database = server.database()
+        target = clickhouse_http.parse(server.url(database))
+        made = Kind("clickhouse", lambda: ClickHouse(target), lambda: server.records(database))
+    else:
+        path = tmp_path / "numbers.db"
+
+        def records() -> dict[tuple[str, int], int]:
+            found = rows(path)
+            known = {(source, sequence): value for source, sequence, value in found}
+            assert len(known) == len(found), "a record is there twice"
+            return known
+
+        made = Kind("sqlite", lambda: Store(str(path)), records)
+    try:
+        yield made
+    finally:
+        made.store.close()
+
+
+def block(source: bytes, first: int, end: int) -> tuple[list[Run], "array[int]"]:
+    """Records `first` to `end`, with values that tell their sequence."""
+    return [Run(source, first, end - first)], array("q", range(first * 10, end * 10, 10))
+
+
+def test_what_is_appended_is_there_as_it_came(kind: Kind) -> None:
+    kind.store.append([Run(A, 0, 2), Run(B, 7, 1)], array("q", [2**63 - 1, -(2**63), 5]))
+    kind.store.append([Run(A, 2, 1)], array("q", [0]))
+    of_b = str(uuid.UUID(bytes=B))
+    assert kind.records() == {(A_TEXT, 0): 2**63 - 1, (A_TEXT, 1): -(2**63), (A_TEXT, 2): 0, (of_b, 7): 5}
+    stats = kind.store.stats()
+    assert (stats.stored, stats.commits, stats.failed_commits, stats.error) == (4, 2, 0, None)
+
+
+def test_bytes_of_a_source_and_its_text_are_in_the_same_order(kind: Kind) -> None:
+    source = bytes(range(0xF0, 0x100))
+    for name in (source, source[::-1]):
+        kind.store.append([Run(name, 1, 1)], array("q", [1]))
+    assert {of for of, _ in kind.records()} == {str(uuid.UUID(bytes=name)) for name in (source, source[::-1])}
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 1025, 65_536, 100_000])
+@pytest.mark.parametrize("first", [0, 65_535, 2**40 - 3, 2**63 - 100_001])
+def test_blocks_of_every_size_are_stored_whole(kind: Kind, size: int, first: int) -> None:
+    values = array("q", range(-(size // 2), size - size // 2))
+    kind.store.append([Run(A, first, size)], values)
+    assert kind.records() == {(A_TEXT, first + n): value for n, value in enumerate(values)}
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [[(10, 20)], [(5, 12)], [(18, 30)], [(5, 30)], [(0, 60)], [(0, 5), (3, 8), (0, 8)], [(50, 51), (49, 50), (48, 52)]],
+)
+@pytest.mark.parametrize("reopened", [False, True])
+def test_the_first_value_stays(kind: Kind, runs: list[tuple[int, int]], reopened: bool) -> None:
+    """Stored already: 10..19 and 30..39. Also of runs of one block that overlap."""
+    model: dict[tuple[str, int], int] = {}
+    number = iter(range(1000))
+
+    def append(runs: list[tuple[int, int]]) -> None:
+        values = array("q")
+        for run in runs:
+            for sequence in range(*run):
+                values.append(next(number))
+                model.setdefault((A_TEXT, sequence), values[-1])
+        kind.store.append([Run(A, first, end - first) for first, end in runs], values)
+
+    append([(30, 40)])
+    append([(10, 20)])
+    if reopened:
+        kind.reopen()
+    append(runs)
+    assert kind.records() == model
+
+
+def test_random_runs_store_the_first_value_of_each_sequence(kind: Kind) -> None:
+    rng = random.Random(seeded())
+    model: dict[tuple[str, int], int] = {}
+    for turn in range(40):
+        runs, values = [], array("q")
+        for _ in range(rng.randrange(1, 20)):
+            run = Run(rng.choice((A, B, b"c" * 16)), rng.randrange(300), rng.randrange(1, 30))
+            runs.append(run)
+            for sequence in range(run.first, run.first + run.count):
+                values.append(rng.randrange(-(2**63), 2**63))
+                model.setdefault((str(uuid.UUID(bytes=run.source)), sequence), values[-1])
+        kind.store.append(runs, values)
+        if turn % 10 == 5:
+            kind.reopen()
+    assert kind.records() == model
+
+
+def test_the_block_is_left_as_it_was(kind: Kind) -> None:
+    runs, values = block(A, 65_530, 65_550)
+    kind.store.append(runs, values)
+    assert (runs, values) == block(A, 65_530, 65_550)
+
+
+def test_many_threads_append_at_once(kind: Kind) -> None:
+    calls = [Blocked(lambda n=n: kind.store.append(*block(A, 100 * n, 100 * n + 150))) for n in range(16)]
+    for call in calls:
+        call.result()
+    assert kind.records() == {(A_TEXT, n): n * 10 for n in range(1650)}
+    assert kind.store.stats().commits <= 16
+
+
+def test_a_closed_store_takes_nothing_and_says_so(kind: Kind) -> None:
+    kind.store.append(*block(A, 0, 5))
+    for _ in range(2):
+        kind.store.close()
+    for call in (kind.store.check, lambda: kind.store.append(*block(A, 5, 6))):
+        with pytest.raises(StoreError, match="is closed"):
+            call()
+    assert kind.store.stats().stored == 5 and len(kind.records()) == 5
+
+
+def test_who_waits_when_it_is_closed_is_stored(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clickhouse, "INTERVAL", 30.0)
+    kind.store.append(*block(A, 0, 1))
+    waiting = [Blocked(lambda n=n: kind.store.append(*block(A, n, n + 1))) for n in (1, 2, 3)]
+    if isinstance(kind.store, ClickHouse):
+        store = kind.store
+        eventually(lambda: len(store._queue) == 3)
+        assert all(each.still(0.01) for each in waiting)
+    else:
+        for each in waiting:
+            each.result()
+    kind.store.close()
+    for each in waiting:
+        each.result(5)
+    assert len(kind.records()) == 4
+
+
+def test_identity_is_the_databases_own(kind: Kind, tmp_path: Path) -> None:
+    identity = kind.store.identity
+    assert str(uuid.UUID(identity)) == identity
+    kind.reopen()
+    assert kind.store.identity == identity
+    other = Store(str(tmp_path / "other.db"))
+    other.close()
+    assert other.identity != identity
+
+
+def test_a_check_stores_nothing(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind.store.append(*block(A, 0, 5))
+    kind.store.check()
+    monkeypatch.setattr(clickhouse, "TRUST_SECONDS", 0.0)
+    monkeypatch.setattr("store.TRUST_SECONDS", 0.0)
+    before = kind.store.stats()
+    kind.store.check()
+    assert kind.store.stats() == before
+    assert len(kind.records()) == 5
+
+
+def test_stats_do_not_wait_for_a_commit(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, entered = threading.Event(), threading.Event()
+    name = "_insert" if isinstance(kind.store, ClickHouse) else "_write"
+    inside = getattr(kind.store, name)
+
+    def slow(*what: object) -> object:
+        entered.set()
+        assert gate.wait(30)
+        return inside(*what)
+
+    monkeypatch.setattr(kind.store, name, slow)
+    call = Blocked(lambda: kind.store.append(*block(A, 0, 5)))
+    assert entered.wait(30)
+    assert Blocked(kind.store.stats).result(5).stored == 0
+    assert Blocked(kind.store.sizes).result(5)
+    gate.set()
+    call.result()
