@@ -24,6 +24,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from time import monotonic, sleep
+from typing import Any
 
 try:
     import simple_websocket  # noqa: F401  # only to see that it is there
@@ -43,7 +44,7 @@ from ringolib.net.addresses import shown
 from ringolib.options import Settings, read_arguments
 from ringolib.status import logs
 from ringolib.status import systemd as notify
-from ringolib.storage.sqlite_file import StoreError
+from ringolib.storage.interface import StoreError
 
 log = logging.getLogger("ringoexp")
 
@@ -57,6 +58,15 @@ SAME_SIGNAL = 0.5
 STUCK_SECONDS = 0.5
 """Seconds that the main thread has to handle a signal."""
 EXIT_OK, EXIT_FAILED, EXIT_UNSTORED = 0, 1, 3  # and options.EXIT_USAGE
+
+
+def __getattr__(name: str) -> Any:
+    """`from ringoexp import Producer`, imported on first use: the server does not need it."""
+    if name == "Producer":
+        from ringolib.client.producer import Producer
+
+        return Producer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def serve(settings: Settings, argv: Sequence[str]) -> int:

@@ -26,12 +26,11 @@ from time import monotonic
 from typing import NamedTuple
 
 from ringolib.storage.group_commit import GroupCommit, Waiting, Written
-from ringolib.storage.interface import Sizes
+from ringolib.storage.interface import Sizes, StoreError
 from ringolib.storage.sqlite_file import (
     APPLICATION_ID,
     BUSY_TIMEOUT_MS,
     SCHEMA_VERSION,
-    StoreError,
     check_file,
     connect,
     explain,

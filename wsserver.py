@@ -13,20 +13,23 @@ from time import monotonic
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from ringolib.counters import Totals, ago
-from ringolib.net.addresses import Listeners
+from ringolib.counters import Totals
 from ringolib.net.credentials import PROTOCOL as BEARER
 from ringolib.net.credentials import Access
+from ringolib.net.frames import MAX_MESSAGE
+from ringolib.net.listeners import Listeners
 from ringolib.net.websocket import HandshakeError, ServerConnection
+from ringolib.status.probe import THEIR_LIMIT, Reason
 from ringolib.status.prometheus import CONTENT_TYPE as METRICS
-from ringolib.status.readiness import THEIR_LIMIT, Reason
-from ringolib.storage.sqlite_file import StoreError
+from ringolib.storage.interface import StoreError
+from ringolib.timing import ago
 from ringolib.web import handler as web
 from ringolib.web.connections import Connections
 from ringolib.web.handler import GET_OR_HEAD, JSON, Refusal, Routes, WebHandler, peer_name, request_id
+from ringolib.web.intake import Intake, plain_block
 from ringolib.web.page import HTML, page
-from ringolib.web.session import LOST, Intake, Session, plain_block
-from ringolib.wire import MAX_MESSAGE, PLAIN_SUBPROTOCOL, SUBPROTOCOL, WireError, decode_plain
+from ringolib.web.session import LOST, Session
+from ringolib.wire import PLAIN_SUBPROTOCOL, SUBPROTOCOL, WireError, decode_plain
 
 log = logging.getLogger("ringoexp.http")
 

@@ -15,25 +15,30 @@ from typing import Any
 
 from ringbuffer import Ring
 from ringolib import __version__
-from ringolib.counters import Totals, iso, memory
+from ringolib.counters import Totals
 from ringolib.forward import spool
 from ringolib.forward.destination import Outlet
 from ringolib.forward.discovery import Consumers
-from ringolib.forward.link import LinkSink, LinkState, Sink, StoreSink
+from ringolib.forward.link import LinkSink, LinkState
+from ringolib.forward.sink import Sink, StoreSink
 from ringolib.forward.workers import BATCH_RECORDS, Forwarder
-from ringolib.net.addresses import Address, AddressError, Listeners, Place, is_fixed, reaches, shown, unix_path
+from ringolib.net.addresses import Address, AddressError, Place, is_fixed, reaches, shown, unix_path
 from ringolib.net.addresses import resolve as find
 from ringolib.net.credentials import Access, BadKeys, Files
+from ringolib.net.listeners import Listeners
 from ringolib.options import DATABASE, Settings
 from ringolib.status import prometheus as metrics
 from ringolib.status import report as monitor
+from ringolib.status.probe import Reason
+from ringolib.status.process import memory
 from ringolib.status.profiler import Profiler
-from ringolib.status.readiness import Readiness, Reason
+from ringolib.status.readiness import Readiness
 from ringolib.storage.clickhouse import http as clickhouse_http
 from ringolib.storage.clickhouse.store import ClickHouse
 from ringolib.storage.interface import Storage
 from ringolib.storage.retention import Retention
-from ringolib.web.session import Intake, RingIntake, StoreIntake
+from ringolib.timing import iso
+from ringolib.web.intake import Intake, RingIntake, StoreIntake
 from store import Store
 from wsserver import Server
 

@@ -5,15 +5,10 @@ record. A `Histogram` is guarded by whoever owns it. No thread runs here.
 """
 
 import bisect
-import datetime
-import gc
-import os
-import resource
-import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 LATENCIES_KEPT = 4096
 BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -118,62 +113,9 @@ class Totals:
         return TotalsSnapshot(*counts, _percentile(latencies, 50), _percentile(latencies, 99), histogram)
 
 
-def iso(moment: datetime.datetime) -> str:
-    """A moment in UTC, ISO 8601, to the millisecond."""
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def at(moment: float) -> str:
-    """A Unix time, ISO 8601 in UTC."""
-    return iso(datetime.datetime.fromtimestamp(moment, datetime.timezone.utc))
-
-
-def ago(seconds: float) -> str:
-    """The time so many seconds ago, ISO 8601 in UTC, by the wall clock: for people to read."""
-    return iso(datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(seconds=seconds))
-
-
-def memory() -> dict[str, Any]:
-    """This process's memory, threads and garbage collections: the `memStats` of the stats."""
-    resident, peak = _resident()
-    return {
-        "residentBytes": resident,
-        "peakBytes": peak,
-        "threads": threading.active_count(),
-        "gcCollections": [generation["collections"] for generation in gc.get_stats()],
-        "gcCounts": list(gc.get_count()),
-    }
-
-
-def process() -> dict[str, float]:
-    """This process's CPU seconds, and its open and allowed descriptors; of these only what the system tells."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    found: dict[str, float] = {"cpu": usage.ru_utime + usage.ru_stime}
-    try:
-        found["fds"] = len(os.listdir("/proc/self/fd")) - 1  # listing takes one
-    except OSError:
-        pass
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit != resource.RLIM_INFINITY:
-        found["most_fds"] = limit
-    return found
-
-
 def _percentile(ordered: list[float], percent: int) -> float | None:
     """The nearest-rank percentile of seconds in ascending order, in milliseconds."""
     if not ordered:
         return None
     rank = -(-len(ordered) * percent // 100)
     return round(ordered[rank - 1] * 1000, 3)
-
-
-def _resident() -> tuple[int, int]:
-    """Resident size now and at its peak, in bytes; without /proc the peak stands for both."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            fields = dict(line.split(":", 1) for line in status)
-        return tuple(int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
-    except (OSError, KeyError, ValueError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak *= 1 if sys.platform == "darwin" else 1024
-        return peak, peak

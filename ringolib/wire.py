@@ -11,12 +11,12 @@ from struct import Struct
 from typing import NamedTuple
 
 Buffer = bytes | bytearray
+Messages = tuple[Buffer, int]
+"""One or more messages of one size in bytes, end to end: the payloads, and that size."""
 
 SUBPROTOCOL = "ringoexp.batch.v1"
 PLAIN_SUBPROTOCOL = "ringoexp.plain.v1"
 """Plain messages, as without a subprotocol: for clients that have to offer one, to offer their token beside it."""
-MAX_MESSAGE = 8 * 1024 * 1024
-"""Most bytes in one message or HTTP body."""
 MAX_RUNS = 65_536
 """Most runs in one batch message: each costs the store more than a record does."""
 MAX_SEQUENCE = 2**63 - 1
@@ -25,9 +25,8 @@ MAX_SEQUENCE = 2**63 - 1
 _RUNS = Struct(">I")
 _RUN = Struct(">16sQI")
 _ACK = Struct(">Q")
-_ALL_BYTES = bytes(range(256))
 _SWAP = sys.byteorder == "little"
-_SIGNS = bytes(0x00 if byte < 0x80 else 0xFF for byte in _ALL_BYTES)
+_SIGNS = bytes(0x00 if byte < 0x80 else 0xFF for byte in range(256))
 
 
 class Run(NamedTuple):
@@ -67,17 +66,6 @@ class WireError(ValueError):
         self.status = status
 
 
-class Messages(NamedTuple):
-    """One or more messages of `size` bytes each, end to end in `payloads`."""
-
-    payloads: Buffer
-    size: int
-
-    def each(self) -> list[Buffer]:
-        """The messages one by one. An empty message stands alone."""
-        return [self.payloads[i : i + self.size] for i in range(0, len(self.payloads) or 1, self.size or 1)]
-
-
 def decode_plain(payload: Buffer) -> "array[int]":
     """The integers of one plain message: 4 bytes are one int32, any other multiple of 8 are int64s.
 
@@ -99,17 +87,16 @@ def decode_plain_messages(groups: Sequence[Messages]) -> tuple["array[int]", Wir
     A group is decoded as one block, without a step per message.
     """
     values = array("q")
-    for group in groups:
-        size = group.size
-        if len(group.payloads) == size:
+    for payloads, size in groups:
+        if len(payloads) == size:
             try:
-                decoded = decode_plain(group.payloads)
+                decoded = decode_plain(payloads)
             except WireError as error:
                 return values, error.with_traceback(None)  # which holds the frames, and they the payloads
         elif size == 4:
-            decoded = _int32s(group.payloads)
+            decoded = _int32s(payloads)
         elif size % 8 == 0:
-            decoded = decode_plain(group.payloads)
+            decoded = decode_plain(payloads)
         else:
             return values, _plain_error(size)
         if len(groups) == 1:
@@ -157,13 +144,14 @@ def decode_batch(payload: Buffer) -> Block:
 def decode_batch_messages(groups: Sequence[Messages]) -> tuple[Block, WireError | None]:
     """The blocks of batch messages joined, up to the first bad one, and what is wrong with that."""
     joined = Block([], array("q"))
-    for group in groups:
-        for message in group.each():
+    for payloads, size in groups:
+        for start in range(0, len(payloads) or 1, size or 1):
+            message = payloads[start : start + size]
             try:
                 block = decode_batch(message)
             except WireError as error:
                 return joined, error.with_traceback(None)
-            if len(groups) == 1 and len(message) == len(group.payloads):
+            if len(groups) == 1 and len(message) == len(payloads):
                 return block, None
             joined.runs.extend(block.runs)
             joined.values.extend(block.values)
@@ -189,98 +177,6 @@ def decode_ack(payload: Buffer) -> int:
         raise WireError(f"{len(payload)} bytes: an ack has {_ACK.size}")
     (count,) = _ACK.unpack(payload)
     return int(count)
-
-
-# Frames. What most clients send most of the time is one frame like the other: binary, masked, final,
-# of one size. Those are taken out of the receive buffer together, without a step per frame.
-
-
-class FrameHead(NamedTuple):
-    """The head of a frame (RFC 6455 section 5.2), sizes in bytes.
-
-    `simple` is a frame that is a whole message: binary, masked, neither empty nor too large.
-    """
-
-    head: int  # with the mask
-    payload: int
-    simple: bool
-
-
-def frame_head(data: Buffer, start: int) -> FrameHead | None:
-    """The head of the frame that begins at `start`; None when `data` ends within it."""
-    left = len(data) - start
-    if left < 2:
-        return None
-    size = data[start + 1] & 0x7F
-    masked = data[start + 1] > 0x7F
-    extended = 2 if size == 126 else 8 if size == 127 else 0
-    head = 2 + extended + 4 * masked
-    if left < head:
-        return None
-    least = 1
-    if extended:
-        least = 126 if extended == 2 else 65_536  # a length has its shortest form
-        size = int.from_bytes(data[start + 2 : start + 2 + extended], "big")
-    return FrameHead(head, size, masked and data[start] == 0x82 and least <= size <= MAX_MESSAGE)
-
-
-def take_frames(data: Buffer, start: int, first: FrameHead) -> tuple[Messages, int]:
-    """The messages of the frame at `start`, whole and simple, and of those like it behind it; and where they end.
-
-    `first` is the frame's head.
-    """
-    head, size = first.head, first.payload
-    step = head + size
-    count = _alike(data, start, step, head - 4)
-    end = start + count * step
-    if size % 4 == 0 and size <= 64 and count > 4:
-        return Messages(_unmask_columns(data, start + head - 4, step, end, size, count), size), end
-    with memoryview(data) as view:
-        payloads = [_unmask(data[at - 4 : at], view[at : at + size]) for at in range(start + head, end, step)]
-    return Messages(payloads[0] if count == 1 else b"".join(payloads), size), end
-
-
-def _alike(data: Buffer, start: int, step: int, length: int) -> int:
-    """How many whole frames of `step` bytes from `start` on begin with the same `length` bytes."""
-    most = (len(data) - start) // step
-    count, window = 1, 16
-    while count < most:
-        planned = end = min(most, count + window)
-        for i in range(start, start + length):
-            column = data[i + count * step : start + end * step : step]
-            end = count + len(column) - len(column.lstrip(data[i : i + 1]))
-        count = end
-        if end < planned:
-            break
-        window *= 4  # so that frames of many sizes cost no more than their number
-    return count
-
-
-def _unmask_columns(data: Buffer, mask: int, step: int, end: int, size: int, count: int) -> bytes:
-    """The payloads of `count` frames, `step` bytes apart, the first one's mask at `mask`: a slice for each byte."""
-    masks, masked = bytearray(size * count), bytearray(size * count)
-    for i in range(4):
-        column = data[mask + i : end : step]
-        for j in range(i, size, 4):
-            masks[j::size] = column
-    for j in range(size):
-        masked[j::size] = data[mask + 4 + j : end : step]
-    return _xor(masks, masked)
-
-
-def _unmask(mask: Buffer, payload: memoryview) -> Buffer:
-    """`payload`, masked or unmasked with the four bytes of `mask` (RFC 6455 section 5.3)."""
-    size = len(payload)
-    if size < 1024:
-        return _xor((mask * (size // 4 + 1))[:size], payload)
-    done = bytearray(payload)
-    for i in range(4):
-        done[i::4] = done[i::4].translate(_xor(mask[i : i + 1] * 256, _ALL_BYTES))
-    return done
-
-
-def _xor(left: Buffer, right: Buffer | memoryview) -> bytes:
-    return (int.from_bytes(left, "little") ^ int.from_bytes(right, "little")).to_bytes(len(left), "little")
 
 
 def _int32s(payloads: Buffer) -> "array[int]":

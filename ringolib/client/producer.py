@@ -22,8 +22,10 @@ from collections.abc import Iterable
 from time import monotonic
 from urllib.parse import urlsplit
 
-from ringolib.net.tls import TLSError, client_context
-from ringolib.net.websocket import ClientConnection, HandshakeError, backoff
+from ringolib.net.tls import client_context
+from ringolib.net.tls_socket import TLSError
+from ringolib.net.websocket import ClientConnection, HandshakeError
+from ringolib.timing import backoff
 from ringolib.wire import MAX_SEQUENCE, SUBPROTOCOL, Run, WireError, decode_ack, encode_batch
 
 PATH = "/v1.0/ingest"

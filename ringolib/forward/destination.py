@@ -13,9 +13,10 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
-from ringolib.forward.link import LinkState, Sink
+from ringolib.forward.link import LinkState
+from ringolib.forward.sink import Sink
 from ringolib.net.addresses import Place
-from ringolib.net.websocket import backoff
+from ringolib.timing import backoff
 
 
 class Breaker:

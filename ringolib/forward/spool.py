@@ -15,10 +15,12 @@ import time
 from time import monotonic
 from typing import NamedTuple
 
-from ringolib.forward.link import LinkSink, LinkState, SinkError
+from ringolib.forward.link import LinkSink, LinkState
+from ringolib.forward.sink import SinkError
 from ringolib.forward.workers import BATCH_RECORDS
-from ringolib.net.websocket import backoff
-from ringolib.storage.sqlite_file import SPOOL_APPLICATION_ID, StoreError
+from ringolib.storage.interface import StoreError
+from ringolib.storage.sqlite_file import SPOOL_APPLICATION_ID
+from ringolib.timing import backoff
 from ringolib.wire import Block
 from store import WAL_LARGE, Store
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from ringbuffer import Closed, Ring
 from ringolib.forward.destination import Outlet
-from ringolib.forward.link import InDoubt, Sink, SinkError
+from ringolib.forward.sink import InDoubt, Sink, SinkError
 from ringolib.wire import MAX_RUNS, Block
 
 log = logging.getLogger("ringoexp.forward")

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from ringolib.counters import at
 from ringolib.net import tls
+from ringolib.timing import at
 
 TOKEN_VARIABLE = "RINGOEXP_TOKEN"
 MOST_TOKEN = 4096

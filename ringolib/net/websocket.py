@@ -13,7 +13,6 @@ A client that stalls is given up: one that is silent and answers no ping, that l
 reads nothing until its acks no longer leave.
 """
 
-import random
 import select
 import socket
 import ssl
@@ -37,16 +36,14 @@ from wsproto.events import (
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import LocalProtocolError
 
-from ringolib.net.addresses import certified_name, connect, host_header
-from ringolib.net.tls import TLSSocket
-from ringolib.wire import MAX_MESSAGE, Messages, frame_head, take_frames
+from ringolib.net import sockets
+from ringolib.net.addresses import certified_name, host_header
+from ringolib.net.frames import MAX_MESSAGE, Messages, frame_head, take_frames
+from ringolib.net.sockets import connect
+from ringolib.net.tls_socket import TLSSocket
 
 READ_SIZE = 256 * 1024
-CLOSE_TIMEOUT = 2.0
-"""Seconds the other side has to answer a Close frame before the socket is closed all the same."""
 CONNECT_TIMEOUT = 5.0
-BACKOFF_FIRST = 0.1
-BACKOFF_MOST = 5.0
 PING_AFTER = 20.0
 """Seconds of silence after which a server asks a client, with a ping, whether it is there."""
 PING_TIMEOUT = 20.0
@@ -238,19 +235,19 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
         self.queue(self.ws.send(Ping()))
 
     def finish(self, code: int, reason: str, last: bytes = b"") -> None:
-        """Closing handshake and closed socket: our Close frame, then at most CLOSE_TIMEOUT for the peer's.
+        """Closing handshake and closed socket: our Close frame, then at most sockets.CLOSE_TIMEOUT for the peer's.
 
         Sends `last`, at most 125 bytes, as a last message before it. Answers the peer's Close frame,
         if it has sent one, with its own code. Never raises.
         """
         try:
             frame = self.ws.send(CloseConnection(code, reason or None))
-            self.sock.settimeout(CLOSE_TIMEOUT)
+            self.sock.settimeout(sockets.CLOSE_TIMEOUT)
             self.sock.sendall(self._unsent + (_short_frame(last) if last else b"") + frame)
         except (OSError, LocalProtocolError):
             pass  # lost already
         else:
-            linger(self.sock)
+            sockets.linger(self.sock)
         self.sock.close()
 
     def abort(self) -> None:
@@ -447,11 +444,6 @@ class ClientConnection(Connection):
         self.connected = True
 
 
-def backoff(failures: int) -> float:
-    """Seconds to wait before another connection is tried, after so many failures in a row: exponential, full jitter."""
-    return random.uniform(0, min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(failures, 16)))
-
-
 def hint(status: int) -> str:
     """What a refused handshake may come from."""
     where = ": is that the /v1.0/ingest of a ringoexp?"
@@ -462,19 +454,3 @@ def _short_frame(payload: bytes) -> bytes:
     """A server's binary message of at most 125 bytes (RFC 6455 section 5.2)."""
     assert len(payload) < 126
     return bytes((0x82, len(payload))) + payload
-
-
-def linger(sock: socket.socket) -> None:
-    """Ends our side and reads what still comes, for at most CLOSE_TIMEOUT, so that the peer gets our last words.
-
-    Closing a socket with unread bytes sends a reset, which can overtake them (RFC 9112 section 9.6).
-    """
-    deadline = monotonic() + CLOSE_TIMEOUT
-    try:
-        sock.shutdown(socket.SHUT_WR)
-        while (left := deadline - monotonic()) > 0:
-            sock.settimeout(left)
-            if not sock.recv(READ_SIZE):
-                return
-    except OSError:
-        pass  # gone

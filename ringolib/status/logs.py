@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from time import monotonic
 from typing import Any
 
-from ringolib.counters import iso
+from ringolib.timing import iso
 
 LIMITED = ("refused", "tls_failed", "page_missing", "connection_error", "cannot_accept", "no_thread", "slow_commit")
 """Events that others can cause at any rate: a line of each kind every LIMIT_SECONDS, which says how many there were."""

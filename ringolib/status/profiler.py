@@ -18,8 +18,10 @@ from time import monotonic
 from types import CodeType, FrameType
 from urllib.parse import parse_qsl, urlsplit
 
-from ringolib.net.addresses import Listeners, is_loopback
+from ringolib.net.addresses import is_loopback
 from ringolib.net.credentials import Access
+from ringolib.net.listeners import Listeners
+from ringolib.status import profile_formats
 from ringolib.status import sampler as sampling
 from ringolib.web.connections import Connections
 from ringolib.web.handler import GET_OR_HEAD, Refusal, Routes, WebHandler
@@ -135,12 +137,14 @@ class Handler(WebHandler):
         profile = self._sample(seconds)
         name = f"{self.server.name or 'ringoexp'}, {profile.duration / 1e9:.1f} s"
         if asked["format"] == "collapsed":
-            self._tell(sampling.collapsed(profile, asked["value"]).encode(errors="replace"), TEXT)
+            self._tell(profile_formats.collapsed(profile, asked["value"]).encode(errors="replace"), TEXT)
         elif asked["format"] == "speedscope":
             attachment = {"Content-Disposition": 'attachment; filename="profile.speedscope.json"'}
-            self._tell(sampling.speedscope(profile, name).encode(), "application/json", attachment)
+            self._tell(profile_formats.speedscope(profile, name).encode(), "application/json", attachment)
         else:
-            self._tell(sampling.pprof(profile), PROTO, {"Content-Disposition": 'attachment; filename="profile.pb.gz"'})
+            self._tell(
+                profile_formats.pprof(profile), PROTO, {"Content-Disposition": 'attachment; filename="profile.pb.gz"'}
+            )
 
     def _heap(self) -> None:
         """Starts or stops tracemalloc, or tells what it has seen."""
@@ -179,12 +183,12 @@ class Handler(WebHandler):
             ([(frame.filename, frame.lineno) for frame in reversed(stat.traceback)], stat.count, stat.size)
             for stat in snapshot.statistics("traceback")
         )
-        content = sampling.pprof_heap(traces, time.time_ns())
+        content = profile_formats.pprof_heap(traces, time.time_ns())
         self._tell(content, PROTO, {"Content-Disposition": 'attachment; filename="heap.pb.gz"'})
 
     # Helpers.
 
-    def _sample(self, seconds: int) -> sampling.Profile:
+    def _sample(self, seconds: int) -> profile_formats.Profile:
         """A profile of so many seconds; gives up when the client leaves or the server stops."""
         if not self.server.busy.acquire(blocking=False):
             left = max(1, round(self.server.busy_until - monotonic()))

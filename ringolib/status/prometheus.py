@@ -8,7 +8,8 @@ import gc
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
-from ringolib.counters import BOUNDS, HistogramSnapshot, memory, process
+from ringolib.counters import BOUNDS, HistogramSnapshot
+from ringolib.status.process import memory, process
 from ringolib.status.readiness import ConsumerStats
 from ringolib.status.report import Snapshot, consumer_away, consumer_state, records_stored
 

@@ -6,12 +6,13 @@ No thread runs here and nothing is guarded: each room locks for its own snapshot
 from typing import Any, NamedTuple
 
 from ringbuffer import RingLayout, RingStats
-from ringolib.counters import TotalsSnapshot, at
+from ringolib.counters import TotalsSnapshot
 from ringolib.forward.spool import SpoolStats
 from ringolib.forward.workers import ForwarderStats
 from ringolib.status.readiness import ConsumerStats
 from ringolib.storage.interface import Sizes, StoreStats
 from ringolib.storage.retention import RetentionStats
+from ringolib.timing import at
 from ringolib.web.connections import ConnectionStats
 
 

@@ -19,8 +19,7 @@ from time import monotonic
 from typing import NamedTuple
 
 from ringolib.counters import Histogram
-from ringolib.storage.interface import StoreStats
-from ringolib.storage.sqlite_file import StoreError
+from ringolib.storage.interface import StoreError, StoreStats
 from ringolib.wire import Run
 
 log = logging.getLogger("ringoexp.store")

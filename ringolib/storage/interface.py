@@ -70,3 +70,7 @@ class Storage(Protocol):
 
     def close(self) -> None:
         """Waits for the commit that runs, then gives back what it holds. Does nothing the second time."""
+
+
+class StoreError(Exception):
+    """The database cannot be opened, or a commit failed. The text says what happened and what to do."""

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
+from ringolib.storage.interface import StoreError
+
 APPLICATION_ID = 0x52494E47  # "RING", https://www.sqlite.org/pragma.html#pragma_application_id
 SPOOL_APPLICATION_ID = 0x52494E53  # "RINS": records are deleted from it, so it must never be taken for the other
 _KINDS = {APPLICATION_ID: "a consumer's database", SPOOL_APPLICATION_ID: "a publisher's spool"}
@@ -49,10 +51,6 @@ _MAGIC = b"SQLite format 3\0"  # https://www.sqlite.org/fileformat.html#the_data
 _OLDEST_SQLITE = (3, 32, 0)  # the first to take 1024 parameters by default (up to 32,766)
 BUSY_TIMEOUT_MS = 5000
 """How long a commit waits for another program's write lock before it fails."""
-
-
-class StoreError(Exception):
-    """The database cannot be opened, or a commit failed. The text says what happened and what to do."""
 
 
 def connect(path: str, application_id: int, wal_limit: int) -> sqlite3.Connection:

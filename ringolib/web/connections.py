@@ -23,10 +23,11 @@ from socketserver import BaseServer
 from time import monotonic
 from typing import Any, NamedTuple
 
-from ringolib.net import tls
-from ringolib.net.addresses import UNIX_PEER, Listeners
+from ringolib.net.addresses import UNIX_PEER
 from ringolib.net.credentials import Access
-from ringolib.net.websocket import linger
+from ringolib.net.listeners import Listeners
+from ringolib.net.sockets import linger
+from ringolib.net.tls_socket import HANDSHAKE_TIMEOUT, NotTLS, TLSSocket
 
 log = logging.getLogger("ringoexp.http")
 
@@ -319,19 +320,17 @@ class Connections(ThreadingHTTPServer):
         finally:
             self._leave(threading.current_thread())
 
-    def _shake_hands(
-        self, request: socket.socket, context: ssl.SSLContext, client_address: Any
-    ) -> tls.TLSSocket | None:
+    def _shake_hands(self, request: socket.socket, context: ssl.SSLContext, client_address: Any) -> TLSSocket | None:
         """The connection, over TLS; None, and it is closed, if that cannot be had."""
         try:
-            secured = tls.TLSSocket(request, context)
-            secured.handshake(tls.HANDSHAKE_TIMEOUT if self.admitted() else CLOSE_TIMEOUT)
+            secured = TLSSocket(request, context)
+            secured.handshake(HANDSHAKE_TIMEOUT if self.admitted() else CLOSE_TIMEOUT)
             return secured
         except OSError as error:
             with self._lock:
                 self._tls_failed += 1
             log.warning("tls_failed", {"client": client_address[0], "reason": str(error)})
-            if isinstance(error, tls.NotTLS) and error.http:
+            if isinstance(error, NotTLS) and error.http:
                 try:
                     request.send(PLAIN_ON_TLS)
                     linger(request)

@@ -19,8 +19,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ringolib.net.addresses import shown
-from ringolib.net.tls import RECORD_TYPE
-from ringolib.net.websocket import linger
+from ringolib.net.sockets import linger
+from ringolib.net.tls_socket import RECORD_TYPE
 from ringolib.web.connections import Connections
 
 log = logging.getLogger("ringoexp.http")

@@ -32,7 +32,7 @@ from ringolib.storage.clickhouse import store as clickhouse
 from ringolib.storage.clickhouse.http import Again, Final, parse, redacted
 from ringolib.storage.clickhouse.store import ClickHouse
 from ringolib.storage.group_commit import Waiting
-from ringolib.storage.sqlite_file import StoreError
+from ringolib.storage.interface import StoreError
 from ringolib.wire import Run
 
 A = b"a" * 16

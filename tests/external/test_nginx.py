@@ -31,8 +31,9 @@ from websockets.sync.client import connect
 
 from ringolib.client.producer import Producer
 from ringolib.net import websocket as websock
+from ringolib.net.frames import MAX_MESSAGE
 from ringolib.web import handler as web
-from ringolib.wire import MAX_MESSAGE, encode_plain
+from ringolib.wire import encode_plain
 
 Proxied = tuple[ServerProcess, int]
 

@@ -22,8 +22,8 @@ import pytest
 from support import strace
 from support.harness import Blocked, RawClient, ServerProcess, eventually, frame, not_ready, request, seeded, server
 
+from ringolib import timing
 from ringolib.client.producer import Producer
-from ringolib.net import websocket as websock
 from ringolib.wire import encode_plain
 from store import Store
 
@@ -33,7 +33,7 @@ MEBIBYTE = 1024 * 1024
 ENDS = "SELECT (SELECT max(id) FROM record), (SELECT first_id + count - 1 FROM batch ORDER BY first_id DESC LIMIT 1)"
 COUNTS = "SELECT (SELECT count(*) FROM record), (SELECT sum(count) FROM batch)"
 QUICK = (
-    "net.websocket.BACKOFF_MOST = 0.2; web.session.PATIENCE = 0.1; "
+    "timing.BACKOFF_MOST = 0.2; web.session.PATIENCE = 0.1; "
     "wsserver.INGEST_TIMEOUT = 0.3; forward.workers.QUIET_SECONDS = 0"
 )
 ROLES = ["consumer behind a publisher", "single process"]
@@ -262,7 +262,7 @@ def test_ready_finds_out_that_the_disk_fails_and_that_it_works_again_without_any
 ) -> None:
     """Nobody sends anything: no client is sent to a server that is not ready."""
     database = place / "numbers.db"
-    quick = "status.readiness.FRESH = 0.05"
+    quick = "status.probe.FRESH = 0.05"
     with ExitStack() as stack:
         consumer = stack.enter_context(server(tmp_path, "-I", "false", "-p", "0", "-D", str(database), patch=quick))
         front = stack.enter_context(server(tmp_path, "-p", "0", "-T", str(consumer.port), patch=quick))
@@ -303,7 +303,7 @@ def test_commits_that_fail_now_and_then_fail_alone(
     Checkpoints that fail, all of them, fail no commit.
     """
     strace.needed()
-    monkeypatch.setattr(websock, "BACKOFF_MOST", 0.05)
+    monkeypatch.setattr(timing, "BACKOFF_MOST", 0.05)
     seed = seeded()
     rng = random.Random(seed)
     # A commit has fewer than 100 calls, so that a new connection's first succeeds.

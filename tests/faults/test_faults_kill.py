@@ -81,7 +81,7 @@ def test_with_a_spool_the_acks_go_on_whatever_becomes_of_the_consumer(tmp_path: 
 
 
 LATE = (
-    "web.session.StoreIntake.put = lambda self, block, timeout:"
+    "web.intake.StoreIntake.put = lambda self, block, timeout:"
     " (__import__('threading').Timer(3600, self._store.append, block).start(), (len(block.values), 0))[1]"
 )
 

@@ -24,7 +24,8 @@ from support.gauges import RETURNING, back_to, complaints, settled
 from support.harness import HANDSHAKE, Blocked, RawClient, ServerProcess, frame, request, rows, seeded, server
 
 from ringolib.client.producer import Producer
-from ringolib.wire import MAX_MESSAGE, SUBPROTOCOL, Run, encode_batch, encode_plain
+from ringolib.net.frames import MAX_MESSAGE
+from ringolib.wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 
 ENOUGH = 10.0
 """Seconds within which the server ends a connection whose client has ended its side, and acks a good client."""

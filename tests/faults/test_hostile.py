@@ -31,11 +31,11 @@ from support.harness import (
 from websockets.sync.client import connect
 
 from ringolib.client.producer import Producer
-from ringolib.wire import MAX_MESSAGE
+from ringolib.net.frames import MAX_MESSAGE
 
 SHORT = {
     "ringolib.web.handler.REQUEST_TIMEOUT": 0.4,
-    "ringolib.net.websocket.CLOSE_TIMEOUT": 0.4,
+    "ringolib.net.sockets.CLOSE_TIMEOUT": 0.4,
     "ringolib.net.websocket.PING_AFTER": 0.3,
     "ringolib.net.websocket.PING_TIMEOUT": 0.3,
     "ringolib.net.websocket.STALL_TIMEOUT": 0.4,
@@ -55,7 +55,7 @@ SMALL_BUFFERS = (
 
 def patched(timeouts: dict[str, float]) -> str:
     """The patch that makes a server so impatient, and its idle workers and probes too."""
-    more = {"ringolib.forward.workers.IDLE_SECONDS": 0.3, "ringolib.net.websocket.BACKOFF_MOST": 0.2}
+    more = {"ringolib.forward.workers.IDLE_SECONDS": 0.3, "ringolib.timing.BACKOFF_MOST": 0.2}
     return "; ".join([*(f"{name} = {seconds}" for name, seconds in {**timeouts, **more}.items()), SMALL_BUFFERS])
 
 

@@ -29,7 +29,8 @@ from support import strace
 from support.harness import DEADLINE, Blocked, RawClient, ServerProcess, frame, seeded
 
 import store
-from ringolib.storage.sqlite_file import APPLICATION_ID, SPOOL_APPLICATION_ID, StoreError
+from ringolib.storage.interface import StoreError
+from ringolib.storage.sqlite_file import APPLICATION_ID, SPOOL_APPLICATION_ID
 from ringolib.wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 
 TAG = 0x5AC3A55A
@@ -48,7 +49,7 @@ SMALL_WAL = (
 CUT_WAL = "store.WAL_LARGE = 100_000"
 UNSYNCED = SMALL_WAL.replace("wal_autocheckpoint = 20", "synchronous = {}")
 EARLY = (
-    "web.session.StoreIntake.put = lambda self, block, timeout: (__import__('threading').Thread("
+    "web.intake.StoreIntake.put = lambda self, block, timeout: (__import__('threading').Thread("
     "target=self._store.append, args=(block.runs, block.values)).start(), (len(block.values), 0))[1]"
 )
 

@@ -9,7 +9,8 @@ import pytest
 from support.harness import RawClient, ServerProcess, eventually, frame, rows, server
 from websockets.sync.client import connect
 
-from ringolib.wire import MAX_MESSAGE, SUBPROTOCOL, Run, encode_batch, encode_plain
+from ringolib.net.frames import MAX_MESSAGE
+from ringolib.wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 
 GOOD = b"".join(frame(2, struct.pack(">i", value)) for value in (1, 2, 3))
 BATCH = {"Sec-WebSocket-Protocol": SUBPROTOCOL}

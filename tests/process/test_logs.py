@@ -275,7 +275,7 @@ def test_a_client_is_logged_when_it_comes_and_when_it_goes_and_why(tmp_path: Pat
 
 def test_a_link_is_logged_once_per_change(tmp_path: Path) -> None:
     port = free_port()
-    quick = "net.websocket.BACKOFF_MOST = 0.05"
+    quick = "timing.BACKOFF_MOST = 0.05"
     with server(tmp_path, "-p", "0", "-T", str(port), "-r", "64", patch=quick) as publisher:
         with RawClient(publisher.port) as client:
             for turn in range(1, 4):

@@ -14,7 +14,8 @@ from support.harness import DEADLINE, RawClient, eventually, frame, free_port, r
 from ringbuffer import Ring
 from ringolib.app import CannotRun, Parts
 from ringolib.forward.destination import Outlet
-from ringolib.forward.link import LinkSink, LinkState, StoreSink
+from ringolib.forward.link import LinkSink, LinkState
+from ringolib.forward.sink import StoreSink
 from ringolib.forward.spool import Spool
 from ringolib.forward.workers import Forwarder
 from ringolib.net.credentials import Access

@@ -444,7 +444,7 @@ def shown() -> set[tuple[str, int]]:
 def test_every_code_and_status_of_the_readme_is_in_a_vector_or_has_its_own_test() -> None:
     assert len(refused_input()) > 15, "it can find them"
     assert refused_input() - shown() == set(ELSEWHERE)
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for test in ELSEWHERE.values():
         assert f"def {test}(" in tests
 

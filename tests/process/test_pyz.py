@@ -208,7 +208,7 @@ def test_a_program_of_ones_own_may_import_from_it(pyz: Path, tmp_path: Path) -> 
     code = "from ringolib.client import producer; import wsproto\n"
     code += "print(producer.Producer.__name__, producer.__file__, wsproto.__file__)"
     done = run(["env", "-i", f"PYTHONPATH={pyz}", this_python, "-S", "-c", code], tmp_path)
-    assert done.stdout == f"Producer {pyz}/producer.py {pyz}/wsproto/__init__.py\n", done.stderr
+    assert done.stdout == f"Producer {pyz}/ringolib/client/producer.py {pyz}/wsproto/__init__.py\n", done.stderr
 
 
 def test_ctrl_c_while_it_imports_ends_it_without_a_traceback(pyz: Path, tmp_path: Path) -> None:

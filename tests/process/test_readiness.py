@@ -24,10 +24,10 @@ from support.harness import (
 
 from ringolib.net.addresses import Place
 from ringolib.net.credentials import Keys
-from ringolib.status import readiness
-from ringolib.status.readiness import Reason, _Question
+from ringolib.status import probe, readiness
+from ringolib.status.probe import Reason, _Question
 
-QUICK = "status.readiness.FRESH = 0.05; status.readiness.PATIENCE = 0.5; status.readiness.STUCK = 0.1"
+QUICK = "status.probe.FRESH = 0.05; status.probe.PATIENCE = 0.5; status.readiness.STUCK = 0.1"
 
 
 def reasons(running: ServerProcess) -> list[dict[str, Any]]:
@@ -266,7 +266,7 @@ def test_a_consumer_that_answers_otherwise(answer: bytes, expected: str | None) 
 
 
 def test_many_who_ask_at_once_get_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readiness, "FRESH", 600)
+    monkeypatch.setattr(probe, "FRESH", 600)
     gate, calls = threading.Event(), []
 
     def ask() -> tuple[str, str]:
@@ -275,7 +275,7 @@ def test_many_who_ask_at_once_get_one_answer(monkeypatch: pytest.MonkeyPatch) ->
         return "away", "why"
 
     question = _Question("x", ask, ("late", "no answer"))
-    monkeypatch.setattr(readiness, "PATIENCE", 600)
+    monkeypatch.setattr(probe, "PATIENCE", 600)
     asking = [Blocked(lambda: question.reason(wait=True)) for _ in range(10)]
     assert all(each.still(0.01) for each in asking)
     gate.set()
@@ -284,8 +284,8 @@ def test_many_who_ask_at_once_get_one_answer(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_while_there_is_no_answer_the_last_one_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readiness, "FRESH", 0)
-    monkeypatch.setattr(readiness, "PATIENCE", 0.1)
+    monkeypatch.setattr(probe, "FRESH", 0)
+    monkeypatch.setattr(probe, "PATIENCE", 0.1)
     gate = threading.Event()
     gate.set()
     question = _Question("x", lambda: None if gate.wait(30) else None, ("late", "no answer"))
@@ -305,7 +305,7 @@ def test_a_name_that_no_host_can_have_is_a_consumer_that_cannot_be_reached(name:
 
 
 def test_an_error_nobody_expected_is_an_answer_for_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readiness, "FRESH", 600)
+    monkeypatch.setattr(probe, "FRESH", 600)
 
     def ask() -> None:
         raise ZeroDivisionError

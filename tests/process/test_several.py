@@ -38,7 +38,7 @@ from ringolib.client import producer
 from ringolib.storage.interface import Storage
 from ringolib.wire import decode_batch, encode_ack, encode_plain
 
-QUICK = f"{SHORT_TIMES}; status.readiness.FRESH = 0.05; status.readiness.PATIENCE = 0.5; status.readiness.STUCK = 0.1"
+QUICK = f"{SHORT_TIMES}; status.probe.FRESH = 0.05; status.probe.PATIENCE = 0.5; status.readiness.STUCK = 0.1"
 
 
 class Fleet:
@@ -151,7 +151,7 @@ def log(running: ServerProcess, event: str) -> list[str]:
 
 
 DIES = (
-    "web.session.StoreIntake.put = lambda self, block, timeout: (self._store.append(*block), __import__('os')._exit(9))"
+    "web.intake.StoreIntake.put = lambda self, block, timeout: (self._store.append(*block), __import__('os')._exit(9))"
 )
 
 

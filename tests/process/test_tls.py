@@ -40,10 +40,12 @@ from support.harness import (
 from websockets.sync.client import connect
 
 from ringolib.client.producer import Producer, ProducerError
-from ringolib.forward.link import LinkSink, SinkError
+from ringolib.forward.link import LinkSink
+from ringolib.forward.sink import SinkError
 from ringolib.net import tls as room
 from ringolib.net.credentials import Access, Files
-from ringolib.net.tls import NotTLS, TLSError, TLSSocket, client_context, server_context
+from ringolib.net.tls import client_context, server_context
+from ringolib.net.tls_socket import NotTLS, TLSError, TLSSocket
 from ringolib.wire import Block, Run
 
 
@@ -381,7 +383,7 @@ def test_who_wants_to_renegotiate_is_told_at_once_that_it_cannot(
 
 
 def test_a_silent_client_blocks_nobody_and_is_closed(authority: Authority, pair: Pair, tmp_path: Path) -> None:
-    with server(tmp_path, "-p", "0", "-T", "0", *tls(pair), patch="net.tls.HANDSHAKE_TIMEOUT = 1") as running:
+    with server(tmp_path, "-p", "0", "-T", "0", *tls(pair), patch="net.tls_socket.HANDSHAKE_TIMEOUT = 1") as running:
         silent = [socket.create_connection(("localhost", running.port), DEADLINE) for _ in range(20)]
         silent[0].sendall(b"\x16\x03\x01\x02\x00")  # half a hello
         assert get(running.port, "/v1.0/alive", authority.ca)[0] == 200
@@ -395,7 +397,7 @@ def test_a_silent_client_blocks_nobody_and_is_closed(authority: Authority, pair:
 
 
 def test_a_stop_does_not_wait_for_handshakes(authority: Authority, pair: Pair, tmp_path: Path) -> None:
-    with server(tmp_path, "-p", "0", "-T", "0", *tls(pair), patch="net.tls.HANDSHAKE_TIMEOUT = 600") as running:
+    with server(tmp_path, "-p", "0", "-T", "0", *tls(pair), patch="net.tls_socket.HANDSHAKE_TIMEOUT = 600") as running:
         with socket.create_connection(("localhost", running.port)):
             eventually(
                 lambda: json.loads(get(running.port, "/v1.0/stats", authority.ca)[1])["stats"]["connections"] == 2

@@ -25,7 +25,8 @@ from support.harness import (
     server,
 )
 
-from ringolib.wire import MAX_MESSAGE, encode_plain
+from ringolib.net.frames import MAX_MESSAGE
+from ringolib.wire import encode_plain
 
 UUID4 = re.compile(r"[0-9A-F]{8}-[0-9A-F]{4}-4[0-9A-F]{3}-[89AB][0-9A-F]{3}-[0-9A-F]{12}")
 OCTETS = {"Content-Type": "application/octet-stream"}

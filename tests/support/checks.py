@@ -19,7 +19,9 @@ from threading import Event
 
 import pytest
 
+from ringolib import timing
 from ringolib.client import producer
+from ringolib.net import sockets
 from ringolib.net import websocket as websock
 from support.harness import DEADLINE, Blocked, ServerProcess, eventually, free_port
 from support.proxy import Proxy
@@ -27,8 +29,8 @@ from support.proxy import Proxy
 TIMEOUT = 0.5
 """Seconds after which either end gives up a silent link, where SHORT_TIMES and `short_times` apply."""
 SHORT_TIMES = (
-    f"forward.link.ACK_TIMEOUT = {TIMEOUT}; forward.spool.PATIENCE = {TIMEOUT}; net.websocket.BACKOFF_MOST = 0.2;"
-    f"net.websocket.CONNECT_TIMEOUT = {TIMEOUT}; net.websocket.CLOSE_TIMEOUT = {TIMEOUT}"
+    f"forward.link.ACK_TIMEOUT = {TIMEOUT}; forward.spool.PATIENCE = {TIMEOUT}; timing.BACKOFF_MOST = 0.2;"
+    f"net.websocket.CONNECT_TIMEOUT = {TIMEOUT}; net.sockets.CLOSE_TIMEOUT = {TIMEOUT}"
 )
 """The servers' patch."""
 
@@ -36,10 +38,10 @@ SHORT_TIMES = (
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for producers in this process, which also keep less unacked."""
     monkeypatch.setattr(producer, "STALL_TIMEOUT", TIMEOUT)
-    monkeypatch.setattr(websock, "BACKOFF_MOST", 0.2)
+    monkeypatch.setattr(timing, "BACKOFF_MOST", 0.2)
     monkeypatch.setattr(producer, "MOST_UNACKED", 20_000)
     monkeypatch.setattr(websock, "CONNECT_TIMEOUT", TIMEOUT)
-    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", TIMEOUT)
+    monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", TIMEOUT)
 
 
 LINKS = ("client to publisher", "publisher to consumer")

@@ -77,14 +77,15 @@ class Blocked:
 
 def imports_for(patch: str) -> str:
     """The statements that import each module which `patch` names: `web.handler` is `ringolib.web.handler`."""
-    packages = "app|client|forward|net|options|status|storage|web"
+    packages = "app|client|counters|forward|net|options|status|storage|timing|web|wire"
     modules = set()
     for name in re.findall(rf"(?<![\w.])(?:{packages})(?:\.[a-z_]+)*", patch):
         path = f"ringolib.{name}"
         while not (ROOT / f"{path.replace('.', '/')}.py").exists() and path.count(".") > 1:
             path = path.rpartition(".")[0]
         modules.add(path)
-    tops = [name for name in ("ringbuffer", "store", "wsserver") if re.search(rf"(?<![\w.]){name}\.", patch)]
+    others = {"ringbuffer", "store", "wsserver", *sys.stdlib_module_names}
+    tops = sorted(others & set(re.findall(r"(?<![\w.])(\w+)\.", patch)))
     imports = [f"import {name}" for name in [*sorted(modules), *tops]]
     return "; ".join([*imports, f"from ringolib import {packages.replace('|', ', ')}"])
 

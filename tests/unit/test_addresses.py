@@ -37,9 +37,12 @@ from support.harness import (
 )
 
 from ringolib.client.producer import Producer
-from ringolib.forward.link import LinkSink, SinkError
+from ringolib.forward.link import LinkSink
+from ringolib.forward.sink import SinkError
 from ringolib.net import addresses
-from ringolib.net.addresses import AddressError, Listeners, certified_name, resolve
+from ringolib.net import listeners as listeners_module
+from ringolib.net.addresses import AddressError, certified_name, resolve
+from ringolib.net.listeners import Listeners
 from ringolib.options import read_arguments
 from ringolib.wire import Block, Run
 
@@ -138,8 +141,8 @@ def test_a_free_port_is_free_on_every_address(monkeypatch: pytest.MonkeyPatch) -
             raise OSError(errno.EADDRINUSE, "Address already in use")
         return real(family, address)
 
-    real = addresses._bind
-    monkeypatch.setattr(addresses, "_bind", bind)
+    real = listeners_module._bind
+    monkeypatch.setattr(listeners_module, "_bind", bind)
     listeners = listen("localhost")
     assert [address[0] for address in tried] == ["127.0.0.1", "::1"] * 3
     assert {sock.getsockname()[1] for sock in listeners.sockets} == {listeners.port}
@@ -167,8 +170,8 @@ def test_an_address_that_the_machine_does_not_have_is_left_out(monkeypatch: pyte
             raise OSError(number, os.strerror(number))
         return real(family, address)
 
-    real = addresses._bind
-    monkeypatch.setattr(addresses, "_bind", bind)
+    real = listeners_module._bind
+    monkeypatch.setattr(listeners_module, "_bind", bind)
     absent = "::1"
     listeners = listen("localhost")
     assert [address[0] for _, address in listeners.addresses] == ["127.0.0.1"]
@@ -464,7 +467,7 @@ def test_a_path_that_cannot_be_had_is_one_line(place: Path) -> None:
     (place / "file").touch()
     assert refused(f"unix:{place}/file/x.sock") == f"the directory {place}/file: Not a directory"
     assert "a Unix socket's at most" in refused(f"unix:{place}/{'x' * 200}")
-    longest = f"{place}/".ljust(addresses.MOST_PATH, "x")
+    longest = f"{place}/".ljust(listeners_module.MOST_PATH, "x")
     listen(f"unix:{longest}").close()
     assert "a Unix socket's at most" in refused(f"unix:{longest}x")
     if os.getuid():
@@ -517,7 +520,7 @@ def test_of_many_that_start_at_once_one_takes_a_stale_file_over(place: Path) -> 
 
 
 def test_a_directory_that_somebody_keeps_locked_is_given_up(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(addresses, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(listeners_module, "LOCK_TIMEOUT", 0.1)
     listeners = listen(f"unix:{place}/x.sock")
     with locked(place):
         assert refused(f"unix:{place}/y.sock") == f"somebody keeps the directory {place} locked"

@@ -40,15 +40,15 @@ ALLOWED = {
         "time.time_ns",
     ): "received_at_ms, and which of two values was first, as nobody else may say",
     ("ringolib/app.py", "datetime.datetime.now"): "startTime",
-    ("ringolib/counters.py", "datetime.datetime.now"): "since when a server is not ready",
-    ("ringolib/counters.py", "datetime.timedelta"): "the same",
+    ("ringolib/timing.py", "datetime.datetime.now"): "since when a server is not ready",
+    ("ringolib/timing.py", "datetime.timedelta"): "the same",
     ("ringolib/status/profiler.py", "time.time_ns"): "when a heap profile was made",
     ("ringolib/status/sampler.py", "time.time_ns"): "when a profile was begun",
     ("ringolib/status/sampler.py", "time.clock_gettime_ns"): "the CPU clocks of threads",
     ("ringolib/status/logs.py", "time.time"): "the same",
     ("ringolib/status/logs.py", "datetime.datetime.fromtimestamp"): "when a line was logged",
     ("ringolib/net/credentials.py", "time.time"): "whether the certificate has expired: words in the log, no more",
-    ("ringolib/counters.py", "datetime.datetime.fromtimestamp"): "a moment as text",
+    ("ringolib/timing.py", "datetime.datetime.fromtimestamp"): "a moment as text",
     (
         "ringolib/storage/retention.py",
         "time.time",
@@ -128,7 +128,7 @@ def jumping(seed: int) -> str:
             "time.time_ns = lambda: int(time.time() * 1e9)",
             "datetime.datetime = type('Jumping', (datetime.datetime,), {'now': classmethod(lambda kind, tz=None:"
             " kind.fromtimestamp(time.time(), tz))})",
-            "net.websocket.BACKOFF_MOST = 0.2",
+            "timing.BACKOFF_MOST = 0.2",
         ]
     )
 

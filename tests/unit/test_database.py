@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ringolib.storage.sqlite_file import StoreError
+from ringolib.storage.interface import StoreError
 from store import Store
 
 

@@ -16,12 +16,14 @@ from websockets.sync.server import ServerConnection as Peer
 from websockets.sync.server import serve
 
 from ringbuffer import Closed, Ring
+from ringolib import timing
 from ringolib.forward import link as sinks
 from ringolib.forward import workers as forwarder
 from ringolib.forward.destination import Breaker, Outlet
-from ringolib.forward.link import InDoubt, LinkSink, LinkState, SinkError, StoreSink
+from ringolib.forward.link import LinkSink, LinkState
+from ringolib.forward.sink import InDoubt, SinkError, StoreSink
 from ringolib.forward.workers import Forwarder
-from ringolib.net import websocket as websock
+from ringolib.net import sockets
 from ringolib.wire import Block, Run, decode_batch, encode_ack
 from store import Store
 
@@ -70,9 +72,9 @@ class FakeSink:
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(websock, "BACKOFF_FIRST", 0.001)
-    monkeypatch.setattr(websock, "BACKOFF_MOST", 0.01)
-    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
+    monkeypatch.setattr(timing, "BACKOFF_FIRST", 0.001)
+    monkeypatch.setattr(timing, "BACKOFF_MOST", 0.01)
+    monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.2)
 
 
 @contextmanager
@@ -231,8 +233,8 @@ def test_workers_whose_links_work_go_on_while_another_is_refused() -> None:
 
 
 def test_the_breaker_pauses_longer_and_longer_with_full_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(websock, "BACKOFF_FIRST", 0.1)
-    monkeypatch.setattr(websock, "BACKOFF_MOST", 5.0)
+    monkeypatch.setattr(timing, "BACKOFF_FIRST", 0.1)
+    monkeypatch.setattr(timing, "BACKOFF_MOST", 5.0)
     pauses: list[tuple[float, float]] = []
     monkeypatch.setattr(random, "uniform", lambda low, high: pauses.append((low, high)) or 0)
     breaker = Breaker()

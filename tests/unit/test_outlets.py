@@ -12,11 +12,12 @@ import pytest
 from support.harness import Blocked, eventually
 
 from ringbuffer import Ring
+from ringolib import timing
 from ringolib.forward import workers as forwarder
 from ringolib.forward.destination import Outlet, Pin
-from ringolib.forward.link import InDoubt, LinkState, SinkError
+from ringolib.forward.link import LinkState
+from ringolib.forward.sink import InDoubt, SinkError
 from ringolib.forward.workers import Forwarder
-from ringolib.net import websocket as websock
 from ringolib.net.addresses import Place
 from ringolib.net.credentials import Access
 from ringolib.status import readiness
@@ -95,8 +96,8 @@ class Link:
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(websock, "BACKOFF_FIRST", 0.001)
-    monkeypatch.setattr(websock, "BACKOFF_MOST", 0.01)
+    monkeypatch.setattr(timing, "BACKOFF_FIRST", 0.001)
+    monkeypatch.setattr(timing, "BACKOFF_MOST", 0.01)
     monkeypatch.setattr(forwarder, "QUIET_SECONDS", 0)
 
 
@@ -369,7 +370,7 @@ def test_it_stops_in_every_state(state: str) -> None:
 
 def test_while_all_are_away_there_are_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ever longer ones: no busy loop."""
-    monkeypatch.setattr(websock, "BACKOFF_MOST", 30)
+    monkeypatch.setattr(timing, "BACKOFF_MOST", 30)
     monkeypatch.setattr("random.uniform", lambda low, high: high)
     ring, consumers = Ring(8), [Consumer(name) for name in "ab"]
     for each in consumers:

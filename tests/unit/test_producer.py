@@ -34,18 +34,19 @@ from support.harness import (
 from websockets.sync.server import ServerConnection as Peer
 from websockets.sync.server import serve
 
+from ringolib import timing
 from ringolib.client import producer
 from ringolib.client import send as command
 from ringolib.client.producer import Producer, ProducerError
-from ringolib.net import websocket as websock
+from ringolib.net import sockets
 from ringolib.wire import SUBPROTOCOL, decode_batch, encode_ack
 
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(websock, "BACKOFF_FIRST", 0.005)
-    monkeypatch.setattr(websock, "BACKOFF_MOST", 0.05)
-    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
+    monkeypatch.setattr(timing, "BACKOFF_FIRST", 0.005)
+    monkeypatch.setattr(timing, "BACKOFF_MOST", 0.05)
+    monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.2)
 
 
 def send(directory: Path, *flags: str, given: bytes = b"") -> "subprocess.CompletedProcess[str]":
@@ -90,7 +91,7 @@ def test_lines_of_a_pipe_are_stored_in_order(tmp_path: Path) -> None:
 
 
 def test_the_readmes_three_lines(tmp_path: Path) -> None:
-    (lines,) = re.findall(r"^```\n(from producer.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (lines,) = re.findall(r"^```\n(from ringoexp.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         script = lines.replace("6660", str(running.port))
         subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=DEADLINE)

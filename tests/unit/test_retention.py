@@ -19,8 +19,8 @@ from support.harness import DEADLINE, ROOT, ServerProcess, eventually, rows, ser
 import store
 from ringolib.client.producer import Producer
 from ringolib.storage import retention
+from ringolib.storage.interface import StoreError
 from ringolib.storage.retention import DAY, Clock, Retention
-from ringolib.storage.sqlite_file import StoreError
 from ringolib.wire import Run
 from store import Expired, Store
 

@@ -19,8 +19,10 @@ import pytest
 from support.harness import Blocked, eventually, seeded
 from support.pprof_reader import check_speedscope, read_profile
 
+from ringolib.status import profile_formats
 from ringolib.status import sampler as sampling
-from ringolib.status.sampler import INTERVAL_NS, MOMENT_NS, Cost, Profile, Stack, sample
+from ringolib.status.profile_formats import Cost, Profile, Stack
+from ringolib.status.sampler import INTERVAL_NS, MOMENT_NS, sample
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="CPU time of threads is known on Linux only")
 MS = 1_000_000
@@ -650,7 +652,7 @@ def example() -> Profile:
 
 def test_pprof_says_what_the_profile_says() -> None:
     profile = example()
-    read = read_profile(sampling.pprof(profile))
+    read = read_profile(profile_formats.pprof(profile))
     assert read.types == [("samples", "count"), ("cpu", "nanoseconds"), ("wall", "nanoseconds")]
     assert read.default == "cpu" and read.period == (("cpu", "nanoseconds"), INTERVAL_NS)
     assert (read.time_ns, read.duration_ns) == (profile.started_at, profile.duration)
@@ -672,29 +674,29 @@ def test_pprof_says_what_the_profile_says() -> None:
 def test_numbers_of_any_size_are_written() -> None:
     for number in (0, 1, 127, 128, 300, 2**31, 2**62, 2**63 - 1):
         profile = Profile(number, number, {("t", 1, ((spin.__code__, 0),)): Cost(number, number, number)})
-        read = read_profile(sampling.pprof(profile))
+        read = read_profile(profile_formats.pprof(profile))
         assert read.samples[0].values == (number,) * 3 and read.time_ns == number
 
 
 def test_a_line_of_code_is_the_one_it_is_at() -> None:
     """The place is that of the call, also in callers."""
 
-    def here() -> sampling.Place:
+    def here() -> profile_formats.Place:
         frame = sys._getframe(1)
         return frame.f_code, frame.f_lasti
 
     place = here()
     line = sys._getframe().f_lineno - 1
-    found = sampling.site(place)
+    found = profile_formats.site(place)
     assert (found.line, found.file) == (line, __file__) and found.first_line < line
     assert found.function.endswith("test_a_line_of_code_is_the_one_it_is_at")
-    assert sampling.site((spin.__code__, -1)).line == spin.__code__.co_firstlineno
+    assert profile_formats.site((spin.__code__, -1)).line == spin.__code__.co_firstlineno
 
 
 def test_collapsed_lines_can_be_read_back() -> None:
-    text = sampling.collapsed(example(), "cpu")
+    text = profile_formats.collapsed(example(), "cpu")
     assert text == "busy;test_sampling.of_thread;test_sampling.spin 6500\n", "µs; what has none is left out"
-    lines = sampling.collapsed(example(), "wall").splitlines()
+    lines = profile_formats.collapsed(example(), "wall").splitlines()
     assert len(lines) == 3
     for line in lines:
         assert re.fullmatch(r"[^;]+(;[^;]+)+ \d+", line)
@@ -703,7 +705,7 @@ def test_collapsed_lines_can_be_read_back() -> None:
 
 
 def test_speedscope_keeps_its_schema() -> None:
-    file = json.loads(sampling.speedscope(example(), "name"))
+    file = json.loads(profile_formats.speedscope(example(), "name"))
     check_speedscope(file)
     cpu, wall = file["profiles"]
     assert (cpu["name"], wall["name"]) == ("cpu", "wall")
@@ -714,7 +716,7 @@ def test_speedscope_keeps_its_schema() -> None:
 
 def test_a_heap_profile_says_what_was_traced() -> None:
     traces = [([("/a/b.py", 3), ("/a/c.py", 7)], 2, 100), ([("/a/c.py", 7)], 1, 50)]
-    read = read_profile(sampling.pprof_heap(traces, 77))
+    read = read_profile(profile_formats.pprof_heap(traces, 77))
     assert read.types == [("inuse_objects", "count"), ("inuse_space", "bytes")] and read.default == "inuse_space"
     assert read.time_ns == 77 and [each.values for each in read.samples] == [(2, 100), (1, 50)]
     first = read.samples[0].calls

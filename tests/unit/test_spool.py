@@ -13,14 +13,16 @@ import pytest
 from support.harness import Blocked, ServerProcess, eventually, free_port, in_order, rows, seeded, server
 
 from ringbuffer import Ring
+from ringolib import timing
 from ringolib.client.producer import Producer
 from ringolib.forward import spool
 from ringolib.forward.destination import Outlet
-from ringolib.forward.link import LinkState, SinkError
+from ringolib.forward.link import LinkState
+from ringolib.forward.sink import SinkError
 from ringolib.forward.spool import Spool, SpoolSink
 from ringolib.forward.workers import Forwarder
-from ringolib.net import websocket as websock
-from ringolib.storage.sqlite_file import StoreError
+from ringolib.net import sockets
+from ringolib.storage.interface import StoreError
 from ringolib.wire import Block, Run
 from store import Store
 
@@ -64,9 +66,9 @@ def keep(stored: dict[tuple[bytes, int], int], block: Block) -> None:
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(websock, "BACKOFF_FIRST", 0.001)
-    monkeypatch.setattr(websock, "BACKOFF_MOST", 0.01)
-    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
+    monkeypatch.setattr(timing, "BACKOFF_FIRST", 0.001)
+    monkeypatch.setattr(timing, "BACKOFF_MOST", 0.01)
+    monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.2)
 
 
 @contextmanager

@@ -6,7 +6,9 @@ import threading
 import pytest
 
 from ringolib import counters as stats
-from ringolib.counters import BOUNDS, Histogram, Totals, memory
+from ringolib.counters import BOUNDS, Histogram, Totals
+from ringolib.status import process
+from ringolib.status.process import memory
 
 
 def test_totals_add_up_from_many_threads() -> None:
@@ -76,6 +78,6 @@ def test_memory_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None
     def no_proc(*unused: object, **also: object) -> None:
         raise FileNotFoundError
 
-    monkeypatch.setattr(stats, "open", no_proc, raising=False)
+    monkeypatch.setattr(process, "open", no_proc, raising=False)
     if sys.platform != "win32":
         assert memory()["residentBytes"] == memory()["peakBytes"] > 5e6

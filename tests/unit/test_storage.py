@@ -12,8 +12,7 @@ from support.harness import RawClient, frame, request
 from ringolib import app as assembly
 from ringolib.counters import Histogram
 from ringolib.options import read_arguments
-from ringolib.storage.interface import Sizes, Storage, StoreStats
-from ringolib.storage.sqlite_file import StoreError
+from ringolib.storage.interface import Sizes, Storage, StoreError, StoreStats
 from ringolib.wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 from store import Store
 

@@ -18,7 +18,8 @@ from support.harness import Blocked, eventually, rows, seeded
 
 import store
 from ringolib.storage.group_commit import Waiting, Written
-from ringolib.storage.sqlite_file import APPLICATION_ID, SPOOL_APPLICATION_ID, StoreError
+from ringolib.storage.interface import StoreError
+from ringolib.storage.sqlite_file import APPLICATION_ID, SPOOL_APPLICATION_ID
 from ringolib.wire import Run
 from store import Store
 

@@ -14,8 +14,7 @@ from support.harness import Blocked, eventually, rows, seeded
 from ringolib.storage.clickhouse import http as clickhouse_http
 from ringolib.storage.clickhouse import store as clickhouse
 from ringolib.storage.clickhouse.store import ClickHouse
-from ringolib.storage.interface import Storage
-from ringolib.storage.sqlite_file import StoreError
+from ringolib.storage.interface import Storage, StoreError
 from ringolib.wire import Run
 from store import Store
 

@@ -15,21 +15,14 @@ from support.harness import DEADLINE, HANDSHAKE, Blocked, eventually, frame, raw
 
 from ringbuffer import Ring
 from ringolib.counters import Totals
+from ringolib.net import sockets
 from ringolib.net import websocket as websock
+from ringolib.net.frames import Messages, frame_head, take_frames
 from ringolib.net.websocket import ClientConnection, ServerConnection
 from ringolib.web import session as ingest
-from ringolib.web.session import STORED, RingIntake, Session, Ticket
-from ringolib.wire import (
-    SUBPROTOCOL,
-    Block,
-    Messages,
-    Run,
-    encode_ack,
-    encode_batch,
-    encode_plain,
-    frame_head,
-    take_frames,
-)
+from ringolib.web.intake import STORED, RingIntake, Ticket
+from ringolib.web.session import Session
+from ringolib.wire import SUBPROTOCOL, Block, Run, encode_ack, encode_batch, encode_plain
 
 
 class Judged(ServerConnection):
@@ -313,7 +306,7 @@ def run_session(connection: ServerConnection) -> Blocked:
 
 @pytest.fixture(autouse=True)
 def short_goodbyes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(websock, "CLOSE_TIMEOUT", 0.2)
+    monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.2)
 
 
 @pytest.fixture

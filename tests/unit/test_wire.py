@@ -7,11 +7,10 @@ from array import array
 import pytest
 from support.harness import seeded
 
+from ringolib.net.frames import MAX_MESSAGE, Messages
 from ringolib.wire import (
-    MAX_MESSAGE,
     MAX_RUNS,
     Block,
-    Messages,
     Run,
     WireError,
     decode_ack,

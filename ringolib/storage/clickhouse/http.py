@@ -17,6 +17,7 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote, urlencode
 
 from ringolib.net import tls
+from ringolib.net.tls_socket import explain
 
 PASSWORD = "RINGOEXP_CLICKHOUSE_PASSWORD"
 """The variable that a password may be in instead of the address: whoever is on a machine can read command lines."""
@@ -166,7 +167,7 @@ class Server:
             raise Again(f"{self.name}: no answer within {seconds:.0f} s") from None
         except ssl.SSLError as error:
             self.close()
-            raise Again(f"{self.name}: {tls.explain(error)}") from None
+            raise Again(f"{self.name}: {explain(error)}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no host can have such a name
             self.close()
             raise Again(f"{self.name}: {_line(str(error)) or type(error).__name__}") from None

@@ -24,8 +24,7 @@ from ringolib.net import tls
 from ringolib.storage.clickhouse import schema as tables
 from ringolib.storage.clickhouse.http import Again, Final, Server, Target
 from ringolib.storage.group_commit import GroupCommit, Waiting, Written
-from ringolib.storage.interface import Sizes
-from ringolib.storage.sqlite_file import StoreError
+from ringolib.storage.interface import Sizes, StoreError
 from ringolib.wire import Run
 
 log = logging.getLogger("ringoexp.clickhouse")
