@@ -37,10 +37,10 @@ except ModuleNotFoundError as missing:
 
 from ringolib import __version__
 from ringolib import app as assembly
-from ringolib.app import CannotRun, Parts
+from ringolib.app import App, StartupError
 from ringolib.client import send
 from ringolib.client.send import say
-from ringolib.net.addresses import shown
+from ringolib.net.addresses import format_address
 from ringolib.options import Settings, read_arguments
 from ringolib.status import logs
 from ringolib.status import systemd as notify
@@ -70,7 +70,7 @@ def __getattr__(name: str) -> Any:
 
 
 def serve(settings: Settings, argv: Sequence[str]) -> int:
-    """Runs a server until a signal comes, and returns the exit status. Raises what `Parts` raises."""
+    """Runs a server until a signal comes, and returns the exit status. Raises what `App` raises."""
     _share_one_heap()
     _allow_descriptors(settings.threads + OTHER_DESCRIPTORS)
     if settings.procs:
@@ -97,7 +97,7 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
                 signal.signal(each, end)
             if reloads:  # or else it ends the process, as ever
                 signal.signal(signal.SIGHUP, lambda number, frame: None)
-            parts = Parts(settings, argv)
+            parts = App(settings, argv)
             try:
                 parts.start()
                 ending.enter_context(notify.watchdog(parts.alive))
@@ -178,7 +178,7 @@ def _share_one_heap() -> None:
         pass  # another C library; MemoryError: old ones of ctypes want memory to write and execute, which may be denied
 
 
-def _greeting(parts: Parts) -> str:
+def _greeting(parts: App) -> str:
     settings = parts.settings
     role = "publisher" if settings.is_publisher else "consumer"
     where = (
@@ -189,7 +189,7 @@ def _greeting(parts: Parts) -> str:
     if parts.spool:
         depth = parts.spool.depth
         where += f", spooling in {settings.spool}" + (f" ({depth} records are in it)" if depth else "")
-    return f"ringoexp {__version__}: {role} on {shown(settings.hostname, parts.server.port)}, {where}"
+    return f"ringoexp {__version__}: {role} on {format_address(settings.hostname, parts.server.port)}, {where}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.setup(settings.debug, settings.log_json)
     try:
         return serve(settings, arguments)
-    except (CannotRun, StoreError) as error:
+    except (StartupError, StoreError) as error:
         log.debug("cannot_run", exc_info=True)
         say(f"ringoexp: error: {error}", error=True)
         return EXIT_FAILED

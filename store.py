@@ -25,7 +25,7 @@ from itertools import chain
 from time import monotonic
 from typing import NamedTuple
 
-from ringolib.storage.group_commit import GroupCommit, Waiting, Written
+from ringolib.storage.group_commit import CommitResult, GroupCommit, PendingBlock
 from ringolib.storage.interface import Sizes, StoreError
 from ringolib.storage.sqlite_file import (
     APPLICATION_ID,
@@ -45,7 +45,7 @@ log = logging.getLogger("ringoexp.store")
 _INSERT_RECORDS = {size: "INSERT INTO record(value) VALUES " + ",".join(["(?)"] * size) for size in (1024, 128, 16, 1)}
 # Ids are dense: no need to count. Each with its own SELECT, or SQLite would look at every row.
 _HELD = "SELECT coalesce((SELECT max(id) FROM record) - (SELECT min(id) FROM record) + 1, 0)"
-_MOST_SOURCES_CACHED = 10_000
+_MAX_SOURCES_CACHED = 10_000
 WAL_LARGE = 64 * 1024 * 1024
 """Bytes of WAL, or of free pages in an emptied file, that are given back to the system."""
 TRUST_SECONDS = 1.0
@@ -95,7 +95,7 @@ class Store(GroupCommit):
     `application_id` is the kind of file it is to be: a file of another kind is refused.
     """
 
-    MOST_GROUPED = 262_144
+    MAX_GROUPED = 262_144
     RUN_COST = 64
     SLOW = 1.0
 
@@ -130,7 +130,7 @@ class Store(GroupCommit):
 
         Raises StoreError when they cannot be read.
         """
-        with self._alone(), explained(self.path):
+        with self._exclusive(), explained(self.path):
             rows: list[tuple[int, int, bytes, int, int]] = []
             count = 0
             for row in self._db.execute(
@@ -160,7 +160,7 @@ class Store(GroupCommit):
         That is so when they were deleted before, by a transaction that happened but reported an error: then their ids
         may be those of others by now. Raises StoreError when nothing, or perhaps all, was deleted.
         """
-        with self._alone(), explained(self.path):
+        with self._exclusive(), explained(self.path):
             self._tend_wal()
             through = {"last": oldest.last_id}
             with self._transaction():
@@ -194,7 +194,7 @@ class Store(GroupCommit):
         """
         records = batches = 0
         more = seconds > 0
-        with self._alone(), explained(self.path):
+        with self._exclusive(), explained(self.path):
             started = monotonic()
             self._tend_wal()
             with self._transaction():
@@ -238,7 +238,7 @@ class Store(GroupCommit):
         if self._committed_within(TRUST_SECONDS):
             return
         error = None
-        with self._alone():
+        with self._exclusive():
             try:
                 self._tend_wal()
                 with self._transaction():
@@ -300,9 +300,9 @@ class Store(GroupCommit):
                 self._db.execute("VACUUM")
                 self._start_wal_over()
         except sqlite3.Error as error:  # it will be tried again when it is emptied the next time
-            log.warning("not_given_back", {"reason": str(error)})
+            log.warning("spool_not_shrunk", {"reason": str(error)})
 
-    def _write(self, group: list[Waiting]) -> Written:
+    def _write(self, group: list[PendingBlock]) -> CommitResult:
         """Stores what is new of `group`, in one transaction.
 
         What there is is counted anew each time: a commit that reported an error may have happened all the same.
@@ -328,7 +328,7 @@ class Store(GroupCommit):
                 arrived += offset
             self._insert(new)
             (held,) = self._db.execute(_HELD).fetchone()
-        return Written(len(new), arrived - len(new), held)
+        return CommitResult(len(new), arrived - len(new), held)
 
     def _failed(self, cause: BaseException) -> StoreError:
         """The error in a line. A commit that reported one may have happened all the same: the cache is stale."""
@@ -395,7 +395,7 @@ class Store(GroupCommit):
         """The source of that UUID, made if it is new."""
         source = self._sources.get(uuid)
         if source is None:
-            if len(self._sources) >= _MOST_SOURCES_CACHED:
+            if len(self._sources) >= _MAX_SOURCES_CACHED:
                 self._sources.clear()
             row = self._db.execute("SELECT id FROM source WHERE uuid = ?", (uuid,)).fetchone()
             if row is None:

@@ -15,14 +15,14 @@ from urllib.parse import urlsplit
 
 from ringolib.counters import Totals
 from ringolib.net.credentials import PROTOCOL as BEARER
-from ringolib.net.credentials import Access
+from ringolib.net.credentials import Credentials
 from ringolib.net.frames import MAX_MESSAGE
 from ringolib.net.listeners import Listeners
 from ringolib.net.websocket import HandshakeError, ServerConnection
 from ringolib.status.probe import THEIR_LIMIT, Reason
 from ringolib.status.prometheus import CONTENT_TYPE as METRICS
 from ringolib.storage.interface import StoreError
-from ringolib.timing import ago
+from ringolib.timing import format_ago
 from ringolib.web import handler as web
 from ringolib.web.connections import Connections
 from ringolib.web.handler import GET_OR_HEAD, JSON, Refusal, Routes, WebHandler, peer_name, request_id
@@ -62,18 +62,19 @@ class Server(Connections):
         name: str,
         limit: int,
         per_address: int,
-        access: Access,
+        credentials: Credentials,
         totals: Totals,
-        monitor: Monitor,
     ) -> None:
-        super().__init__(listeners, Handler, name, limit, per_address, access)
+        super().__init__(listeners, Handler, name, limit, per_address, credentials)
         self.totals = totals
-        self.monitor = monitor
-        self.intake: Intake  # from `serve` on, before any connection is taken
+        # From `serve` on, before any connection is taken:
+        self.intake: Intake
+        self.monitor: Monitor
 
-    def serve(self, intake: Intake) -> None:
-        """Starts to accept; records go to `intake`."""
+    def serve(self, intake: Intake, monitor: Monitor) -> None:
+        """Start to accept connections: records go to `intake`, and `monitor` describes the server."""
         self.intake = intake
+        self.monitor = monitor
         self.start()
 
 
@@ -145,7 +146,7 @@ class Handler(WebHandler):
             reasons.append(Reason(THEIR_LIMIT, f"all {most} are taken"))
         trusted = self.has_token()  # details have addresses and paths in them
         # For a publisher, whose links will be asked for it.
-        told: dict[str, Any] = {"authorized": trusted} if self.server.access.keys.token else {}
+        told: dict[str, Any] = {"authorized": trusted} if self.server.credentials.current.token else {}
         if identity := self.server.monitor.identity():
             told["store"] = identity
         if not reasons:
@@ -155,7 +156,7 @@ class Handler(WebHandler):
             {
                 "code": reason.code,
                 "detail": reason.detail if trusted else "for who shows the token",
-                "since": None if reason.seconds is None else ago(reason.seconds),
+                "since": None if reason.seconds is None else format_ago(reason.seconds),
             }
             for reason in reasons
         ]
@@ -177,9 +178,9 @@ class Handler(WebHandler):
         try:
             values = decode_plain(body)
         except WireError as error:
-            self.server.totals.refused()
+            self.server.totals.add_refused()
             raise Refusal(error.status, str(error)) from error
-        self.server.totals.received(len(values))
+        self.server.totals.add_records(len(values))
         self._ingest(values)
 
     def _ingest(self, values: Any) -> None:
@@ -190,16 +191,16 @@ class Handler(WebHandler):
             block = plain_block(values, uuid.uuid4().bytes, 0)
             accepted, ticket = intake.put(block, INGEST_TIMEOUT)
         except StoreError as error:
-            self.server.totals.refused(len(values))
+            self.server.totals.add_refused(len(values))
             raise self._not_now(f"not stored: {error}", 0) from error
         left = started + INGEST_TIMEOUT - monotonic()
         if accepted < len(values):
-            self.server.totals.refused(len(values) - accepted)
+            self.server.totals.add_refused(len(values) - accepted)
             why = "the server is stopping" if intake.closed else "the ring is full"
             raise self._not_now(f"{why}: {accepted} of {len(values)} records were accepted", accepted)
         if not intake.wait(ticket, max(0.0, left)):
             raise self._not_now("accepted, but not stored yet: is the consumer away?", accepted)
-        self.server.totals.acked(accepted, [monotonic() - started])
+        self.server.totals.add_acked(accepted, [monotonic() - started])
         self.reply_json(200, {"stored": accepted})
 
     def _not_now(self, reason: str, accepted: int) -> Refusal:
@@ -222,14 +223,14 @@ class Handler(WebHandler):
         batches = connection.subprotocol == SUBPROTOCOL
         who = {"client": peer_name(self.client_address), "kind": "batches" if batches else "plain"}
         log.info("connected", who)
-        self.server.totals.came(batches)
+        self.server.totals.client_opened(batches)
         since = monotonic()
         session = Session(connection, self.server.intake, self.server.totals, self.server.stopping)
         code, reason = LOST
         try:
             code, reason = session.run(rest)
         finally:
-            self.server.totals.went(batches)
+            self.server.totals.client_closed(batches)
             theirs = connection.ending == (code, reason) and code != LOST[0] and not connection.at_fault
             ended = {"code": int(code), "by": "client"} if theirs else {"code": int(code), "reason": reason}
             counts = {"received": session.received, "acked": session.acked, "seconds": round(monotonic() - since, 3)}
@@ -325,7 +326,7 @@ class Handler(WebHandler):
             raise Refusal(400, "Content-Length is not one whole number")
         length = int((text.lstrip("0") or "0")[:20])
         if length > MAX_MESSAGE:
-            self.server.totals.refused()
+            self.server.totals.add_refused()
             raise Refusal(413, f"{length} bytes: a body has at most {MAX_MESSAGE}")
         patience = web.REQUEST_TIMEOUT + length / BODY_RATE
         self.reader.deadline = monotonic() + patience
@@ -335,11 +336,11 @@ class Handler(WebHandler):
             raise Refusal(408, f"the body did not come within {patience:.0f} s") from None
         finally:
             self.connection.settimeout(web.REQUEST_TIMEOUT)
-        self.server.totals.read(len(body))
+        self.server.totals.add_bytes(len(body))
         if len(body) < length:
             if self.server.stopping.is_set():
                 raise self._not_now("the server is stopping", 0)
-            self.server.totals.refused()
+            self.server.totals.add_refused()
             raise Refusal(400, f"Content-Length is {length}, but only {len(body)} bytes came")
         return body
 

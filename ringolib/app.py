@@ -4,40 +4,40 @@ The main thread builds it, has it read its keys again, and stops it: connections
 the store. What `Monitor` and `notify` ask, any thread may ask, once it is built; each room guards its own.
 """
 
-import datetime
 import logging
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from time import monotonic
-from typing import Any
 
 from ringbuffer import Ring
-from ringolib import __version__
 from ringolib.counters import Totals
 from ringolib.forward import spool
-from ringolib.forward.destination import Outlet
+from ringolib.forward.destination import Destination
 from ringolib.forward.discovery import Consumers
 from ringolib.forward.link import LinkSink, LinkState
 from ringolib.forward.sink import Sink, StoreSink
 from ringolib.forward.workers import BATCH_RECORDS, Forwarder
-from ringolib.net.addresses import Address, AddressError, Place, is_fixed, reaches, shown, unix_path
+from ringolib.net.addresses import (
+    Address,
+    AddressError,
+    Endpoint,
+    format_address,
+    is_fixed,
+    is_same_listener,
+    unix_path,
+)
 from ringolib.net.addresses import resolve as find
-from ringolib.net.credentials import Access, BadKeys, Files
+from ringolib.net.credentials import CredentialError, CredentialFiles, Credentials
 from ringolib.net.listeners import Listeners
 from ringolib.options import DATABASE, Settings
-from ringolib.status import prometheus as metrics
-from ringolib.status import report as monitor
-from ringolib.status.probe import Reason
-from ringolib.status.process import memory
 from ringolib.status.profiler import Profiler
-from ringolib.status.readiness import Readiness
+from ringolib.status.report import Report, Sources
+from ringolib.status.snapshot import records_stored
 from ringolib.storage.clickhouse import http as clickhouse_http
 from ringolib.storage.clickhouse.store import ClickHouse
 from ringolib.storage.interface import Storage
 from ringolib.storage.retention import Retention
-from ringolib.timing import iso
 from ringolib.web.intake import Intake, RingIntake, StoreIntake
 from store import Store
 from wsserver import Server
@@ -48,26 +48,26 @@ DRAIN_SECONDS = 30.0
 """How long a stopping server tries to store what it has accepted."""
 
 
-class CannotRun(Exception):
+class StartupError(Exception):
     """The server cannot start. The text says what happened and what to do."""
 
 
-def _no_thread(error: RuntimeError) -> CannotRun:
+def _no_thread(error: RuntimeError) -> StartupError:
     """What a thread that cannot be had is to who starts a server."""
-    return CannotRun(f"no thread to be had: {error} (ulimit -u limits them)")
+    return StartupError(f"no thread to be had: {error} (ulimit -u limits them)")
 
 
 def resolve(flag: str, host: str, port: int) -> list[Address]:
-    """The addresses of a host, IPv4 first. Raises CannotRun when there is none."""
+    """The addresses of a host, IPv4 first. Raises StartupError when there is none."""
     try:
         return find(host, port)
     except AddressError as error:
         hint = " (a host alone: the port is another flag)" if ":" in host or "/" in host else ""
-        raise CannotRun(f"{flag} {host}: {error}{hint}") from error
+        raise StartupError(f"{flag} {host}: {error}{hint}") from error
 
 
 def is_own_consumer(settings: Settings) -> bool:
-    """True when the consumer's address is this publisher's own. Raises CannotRun for names that do not resolve, if
+    """True when the consumer's address is this publisher's own. Raises StartupError for names that do not resolve, if
     there is only one, and for an address of its own among several.
     """
     own = resolve("-H", settings.hostname, settings.port)
@@ -75,24 +75,24 @@ def is_own_consumer(settings: Settings) -> bool:
     for host, port in settings.consumers:
         try:
             theirs = resolve("-U", host, port)
-        except CannotRun:
+        except StartupError:
             if several:
                 continue
             raise
-        if any(reaches(address, listening) for address in theirs for listening in own):
+        if any(is_same_listener(address, listening) for address in theirs for listening in own):
             if several:
-                raise CannotRun(
-                    f"-U {shown(host, port)}: that is this publisher itself, which cannot be one of several consumers: "
+                raise StartupError(
+                    f"-U {format_address(host, port)}: that is this publisher itself, which cannot be one of several consumers: "
                     "leave it out"
                 )
             return True
     return False
 
 
-class Parts:
+class App:
     """A server put together: what there is of store, ring and forwarder, and the HTTP server before them.
 
-    Raises CannotRun or StoreError when one of them cannot be had; nothing is left open then.
+    Raises StartupError or StoreError when one of them cannot be had; nothing is left open then.
     """
 
     def __init__(self, settings: Settings, argv: Sequence[str]) -> None:
@@ -101,8 +101,6 @@ class Parts:
             settings = replace(settings, database=target.shown)
         self.settings = settings
         self.argv = [clickhouse_http.redacted(each) for each in argv]
-        self.uuid = str(uuid.uuid4()).upper()
-        self.started = datetime.datetime.now(datetime.timezone.utc)
         self.totals = Totals()
         self.store: Storage | None = None
         self.ring: Ring | None = None
@@ -113,48 +111,48 @@ class Parts:
         addresses = resolve("-H", settings.hostname, settings.port)
         try:
             own = not settings.is_publisher or is_own_consumer(settings)
-        except CannotRun as error:  # names come and go with the network; with a spool, ingest does not
+        except StartupError as error:  # names come and go with the network; with a spool, ingest does not
             if not settings.spool:
                 raise
-            log.warning("consumer_unknown", {"reason": str(error)})
+            log.warning("consumer_unresolved", {"reason": str(error)})
             own = False
-        self.access = _read_keys(settings)
+        self.credentials = _read_keys(settings)
         theirs = named(settings)
         if not own and settings.database != DATABASE:
-            raise CannotRun(
+            raise StartupError(
                 f"-D {settings.database}: this publisher has no database, it forwards to "
                 f"{theirs} (-U and -T, the same as -H and -p, make it its own consumer)"
             )
         if not own and settings.retain:
-            raise CannotRun(
+            raise StartupError(
                 f"--retain {settings.retain:g}: this publisher has no database, it forwards to "
                 f"{theirs} (--retain is that consumer's)"
             )
         if own and settings.spool:
-            raise CannotRun(
+            raise StartupError(
                 f"-S {settings.spool}: this publisher stores in its own database, it needs no spool "
                 "(-U and -T name a consumer elsewhere)"
             )
         with ExitStack() as undo:
             try:
-                listeners = Listeners(shown(settings.hostname, settings.port), addresses)
+                listeners = Listeners(format_address(settings.hostname, settings.port), addresses)
             except AddressError as error:
                 hint = "-H names another address"
                 if "in use" in str(error):
                     hint = "is one running already? -H and -p name another address; a complete system there needs -T "
                     hint += "too, the same as -p"
-                raise CannotRun(str(error) if unix_path(settings.hostname) else f"{error} ({hint})") from error
-            limits = settings.most_connections, settings.per_address
-            self.server = Server(listeners, settings.name, *limits, self.access, self.totals, self)
+                raise StartupError(str(error) if unix_path(settings.hostname) else f"{error} ({hint})") from error
+            limits = settings.max_connections, settings.per_address
+            self.server = Server(listeners, settings.name, *limits, self.credentials, self.totals)
             undo.callback(self.server.close)
             self.profiler = self._open_profiler()
             if self.profiler:
                 undo.callback(self.profiler.close)
             if not own:
                 try:
-                    self.consumers = Consumers(settings.consumers, self._make_outlet, by_name=bool(settings.spool))
+                    self.consumers = Consumers(settings.consumers, self._make_destination, by_name=bool(settings.spool))
                 except AddressError as error:
-                    raise CannotRun(str(error)) from error
+                    raise StartupError(str(error)) from error
                 undo.callback(self.consumers.stop, 1)
             if own and target:
                 self.store = ClickHouse(target, settings.clickhouse_cluster, settings.retain)
@@ -172,25 +170,40 @@ class Parts:
                 try:
                     self.ring = Ring(settings.ring_size)
                 except MemoryError:
-                    raise CannotRun(f"-r {settings.ring_size}: not that much memory to be had") from None
+                    raise StartupError(f"-r {settings.ring_size}: not that much memory to be had") from None
                 try:
-                    outlets = self.consumers.outlets if self.consumers else [Outlet(self._make_store_sink)]
-                    if settings.spool and outlets[0].link:
-                        link = self._make_link(outlets[0], lambda: None)
-                        self.spool = spool.Spool(settings.spool, settings.spool_max, link, outlets[0].link)
+                    destinations = (
+                        self.consumers.destinations if self.consumers else [Destination(self._make_store_sink)]
+                    )
+                    if settings.spool and destinations[0].link:
+                        link = self._make_link(destinations[0], lambda: None)
+                        self.spool = spool.Spool(settings.spool, settings.spool_max, link, destinations[0].link)
                         undo.callback(self.spool.stop, 5)
                     most = settings.spool_max if self.spool else BATCH_RECORDS
-                    self.forwarder = Forwarder(self.ring, outlets, settings.most_workers, most)
+                    self.forwarder = Forwarder(self.ring, destinations, settings.most_workers, most)
                     if self.consumers:
                         self.consumers.start(self.forwarder)
                 except RuntimeError as error:
                     raise _no_thread(error) from error
             undo.pop_all()
-        to_consumers = self.forwarder if self.consumers else None
-        self._readiness = Readiness(self.ring, self.store, self.spool, to_consumers, self.access)
+        self._report = Report(
+            Sources(
+                settings=settings,
+                argv=self.argv,
+                totals=self.totals,
+                server=self.server,
+                credentials=self.credentials,
+                ring=self.ring,
+                store=self.store,
+                spool=self.spool,
+                forwarder=self.forwarder,
+                forwards=self.consumers is not None,
+                retention=self.retention,
+            )
+        )
 
     def start(self) -> None:
-        """Begins to serve. Raises CannotRun."""
+        """Begins to serve. Raises StartupError."""
         self._say_who_may_come()
         intake: Intake
         if self.ring:
@@ -199,7 +212,7 @@ class Parts:
             assert self.store
             intake = StoreIntake(self.store)
         try:
-            self.server.serve(intake)
+            self.server.serve(intake, self._report)
             if self.profiler:
                 self.profiler.start()
         except RuntimeError as error:
@@ -211,8 +224,8 @@ class Parts:
     def reload(self) -> None:
         """Reads token and certificates again; connections that are open keep what they have."""
         try:
-            self.access.reload()
-        except BadKeys as error:
+            self.credentials.reload()
+        except CredentialError as error:
             log.error("not_reloaded", {"reason": str(error)})
             return
         log.info("reloaded")
@@ -220,53 +233,51 @@ class Parts:
 
     def _say_who_may_come(self) -> None:
         """One line if that is everybody who can connect, and one if the certificate will be refused."""
-        if not self.access.keys.token and not self.server.listeners.loopback and not self.settings.client_ca:
+        if not self.credentials.current.token and not self.server.listeners.loopback and not self.settings.client_ca:
             hint = "whoever can connect may write and look on: --token_file keeps others out"
-            log.warning("no_token", {"address": shown(self.settings.hostname, self.server.port), "hint": hint})
-        if trouble := self.access.trouble():
+            log.warning("no_token", {"address": format_address(self.settings.hostname, self.server.port), "hint": hint})
+        if trouble := self.credentials.trouble():
             log.warning("certificate", {"file": self.settings.tls_cert, "reason": trouble})
 
     def _open_profiler(self) -> Profiler | None:
-        """The profiler's port, if there is to be one. Raises CannotRun."""
+        """The profiler's port, if there is to be one. Raises StartupError."""
         settings = self.settings
         if not settings.profiler_port:
             return None
         host, port = settings.profiler_host, settings.profiler_port
         addresses = resolve("--profiler_host", host, port)
         try:
-            return Profiler(Listeners(shown(host, port), addresses), host, settings.name, self.access)
+            return Profiler(Listeners(format_address(host, port), addresses), host, settings.name, self.credentials)
         except AddressError as error:
-            raise CannotRun(f"-L: {error} (-L and --profiler_host name another address)") from error
+            raise StartupError(f"-L: {error} (-L and --profiler_host name another address)") from error
 
     def _make_store_sink(self, connected: Callable[[], None]) -> Sink:
         assert self.store
         return StoreSink(self.store)
 
-    def _make_outlet(self, place: Place, lost: Callable[[], None]) -> Outlet:
+    def _make_destination(self, place: Endpoint, lost: Callable[[], None]) -> Destination:
         def make_sink(connected: Callable[[], None]) -> Sink:
-            link = self._make_link(outlet, connected)
+            link = self._make_link(destination, connected)
             return spool.SpoolSink(link, self.spool) if self.spool else link
 
         spooled = bool(self.settings.spool)
         alone = len(self.settings.consumers) == 1 and (spooled or is_fixed(place.name))
-        outlet = Outlet(make_sink, LinkState(str(place)), place, place.host == place.name, lost, spooled, alone)
-        return outlet
+        destination = Destination(
+            make_sink, LinkState(str(place)), place, place.host == place.name, lost, spooled, alone
+        )
+        return destination
 
-    def _make_link(self, outlet: Outlet, connected: Callable[[], None]) -> LinkSink:
-        assert outlet.place
-        host, port, name = outlet.place
+    def _make_link(self, destination: Destination, connected: Callable[[], None]) -> LinkSink:
+        assert destination.place
+        host, port, name = destination.place
         patience = spool.PATIENCE if self.settings.spool else None
         is_own = self.server.listeners.is_own
-        return LinkSink(host, port, connected, patience, is_own, self.access, name)
-
-    def identity(self) -> str | None:
-        """The database that records go to from here without a link in between; None if there is none."""
-        return self.store.identity if self.store else None
+        return LinkSink(host, port, connected, patience, is_own, self.credentials, name)
 
     def stored(self) -> int:
         """Records stored since the start."""
         store = self.store.stats() if self.store else None
-        return monitor.records_stored(store, self.ring.stats() if self.ring else None)
+        return records_stored(store, self.ring.stats() if self.ring else None)
 
     def unstored(self) -> int:
         """Records that were taken and are not stored."""
@@ -312,60 +323,16 @@ class Parts:
         It does not mend a disk or a consumer; none of these locks is held while one is waited for.
         """
         self.totals.snapshot()
-        links = [outlet.link for outlet in self.consumers.outlets] if self.consumers else []
+        links = [destination.link for destination in self.consumers.destinations] if self.consumers else []
         for room in (self.ring, self.forwarder, *links, self.spool, self.spool and self.spool.store, self.store):
             if room:
                 room.stats()
         return self.server.accepting
 
-    def snapshot(self) -> monitor.Snapshot:
-        """What all the rooms say now."""
-        totals = self.totals.snapshot()  # first: what is acked is stored
-        database = self.store or (self.spool.store if self.spool else None)
-        disk = database.stats() if database else None
-        return monitor.Snapshot(
-            version=__version__,
-            started_at=self.started.timestamp(),
-            totals=totals,
-            connections=self.server.stats(),
-            ring=self.ring.stats() if self.ring else None,
-            layout=self.ring.layout() if self.ring else None,
-            forwarder=self.forwarder.stats() if self.forwarder else None,
-            consumers=self._readiness.consumers(),
-            store=disk if self.store else None,
-            spool=self.spool.stats() if self.spool else None,
-            retention=self.retention.stats() if self.retention else None,
-            disk=disk,
-            sizes=database.sizes() if database else None,
-            certificate_ends=self.access.keys.valid[1] if self.access.keys.valid else None,
-            not_ready=[reason.code for reason in self._readiness.reasons(wait=False)],
-        )
 
-    def report(self) -> dict[str, Any]:
-        """What `/v1.0/stats` says. The README explains each key."""
-        settings = {_camel(key): value for key, value in asdict(self.settings).items()}
-        settings["port"] = self.server.port
-        now = self.snapshot()
-        return {
-            "info": {"version": __version__, "uuid": self.uuid, **settings},
-            "options": self.argv,
-            "stats": {"startTime": iso(self.started), **monitor.stats(now)},
-            "ring": monitor.layout(now),
-            "memStats": memory(),
-        }
-
-    def metrics(self) -> str:
-        """What `/metrics` says."""
-        return metrics.text(self.snapshot())
-
-    def reasons(self) -> list[Reason]:
-        """Why a record sent now would not be stored now, but for what the connections have to say."""
-        return self._readiness.reasons()
-
-
-def _read_keys(settings: Settings) -> Access:
-    """Token and certificates. Raises CannotRun."""
-    files = Files(
+def _read_keys(settings: Settings) -> Credentials:
+    """Token and certificates. Raises StartupError."""
+    files = CredentialFiles(
         settings.token_file,
         settings.tls_cert,
         settings.tls_key,
@@ -374,17 +341,12 @@ def _read_keys(settings: Settings) -> Access:
         settings.consumer_ca,
     )
     try:
-        return Access(files)
-    except BadKeys as error:
-        raise CannotRun(str(error)) from error
+        return Credentials(files)
+    except CredentialError as error:
+        raise StartupError(str(error)) from error
 
 
 def named(settings: Settings) -> str:
     """The consumers, for people."""
-    *rest, last = [shown(host, port) for host, port in settings.consumers]
+    *rest, last = [format_address(host, port) for host, port in settings.consumers]
     return f"{', '.join(rest)} and {last}" if rest else last
-
-
-def _camel(name: str) -> str:
-    head, *tail = name.split("_")
-    return head + "".join(word.capitalize() for word in tail)

@@ -68,22 +68,22 @@ class Totals:
         self._histogram = Histogram()
         self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)  # seconds
 
-    def read(self, size: int) -> None:
+    def add_bytes(self, size: int) -> None:
         """`size` bytes were read."""
         with self._lock:
             self._bytes += size
 
-    def received(self, records: int) -> None:
+    def add_records(self, records: int) -> None:
         """`records` valid records came in."""
         with self._lock:
             self._received += records
 
-    def refused(self, records: int = 1) -> None:
+    def add_refused(self, records: int = 1) -> None:
         """`records` records, or one message whose records cannot be counted, were turned away."""
         with self._lock:
             self._refused += records
 
-    def acked(self, records: int, latencies: Sequence[float] = ()) -> None:
+    def add_acked(self, records: int, latencies: Sequence[float] = ()) -> None:
         """An ack for `records` more records left; what was read these many seconds ago is stored."""
         with self._lock:
             self._acked += records
@@ -91,13 +91,13 @@ class Totals:
             for seconds in latencies:
                 self._histogram.add(seconds)
 
-    def came(self, batches: bool) -> None:
+    def client_opened(self, batches: bool) -> None:
         """A WebSocket was opened; `batches`: its client speaks batch messages."""
         with self._lock:
             self._clients += 1
             self._publishers += batches
 
-    def went(self, batches: bool) -> None:
+    def client_closed(self, batches: bool) -> None:
         """It was closed."""
         with self._lock:
             self._clients -= 1

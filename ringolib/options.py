@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 from ringolib import __version__
-from ringolib.net.addresses import listed
+from ringolib.net.addresses import parse_hosts
 from ringolib.storage.clickhouse import http as clickhouse_http
 
 MAX_RING = 2**31
@@ -113,7 +113,7 @@ def _hosts(text: str) -> str:
     """A host, or several with commas, each perhaps with a port."""
     _not_empty(text)
     try:
-        hosts = listed(text, -1)
+        hosts = parse_hosts(text, -1)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted: {error}") from None
     return text if len(hosts) > 1 or hosts[0][1] > 0 else _host(text)
@@ -326,10 +326,10 @@ class Settings:
     @property
     def consumers(self) -> list[tuple[str, int]]:
         """The consumers' hosts and ports."""
-        return listed(self.consumer_hostname, self.consumer_port)
+        return parse_hosts(self.consumer_hostname, self.consumer_port)
 
     @property
-    def most_connections(self) -> int:
+    def max_connections(self) -> int:
         """How many connections may be admitted at once: what `connections` says, and `threads` leaves room for."""
         room = self.threads - OTHER_THREADS - (self.most_workers if self.is_publisher else 0)
         return min(self.connections or room, room)

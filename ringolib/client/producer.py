@@ -32,12 +32,12 @@ PATH = "/v1.0/ingest"
 URL = f"ws://localhost:6660{PATH}"
 CHUNK_RECORDS = 16_384
 """Most records in a message."""
-MOST_UNACKED = 1_048_576
+MAX_UNACKED = 1_048_576
 """Records kept for sending again; `send` waits while there are more."""
 STALL_TIMEOUT = 90.0
 """Seconds without an ack, or with a message half sent, before the connection is given up: more than a publisher takes
 to give up a link to its consumer, or its clients would send again what it is about to store."""
-FOR_GOOD = (1002, 1003, 1007, 1008, 1009)
+PERMANENT_CLOSE_CODES = (1002, 1003, 1007, 1008, 1009)
 """Close codes that say that sending the same again is of no use (RFC 6455 section 7.4.1)."""
 
 
@@ -136,7 +136,7 @@ class Producer:
     def send(self, values: Iterable[int]) -> None:
         """Takes `values`, 64-bit integers, to be stored in this order. Returns once they are in memory here.
 
-        Waits while MOST_UNACKED records are not acked. Raises OverflowError for a value beyond 64 bits
+        Waits while MAX_UNACKED records are not acked. Raises OverflowError for a value beyond 64 bits
         (none of `values` is taken then), ProducerError when there is no use in trying again, ValueError once
         closed, and where the numbers of a source end.
         """
@@ -144,7 +144,7 @@ class Producer:
         for start in range(0, len(block), CHUNK_RECORDS):
             chunk = block[start : start + CHUNK_RECORDS]
             with self._lock:
-                while self._next - self._acked >= MOST_UNACKED and not self._error and not self._closed:
+                while self._next - self._acked >= MAX_UNACKED and not self._error and not self._closed:
                     self._progress.wait()
                 self._check()
                 if self._next + len(chunk) > MAX_SEQUENCE:
@@ -306,7 +306,7 @@ class Producer:
                 self._take_ack(acks[-1])
             if link.ending:
                 code, reason = link.ending
-                kind = ProducerError if code in FOR_GOOD else ConnectionResetError
+                kind = ProducerError if code in PERMANENT_CLOSE_CODES else ConnectionResetError
                 raise kind(f"closed with {code:d} {reason}")
             data = link.read(wait=False)
             if data == b"":

@@ -18,8 +18,8 @@ from time import monotonic
 from typing import Any, BinaryIO, NoReturn
 
 from ringolib.client.producer import URL, Producer, ProducerError
-from ringolib.net.credentials import BadKeys, read_token
-from ringolib.net.tls import BadFile, client_context
+from ringolib.net.credentials import CredentialError, read_token
+from ringolib.net.tls import CredentialFileError, client_context
 from ringolib.wire import MAX_SEQUENCE, decode_plain
 
 
@@ -204,7 +204,7 @@ def _send(made: argparse.ArgumentParser, given: argparse.Namespace) -> int:
             producer = Producer(given.url, given.source, given.first, token, context)
         except ValueError as error:
             made.error(str(error))
-        except (BadKeys, BadFile) as error:
+        except (CredentialError, CredentialFileError) as error:
             say(f"ringoexp send: error: {error}", error=True)
             return 1
         except (OSError, RuntimeError) as error:

@@ -1,10 +1,10 @@
-"""Outlets: each is one place where workers store, a consumer or the own store, with what its workers found out of it.
+"""Destinations: each is one place where workers store, a consumer or the own store, with what its workers found out of it.
 
 A batch that a consumer may have stored, and has not acked, is *in doubt*: another consumer, with a database of its
-own, would not know it for a duplicate. It gets a `Pin`, the ring's mark, and waits for a worker of an outlet that
+own, would not know it for a duplicate. It gets a `Pin`, the ring's mark, and waits for a worker of an destination that
 takes that: the same consumer's, or one's with the same store.
 
-`Breaker._lock` guards who probes. The rest of an outlet is the forwarder's, under the forwarder's lock, or is one value
+`Breaker._lock` guards who probes. The rest of an destination is the forwarder's, under the forwarder's lock, or is one value
 that workers read and write as they are.
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ringolib.forward.link import LinkState
 from ringolib.forward.sink import Sink
-from ringolib.net.addresses import Place
+from ringolib.net.addresses import Endpoint
 from ringolib.timing import backoff
 
 
@@ -88,27 +88,27 @@ class Breaker:
 
 
 class Pin(NamedTuple):
-    """Who may have a batch: it was sent to this outlet, where this store may have it (None: it does not say which)."""
+    """Who may have a batch: it was sent to this destination, where this store may have it (None: it does not say which)."""
 
-    outlet: "Outlet"
+    destination: "Destination"
     store: str | None
 
 
-class Outlet:
+class Destination:
     """Where the sinks that `make_sink` makes store. `make_sink` gets a callback, to be called when a link is made.
 
     `link` is what is known of the consumer at `place`, where the sinks are links; `told` is the same, if the workers
     are to tell it what they find out, and not the spool. If it is `fixed`, that is the same consumer for ever,
     whatever store it has: somebody gave it this address. Other addresses may become another one's, as may a name that
     has got others; then it is `fixed` no more. `lost` is called when a link fails. It is `alone` if there never will
-    be another outlet: then nothing needs a pin.
+    be another destination: then nothing needs a pin.
     """
 
     def __init__(
         self,
         make_sink: Callable[[Callable[[], None]], Sink],
         link: LinkState | None = None,
-        place: Place | None = None,
+        place: Endpoint | None = None,
         fixed: bool = True,
         lost: Callable[[], None] = lambda: None,
         spooled: bool = False,
@@ -136,4 +136,4 @@ class Outlet:
         assert isinstance(mark, Pin)
         if mark.store is not None and mark.store == store:
             return True
-        return mark.outlet is self and (self.fixed or mark.store is None or store is None)
+        return mark.destination is self and (self.fixed or mark.store is None or store is None)

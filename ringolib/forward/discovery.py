@@ -1,7 +1,7 @@
-"""The consumers that a publisher's flags name: one outlet for each, also where a name has several addresses.
+"""The consumers that a publisher's flags name: one destination for each, also where a name has several addresses.
 
 The thread `resolve`, where names are to be resolved at all, asks again when a link has failed, at most every SOON
-seconds, and else every NOW_AND_THEN: consumers come and go. `_lock` guards the outlets and what the thread waits for;
+seconds, and else every NOW_AND_THEN: consumers come and go. `_lock` guards the destinations and what the thread waits for;
 `_changed` shares it, is notified when a link fails and by `stop`, and the thread alone waits on it. Nothing is
 resolved under it.
 """
@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Protocol
 
-from ringolib.forward.destination import Outlet
-from ringolib.net.addresses import AddressError, Place, is_fixed, places, shown
+from ringolib.forward.destination import Destination
+from ringolib.net.addresses import AddressError, Endpoint, format_address, is_fixed, resolve_endpoints
 
 log = logging.getLogger("ringoexp.link")
 
@@ -26,12 +26,12 @@ NOW_AND_THEN = 30.0
 class Workers(Protocol):
     """Who is told which consumers there are: the forwarder."""
 
-    def change(self, added: Sequence[Outlet], dropped: Sequence[Outlet]) -> None: ...
-    def keep(self, outlet: Outlet) -> bool: ...
+    def change(self, added: Sequence[Destination], dropped: Sequence[Destination]) -> None: ...
+    def keep(self, destination: Destination) -> bool: ...
 
 
 class Consumers:
-    """Outlets to all of `hosts`, made by `make`, which gets the place, and a callback for when a link fails.
+    """Destinations to all of `hosts`, made by `make`, which gets the place, and a callback for when a link fails.
 
     What does not resolve now may do so later, but raises AddressError if it is all of them. With `by_name` a host is
     one consumer, whatever addresses its name has.
@@ -40,40 +40,40 @@ class Consumers:
     def __init__(
         self,
         hosts: Sequence[tuple[str, int]],
-        make: Callable[[Place, Callable[[], None]], Outlet],
+        make: Callable[[Endpoint, Callable[[], None]], Destination],
         by_name: bool = False,
     ) -> None:
         self._hosts = hosts
         self._make = make
-        self._found: dict[tuple[str, int], list[Place]] = {}  # the thread's, once it runs
-        self._dropped: dict[Place, Outlet] = {}  # the same
+        self._found: dict[tuple[str, int], list[Endpoint]] = {}  # the thread's, once it runs
+        self._dropped: dict[Endpoint, Destination] = {}  # the same
 
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         # Guarded by _lock.
-        self._outlets: dict[Place, Outlet] = {}
+        self._destinations: dict[Endpoint, Destination] = {}
         self._failed = False  # a link, since names were resolved
         self._stopping = False
 
         if by_name:
-            self._found = {(host, port): [Place(host, port, host)] for host, port in hosts}
+            self._found = {(host, port): [Endpoint(host, port, host)] for host, port in hosts}
         else:
             errors = self._resolve()
             if not any(self._found.values()):
                 raise errors[0]
             for error in errors:
-                log.warning("consumer_unknown", {"reason": str(error)})
-        self._outlets = {place: self._make(place, self.lost) for place in self._wanted()}
+                log.warning("consumer_unresolved", {"reason": str(error)})
+        self._destinations = {place: self._make(place, self.lost) for place in self._wanted()}
         self._thread: threading.Thread | None = None
         if not by_name and not all(is_fixed(host) for host, _ in hosts):
             # Daemon: a name service may take its time, and nothing depends on its answer.
             self._thread = threading.Thread(target=self._run, name="resolve", daemon=True)
 
     @property
-    def outlets(self) -> list[Outlet]:
+    def destinations(self) -> list[Destination]:
         """Those there are now, in the order of the flags."""
         with self._lock:
-            return list(self._outlets.values())
+            return list(self._destinations.values())
 
     def start(self, workers: Workers) -> None:
         """From now on tells these of changes. Raises RuntimeError when there is no thread to be had."""
@@ -101,19 +101,19 @@ class Consumers:
     def step(self) -> None:
         """Resolves the names, and tells of what has changed."""
         for error in self._resolve():
-            log.debug("consumer_unknown", {"reason": str(error)})
+            log.debug("consumer_unresolved", {"reason": str(error)})
         wanted = self._wanted()
-        gone = {place: outlet for place, outlet in self._outlets.items() if place not in wanted}
-        outlets: dict[Place, Outlet] = {}
+        gone = {place: destination for place, destination in self._destinations.items() if place not in wanted}
+        destinations: dict[Endpoint, Destination] = {}
         new = []
         for place in wanted:
-            outlet = self._outlets.get(place) or self._dropped.pop(place, None)
-            if outlet is None or not self._workers.keep(outlet):
-                outlet = self._make(place, self.lost)
-                new.append(outlet)
-            outlets[place] = outlet
+            destination = self._destinations.get(place) or self._dropped.pop(place, None)
+            if destination is None or not self._workers.keep(destination):
+                destination = self._make(place, self.lost)
+                new.append(destination)
+            destinations[place] = destination
         with self._lock:
-            self._outlets = outlets
+            self._destinations = destinations
         self._dropped = {place: each for place, each in {**self._dropped, **gone}.items() if each.workers}
         if new or gone:
             said = {"added": [str(each.place) for each in new], "gone": [str(place) for place in gone]}
@@ -144,11 +144,11 @@ class Consumers:
         errors = []
         for host, port in self._hosts:
             try:
-                self._found[host, port] = places(host, port)
+                self._found[host, port] = resolve_endpoints(host, port)
             except AddressError as error:
-                errors.append(AddressError(f"-U {shown(host, port)}: {error}"))
+                errors.append(AddressError(f"-U {format_address(host, port)}: {error}"))
         return errors
 
-    def _wanted(self) -> list[Place]:
+    def _wanted(self) -> list[Endpoint]:
         found = [place for each in self._hosts for place in self._found.get(each, ())]
         return list({(place.host, place.port): place for place in reversed(found)}.values())[::-1]  # two names of one

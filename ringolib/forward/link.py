@@ -13,8 +13,8 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from ringolib.forward.sink import InDoubt, SinkError
-from ringolib.net.addresses import Address, shown
-from ringolib.net.credentials import Access
+from ringolib.net.addresses import Address, format_address
+from ringolib.net.credentials import Credentials
 from ringolib.net.sockets import peer
 from ringolib.net.websocket import ClientConnection, HandshakeError
 from ringolib.wire import SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
@@ -34,7 +34,7 @@ class LinkSink:
 
     `patience` is how many seconds the consumer has to take a block, and as many again to ack it. `is_own` knows
     the server's own addresses: it makes no link to itself. What it shows the consumer, and whether it speaks TLS, is
-    in `access`. `name` is the host's, where `host` is only one of its addresses.
+    in `credentials`. `name` is the host's, where `host` is only one of its addresses.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LinkSink:
         connected: Callable[[], None] = lambda: None,
         patience: float | None = None,
         is_own: Callable[[Address], bool] = lambda address: False,
-        access: Access | None = None,
+        credentials: Credentials | None = None,
         name: str | None = None,
     ) -> None:
         self._host = host
@@ -52,7 +52,7 @@ class LinkSink:
         self._connected = connected
         self._patience = patience or ACK_TIMEOUT
         self._is_own = is_own
-        self._access = access or Access()
+        self._credentials = credentials or Credentials()
         self._name = name
         self._link: ClientConnection | None = None
         self._opening: Any = None  # the socket of a link that is being made
@@ -84,7 +84,7 @@ class LinkSink:
                 self._look(self._link)
             except OSError as error:
                 self._drop()
-                raise SinkError(f"{shown(self._host, self._port)}: {error}") from error
+                raise SinkError(f"{format_address(self._host, self._port)}: {error}") from error
         self.connect()
         link = self._link
         assert link is not None
@@ -99,7 +99,7 @@ class LinkSink:
                 self.close()
         except (OSError, WireError) as error:
             self._drop()
-            reason = f"{shown(self._host, self._port)}: {error}"
+            reason = f"{format_address(self._host, self._port)}: {error}"
             none_acked = self._sent - self._acked == len(block.values)
             if link.store and link.ending and link.ending[0] == GOING_AWAY and not link.at_fault and none_acked:
                 raise SinkError(reason) from error
@@ -113,7 +113,7 @@ class LinkSink:
             self._connect()
         except (OSError, HandshakeError, WireError) as error:
             self._drop()
-            raise SinkError(f"{shown(self._host, self._port)}: {error}") from error
+            raise SinkError(f"{format_address(self._host, self._port)}: {error}") from error
         except BaseException:  # a bug: whatever state the link is in, the next block gets another one
             self._drop()
             raise
@@ -150,7 +150,7 @@ class LinkSink:
             self._link = None
 
     def _connect(self) -> None:
-        keys = self._access.keys
+        keys = self._credentials.current
         where = self._host, self._port, "/v1.0/ingest", SUBPROTOCOL
         try:
             self._link = ClientConnection(*where, keys.client, keys.token, self._name, self._opened)

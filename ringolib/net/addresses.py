@@ -27,7 +27,7 @@ class AddressError(Exception):
     """An address cannot be had. The text says which, and why."""
 
 
-class Place(NamedTuple):
+class Endpoint(NamedTuple):
     """Where to connect to, and by which name its server goes, in its certificate and in requests."""
 
     host: str
@@ -35,10 +35,10 @@ class Place(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        return shown(self.host, self.port)
+        return format_address(self.host, self.port)
 
 
-def listed(text: str, port: int) -> list[tuple[str, int]]:
+def parse_hosts(text: str, port: int) -> list[tuple[str, int]]:
     """The hosts and ports of a list with commas; `port` where there is none. Raises ValueError, which says why.
 
     Each is `host`, `host:port`, an IPv6 address, that in brackets, `[address]:port`, or `unix:PATH`.
@@ -81,20 +81,20 @@ def is_fixed(host: str) -> bool:
     return True
 
 
-def places(host: str, port: int) -> list[Place]:
+def resolve_endpoints(host: str, port: int) -> list[Endpoint]:
     """The servers behind a host: one for each address of a name with several. Raises AddressError.
 
     Of IPv4 and IPv6, that of which it has more: a name with one of each is one server that has both.
     """
     if is_fixed(host):
-        return [Place(host, port, host)]
+        return [Endpoint(host, port, host)]
     found = resolve(host, port)
     four = [address for address in found if address[0] == socket.AF_INET]
     six = [address for address in found if address[0] != socket.AF_INET]
     most = four if len(four) >= len(six) else six
     if len(most) == 1:
-        return [Place(host, port, host)]
-    return [Place(str(address[0]), port, host) for _, address in most]
+        return [Endpoint(host, port, host)]
+    return [Endpoint(str(address[0]), port, host) for _, address in most]
 
 
 def unix_path(host: str) -> str | None:
@@ -102,7 +102,7 @@ def unix_path(host: str) -> str | None:
     return host.removeprefix(UNIX) if host.startswith(UNIX) else None
 
 
-def shown(host: str, port: int) -> str:
+def format_address(host: str, port: int) -> str:
     """An address as it is written: `host:port`, `[host]:port` for IPv6, `unix:PATH`."""
     if host.startswith(UNIX):
         return host
@@ -111,7 +111,7 @@ def shown(host: str, port: int) -> str:
 
 def host_header(host: str, port: int) -> str:
     """What a request to this address says in its `Host` header."""
-    return "localhost" if host.startswith(UNIX) else shown(host, port)
+    return "localhost" if host.startswith(UNIX) else format_address(host, port)
 
 
 def certified_name(host: str) -> str:
@@ -151,7 +151,7 @@ def resolve(host: str, port: int) -> list[Address]:
     return sorted(dict.fromkeys(addresses), key=lambda address: address[0] != socket.AF_INET)
 
 
-def reaches(address: Address, listening: Address) -> bool:
+def is_same_listener(address: Address, listening: Address) -> bool:
     """True when who connects to `address` is accepted by a socket that listens on `listening`."""
     family, theirs = address
     if socket.AF_UNIX in (family, listening[0]):

@@ -1,6 +1,6 @@
 """Who may come in, and what this server shows where it goes: the token and the TLS contexts, read from files.
 
-`Access.keys` is replaced as a whole when the files are read again, by the main thread; who uses it reads it once. The
+`Credentials.keys` is replaced as a whole when the files are read again, by the main thread; who uses it reads it once. The
 token is never logged, and stays out of every text.
 """
 
@@ -14,10 +14,10 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from ringolib.net import tls
-from ringolib.timing import at
+from ringolib.timing import format_unix_time
 
 TOKEN_VARIABLE = "RINGOEXP_TOKEN"
-MOST_TOKEN = 4096
+MAX_TOKEN = 4096
 """Characters of a token: it has to fit into a header."""
 SOON = 14 * 86_400.0
 """Seconds before a certificate expires from when on it is said."""
@@ -27,11 +27,11 @@ _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 section 2.1
 _BEARER = re.compile(r"bearer +([^ ]+) *", re.IGNORECASE)
 
 
-class BadKeys(Exception):
+class CredentialError(Exception):
     """A token, a certificate or a key cannot be used. The text names where it comes from, and says why."""
 
 
-class Files(NamedTuple):
+class CredentialFiles(NamedTuple):
     """Where the keys are: paths, or None."""
 
     token: str | None = None
@@ -42,7 +42,7 @@ class Files(NamedTuple):
     consumer_ca: str | None = None
 
 
-class Keys(NamedTuple):
+class CredentialSet(NamedTuple):
     """What the files hold."""
 
     token: str | None = None
@@ -51,35 +51,35 @@ class Keys(NamedTuple):
     valid: tuple[float, float] | None = None  # from when to when the server's certificate is, Unix times, if known
 
 
-class Access:
-    """The keys in `files`, read at once, and again by `reload`. Raises BadKeys."""
+class Credentials:
+    """The keys in `files`, read at once, and again by `reload`. Raises CredentialError."""
 
-    def __init__(self, files: Files = Files()) -> None:  # noqa: B008  # a constant
+    def __init__(self, files: CredentialFiles = CredentialFiles()) -> None:  # noqa: B008  # a constant
         self._files = files
-        self.keys = _read(files)
+        self.current = _read(files)
 
     def reload(self) -> None:
-        """Reads the files again. Raises BadKeys, and then all stays as it was."""
-        self.keys = _read(self._files)
+        """Reads the files again. Raises CredentialError, and then all stays as it was."""
+        self.current = _read(self._files)
 
     def trouble(self) -> str | None:
         """What clients say against the dates of the certificate, by the wall clock, or will say soon, if anything."""
-        if not self.keys.valid:
+        if not self.current.valid:
             return None
-        begins, ends = self.keys.valid
+        begins, ends = self.current.valid
         now = time.time()
         if now < begins:
-            return f"it is not valid before {at(begins)}"
+            return f"it is not valid before {format_unix_time(begins)}"
         if now > ends:
-            return f"it has expired: it was valid until {at(ends)}"
-        return f"it expires soon: it is valid until {at(ends)}" if now > ends - SOON else None
+            return f"it has expired: it was valid until {format_unix_time(ends)}"
+        return f"it expires soon: it is valid until {format_unix_time(ends)}" if now > ends - SOON else None
 
-    def admits(self, authorization: Sequence[str], subprotocols: Sequence[str] = ()) -> bool:
+    def accepts(self, authorization: Sequence[str], subprotocols: Sequence[str] = ()) -> bool:
         """True when there is no token, or it is in the `Authorization` header, or in a subprotocol.
 
         Takes as long for one wrong token as for another (RFC 6750 section 2.1; `bearer.TOKEN`, percent-encoded).
         """
-        token = self.keys.token
+        token = self.current.token
         if token is None:
             return True
         bearer = _BEARER.fullmatch(authorization[0]) if len(authorization) == 1 else None
@@ -89,7 +89,7 @@ class Access:
 
 
 def read_token(path: str | None) -> str | None:
-    """The token in a file, or else in the environment; None if there is neither. Raises BadKeys."""
+    """The token in a file, or else in the environment; None if there is neither. Raises CredentialError."""
     if path is None:
         token, where = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
         if token is None:
@@ -98,24 +98,24 @@ def read_token(path: str | None) -> str | None:
         where = f"--token_file {path}"
         try:
             with open(path, "rb") as file:
-                token = file.read(MOST_TOKEN + 3).decode("ascii", "replace")
+                token = file.read(MAX_TOKEN + 3).decode("ascii", "replace")
         except (OSError, ValueError) as error:
-            raise BadKeys(f"{where}: {getattr(error, 'strerror', None) or error}") from error
+            raise CredentialError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
     token = token.strip()
     if not token:
-        raise BadKeys(f"{where}: it is empty: it has to hold a token, or not be given")
-    if len(token) > MOST_TOKEN or not _TOKEN.fullmatch(token):
-        raise BadKeys(
-            f"{where}: not a token: at most {MOST_TOKEN} letters, digits, - . _ ~ + and /, and perhaps = at its end"
+        raise CredentialError(f"{where}: it is empty: it has to hold a token, or not be given")
+    if len(token) > MAX_TOKEN or not _TOKEN.fullmatch(token):
+        raise CredentialError(
+            f"{where}: not a token: at most {MAX_TOKEN} letters, digits, - . _ ~ + and /, and perhaps = at its end"
         )
     return token
 
 
-def _read(files: Files) -> Keys:
+def _read(files: CredentialFiles) -> CredentialSet:
     try:
         server = tls.server_context(files.cert, files.key, files.client_ca) if files.cert else None
         client = tls.client_context(files.consumer_ca, files.cert, files.key) if files.consumer_tls else None
-    except tls.BadFile as error:
-        raise BadKeys(str(error)) from error
+    except tls.CredentialFileError as error:
+        raise CredentialError(str(error)) from error
     valid = tls.validity(server, files.cert) if server and files.cert else None
-    return Keys(read_token(files.token), server, client, valid)
+    return CredentialSet(read_token(files.token), server, client, valid)

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from time import monotonic, sleep
 from typing import Any
 
-from ringolib.net.addresses import Address, AddressError, is_loopback, reaches, shown
+from ringolib.net.addresses import Address, AddressError, format_address, is_loopback, is_same_listener
 
 log = logging.getLogger("ringoexp.http")
 
 SOCKET_MODE = 0o660
 """A Unix socket is for its owner and its group, whatever the umask: who may write it may connect."""
-MOST_PATH = 107 if sys.platform == "linux" else 103
+MAX_PATH = 107 if sys.platform == "linux" else 103
 """Bytes of a Unix socket's path (sockaddr_un)."""
 BACKLOG = 1024
 PORT_TRIES = 100
@@ -58,7 +58,7 @@ class Listeners:
     def is_own(self, address: Address) -> bool:
         """True when who connects to `address` is accepted here."""
         if self._path is None or address[0] != socket.AF_UNIX:
-            return any(reaches(address, own) for own in self.addresses)
+            return any(is_same_listener(address, own) for own in self.addresses)
         return _inode(address[1]) == self._file  # it may have several paths
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class Listeners:
         where = self._name
         try:
             for family, address in addresses:
-                where = shown(address[0], port)
+                where = format_address(address[0], port)
                 try:
                     bound.append(_bind(family, (address[0], port, *address[2:])))
                 except OSError as error:
@@ -103,7 +103,7 @@ class Listeners:
             if absent and not bound:
                 raise absent
             for sock in bound:
-                where = shown(*sock.getsockname()[:2])
+                where = format_address(*sock.getsockname()[:2])
                 sock.listen(BACKLOG)
         except OSError as error:
             for sock in bound:
@@ -113,10 +113,10 @@ class Listeners:
         return bound
 
     def _listen_unix(self, path: str) -> socket.socket:
-        if len(os.fsencode(path)) > MOST_PATH:
+        if len(os.fsencode(path)) > MAX_PATH:
             raise AddressError(
                 f"cannot listen on {self._name}: the path has {len(os.fsencode(path))} bytes, a Unix socket's at most "
-                f"{MOST_PATH}: name a shorter one"
+                f"{MAX_PATH}: name a shorter one"
             )
         sock = socket.socket(socket.AF_UNIX)
         try:

@@ -15,14 +15,14 @@ NO_CHECK_TIME = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME, which `ssl` has no name for."""
 
 
-class BadFile(Exception):
+class CredentialFileError(Exception):
     """A certificate, a key or a list of authorities cannot be used. The text names the file, and says why."""
 
 
 def server_context(cert: str, key: str | None, client_ca: str | None) -> ssl.SSLContext:
     """For a server with this certificate chain and key, PEM files. With `client_ca` clients need a certificate of its.
 
-    TLS 1.2 or newer. Without `key` it is in the file of the certificate. Raises BadFile.
+    TLS 1.2 or newer. Without `key` it is in the file of the certificate. Raises CredentialFileError.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -38,7 +38,7 @@ def server_context(cert: str, key: str | None, client_ca: str | None) -> ssl.SSL
 def client_context(ca: str | None, cert: str | None = None, key: str | None = None) -> ssl.SSLContext:
     """For a client that trusts the authorities in the file `ca`, or else the system's, and checks the host's name.
 
-    It shows the certificate `cert` to who asks for one. Raises BadFile.
+    It shows the certificate `cert` to who asks for one. Raises CredentialFileError.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -81,24 +81,24 @@ def validity(context: ssl.SSLContext, cert: str) -> tuple[float, float] | None:
 def _load_chain(context: ssl.SSLContext, cert: str, key: str | None) -> None:
     for path in filter(None, (cert, key)):
         _readable(path)
-    encrypted = BadFile(f"{key or cert}: the key is encrypted: it has to be readable without a password")
+    encrypted = CredentialFileError(f"{key or cert}: the key is encrypted: it has to be readable without a password")
 
     def no_password() -> str:
         raise encrypted
 
     if key is None and b"PRIVATE KEY-----" not in Path(cert).read_bytes():
-        raise BadFile(f"{cert}: there is no key in it: name the key's file too (--tls_key; --key of send)")
+        raise CredentialFileError(f"{cert}: there is no key in it: name the key's file too (--tls_key; --key of send)")
     try:
         context.load_cert_chain(cert, key, no_password)
-    except BadFile:
+    except CredentialFileError:
         raise
     except ssl.SSLError as error:
         if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
-            raise BadFile(f"{key or cert}: the key does not belong to the certificate in {cert}") from error
+            raise CredentialFileError(f"{key or cert}: the key does not belong to the certificate in {cert}") from error
         where = cert if key is None else f"{cert}, {key}"
-        raise BadFile(f"{where}: no certificate and key in PEM ({reason_of(error)})") from error
+        raise CredentialFileError(f"{where}: no certificate and key in PEM ({reason_of(error)})") from error
     except OSError as error:
-        raise BadFile(f"{cert}: {error.strerror or error}") from error
+        raise CredentialFileError(f"{cert}: {error.strerror or error}") from error
 
 
 def _load_authorities(context: ssl.SSLContext, path: str) -> None:
@@ -106,16 +106,16 @@ def _load_authorities(context: ssl.SSLContext, path: str) -> None:
     try:
         context.load_verify_locations(path)
     except (ssl.SSLError, OSError) as error:
-        raise BadFile(f"{path}: no certificates of authorities in PEM ({reason_of(error)})") from error
+        raise CredentialFileError(f"{path}: no certificates of authorities in PEM ({reason_of(error)})") from error
 
 
 def _readable(path: str) -> None:
-    """Raises BadFile for what cannot be read: OpenSSL does not say which file it is."""
+    """Raises CredentialFileError for what cannot be read: OpenSSL does not say which file it is."""
     try:
         with open(path, "rb") as file:
             file.read(1)
     except (OSError, ValueError) as error:
-        raise BadFile(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        raise CredentialFileError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def reason_of(error: OSError) -> str:

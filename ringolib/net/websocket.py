@@ -52,9 +52,9 @@ MESSAGE_TIMEOUT = 150.0
 """Seconds a client has to finish a message, pings or not: 8 MiB at the rate that is asked of an HTTP body."""
 STALL_TIMEOUT = 60.0
 """Seconds a peer may leave what is unsent to it where it is, when the system's buffers are full."""
-MOST_STORE = 200
+MAX_STORE = 200
 """Bytes of what a store is called."""
-MOST_UNSENT = 64 * 1024
+MAX_UNSENT = 64 * 1024
 """Bytes of pongs that a peer may leave unread, beyond what the system buffers, before it is given up."""
 _HINTS = {
     400: ": does it want TLS (wss://, --consumer_tls)?",
@@ -93,7 +93,7 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
     (RFC 6455 section 7.4): the peer's own, or ours for what it did wrong, and then `at_fault` is true.
     """
 
-    most_unsent = MOST_UNSENT
+    max_unsent = MAX_UNSENT
 
     def __init__(self, sock: socket.socket, role: ConnectionType) -> None:
         self.ending: tuple[int, str] | None = None
@@ -205,11 +205,11 @@ class Connection(Base):  # type: ignore[misc]  # the library has no types
     def queue(self, frame: bytes) -> None:
         """Sends a whole frame behind what is unsent, as far as the socket takes it without waiting.
 
-        Raises OSError when the connection is lost, or the peer has left more than `most_unsent` bytes unread.
+        Raises OSError when the connection is lost, or the peer has left more than `max_unsent` bytes unread.
         """
         behind = len(self._unsent)
         self._unsent += frame
-        if not self.flush() and behind > self.most_unsent:
+        if not self.flush() and behind > self.max_unsent:
             raise TimeoutError("the peer does not read")
 
     def flush(self) -> bool:
@@ -371,7 +371,7 @@ class ClientConnection(Connection):
     `store` is which store the server says that it stores in, if it does.
     """
 
-    most_unsent = MOST_UNSENT + 2 * MAX_MESSAGE  # pongs may wait behind a message of ours
+    max_unsent = MAX_UNSENT + 2 * MAX_MESSAGE  # pongs may wait behind a message of ours
 
     def __init__(
         self,
@@ -439,7 +439,7 @@ class ClientConnection(Connection):
             raise HandshakeError(f"does not speak {self._wanted}")
         self.subprotocol = answer.subprotocol
         for header, value in answer.extra_headers:
-            if header.lower() == STORE_HEADER.lower().encode() and len(value) <= MOST_STORE:
+            if header.lower() == STORE_HEADER.lower().encode() and len(value) <= MAX_STORE:
                 self.store = value.decode("latin-1")
         self.connected = True
 

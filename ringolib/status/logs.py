@@ -16,16 +16,24 @@ from collections.abc import Iterator, Mapping
 from time import monotonic
 from typing import Any
 
-from ringolib.timing import iso
+from ringolib.timing import format_utc
 
-LIMITED = ("refused", "tls_failed", "page_missing", "connection_error", "cannot_accept", "no_thread", "slow_commit")
+LIMITED = (
+    "refused",
+    "tls_failed",
+    "dashboard_missing",
+    "connection_error",
+    "cannot_accept",
+    "no_thread",
+    "slow_commit",
+)
 """Events that others can cause at any rate: a line of each kind every LIMIT_SECONDS, which says how many there were."""
 LIMIT_SECONDS = 1.0
 STALL_SECONDS = 0.1
 """How long a line waits for a reader of stderr that has stalled. The next ones do not: they are counted and dropped."""
-MOST_TEXT = 1000
+MAX_TEXT = 1000
 """Characters of a text; more is cut off: others may have written it."""
-MOST_BYTES = 4096
+MAX_BYTES = 4096
 """Bytes of a line, or its texts are cut further: so many a pipe that has room takes at once (PIPE_BUF)."""
 
 
@@ -62,8 +70,8 @@ class Lines(logging.Handler):
         """The record as a line, without its end."""
         fields = _fields(record)
         line = self._line(fields)
-        most = MOST_TEXT
-        while len(line) >= MOST_BYTES and most > 10:  # ASCII: a character is a byte
+        most = MAX_TEXT
+        while len(line) >= MAX_BYTES and most > 10:  # ASCII: a character is a byte
             most //= 4
             line = self._line({key: _cut(value, most) for key, value in fields.items()})
         return line
@@ -123,7 +131,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
     ours = record.name.startswith("ringoexp")
     found: dict[str, Any] = {
-        "time": iso(at),
+        "time": format_utc(at),
         "level": record.levelname.lower(),
         "event": record.msg if ours else "message",
     }
@@ -133,7 +141,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
         found.update(record.args)
     if record.exc_info and record.exc_info[1]:
         found["cause"] = " <- ".join(_told(record.exc_info[1]))
-    found = {key: _cut(value, MOST_TEXT) for key, value in found.items()}
+    found = {key: _cut(value, MAX_TEXT) for key, value in found.items()}
     return {**found, "thread": record.threadName, "logger": record.name}
 
 

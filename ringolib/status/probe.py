@@ -9,8 +9,8 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
-from ringolib.net.addresses import Place, certified_name, host_header
-from ringolib.net.credentials import Keys
+from ringolib.net.addresses import Endpoint, certified_name, host_header
+from ringolib.net.credentials import CredentialSet
 from ringolib.net.sockets import connect
 from ringolib.net.tls_socket import explain
 from ringolib.net.websocket import hint
@@ -123,7 +123,7 @@ def _late() -> str:
     return f"no answer within {PATIENCE:.0f} s"
 
 
-def _check_consumer(place: Place, keys: Keys, linked: bool) -> Answer:
+def _check_consumer(place: Endpoint, keys: CredentialSet, linked: bool) -> Answer:
     """What the consumer says when it is asked whether it is ready; nothing if it is.
 
     That all its connections are taken is no matter for who is `linked` to it already.

@@ -19,21 +19,21 @@ from types import CodeType, FrameType
 from urllib.parse import parse_qsl, urlsplit
 
 from ringolib.net.addresses import is_loopback
-from ringolib.net.credentials import Access
+from ringolib.net.credentials import Credentials
 from ringolib.net.listeners import Listeners
 from ringolib.status import profile_formats
 from ringolib.status import sampler as sampling
 from ringolib.web.connections import Connections
 from ringolib.web.handler import GET_OR_HEAD, Refusal, Routes, WebHandler
 
-MOST_CONNECTIONS = 32
+MAX_CONNECTIONS = 32
 """At once; the next ones wait to be accepted. --threads leaves that many."""
-MOST_SECONDS = 60
+MAX_SECONDS = 60
 DEFAULT_SECONDS = 30
 """As Go's."""
 HEAP_FRAMES = 1
 """Calls that are kept of each allocation, where ?frames= does not say otherwise."""
-MOST_FRAMES = 100
+MAX_FRAMES = 100
 LOOK_SECONDS = 0.25
 """How often a request that samples looks whether its client is still there."""
 _CLOSED: int = getattr(select, "POLLRDHUP", select.POLLIN)
@@ -56,8 +56,8 @@ PAGES = {
 class Profiler(Connections):
     """Listens from the beginning, as `host`, and answers from `start` on. Owns `listeners`."""
 
-    def __init__(self, listeners: Listeners, host: str, name: str, access: Access) -> None:
-        super().__init__(listeners, Handler, name, access=access, thread="profiler", connection="profiler")
+    def __init__(self, listeners: Listeners, host: str, name: str, credentials: Credentials) -> None:
+        super().__init__(listeners, Handler, name, credentials=credentials, thread="profiler", connection="profiler")
         self.busy = threading.Lock()
         self.busy_until = 0.0  # monotonic seconds; the holder of `busy` writes it
         self.hosts = {host.lower()}
@@ -66,7 +66,7 @@ class Profiler(Connections):
     def _crowded(self) -> bool:
         """True while the next connection would be one too many."""
         assert self._lock.locked()
-        return len(self._entries) >= MOST_CONNECTIONS and not self._closing
+        return len(self._entries) >= MAX_CONNECTIONS and not self._closing
 
 
 class Handler(WebHandler):
@@ -131,7 +131,7 @@ class Handler(WebHandler):
     def _profile(self) -> None:
         """Samples, and answers in the format asked for."""
         asked = self._parameters(seconds=str(DEFAULT_SECONDS), format="pprof", value="cpu")
-        seconds = self._whole("seconds", asked["seconds"], 1, MOST_SECONDS)
+        seconds = self._whole("seconds", asked["seconds"], 1, MAX_SECONDS)
         self._one_of("format", asked["format"], ("pprof", "collapsed", "speedscope"))
         self._one_of("value", asked["value"], ("cpu", "wall"))
         profile = self._sample(seconds)
@@ -149,7 +149,7 @@ class Handler(WebHandler):
     def _heap(self) -> None:
         """Starts or stops tracemalloc, or tells what it has seen."""
         asked = self._parameters(start="", stop="", frames=str(HEAP_FRAMES), format="pprof", seconds="")
-        frames = self._whole("frames", asked["frames"], 1, MOST_FRAMES)
+        frames = self._whole("frames", asked["frames"], 1, MAX_FRAMES)
         self._one_of("start", asked["start"], ("", "1"))
         self._one_of("stop", asked["stop"], ("", "1"))
         self._one_of("format", asked["format"], ("pprof", "text"))

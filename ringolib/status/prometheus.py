@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from ringolib.counters import BOUNDS, HistogramSnapshot
 from ringolib.status.process import memory, process
 from ringolib.status.readiness import ConsumerStats
-from ringolib.status.report import Snapshot, consumer_away, consumer_state, records_stored
+from ringolib.status.snapshot import Snapshot, consumer_away, consumer_state, records_stored
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -12,11 +12,11 @@ from time import monotonic
 from typing import NamedTuple
 
 from ringbuffer import Ring
-from ringolib.forward.destination import Outlet, Pin
+from ringolib.forward.destination import Destination, Pin
 from ringolib.forward.link import LinkStats
 from ringolib.forward.spool import Spool
 from ringolib.forward.workers import Forwarder
-from ringolib.net.credentials import Access
+from ringolib.net.credentials import Credentials
 from ringolib.status.probe import BRIEFLY, FRESH, PATIENCE, Answer, Reason, _check_consumer, _late, _Question
 from ringolib.storage.interface import Storage, StoreError
 
@@ -50,16 +50,16 @@ class Readiness:
         store: Storage | None,
         spool: Spool | None,
         forwarder: Forwarder | None,
-        access: Access,
+        credentials: Credentials,
     ) -> None:
         self._ring = ring
         self._spool = spool
         self._forwarder = forwarder
-        self._access = access
+        self._credentials = credentials
         self._disk: Storage | None = store or (spool.store if spool else None)
         self._ask_disk = _Question("disk", self._check_disk, ("store_failing", f"the database: {_late()}"))
         self._lock = threading.Lock()
-        self._ask_consumer: dict[Outlet, _Question] = {}  # guarded by _lock
+        self._ask_consumer: dict[Destination, _Question] = {}  # guarded by _lock
 
     def reasons(self, wait: bool = True) -> list[Reason]:
         """Why a record sent now would not be stored now; none if it would.
@@ -83,22 +83,22 @@ class Readiness:
         """What records on their way have shown of each consumer, or else its last answer; none for an own store."""
         if not self._forwarder:
             return []
-        outlets = self._forwarder.outlets
-        for outlet in outlets:
-            self._question(outlet).begin()
+        destinations = self._forwarder.destinations
+        for destination in destinations:
+            self._question(destination).begin()
         deadline = monotonic() + BRIEFLY
         doubts = self._doubts()
         return [
             ConsumerStats(str(each.place), self._known(each, deadline), each.workers, doubts.get(each, 0))
-            for each in outlets
+            for each in destinations
         ]
 
-    def _known(self, outlet: Outlet, deadline: float) -> LinkStats:
-        assert outlet.link
-        link, away = outlet.link.stats(), self._consumer_away(outlet, False, deadline)
+    def _known(self, destination: Destination, deadline: float) -> LinkStats:
+        assert destination.link
+        link, away = destination.link.stats(), self._consumer_away(destination, False, deadline)
         if away and away.code == "consumer_unreachable":
             return link._replace(state="down", reason=away.detail, away=away.seconds or 0.0)
-        answered = self._question(outlet).answered
+        answered = self._question(destination).answered
         if link.state == "unknown" and answered and (not away or away.code == "consumer_not_ready"):
             return link._replace(state="up")
         return link
@@ -106,55 +106,61 @@ class Readiness:
     def _consumers_away(self, wait: bool) -> list[Reason]:
         """Why no consumer takes anything, each of them; nothing if one does."""
         assert self._forwarder
-        outlets = self._forwarder.outlets
-        if any(each.link and not each.link.down and each.link.stats().quiet < FRESH for each in outlets):
+        destinations = self._forwarder.destinations
+        if any(each.link and not each.link.down and each.link.stats().quiet < FRESH for each in destinations):
             return []
-        for outlet in outlets:
-            self._question(outlet).begin()
+        for destination in destinations:
+            self._question(destination).begin()
         deadline = monotonic() + (PATIENCE if wait else BRIEFLY)
         found = []
-        for outlet in outlets:
-            away = self._consumer_away(outlet, wait, deadline)
+        for destination in destinations:
+            away = self._consumer_away(destination, wait, deadline)
             if not away:
                 return []
             found.append(away)
         return found
 
-    def _consumer_away(self, outlet: Outlet, wait: bool, deadline: float) -> Reason | None:
-        assert outlet.link
-        link = outlet.link.stats()
-        if link.state == "down" and not self._untried(outlet):  # a worker, or the spool's thread, tries all the time
+    def _consumer_away(self, destination: Destination, wait: bool, deadline: float) -> Reason | None:
+        assert destination.link
+        link = destination.link.stats()
+        if link.state == "down" and not self._untried(
+            destination
+        ):  # a worker, or the spool's thread, tries all the time
             return Reason("consumer_unreachable", link.reason or "", link.away)
-        return None if link.quiet < FRESH and link.state != "down" else self._question(outlet).reason(wait, deadline)
+        return (
+            None if link.quiet < FRESH and link.state != "down" else self._question(destination).reason(wait, deadline)
+        )
 
-    def _untried(self, outlet: Outlet) -> bool:
+    def _untried(self, destination: Destination) -> bool:
         """True when there is a link again, and nothing to try it with: another took over what was in doubt there."""
         assert self._forwarder
         if self._spool or not self._ring or self._ring.stats().depth:
             return False
-        return outlet not in self._doubts() and self._forwarder.linked(outlet)
+        return destination not in self._doubts() and self._forwarder.linked(destination)
 
-    def _question(self, outlet: Outlet) -> _Question:
-        assert self._forwarder and outlet.place
+    def _question(self, destination: Destination) -> _Question:
+        assert self._forwarder and destination.place
         with self._lock:
-            if outlet not in self._ask_consumer:
-                place, linked = outlet.place, self._forwarder.linked
+            if destination not in self._ask_consumer:
+                place, linked = destination.place, self._forwarder.linked
                 self._ask_consumer = {
-                    each: self._ask_consumer[each] for each in self._forwarder.outlets if each in self._ask_consumer
+                    each: self._ask_consumer[each]
+                    for each in self._forwarder.destinations
+                    if each in self._ask_consumer
                 }
-                self._ask_consumer[outlet] = _Question(
+                self._ask_consumer[destination] = _Question(
                     "consumer",
-                    lambda: _check_consumer(place, self._access.keys, linked(outlet)),
+                    lambda: _check_consumer(place, self._credentials.current, linked(destination)),
                     ("consumer_unreachable", f"{place}: {_late()}"),
                 )
-            return self._ask_consumer[outlet]
+            return self._ask_consumer[destination]
 
-    def _doubts(self) -> dict[Outlet, int]:
+    def _doubts(self) -> dict[Destination, int]:
         """How many records are in doubt at each consumer that has some, and wait for it."""
-        found: dict[Outlet, int] = {}
+        found: dict[Destination, int] = {}
         for mark, size in self._ring.marks() if self._ring else ():
             assert isinstance(mark, Pin)
-            found[mark.outlet] = found.get(mark.outlet, 0) + size
+            found[mark.destination] = found.get(mark.destination, 0) + size
         return found
 
     def _spool_refuses(self, wait: bool) -> Reason | None:

@@ -3,52 +3,28 @@
 No thread runs here and nothing is guarded: each room locks for its own snapshot.
 """
 
+import datetime
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from ringbuffer import RingLayout, RingStats
-from ringolib.counters import TotalsSnapshot
-from ringolib.forward.spool import SpoolStats
-from ringolib.forward.workers import ForwarderStats
-from ringolib.status.readiness import ConsumerStats
-from ringolib.storage.interface import Sizes, StoreStats
-from ringolib.storage.retention import RetentionStats
-from ringolib.timing import at
-from ringolib.web.connections import ConnectionStats
-
-
-class Snapshot(NamedTuple):
-    """What the rooms say at nearly one moment; None for those that this server does not have."""
-
-    version: str
-    started_at: float  # Unix time
-    totals: TotalsSnapshot
-    connections: ConnectionStats
-    ring: RingStats | None
-    layout: RingLayout | None
-    forwarder: ForwarderStats | None
-    consumers: list[ConsumerStats]  # where they are not the server itself
-    store: StoreStats | None  # its own database, where it has one
-    spool: SpoolStats | None
-    retention: RetentionStats | None  # where old records are deleted
-    disk: StoreStats | None  # of its own database, or else of its spool
-    sizes: Sizes | None  # of that
-    certificate_ends: float | None  # Unix time, of its own certificate
-    not_ready: list[str]  # the codes of why a record sent now would not be stored now, as far as known without a commit
-
-
-def consumer_state(now: Snapshot) -> str | None:
-    """How it stands with the consumers: "up" if it is with one of them, "down" if they all are; "own" for a publisher
-    that is its own, None for a server without one.
-    """
-    states = [each.link.state for each in now.consumers]
-    if not states:
-        return "own" if now.ring else None
-    return "up" if "up" in states else "unknown" if "unknown" in states else "down"
-
-
-def consumer_away(now: Snapshot) -> float:
-    """Seconds since the last consumer of all has gone; 0 if one is there."""
-    return min(each.link.away for each in now.consumers) if consumer_state(now) == "down" else 0.0
+from ringbuffer import Ring
+from ringolib import __version__
+from ringolib.counters import Totals
+from ringolib.forward.spool import Spool
+from ringolib.forward.workers import Forwarder
+from ringolib.net.credentials import Credentials
+from ringolib.options import Settings
+from ringolib.status import prometheus
+from ringolib.status.probe import Reason
+from ringolib.status.process import memory
+from ringolib.status.readiness import Readiness
+from ringolib.status.snapshot import Snapshot, consumer_away, consumer_state, records_stored
+from ringolib.storage.interface import Storage
+from ringolib.storage.retention import Retention
+from ringolib.timing import format_unix_time, format_utc
+from ringolib.web.connections import Connections
 
 
 def stats(now: Snapshot) -> dict[str, Any]:
@@ -75,7 +51,7 @@ def stats(now: Snapshot) -> dict[str, Any]:
         "totalConnections": now.connections.total,
         "unauthorizedRequests": now.connections.unauthorized,
         "tlsFailures": now.connections.tls_failed,
-        "certificateExpires": None if now.certificate_ends is None else at(now.certificate_ends),
+        "certificateExpires": None if now.certificate_ends is None else format_unix_time(now.certificate_ends),
         "refusedConnections": now.connections.refused,
         "clients": totals.clients,
         "publishers": totals.publishers,
@@ -111,14 +87,91 @@ def stats(now: Snapshot) -> dict[str, Any]:
     }
 
 
-def records_stored(store: StoreStats | None, ring: RingStats | None) -> int:
-    """Records stored since the start: new ones in the own database, or else acked by the consumer or spooled."""
-    return store.stored if store else ring.stored if ring else 0
-
-
 def layout(now: Snapshot) -> dict[str, Any] | None:
     """The `ring` of `/v1.0/stats`; None for a server that has none."""
     if not now.layout:
         return None
     names = {"in_flight": "inFlight"}
     return {names.get(name, name): value for name, value in now.layout._asdict().items()}
+
+
+class Sources(NamedTuple):
+    """The parts of a running server that a report reads; None for those that it does not have."""
+
+    settings: Settings
+    argv: Sequence[str]
+    totals: Totals
+    server: Connections
+    credentials: Credentials
+    ring: Ring | None
+    store: Storage | None
+    spool: Spool | None
+    forwarder: Forwarder | None
+    forwards: bool  # the forwarder's destinations are consumers, not the own store
+    retention: Retention | None
+
+
+class Report:
+    """What a server says about itself, at any time and in any thread: stats, metrics, readiness, identity."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self._uuid = str(uuid.uuid4()).upper()
+        self._started = datetime.datetime.now(datetime.timezone.utc)
+        forwarder = sources.forwarder if sources.forwards else None
+        self._readiness = Readiness(sources.ring, sources.store, sources.spool, forwarder, sources.credentials)
+
+    def snapshot(self) -> Snapshot:
+        """What all the parts say now."""
+        parts = self._sources
+        totals = parts.totals.snapshot()  # first: what is acked is stored
+        database = parts.store or (parts.spool.store if parts.spool else None)
+        disk = database.stats() if database else None
+        valid = parts.credentials.current.valid
+        return Snapshot(
+            version=__version__,
+            started_at=self._started.timestamp(),
+            totals=totals,
+            connections=parts.server.stats(),
+            ring=parts.ring.stats() if parts.ring else None,
+            layout=parts.ring.layout() if parts.ring else None,
+            forwarder=parts.forwarder.stats() if parts.forwarder else None,
+            consumers=self._readiness.consumers(),
+            store=disk if parts.store else None,
+            spool=parts.spool.stats() if parts.spool else None,
+            retention=parts.retention.stats() if parts.retention else None,
+            disk=disk,
+            sizes=database.sizes() if database else None,
+            certificate_ends=valid[1] if valid else None,
+            not_ready=[reason.code for reason in self._readiness.reasons(wait=False)],
+        )
+
+    def report(self) -> dict[str, Any]:
+        """The JSON of `/v1.0/stats`. The README explains each key."""
+        settings = {_camel(key): value for key, value in asdict(self._sources.settings).items()}
+        settings["port"] = self._sources.server.port
+        now = self.snapshot()
+        return {
+            "info": {"version": __version__, "uuid": self._uuid, **settings},
+            "options": self._sources.argv,
+            "stats": {"startTime": format_utc(self._started), **stats(now)},
+            "ring": layout(now),
+            "memStats": memory(),
+        }
+
+    def metrics(self) -> str:
+        """The text of `/metrics`."""
+        return prometheus.text(self.snapshot())
+
+    def reasons(self) -> list[Reason]:
+        """Why a record sent now would not be stored, as far as the connections are not the reason."""
+        return self._readiness.reasons()
+
+    def identity(self) -> str | None:
+        """The UUID of the database that records go to without a link in between; None if there is none."""
+        return self._sources.store.identity if self._sources.store else None
+
+
+def _camel(name: str) -> str:
+    head, *tail = name.split("_")
+    return head + "".join(word.capitalize() for word in tail)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from ringolib.status.profile_formats import INTERVAL_NS, Cost, Profile, Stack
 
-MOST_COST = 11
+MAX_COST = 11
 """Where a sample takes long, the next one waits for so many times as long: less than a tenth of a core is used."""
 SWITCH_SECONDS = 0.0005
 """How soon a thread at work lets go of Python's lock while there is sampling. After Python's usual 5 ms, most have done
@@ -121,7 +121,7 @@ def _sample(seconds: float, wait: Callable[[float], bool]) -> Profile:
         if now >= end:
             break
         # What is missed stays missed.
-        due = min(max(due + INTERVAL_NS, now + (thread_time_ns() - cost) * MOST_COST), end)
+        due = min(max(due + INTERVAL_NS, now + (thread_time_ns() - cost) * MAX_COST), end)
     for thread in seen.values():
         _leave(thread, last, number)
         _end(thread)

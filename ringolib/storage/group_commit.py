@@ -25,7 +25,7 @@ from ringolib.wire import Run
 log = logging.getLogger("ringoexp.store")
 
 
-class Waiting:
+class PendingBlock:
     """One caller's block on its way into a commit; `done` and `error` are guarded by the lock."""
 
     __slots__ = ("runs", "values", "cost", "since", "done", "error")
@@ -39,7 +39,7 @@ class Waiting:
         self.error: StoreError | None = None
 
 
-class Written(NamedTuple):
+class CommitResult(NamedTuple):
     """What a commit did, in records, and how many there are after it."""
 
     stored: int
@@ -53,7 +53,7 @@ class GroupCommit(ABC):
     `path` is the store's name, for people.
     """
 
-    MOST_GROUPED: int
+    MAX_GROUPED: int
     """Records after which a commit takes no more blocks along, so that nobody waits long; a run counts as RUN_COST."""
     RUN_COST: int
     SLOW: float
@@ -67,11 +67,11 @@ class GroupCommit(ABC):
         self._turn = threading.Condition(self._lock)
         self._gathered = threading.Condition(self._lock)
         # Guarded by _lock.
-        self._queue: list[Waiting] = []
+        self._queue: list[PendingBlock] = []
         self._queued = 0  # their cost
         self._leading = False
         self._others = 0  # callers that wait for the lead, for other work than a commit
-        self._others_turn = False  # the next lead is one of theirs
+        self._exclusive_next = False  # the next lead is one of theirs
         self._closed = False
         self._stored = 0
         self._duplicates = 0
@@ -90,7 +90,7 @@ class GroupCommit(ABC):
 
         Raises StoreError when that cannot be said; the block may be tried again.
         """
-        mine = Waiting(runs, values, self.RUN_COST)
+        mine = PendingBlock(runs, values, self.RUN_COST)
         with self._lock:
             self._check_open()
             self._queue.append(mine)
@@ -99,7 +99,7 @@ class GroupCommit(ABC):
                 self._gathered.notify()
         while True:
             with self._lock:
-                while (self._leading or self._others_turn) and not mine.done:
+                while (self._leading or self._exclusive_next) and not mine.done:
                     self._turn.wait()
                 if mine.done:
                     break
@@ -135,7 +135,7 @@ class GroupCommit(ABC):
             )
 
     @abstractmethod
-    def _write(self, group: list[Waiting]) -> Written:
+    def _write(self, group: list[PendingBlock]) -> CommitResult:
         """Has every record of `group` on disk, or raises whatever went wrong. The leader calls it."""
 
     @abstractmethod
@@ -174,14 +174,14 @@ class GroupCommit(ABC):
         return not already
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         """The lead, for other work than a commit. Raises StoreError once it is closed."""
         with self._lock:
             self._others += 1
-            while self._leading or (self._queue and not self._others_turn):
+            while self._leading or (self._queue and not self._exclusive_next):
                 self._turn.wait()
             self._others -= 1
-            self._others_turn = False
+            self._exclusive_next = False
             if self._closed:
                 self._turn.notify_all()  # what waits here is for the commits then
             self._check_open()
@@ -193,20 +193,20 @@ class GroupCommit(ABC):
                 self._leading = False
                 self._turn.notify_all()
 
-    def _next_group(self) -> list[Waiting]:
-        """Takes the oldest of the queue, up to MOST_GROUPED, or one."""
+    def _next_group(self) -> list[PendingBlock]:
+        """Takes the oldest of the queue, up to MAX_GROUPED, or one."""
         assert self._lock.locked()
         count, cost = 0, 0
-        while count < len(self._queue) and cost < self.MOST_GROUPED:
+        while count < len(self._queue) and cost < self.MAX_GROUPED:
             cost += self._queue[count].cost
             count += 1
         group, self._queue = self._queue[:count], self._queue[count:]
         self._queued -= cost
         return group
 
-    def _commit(self, group: list[Waiting]) -> None:
+    def _commit(self, group: list[PendingBlock]) -> None:
         """Writes `group`, says so to each of it and gives up the lead."""
-        written: Written | None = None
+        written: CommitResult | None = None
         error: StoreError | None = StoreError(f"{self.path}: the commit broke off")
         started = monotonic()
         try:
@@ -236,7 +236,7 @@ class GroupCommit(ABC):
                 for waiting in group:
                     waiting.done, waiting.error = True, error
                 self._leading = False
-                self._others_turn = self._others > 0
+                self._exclusive_next = self._others > 0
                 self._turn.notify_all()
 
     def _note(self, error: StoreError | None) -> None:

@@ -27,11 +27,11 @@ log = logging.getLogger("ringoexp.retain")
 DAY = 86_400.0
 STEP_SECONDS = 0.005
 """For how long it deletes before it commits: a commit of records that comes meanwhile waits for it."""
-MOST_STEP = 0.1
+MAX_STEP = 0.1
 """The same, where commits are long: then it has to wait for each of them, and would fall behind with steps so short."""
 PAUSE = 3.0
 """For how many times as long as a step took it leaves the database to others."""
-LEAST_WAIT, MOST_WAIT = 1.0, 60.0
+LEAST_WAIT, MAX_WAIT = 1.0, 60.0
 """Seconds between looks, when nothing is left to delete."""
 RETRY_SECONDS = 5.0
 """How long it waits after an error."""
@@ -132,7 +132,7 @@ class Retention:
             done = self._store.expire(int(before * 1000), int((before - REMEMBERED_SECONDS) * 1000), self._step_seconds)
             # Where commits are long, so is the wait between two of them: a third of it is its quarter of the time.
             waited = monotonic() - began - done.seconds
-            self._step_seconds = min(MOST_STEP, max(STEP_SECONDS, waited / PAUSE))
+            self._step_seconds = min(MAX_STEP, max(STEP_SECONDS, waited / PAUSE))
         except Exception as error:  # a full disk, say: the store has rolled back
             level = logging.DEBUG if self._failing else logging.ERROR
             log.log(level, "retain_error", {"error": str(error)}, exc_info=log.isEnabledFor(logging.DEBUG))
@@ -149,7 +149,7 @@ class Retention:
             return max(0.0, PAUSE * done.seconds - waited)
         self._say_why_not(done, now)
         due = (done.oldest_ms or 0) / 1000 + self._keep - now
-        return min(max(due, LEAST_WAIT), MOST_WAIT)
+        return min(max(due, LEAST_WAIT), MAX_WAIT)
 
     def _say(self) -> None:
         """Says in the log what was deleted since it said so."""
@@ -167,7 +167,7 @@ class Retention:
         elif wall - now > LEAP_SECONDS and oldest < wall - self._keep and done.oldest_ms != done.newest_ms:
             reason = "the clock is ahead of the newest record, or has leapt: it is believed after a day"
         if reason and not self._waiting:
-            log.warning("retain_waits", {"reason": reason, "oldest_age_seconds": round(wall - oldest)})
+            log.warning("retention_paused", {"reason": reason, "oldest_age_seconds": round(wall - oldest)})
         self._waiting = reason is not None
 
     def _run(self) -> None:

@@ -24,14 +24,14 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from ringolib.net.addresses import UNIX_PEER
-from ringolib.net.credentials import Access
+from ringolib.net.credentials import Credentials
 from ringolib.net.listeners import Listeners
 from ringolib.net.sockets import linger
 from ringolib.net.tls_socket import HANDSHAKE_TIMEOUT, NotTLS, TLSSocket
 
 log = logging.getLogger("ringoexp.http")
 
-MOST_REFUSED = 64
+MAX_REFUSED = 64
 """Connections beyond the limit that are answered at once; the next ones wait to be accepted."""
 KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 """A client whose machine is gone is noticed after two minutes."""
@@ -72,7 +72,7 @@ class Connections(ThreadingHTTPServer):
     """Owns `listeners`, and accepts from them once `start` is called; `handler` is one connection's job.
 
     At most `limit` connections are admitted at once, `per_address` of one client's address (0: any number), none once
-    it stops; what the others get is the handler's choice. With a certificate in `access` it speaks TLS. `thread` names
+    it stops; what the others get is the handler's choice. With a certificate in `credentials` it speaks TLS. `thread` names
     the acceptor.
     """
 
@@ -85,7 +85,7 @@ class Connections(ThreadingHTTPServer):
         name: str,
         limit: int = 0,
         per_address: int = 0,
-        access: Access | None = None,
+        credentials: Credentials | None = None,
         thread: str = "accept",
         connection: str = "conn",
     ) -> None:
@@ -94,7 +94,7 @@ class Connections(ThreadingHTTPServer):
         self.name = name
         self.limit = limit
         self.per_address = per_address
-        self.access = access or Access()
+        self.credentials = credentials or Credentials()
         self.stopping = threading.Event()
         self._connection = connection
 
@@ -145,7 +145,7 @@ class Connections(ThreadingHTTPServer):
         """True while the next connection would be one too many beyond the limit."""
         assert self._lock.locked()
         full = self.stopping.is_set() or bool(self.limit and self._admitted >= self.limit)
-        return full and self._turned_away() >= MOST_REFUSED and not self._closing
+        return full and self._turned_away() >= MAX_REFUSED and not self._closing
 
     def _turned_away(self) -> int:
         """Connections that are open and were not admitted."""
@@ -173,14 +173,14 @@ class Connections(ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Starts the connection's own thread. Of an address that has too many, there are MOST_REFUSED at most."""
+        """Starts the connection's own thread. Of an address that has too many, there are MAX_REFUSED at most."""
         address = str(client_address[0])
         with self._lock:
             late = self.stopping.is_set()
             counted = self.per_address and client_address != UNIX_PEER  # which all have
             crowding = bool(counted) and self._admitted_of[address] >= self.per_address
             admitted = not late and not crowding and (not self.limit or self._admitted < self.limit)
-            if crowding and self._turned_away() >= MOST_REFUSED:
+            if crowding and self._turned_away() >= MAX_REFUSED:
                 self._refused += 1
                 self.shutdown_request(request)
                 return
@@ -313,7 +313,7 @@ class Connections(ThreadingHTTPServer):
     def _serve(self, request: socket.socket, client_address: Any) -> None:
         """A connection's thread."""
         try:
-            context = self.access.keys.server
+            context = self.credentials.current.server
             secured = self._shake_hands(request, context, client_address) if context else request
             if secured:
                 self.process_request_thread(secured, client_address)  # type: ignore[arg-type]  # a socket, or as one

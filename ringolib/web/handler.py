@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
 
-from ringolib.net.addresses import shown
+from ringolib.net.addresses import format_address
 from ringolib.net.sockets import linger
 from ringolib.net.tls_socket import RECORD_TYPE
 from ringolib.web.connections import Connections
@@ -29,7 +29,7 @@ REQUEST_TIMEOUT = 30.0
 """Seconds a client has to send a request, or the next one on the same connection, up to its body."""
 REFUSED_TIMEOUT = 2.0
 """Seconds for a request on a connection that was not admitted."""
-MOST_HEAD = 32 * 1024
+MAX_HEAD = 32 * 1024
 """Bytes of a request up to its body: its first line and its headers, of which `http.client` takes a hundred."""
 JSON = "application/json;charset=utf-8"
 GET_OR_HEAD = ("GET", "HEAD")
@@ -57,7 +57,7 @@ class Refusal(Exception):
 
 
 class _TooLarge(http.client.HTTPException):
-    """A request's head is larger than MOST_HEAD."""
+    """A request's head is larger than MAX_HEAD."""
 
 
 class _Reader(io.RawIOBase):
@@ -164,7 +164,7 @@ class WebHandler(BaseHTTPRequestHandler):
         """Gives the next request its time, and its head its size."""
         patience = REQUEST_TIMEOUT if self.server.admitted() else REFUSED_TIMEOUT
         self.reader.deadline = monotonic() + patience
-        self.reader.most = MOST_HEAD
+        self.reader.most = MAX_HEAD
         self.command, self.path = "", ""  # or a bad request's answer would be logged with those of the one before
         self.requestline = ""  # and in its version
         self.request_version = self.protocol_version
@@ -179,7 +179,7 @@ class WebHandler(BaseHTTPRequestHandler):
             self.log_error("Request timed out: %r", error)
             self.close_connection = True
         except _TooLarge:
-            self.send_error(414, f"a request has at most {MOST_HEAD} bytes up to its body")
+            self.send_error(414, f"a request has at most {MAX_HEAD} bytes up to its body")
 
     def parse_request(self) -> bool:
         """As the base class, but that takes a line that is no header for the end of them, and a lone CR for the end of
@@ -233,7 +233,7 @@ class WebHandler(BaseHTTPRequestHandler):
 
     def has_token(self) -> bool:
         """True when the request has the server's token, or it has none."""
-        return self.server.access.admits(self.headers.get_all("Authorization", []), self.offered())
+        return self.server.credentials.accepts(self.headers.get_all("Authorization", []), self.offered())
 
     def offered(self) -> list[str]:
         """The WebSocket subprotocols that the request offers, as they are written."""
@@ -254,7 +254,7 @@ class WebHandler(BaseHTTPRequestHandler):
         self.close_connection = self.lingering = True
         self.command = self.command or "GET"
         if code == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
-            message = f"a request has at most 100 headers, and at most {MOST_HEAD} bytes up to its body"
+            message = f"a request has at most 100 headers, and at most {MAX_HEAD} bytes up to its body"
         self.reply_json(code, {"error": message or HTTPStatus(code).phrase})
 
     def version_string(self) -> str:
@@ -304,7 +304,7 @@ def _path(target: str) -> str:
 
 def peer_name(address: tuple[Any, ...]) -> str:
     """Host and port of a client's address, `[host]:port` for IPv6; `unix` for one on a Unix socket."""
-    return shown(*address[:2]) if len(address) > 1 else str(address[0])
+    return format_address(*address[:2]) if len(address) > 1 else str(address[0])
 
 
 def request_id() -> str:

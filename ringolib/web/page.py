@@ -31,7 +31,7 @@ def page() -> Page | None:
     try:
         return _read()
     except OSError as error:
-        log.warning("page_missing", {"reason": f"{FILE} cannot be read from beside the modules: {error}"})
+        log.warning("dashboard_missing", {"reason": f"{FILE} cannot be read from beside the modules: {error}"})
         return None
 
 

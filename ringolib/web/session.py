@@ -20,7 +20,7 @@ from ringolib.wire import SUBPROTOCOL, Block, decode_batch_messages, decode_plai
 
 PATIENCE = 1.0
 """Seconds a session waits, for the ring or the disk, before it looks at its socket again."""
-MOST_MARKS = 1024
+MAX_MARKS = 1024
 """Reads whose acks are kept apart, for a client whose records are long in being stored."""
 GOING_AWAY = (1001, "the server is stopping")
 UNSTORED = (1011, "not stored before the server stopped")
@@ -95,14 +95,14 @@ class Session:
         last = b""
         if self._stored > self.acked and ending[0] != LOST[0]:  # the client has not read the acks before it
             last = encode_ack(self._stored)
-            self._totals.acked(self._stored - self.acked)
+            self._totals.add_acked(self._stored - self.acked)
             self.acked = self._stored
         self._connection.finish(*ending, last)
         return ending
 
     def _decode(self, data: bytes) -> tuple[int, str] | None:
         """Makes a block of `data`; the code and reason to close with after it, if that is the end."""
-        self._totals.read(len(data))
+        self._totals.add_bytes(len(data))
         messages = self._connection.parse(data)
         ending = self._connection.ending
         if self._batches:
@@ -113,10 +113,10 @@ class Session:
         if error:
             ending = (error.close_code, str(error))
         if error or self._connection.at_fault:
-            self._totals.refused()
+            self._totals.add_refused()
         if self._block.values:
             self.received += len(self._block.values)
-            self._totals.received(len(self._block.values))
+            self._totals.add_records(len(self._block.values))
         return ending
 
     def _put_all(self, read_at: float) -> tuple[int, str] | None:
@@ -125,11 +125,11 @@ class Session:
             try:
                 accepted, ticket = self._intake.put(self._block, PATIENCE)
             except StoreError as error:
-                self._totals.refused(len(self._block.values))
+                self._totals.add_refused(len(self._block.values))
                 return 1011, f"not stored: {error}"
             if accepted:
                 self._put += accepted
-                if len(self._marks) >= MOST_MARKS:  # its latency counts from the older one's read
+                if len(self._marks) >= MAX_MARKS:  # its latency counts from the older one's read
                     last = self._marks.pop()
                     ticket, read_at = Ticket(last.ticket.since, ticket.end), last.read_at
                 self._marks.append(_Mark(ticket, self._put, read_at))
@@ -137,7 +137,7 @@ class Session:
                 break
             self._block = self._block.after(accepted)
             if self._intake.closed or self._connection.is_gone():
-                self._totals.refused(len(self._block.values))
+                self._totals.add_refused(len(self._block.values))
                 return GOING_AWAY if self._intake.closed else LOST
             self._ack()
         self._block = NOTHING
@@ -153,7 +153,7 @@ class Session:
             latencies.append(now - mark.read_at)
         sent = self._stored > self.acked and self._connection.send_ack(encode_ack(self._stored))
         if sent or latencies:
-            self._totals.acked(self._stored - self.acked if sent else 0, latencies)
+            self._totals.add_acked(self._stored - self.acked if sent else 0, latencies)
         if sent:
             self.acked = self._stored
 

@@ -29,9 +29,9 @@ from ringolib import options
 from ringolib.storage.clickhouse import http as clickhouse_http
 from ringolib.storage.clickhouse import schema as clickhouse_tables
 from ringolib.storage.clickhouse import store as clickhouse
-from ringolib.storage.clickhouse.http import Again, Final, parse, redacted
+from ringolib.storage.clickhouse.http import PermanentError, RetryableError, parse, redacted
 from ringolib.storage.clickhouse.store import ClickHouse
-from ringolib.storage.group_commit import Waiting
+from ringolib.storage.group_commit import PendingBlock
 from ringolib.storage.interface import StoreError
 from ringolib.wire import Run
 
@@ -350,8 +350,8 @@ def test_enough_records_do_not_wait(
 
 
 def test_a_group_is_bounded(opened: ClickHouse, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ClickHouse, "MOST_GROUPED", 1000)
-    waiting = [Waiting(*block(n, n + 600), 16) for n in range(5)]
+    monkeypatch.setattr(ClickHouse, "MAX_GROUPED", 1000)
+    waiting = [PendingBlock(*block(n, n + 600), 16) for n in range(5)]
     with opened._lock:
         opened._queue, opened._queued = list(waiting), 3000
         assert [len(opened._next_group()) for _ in range(3)] == [2, 2, 1]
@@ -461,7 +461,7 @@ def test_a_check_makes_nothing_good_while_records_are_tried_again(
     def insert(rows: "array[int]", deadline: float) -> None:
         tried.release()
         go.acquire(timeout=DEADLINE)
-        raise Again("no quorum")
+        raise RetryableError("no quorum")
 
     monkeypatch.setattr(opened, "_insert", insert)
     for error in (None, "no quorum"):
@@ -485,7 +485,7 @@ def test_an_insert_that_fails_is_told_while_it_is_tried_again(
 
     def failing(sql: str, body: bytes, *more: Any) -> bytes:
         if body and not healed.is_set():
-            raise Again(f"{server.name}: no quorum")
+            raise RetryableError(f"{server.name}: no quorum")
         return post(sql, body, *more)
 
     monkeypatch.setattr(server, "post", failing)
@@ -506,11 +506,11 @@ def test_records_that_waited_for_an_insert_that_failed_are_tried_for_less(
     monkeypatch.setattr(opened, "_insert", lambda rows, deadline: left.append(deadline - monotonic()))
     for waited in (0, 10, 20):
         opened.append(*block(0, 5))
-        waiting = Waiting(*block(0, 5), 16)
+        waiting = PendingBlock(*block(0, 5), 16)
         waiting.since -= waited
         with opened._lock:
             opened._leading = True
-        opened._commit([waiting, Waiting(*block(5, 10), 16)])
+        opened._commit([waiting, PendingBlock(*block(5, 10), 16)])
     assert [round(each) for each in left] == [20, 20, 20, 10, 20, 8]
 
 
@@ -591,19 +591,27 @@ class Scripted:
 @pytest.mark.parametrize(
     ("answer", "kind", "said"),
     [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\nCode: 241. DB::Exception: no!\n", Again, r"no! \(code 241\)"),
-        (b"HTTP/1.1 200 OK\r\nX-ClickHouse-Exception-Code: 62\r\nContent-Length: 0\r\n\r\n", Final, r"code 62"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n", Again, "IncompleteRead"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabc", Again, "IncompleteRead"),
-        (b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy", Again, "answered 503: busy"),
-        (b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n", Final, "answered 403"),
+        (
+            b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\nCode: 241. DB::Exception: no!\n",
+            RetryableError,
+            r"no! \(code 241\)",
+        ),
+        (
+            b"HTTP/1.1 200 OK\r\nX-ClickHouse-Exception-Code: 62\r\nContent-Length: 0\r\n\r\n",
+            PermanentError,
+            r"code 62",
+        ),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n", RetryableError, "IncompleteRead"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabc", RetryableError, "IncompleteRead"),
+        (b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy", RetryableError, "answered 503: busy"),
+        (b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n", PermanentError, "answered 403"),
         (
             b"HTTP/1.1 404 No\r\nContent-Length: 35\r\n\r\nCode: 999, e.displayText() = keeper",
-            Again,
+            RetryableError,
             "keeper .code 999",
         ),
-        (b"SSH-2.0\r\n", Again, "SSH"),
-        (b"", Again, "closed"),
+        (b"SSH-2.0\r\n", RetryableError, "SSH"),
+        (b"", RetryableError, "closed"),
     ],
 )
 def test_only_a_whole_answer_that_is_no_error_is_one(answer: bytes, kind: type[Exception], said: str) -> None:

@@ -183,7 +183,7 @@ def test_without_its_file_the_server_says_so_and_serves_the_rest(tmp_path: Path)
     finally:
         process.kill()
         errors = process.communicate()[1].decode()
-    assert "page_missing" in errors and "Traceback" not in errors
+    assert "dashboard_missing" in errors and "Traceback" not in errors
 
 
 # In a browser.
@@ -1014,6 +1014,6 @@ def test_a_page_that_cannot_be_read_once_is_read_the_next_time(
     with monkeypatch.context() as short:
         short.setattr(page.pkgutil, "get_data", no_descriptor)
         assert page.page() is None
-    assert [record.msg for record in caplog.records] == ["page_missing"]
+    assert [record.msg for record in caplog.records] == ["dashboard_missing"]
     found = page.page()
     assert found and b"<h1" in found.content

@@ -1,8 +1,8 @@
-"""What is in doubt goes to no other store, whatever happens in whichever order: the ring, the forwarder, the outlets,
+"""What is in doubt goes to no other store, whatever happens in whichever order: the ring, the forwarder, the destinations,
 the links and the names as they are, with threads that take turns, stores in memory, and a network that is drawn.
 
 A record that was sent may be where it was sent to. From then on it is sent to no store that certainly is another one;
-if it is not known whether it is, then only by the same outlet. Nothing else may put it into two stores.
+if it is not known whether it is, then only by the same destination. Nothing else may put it into two stores.
 """
 
 import inspect
@@ -26,22 +26,22 @@ from support.turns import Turns
 import ringbuffer
 from ringbuffer import Closed, Full, Ring
 from ringolib import app as assembly
-from ringolib.forward import destination as outlets
+from ringolib.forward import destination as destinations
 from ringolib.forward import discovery as consumers
 from ringolib.forward import link as sinks
 from ringolib.forward import workers as forwarder
-from ringolib.forward.destination import Outlet
+from ringolib.forward.destination import Destination
 from ringolib.forward.discovery import Consumers
 from ringolib.forward.link import LinkSink
 from ringolib.forward.workers import Forwarder
 from ringolib.net import addresses
 from ringolib.net import websocket as websock
-from ringolib.net.addresses import Place
-from ringolib.net.credentials import Access
+from ringolib.net.addresses import Endpoint
+from ringolib.net.credentials import Credentials
 from ringolib.net.websocket import HandshakeError
 from ringolib.wire import Block, decode_batch, encode_ack
 
-ROOMS = ringbuffer, forwarder, outlets, consumers, sinks
+ROOMS = ringbuffer, forwarder, destinations, consumers, sinks
 Record = tuple[bytes, int]
 
 
@@ -59,13 +59,13 @@ class Database:
 
 
 class Sent(NamedTuple):
-    """Where a record may be: it was sent to this store by this outlet."""
+    """Where a record may be: it was sent to this store by this destination."""
 
     store: Database
-    outlet: Outlet
+    destination: Destination
 
     def __repr__(self) -> str:
-        return f"{self.store} by {self.outlet.place}"
+        return f"{self.store} by {self.destination.place}"
 
 
 def records_of(block: Block) -> dict[Record, int]:
@@ -178,9 +178,9 @@ class World:
         self.calm = self.stopping = False
         self.may_have: dict[Record, list[Sent]] = {}
         self.excused: set[Record] = set()
-        self.dropped: set[Outlet] = set()  # at some time
-        self.by: dict[threading.Thread, Outlet] = {}  # whose turn a worker does
-        self.was_fixed: dict[threading.Thread, bool] = {}  # its outlet, when it took its batch
+        self.dropped: set[Destination] = set()  # at some time
+        self.by: dict[threading.Thread, Destination] = {}  # whose turn a worker does
+        self.was_fixed: dict[threading.Thread, bool] = {}  # its destination, when it took its batch
         self.links: list[Wire] = []
         self.away: set[str] = set()  # hosts
         self.seen: dict[str, int] = {}
@@ -315,17 +315,19 @@ class World:
 
     def sent(self, store: Database, records: dict[Record, int], stays: bool) -> None:
         """Records are sent to this store: may they be?"""
-        outlet, fixed = self.by[threading.current_thread()], self.was_fixed[threading.current_thread()]
+        destination, fixed = self.by[threading.current_thread()], self.was_fixed[threading.current_thread()]
         for record in records:
             before = self.may_have.get(record, [])
             at = [each for each in before if each.store is store]
-            back = fixed and any(each.outlet is outlet for each in before)  # the same consumer, whatever it has now
+            back = fixed and any(
+                each.destination is destination for each in before
+            )  # the same consumer, whatever it has now
             if before and not at:
                 known = [each for each in before if each.store.identity and store.identity]
                 if known and not back:
                     self.turns.fail(f"{record} may be in {before}, and goes to {store}")
-                if not any(each.outlet is outlet for each in before):
-                    self.turns.fail(f"{record} goes to another outlet: {before}, and goes to {store}")
+                if not any(each.destination is destination for each in before):
+                    self.turns.fail(f"{record} goes to another destination: {before}, and goes to {store}")
                 self.excused.add(record)
                 self.note("uncertain")
             if before:
@@ -333,7 +335,7 @@ class World:
             if stays:
                 if back and store.identity:
                     before = at
-                self.may_have[record] = [*before, Sent(store, outlet)]
+                self.may_have[record] = [*before, Sent(store, destination)]
 
     def supposed(self, runs: Any, values: Any) -> None:
         """An error that nobody expected: the program has to suppose that the records were sent."""
@@ -350,10 +352,10 @@ class World:
                 self.turns.fail(f"{record} is stored twice")
             store.records[record] = value
 
-    def is_fixed(self, outlet: Outlet) -> bool:
+    def is_fixed(self, destination: Destination) -> bool:
         """Whether this is one consumer for ever: somebody gave it this address, or name, and that has no others."""
-        assert outlet.place
-        return outlet.place.host == outlet.place.name and outlet not in self.dropped
+        assert destination.place
+        return destination.place.host == destination.place.name and destination not in self.dropped
 
     def stored(self, records: Sequence[Record] | dict[Record, int]) -> bool:
         return all(any(record in each.records for each in self.stores) for record in records)
@@ -367,38 +369,40 @@ class World:
         stats = self.ring.stats()
         assert stats.committed <= stats.reserved <= stats.cursor <= stats.committed + stats.capacity
         assert 0 <= stats.stored <= stats.cursor and 0 <= stats.in_flight <= stats.depth
-        for outlet in self.running.outlets:
-            prober: Any = outlet.breaker._prober
+        for destination in self.running.destinations:
+            prober: Any = destination.breaker._prober
             assert prober is None or prober.is_alive() or self.stopping, "who probes is gone"
 
     def settled(self) -> bool:
         """Each consumer that is named, and no other, has a worker, one that probes among them if there is any."""
-        at = [outlet for thread, (outlet, _) in self.running._workers.items() if thread in self.running._working]
-        for outlet in self.running.outlets:
-            prober: Any = outlet.breaker._prober  # with nothing to store it may not know yet that all is well
-            if outlet.leaving or not at.count(outlet) == outlet.workers >= 1:
+        at = [
+            destination for thread, (destination, _) in self.running._workers.items() if thread in self.running._working
+        ]
+        for destination in self.running.destinations:
+            prober: Any = destination.breaker._prober  # with nothing to store it may not know yet that all is well
+            if destination.leaving or not at.count(destination) == destination.workers >= 1:
                 return False
-            if prober and (prober not in self.running._working or self.running._workers[prober][0] is not outlet):
+            if prober and (prober not in self.running._working or self.running._workers[prober][0] is not destination):
                 return False
-        there = set(self.running.outlets)
-        return there == set(self.consumers._outlets.values()) and len(at) <= max(self.most, len(there))
+        there = set(self.running.destinations)
+        return there == set(self.consumers._destinations.values()) and len(at) <= max(self.most, len(there))
 
     def note(self, what: str) -> None:
         self.seen[what] = self.seen.get(what, 0) + 1
 
     # The publisher.
 
-    def _make_outlet(self, place: Place, lost: Callable[[], None]) -> Outlet:
+    def _make_destination(self, place: Endpoint, lost: Callable[[], None]) -> Destination:
         parts: Any = SimpleNamespace(
             settings=SimpleNamespace(consumers=[(host, 1) for host in self.hosts], spool=None), spool=None
         )
 
-        def make_link(outlet: Outlet, connected: Callable[[], None]) -> LinkSink:
-            assert outlet.place
-            return Link(self, outlet.place, connected)
+        def make_link(destination: Destination, connected: Callable[[], None]) -> LinkSink:
+            assert destination.place
+            return Link(self, destination.place, connected)
 
         parts._make_link = make_link
-        return assembly.Parts._make_outlet(parts, place, lost)
+        return assembly.App._make_destination(parts, place, lost)
 
     def produce(self, number: int, most: int) -> None:
         """A client: sends, and often waits until that is stored."""
@@ -432,13 +436,13 @@ class World:
         self.consumers = None
         while self.consumers is None:
             try:
-                self.consumers = Consumers([(host, 1) for host in self.hosts], self._make_outlet)
+                self.consumers = Consumers([(host, 1) for host in self.hosts], self._make_destination)
             except addresses.AddressError:
                 continue
         if self.again_one:
-            self.consumers.outlets[0].fixed = False
-            self.dropped.update(self.consumers.outlets)
-        self.running = TheForwarder(self, self.ring, self.consumers.outlets, self.most, self.batch)
+            self.consumers.destinations[0].fixed = False
+            self.dropped.update(self.consumers.destinations)
+        self.running = TheForwarder(self, self.ring, self.consumers.destinations, self.most, self.batch)
         turns.may_start = lambda name: (
             not (self.few_threads and name.startswith("forward-") and self.chance(0.5) and not self.note("no thread"))
         )
@@ -508,8 +512,8 @@ def value_of(record: Record) -> int:
 class Link(LinkSink):
     """The real one, which other threads may come in between of."""
 
-    def __init__(self, world: World, place: Place, connected: Callable[[], None]) -> None:
-        super().__init__(place.host, place.port, connected, access=Access(), name=place.name)
+    def __init__(self, world: World, place: Endpoint, connected: Callable[[], None]) -> None:
+        super().__init__(place.host, place.port, connected, credentials=Credentials(), name=place.name)
         self._world = world
 
     @property
@@ -531,12 +535,12 @@ class TheRing(Ring):
 
     def reserve(self, limit: int, timeout: Any = None, takes: Callable[[object], bool] | None = None) -> Any:
         world, me = self._world, threading.current_thread()
-        outlet = world.by[me]
-        world.was_fixed[me] = world.is_fixed(outlet)
+        destination = world.by[me]
+        world.was_fixed[me] = world.is_fixed(destination)
 
         def noted(mark: object) -> bool:
             assert takes
-            world.was_fixed[me] = world.is_fixed(outlet)
+            world.was_fixed[me] = world.is_fixed(destination)
             return takes(mark)
 
         return super().reserve(limit, timeout, takes and noted)
@@ -559,13 +563,13 @@ class TheForwarder(Forwarder):
         self._world = world
         super().__init__(*arguments)
 
-    def change(self, added: Sequence[Outlet], dropped: Sequence[Outlet]) -> None:
+    def change(self, added: Sequence[Destination], dropped: Sequence[Destination]) -> None:
         super().change(added, dropped)
         self._world.dropped.update(dropped)
 
-    def step(self, outlet: Outlet, sink: Any) -> bool:
-        self._world.by[threading.current_thread()] = outlet
-        return super().step(outlet, sink)
+    def step(self, destination: Destination, sink: Any) -> bool:
+        self._world.by[threading.current_thread()] = destination
+        return super().step(destination, sink)
 
 
 def worlds(number: int, fine: bool = False) -> None:
@@ -600,11 +604,15 @@ def test_it_goes_to_no_other_store_in_many_worlds(fine: bool) -> None:
         pytest.param(Forwarder, "step", " or self._ring.has_marked", "", id="the only one does not look"),
         pytest.param(Forwarder, "step", "not isinstance(error, InDoubt)", "True", id="nothing is in doubt"),
         pytest.param(
-            Forwarder, "change", "outlet.leaving, outlet.fixed = True, False", "outlet.leaving = True", id="fixed"
+            Forwarder,
+            "change",
+            "destination.leaving, destination.fixed = True, False",
+            "destination.leaving = True",
+            id="fixed",
         ),
         pytest.param(Forwarder, "_leaves", " or self._ring.has_for(takes)", "", id="leaves what is in doubt"),
-        pytest.param(Forwarder, "_retire", "outlet.breaker.left()", "pass", id="probes for ever"),
-        pytest.param(Outlet, "takes", "mark.outlet is self and", "", id="any consumer"),
+        pytest.param(Forwarder, "_retire", "destination.breaker.left()", "pass", id="probes for ever"),
+        pytest.param(Destination, "takes", "mark.destination is self and", "", id="any consumer"),
         pytest.param(
             Ring, "requeue", "self._not_empty.notify_all()", "self._not_empty.notify()", id="wakes a wrong one"
         ),

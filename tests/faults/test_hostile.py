@@ -55,7 +55,7 @@ SMALL_BUFFERS = (
 
 def patched(timeouts: dict[str, float]) -> str:
     """The patch that makes a server so impatient, and its idle workers and probes too."""
-    more = {"ringolib.forward.workers.IDLE_SECONDS": 0.3, "ringolib.timing.BACKOFF_MOST": 0.2}
+    more = {"ringolib.forward.workers.IDLE_SECONDS": 0.3, "ringolib.timing.BACKOFF_MAX_SECONDS": 0.2}
     return "; ".join([*(f"{name} = {seconds}" for name, seconds in {**timeouts, **more}.items()), SMALL_BUFFERS])
 
 

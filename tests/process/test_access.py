@@ -29,7 +29,7 @@ from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
 from ringolib.client.producer import Producer, ProducerError
-from ringolib.net.credentials import MOST_TOKEN, Access, BadKeys, Files, read_token
+from ringolib.net.credentials import MAX_TOKEN, CredentialError, CredentialFiles, Credentials, read_token
 
 TOKEN = "t0k-en._~+/x=="
 FRAME = b"\x82\x84\x00\x00\x00\x00\x00\x00\x00\x2a"
@@ -48,8 +48,8 @@ def token_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def access(token_file: Path) -> Access:
-    return Access(Files(token=str(token_file)))
+def credentials(token_file: Path) -> Credentials:
+    return Credentials(CredentialFiles(token=str(token_file)))
 
 
 # The token.
@@ -76,12 +76,14 @@ def access(token_file: Path) -> Access:
         (["Bearer x"], ["bearer.t0k-en._~%2B%2Fx%3D%3D"], True),
     ],
 )
-def test_who_is_admitted(access: Access, authorization: list[str], subprotocols: list[str], admitted: bool) -> None:
-    assert access.admits(authorization, subprotocols) is admitted
+def test_who_is_admitted(
+    access: Credentials, authorization: list[str], subprotocols: list[str], admitted: bool
+) -> None:
+    assert credentials.accepts(authorization, subprotocols) is admitted
 
 
 def test_without_a_token_all_are_admitted() -> None:
-    assert Access().admits([]) and Access().admits(["Bearer x"], ["bearer.y"])
+    assert Credentials().accepts([]) and Credentials().accepts(["Bearer x"], ["bearer.y"])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_without_a_token_all_are_admitted() -> None:
         (b"a\nb\n", "not a token: at most"),
         (b"caf\xc3\xa9", "not a token"),
         (b"x=y", "not a token"),
-        (b"x" * (MOST_TOKEN + 1), "not a token"),
+        (b"x" * (MAX_TOKEN + 1), "not a token"),
         (b"\0", "not a token"),
     ],
 )
@@ -102,7 +104,7 @@ def test_a_token_file_that_holds_none_is_refused_in_one_line_that_does_not_tell_
 ) -> None:
     path = tmp_path / "token"
     path.write_bytes(content)
-    with pytest.raises(BadKeys) as refused:
+    with pytest.raises(CredentialError) as refused:
         read_token(str(path))
     text = str(refused.value)
     assert text.startswith(f"--token_file {path}: ") and said in text and "\n" not in text
@@ -110,9 +112,9 @@ def test_a_token_file_that_holds_none_is_refused_in_one_line_that_does_not_tell_
 
 
 def test_a_token_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(BadKeys, match="No such file"):
+    with pytest.raises(CredentialError, match="No such file"):
         read_token(str(tmp_path / "absent"))
-    with pytest.raises(BadKeys, match="Is a directory"):
+    with pytest.raises(CredentialError, match="Is a directory"):
         read_token(str(tmp_path))
 
 
@@ -123,18 +125,18 @@ def test_the_file_comes_before_the_variable_which_must_not_be_empty(
     monkeypatch.setenv("RINGOEXP_TOKEN", "other")
     assert read_token(None) == "other" and read_token(str(token_file)) == TOKEN
     monkeypatch.setenv("RINGOEXP_TOKEN", "")
-    with pytest.raises(BadKeys, match="RINGOEXP_TOKEN: it is empty"):
+    with pytest.raises(CredentialError, match="RINGOEXP_TOKEN: it is empty"):
         read_token(None)
 
 
-def test_reload_keeps_the_old_token_if_the_new_one_is_none(access: Access, token_file: Path) -> None:
+def test_reload_keeps_the_old_token_if_the_new_one_is_none(credentials: Credentials, token_file: Path) -> None:
     token_file.write_text("")
-    with pytest.raises(BadKeys):
-        access.reload()
-    assert access.admits([f"Bearer {TOKEN}"])
+    with pytest.raises(CredentialError):
+        credentials.reload()
+    assert credentials.accepts([f"Bearer {TOKEN}"])
     token_file.write_text("new")
-    access.reload()
-    assert access.admits(["Bearer new"]) and not access.admits([f"Bearer {TOKEN}"])
+    credentials.reload()
+    assert credentials.accepts(["Bearer new"]) and not credentials.accepts([f"Bearer {TOKEN}"])
 
 
 # Servers.
@@ -392,7 +394,7 @@ def test_the_profilers_port_wants_the_token_too(tmp_path: Path, token_file: Path
         assert request(port, "GET", path, headers={"Authorization": f"Bearer {TOKEN}"})[0] == 200
 
 
-def test_comparing_takes_as_long_for_one_wrong_token_as_for_another(access: Access) -> None:
+def test_comparing_takes_as_long_for_one_wrong_token_as_for_another(credentials: Credentials) -> None:
     """That it goes through `hmac.compare_digest`: no measurement, which a noisy machine would spoil, but its use."""
     from ringolib.net import credentials as room
 
@@ -405,7 +407,7 @@ def test_comparing_takes_as_long_for_one_wrong_token_as_for_another(access: Acce
 
     room.hmac.compare_digest = compare  # type: ignore[assignment]
     try:
-        access.admits(["Bearer a"], ["bearer.b"])
+        credentials.accepts(["Bearer a"], ["bearer.b"])
     finally:
         room.hmac.compare_digest = original
     assert seen == [(b"a", TOKEN.encode()), (b"b", TOKEN.encode())]
@@ -459,7 +461,7 @@ def test_connections_per_address(tmp_path: Path) -> None:
 
 
 def test_one_address_that_floods_does_not_keep_others_out(tmp_path: Path) -> None:
-    patch = "web.connections.MOST_REFUSED = 5; web.handler.REFUSED_TIMEOUT = 600"
+    patch = "web.connections.MAX_REFUSED = 5; web.handler.REFUSED_TIMEOUT = 600"
     with server(tmp_path, "-p", "0", "-T", "0", "-H", "0.0.0.0", "--per_address", "1", patch=patch) as running:
         flood = [socket.create_connection(("127.0.0.1", running.port), DEADLINE) for _ in range(50)]
         with socket.create_connection(("127.0.0.1", running.port), DEADLINE, ("127.0.0.2", 0)) as other:

@@ -246,7 +246,7 @@ def test_long_texts_are_cut(log: logging.Logger) -> None:
     stream = attached(log)
     log.info("happened", {"reason": "x" * 5000})
     (line,) = logged(stream)
-    assert f"reason={'x' * logs.MOST_TEXT}... thread=" in line
+    assert f"reason={'x' * logs.MAX_TEXT}... thread=" in line
 
 
 def test_a_client_is_logged_when_it_comes_and_when_it_goes_and_why(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_client_is_logged_when_it_comes_and_when_it_goes_and_why(tmp_path: Pat
 
 def test_a_link_is_logged_once_per_change(tmp_path: Path) -> None:
     port = free_port()
-    quick = "timing.BACKOFF_MOST = 0.05"
+    quick = "timing.BACKOFF_MAX_SECONDS = 0.05"
     with server(tmp_path, "-p", "0", "-T", str(port), "-r", "64", patch=quick) as publisher:
         with RawClient(publisher.port) as client:
             for turn in range(1, 4):

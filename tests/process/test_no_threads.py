@@ -12,13 +12,13 @@ import pytest
 from support.harness import DEADLINE, RawClient, eventually, frame, free_port, request, server
 
 from ringbuffer import Ring
-from ringolib.app import CannotRun, Parts
-from ringolib.forward.destination import Outlet
+from ringolib.app import App, StartupError
+from ringolib.forward.destination import Destination
 from ringolib.forward.link import LinkSink, LinkState
 from ringolib.forward.sink import StoreSink
 from ringolib.forward.spool import Spool
 from ringolib.forward.workers import Forwarder
-from ringolib.net.credentials import Access
+from ringolib.net.credentials import Credentials
 from ringolib.options import read_arguments
 from ringolib.status.readiness import Readiness
 from store import Store
@@ -63,10 +63,10 @@ def test_a_server_that_cannot_begin_says_so_and_leaves_nothing_open(
     tmp_path: Path, refuse: Callable[[str], None], thread: str
 ) -> None:
     flags = ["-I", "false", "-p", "0", "-L", str(free_port()), "-D", str(tmp_path / "d")]
-    parts = Parts(read_arguments(flags), flags)
+    parts = App(read_arguments(flags), flags)
     try:
         refuse(thread)
-        with pytest.raises(CannotRun, match=f"^no thread to be had: {NONE_LEFT} "):
+        with pytest.raises(StartupError, match=f"^no thread to be had: {NONE_LEFT} "):
             parts.start()
     finally:
         parts.stop()
@@ -94,7 +94,7 @@ def test_workers_that_run_do_the_work_of_those_that_cannot_start(
 ) -> None:
     store, ring = Store(str(tmp_path / "d")), Ring(64)
     refuse("forward-2")
-    forwarder = Forwarder(ring, [Outlet(lambda connected: StoreSink(store))], 8, 1)
+    forwarder = Forwarder(ring, [Destination(lambda connected: StoreSink(store))], 8, 1)
     try:
         ring.put(array("q", range(50)), SOURCE, 0, DEADLINE)
         assert ring.wait_committed(49, DEADLINE)
@@ -119,7 +119,7 @@ def test_a_spool_without_its_thread_is_closed_again(tmp_path: Path, refuse: Call
 def test_a_question_that_cannot_be_asked_is_a_reason(tmp_path: Path, refuse: Callable[[str], None]) -> None:
     store = Store(str(tmp_path / "d"))
     try:
-        ready = Readiness(None, store, None, None, Access())
+        ready = Readiness(None, store, None, None, Credentials())
         refuse("ask-")
         (reason,) = ready.reasons()
         assert reason.detail == f"no thread to be had: {NONE_LEFT}"

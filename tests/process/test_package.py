@@ -105,7 +105,7 @@ def test_the_sdist_has_all_that_is_in_the_repository(built: Built) -> None:
 
 def test_tests_run_from_the_unpacked_sdist(built: Built) -> None:
     (unpacked,) = (built.sdist.parent / "unpacked").iterdir()
-    tests = ["tests/unit/test_wire.py", "tests/unit/test_stats.py"]
+    tests = ["tests/unit/test_wire.py", "tests/unit/test_counters.py"]
     said = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=unpacked)
     assert " passed" in said
 

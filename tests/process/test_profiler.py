@@ -309,8 +309,8 @@ def test_where_it_cannot_listen_nothing_is_left_open(tmp_path: Path, monkeypatch
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         settings = read_arguments(["-p", "0", "-T", "0", "-L", port])
-        with pytest.raises(assembly.CannotRun):
-            assembly.Parts(settings, [])
+        with pytest.raises(assembly.StartupError):
+            assembly.App(settings, [])
     assert set(threading.enumerate()) == before
     with server(tmp_path, "-p", "0", "-T", "0"):
         pass
@@ -327,7 +327,7 @@ def test_where_the_database_is_taken_the_profilers_port_is_free_again(
     port = free_port()
     with server(tmp_path, "-p", "0", "-T", "0"):
         with pytest.raises(StoreError) as failed:
-            assembly.Parts(read_arguments(["-p", "0", "-T", "0", "-L", str(port)]), [])
+            assembly.App(read_arguments(["-p", "0", "-T", "0", "-L", str(port)]), [])
         socket.create_server(("127.0.0.1", port)).close()
         assert failed.value
 

@@ -22,8 +22,8 @@ from support.harness import (
     server,
 )
 
-from ringolib.net.addresses import Place
-from ringolib.net.credentials import Keys
+from ringolib.net.addresses import Endpoint
+from ringolib.net.credentials import CredentialSet
 from ringolib.status import probe, readiness
 from ringolib.status.probe import Reason, _Question
 
@@ -254,7 +254,7 @@ def test_a_consumer_that_answers_otherwise(answer: bytes, expected: str | None) 
     with socket.create_server(("localhost", 0)) as listener:
         asked = Blocked(
             lambda: readiness._check_consumer(
-                Place("localhost", listener.getsockname()[1], "localhost"), Keys(), linked=False
+                Endpoint("localhost", listener.getsockname()[1], "localhost"), CredentialSet(), linked=False
             )
         )
         peer, _ = listener.accept()
@@ -300,7 +300,7 @@ def test_while_there_is_no_answer_the_last_one_does_not_count(monkeypatch: pytes
 
 @pytest.mark.parametrize("name", ["a b", "a..b", "x" * 64, "caf\xe9.invalid"])
 def test_a_name_that_no_host_can_have_is_a_consumer_that_cannot_be_reached(name: str) -> None:
-    found = readiness._check_consumer(Place(name, 1, name), Keys(), linked=False)
+    found = readiness._check_consumer(Endpoint(name, 1, name), CredentialSet(), linked=False)
     assert found and found[0] == "consumer_unreachable" and name in found[1]
 
 

@@ -35,7 +35,7 @@ import ringoexp
 from ringoexp import main
 from ringolib import app as assembly
 from ringolib import options
-from ringolib.app import CannotRun, Parts, is_own_consumer
+from ringolib.app import App, StartupError, is_own_consumer
 from ringolib.options import OPTIONS, Option, Settings, read_arguments
 from ringolib.wire import SUBPROTOCOL, Run, encode_batch
 from store import Store
@@ -352,8 +352,8 @@ def test_when_no_thread_is_to_be_had_it_says_so_and_leaves_nothing_open(
     monkeypatch.setattr(assembly, "Forwarder", no_thread)
     port, database = free_port(), str(tmp_path / "d")
     flags = ["-p", str(port), "-T", str(port), "-D", database]
-    with pytest.raises(CannotRun, match="no thread to be had"):
-        Parts(read_arguments(flags), flags)
+    with pytest.raises(StartupError, match="no thread to be had"):
+        App(read_arguments(flags), flags)
     assert not accepts(port)
     Store(database).close()
 

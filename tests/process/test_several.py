@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from support.certificates import Authority, tls
 from support.checks import SHORT_TIMES, TIMEOUT, Load, problems, short_times
+from support.fake_consumer import Link, fake_consumer
 from support.harness import (
     DEADLINE,
     Blocked,
     RawClient,
     ServerProcess,
-    consumer,
     eventually,
     frame,
     free_port,
@@ -32,7 +32,6 @@ from support.harness import (
     seeded,
     server,
 )
-from websockets.sync.server import ServerConnection as Peer
 
 from ringolib.client import producer
 from ringolib.storage.interface import Storage
@@ -293,7 +292,7 @@ def test_what_is_in_doubt_goes_at_once_to_another_consumer_of_the_same_store(tmp
     fates = iter(["dies"])
     lock = threading.Lock()
 
-    def answer(peer: Peer) -> None:
+    def answer(peer: Link) -> None:
         total = 0
         for message in peer:
             with lock:
@@ -306,7 +305,7 @@ def test_what_is_in_doubt_goes_at_once_to_another_consumer_of_the_same_store(tmp
             peer.send(encode_ack(total))
 
     with ExitStack() as stack:
-        ports = [stack.enter_context(consumer(answer, "shared")) for _ in range(2)]
+        ports = [stack.enter_context(fake_consumer(answer, "shared")) for _ in range(2)]
         where = ",".join(f"localhost:{port}" for port in ports)
         publisher = stack.enter_context(server(tmp_path, "-p", "0", "-U", where))
         eventually(lambda: [each["workers"] for each in publisher.stats()["consumers"]] == [1, 1])
@@ -345,9 +344,9 @@ def test_a_token_and_tls_are_for_all_alike_and_each_has_its_own_name(tmp_path: P
 def test_each_address_of_a_name_is_a_consumer_and_a_new_one_is_found(tmp_path: Path) -> None:
     port, names = free_port(), tmp_path / "names"
     names.write_text("127.0.0.1 127.0.0.2")
-    find = f"[net.addresses.Place(each, port, host) for each in open({str(names)!r}).read().split()]"
+    find = f"[net.addresses.Endpoint(each, port, host) for each in open({str(names)!r}).read().split()]"
     patch = (
-        f"{QUICK}; forward.discovery.SOON = 0.1; forward.discovery.places = lambda host, port: {find};"
+        f"{QUICK}; forward.discovery.SOON = 0.1; forward.discovery.resolve_endpoints = lambda host, port: {find};"
         " app.find = lambda host, port: [(2, ('127.0.0.1' if host == 'localhost' else '127.0.0.9', port))];"
         " forward.workers.IDLE_SECONDS = 0.2; net.addresses.x = 1"
     )

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import pytest
 from support.certificates import Authority, Pair, tls
+from support.fake_consumer import answer_handshake
 from support.harness import (
     DEADLINE,
     ROOT,
     Blocked,
     RawClient,
     ServerProcess,
-    answer_handshake,
     eventually,
     free_port,
     in_order,
@@ -43,7 +43,7 @@ from ringolib.client.producer import Producer, ProducerError
 from ringolib.forward.link import LinkSink
 from ringolib.forward.sink import SinkError
 from ringolib.net import tls as room
-from ringolib.net.credentials import Access, Files
+from ringolib.net.credentials import CredentialFiles, Credentials
 from ringolib.net.tls import client_context, server_context
 from ringolib.net.tls_socket import NotTLS, TLSError, TLSSocket
 from ringolib.wire import Block, Run
@@ -267,7 +267,7 @@ def test_what_is_no_tls_is_told_from_what_is(pair: Pair, first: bytes, http: boo
         assert refused.value.http is http
 
 
-# Files.
+# CredentialFiles.
 
 
 def test_bad_files_are_said_in_one_line_with_their_name(authority: Authority, pair: Pair, tmp_path: Path) -> None:
@@ -288,17 +288,17 @@ def test_bad_files_are_said_in_one_line_with_their_name(authority: Authority, pa
         ((cert, str(locked)), f"{locked}: the key is encrypted"),
         ((str(tmp_path), key), f"{tmp_path}: Is a directory"),
     ):
-        with pytest.raises(room.BadFile) as refused:
+        with pytest.raises(room.CredentialFileError) as refused:
             server_context(*files, None)
         assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
-    with pytest.raises(room.BadFile, match="no certificates of authorities"):
+    with pytest.raises(room.CredentialFileError, match="no certificates of authorities"):
         server_context(cert, key, str(garbage))
-    with pytest.raises(room.BadFile, match="no certificates of authorities"):
+    with pytest.raises(room.CredentialFileError, match="no certificates of authorities"):
         client_context(str(garbage))
 
 
 def test_key_and_certificate_may_be_in_one_file(pair: Pair, tmp_path: Path) -> None:
-    with pytest.raises(room.BadFile, match="there is no key in it: name the key's file too"):
+    with pytest.raises(room.CredentialFileError, match="there is no key in it: name the key's file too"):
         server_context(str(pair.cert), None, None)
     both = tmp_path / "both.pem"
     both.write_bytes(pair.key.read_bytes() + pair.cert.read_bytes())
@@ -308,7 +308,7 @@ def test_key_and_certificate_may_be_in_one_file(pair: Pair, tmp_path: Path) -> N
 def test_a_certificate_out_of_its_time_is_noticed(authority: Authority, pair: Pair) -> None:
     for found, days in ((None, 30), ("it expires soon", 13), ("it has expired", -1)):
         each = authority.issue(days=days)
-        keys = Access(Files(cert=str(each.cert), key=str(each.key)))
+        keys = Credentials(CredentialFiles(cert=str(each.cert), key=str(each.key)))
         assert (keys.trouble() or "").startswith(found or "") and bool(keys.trouble()) == bool(found)
         assert keys.keys.valid
         begins, ends = keys.keys.valid
@@ -496,7 +496,7 @@ def test_a_link_over_tls_is_as_good_as_any(authority: Authority, pair: Pair, tmp
 
 def test_a_link_over_tls_to_itself_is_noticed(authority: Authority, pair: Pair) -> None:
     context = server_context(str(pair.cert), str(pair.key), None)
-    access = Access(Files(consumer_tls=True, consumer_ca=str(authority.ca)))
+    credentials = Credentials(CredentialFiles(consumer_tls=True, consumer_ca=str(authority.ca)))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
 
@@ -506,7 +506,7 @@ def test_a_link_over_tls_to_itself_is_noticed(authority: Authority, pair: Pair) 
                 answer_handshake(secured)
 
         serving = Blocked(serve)
-        link = LinkSink("localhost", port, is_own=lambda address: address[1][1] == port, access=access)
+        link = LinkSink("localhost", port, is_own=lambda address: address[1][1] == port, credentials=credentials)
         block = Block([Run(uuid.uuid4().bytes, 0, 1)], array("q", [1]))
         for _ in range(2):  # nor is it used the next time
             with pytest.raises(SinkError, match="that is this server itself"):

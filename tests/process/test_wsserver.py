@@ -344,7 +344,7 @@ def test_connections_beyond_the_limit_are_bounded_too_and_do_not_wait_long(tmp_p
         "0",
         "-n",
         "1",
-        patch="web.connections.MOST_REFUSED = 5; web.handler.REFUSED_TIMEOUT = 0.2",
+        patch="web.connections.MAX_REFUSED = 5; web.handler.REFUSED_TIMEOUT = 0.2",
     ) as running:
         with RawClient(running.port), ExitStack() as idle:
             for _ in range(50):

@@ -29,7 +29,7 @@ from support.proxy import Proxy
 TIMEOUT = 0.5
 """Seconds after which either end gives up a silent link, where SHORT_TIMES and `short_times` apply."""
 SHORT_TIMES = (
-    f"forward.link.ACK_TIMEOUT = {TIMEOUT}; forward.spool.PATIENCE = {TIMEOUT}; timing.BACKOFF_MOST = 0.2;"
+    f"forward.link.ACK_TIMEOUT = {TIMEOUT}; forward.spool.PATIENCE = {TIMEOUT}; timing.BACKOFF_MAX_SECONDS = 0.2;"
     f"net.websocket.CONNECT_TIMEOUT = {TIMEOUT}; net.sockets.CLOSE_TIMEOUT = {TIMEOUT}"
 )
 """The servers' patch."""
@@ -38,8 +38,8 @@ SHORT_TIMES = (
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for producers in this process, which also keep less unacked."""
     monkeypatch.setattr(producer, "STALL_TIMEOUT", TIMEOUT)
-    monkeypatch.setattr(timing, "BACKOFF_MOST", 0.2)
-    monkeypatch.setattr(producer, "MOST_UNACKED", 20_000)
+    monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.2)
+    monkeypatch.setattr(producer, "MAX_UNACKED", 20_000)
     monkeypatch.setattr(websock, "CONNECT_TIMEOUT", TIMEOUT)
     monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", TIMEOUT)
 

@@ -3,7 +3,6 @@
 import atexit
 import base64
 import errno
-import hashlib
 import http.client
 import json
 import os
@@ -22,11 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from websockets.http11 import Response
-from websockets.sync.server import ServerConnection as Peer
-from websockets.sync.server import serve
-
-from ringolib.wire import SUBPROTOCOL
+from support.fake_consumer import answer_handshake
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 30.0
@@ -392,34 +387,3 @@ def raw_link(listener: socket.socket) -> socket.socket:
     peer, _ = listener.accept()
     answer_handshake(peer)
     return peer
-
-
-def answer_handshake(peer: socket.socket) -> None:
-    """Reads a link's handshake, and answers it."""
-    head = b""
-    while b"\r\n\r\n" not in head:
-        head += peer.recv(65536)
-    (key,) = re.findall(rb"Sec-WebSocket-Key: (\S+)", head)
-    accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
-    peer.sendall(
-        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %b\r\n"
-        b"Sec-WebSocket-Protocol: %b\r\n\r\n" % (accept, b"ringoexp.batch.v1")
-    )
-
-
-@contextmanager
-def consumer(answer: Callable[[Peer], None], store: str | None = None) -> Iterator[int]:
-    """A consumer that nobody here wrote, with `answer` for each link; its port. It says which `store` it has."""
-
-    def announce(peer: Peer, request: object, response: Response) -> None:
-        if store is not None:
-            response.headers["X-Ringoexp-Store"] = store
-
-    with serve(answer, "localhost", 0, subprotocols=[SUBPROTOCOL], process_response=announce) as peer:  # type: ignore[list-item]
-        thread = threading.Thread(target=peer.serve_forever)
-        thread.start()
-        try:
-            yield peer.socket.getsockname()[1]
-        finally:
-            peer.shutdown()
-            thread.join(20)

@@ -18,7 +18,7 @@ from time import monotonic
 from support.harness import DEADLINE
 
 UP, DOWN = 0, 1
-MOST_PIECES = 16
+MAX_PIECES = 16
 """Reads that a direction keeps; then it reads no more, so that the sender is held up as by a full network."""
 
 
@@ -189,7 +189,7 @@ class Proxy:
                 self._drop(link, reset=False)
 
     def _reads(self, flow: _Flow) -> bool:
-        held = self._held[flow.direction] or len(flow.pieces) >= MOST_PIECES
+        held = self._held[flow.direction] or len(flow.pieces) >= MAX_PIECES
         return not flow.read_all and (flow.swallows or not held)
 
     def _accept(self) -> None:

@@ -70,7 +70,7 @@ def accepts(host: str, port: int) -> bool:
 
 
 def listen(host: str, port: int = 0) -> Listeners:
-    return Listeners(addresses.shown(host, port), resolve(host, port))
+    return Listeners(addresses.format_address(host, port), resolve(host, port))
 
 
 # IPv4 and IPv6.
@@ -467,7 +467,7 @@ def test_a_path_that_cannot_be_had_is_one_line(place: Path) -> None:
     (place / "file").touch()
     assert refused(f"unix:{place}/file/x.sock") == f"the directory {place}/file: Not a directory"
     assert "a Unix socket's at most" in refused(f"unix:{place}/{'x' * 200}")
-    longest = f"{place}/".ljust(listeners_module.MOST_PATH, "x")
+    longest = f"{place}/".ljust(listeners_module.MAX_PATH, "x")
     listen(f"unix:{longest}").close()
     assert "a Unix socket's at most" in refused(f"unix:{longest}x")
     if os.getuid():

@@ -128,7 +128,7 @@ def jumping(seed: int) -> str:
             "time.time_ns = lambda: int(time.time() * 1e9)",
             "datetime.datetime = type('Jumping', (datetime.datetime,), {'now': classmethod(lambda kind, tz=None:"
             " kind.fromtimestamp(time.time(), tz))})",
-            "timing.BACKOFF_MOST = 0.2",
+            "timing.BACKOFF_MAX_SECONDS = 0.2",
         ]
     )
 

@@ -12,12 +12,13 @@ import sys
 import threading
 import uuid
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 
 import pytest
+from support.fake_consumer import Link, fake_consumer
 from support.harness import (
     DEADLINE,
     ROOT,
@@ -31,21 +32,19 @@ from support.harness import (
     seeded,
     server,
 )
-from websockets.sync.server import ServerConnection as Peer
-from websockets.sync.server import serve
 
 from ringolib import timing
 from ringolib.client import producer
 from ringolib.client import send as command
 from ringolib.client.producer import Producer, ProducerError
 from ringolib.net import sockets
-from ringolib.wire import SUBPROTOCOL, decode_batch, encode_ack
+from ringolib.wire import decode_batch, encode_ack
 
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "BACKOFF_FIRST", 0.005)
-    monkeypatch.setattr(timing, "BACKOFF_MOST", 0.05)
+    monkeypatch.setattr(timing, "BACKOFF_FIRST_SECONDS", 0.005)
+    monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.05)
     monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.2)
 
 
@@ -67,16 +66,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 @contextmanager
-def peer(answer: object) -> Iterator[str]:
+def peer(answer: Callable[[Link], object]) -> Iterator[str]:
     """A server that nobody here wrote, with `answer` for each connection; its URL."""
-    with serve(answer, "localhost", 0, subprotocols=[SUBPROTOCOL]) as running:  # type: ignore[arg-type,list-item]
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        try:
-            yield f"ws://localhost:{running.socket.getsockname()[1]}/v1.0/ingest"
-        finally:
-            running.shutdown()
-            thread.join(DEADLINE)
+    with fake_consumer(answer) as port:
+        yield f"ws://localhost:{port}/v1.0/ingest"
 
 
 def test_lines_of_a_pipe_are_stored_in_order(tmp_path: Path) -> None:
@@ -320,7 +313,7 @@ def test_acks_that_stand_for_a_part_of_a_message_and_lost_links() -> None:
     links: list[int] = []
     source = uuid.uuid4()
 
-    def answer(connection: Peer) -> None:
+    def answer(connection: Link) -> None:
         links.append(1)
         total = 0
         for message in connection:
@@ -348,7 +341,7 @@ def test_a_stalled_server_is_given_up_and_tried_again(monkeypatch: pytest.Monkey
     monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.2)
     links: list[int] = []
 
-    def answer(connection: Peer) -> None:
+    def answer(connection: Link) -> None:
         links.append(1)
         for _ in connection:
             if len(links) > 2:
@@ -364,7 +357,7 @@ def test_a_server_that_acks_nothing_is_given_up_though_records_trickle(monkeypat
     monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.3)
     links: list[int] = []
 
-    def answer(connection: Peer) -> None:
+    def answer(connection: Link) -> None:
         links.append(1)
         for _ in connection:
             pass
@@ -405,11 +398,11 @@ def test_without_a_thread_for_the_progress_it_sends_all_the_same(monkeypatch: py
 
 
 def test_send_waits_while_too_much_is_not_acked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(producer, "MOST_UNACKED", 10)
+    monkeypatch.setattr(producer, "MAX_UNACKED", 10)
     monkeypatch.setattr(producer, "CHUNK_RECORDS", 5)
     gate = threading.Event()
 
-    def answer(connection: Peer) -> None:
+    def answer(connection: Link) -> None:
         total = 0
         for message in connection:
             total += len(decode_batch(message).values)  # type: ignore[arg-type]
@@ -449,7 +442,7 @@ def test_acks_count_while_the_server_is_slow_to_read(monkeypatch: pytest.MonkeyP
 def test_an_ack_of_more_than_was_sent_is_not_believed() -> None:
     links: list[int] = []
 
-    def answer(connection: Peer) -> None:
+    def answer(connection: Link) -> None:
         links.append(1)
         connection.recv()
         connection.send(encode_ack(3 if len(links) > 1 else 4))
@@ -486,7 +479,7 @@ def test_close_ends_a_flush_and_does_not_wait_for_a_server_that_reads_nothing() 
 
 
 def test_a_refusal_for_good_reaches_send_and_flush() -> None:
-    def answer(connection: Peer) -> None:
+    def answer(connection: Link) -> None:
         connection.recv()
         connection.close(1007, "no")
 

@@ -279,11 +279,11 @@ def test_a_clock_that_leaps_ahead_deletes_nothing_and_the_log_says_so_once(
     real = time.time
     monkeypatch.setattr(retention.time, "time", lambda: real() + years * 365 * DAY)
     for _ in range(3):
-        assert working.step() == retention.MOST_WAIT
+        assert working.step() == retention.MAX_WAIT
     assert opened.stats().held == 11
-    assert [record.msg for record in caplog.records].count("retain_waits") == 1
+    assert [record.msg for record in caplog.records].count("retention_paused") == 1
     monkeypatch.setattr(retention.time, "time", real)
-    assert 0 < working.step() <= retention.MOST_WAIT
+    assert 0 < working.step() <= retention.MAX_WAIT
     monkeypatch.setattr(retention, "TRUST_SECONDS", 0)
     monkeypatch.setattr(retention.time, "time", lambda: real() + years * 365 * DAY)
     working.step()
@@ -320,7 +320,7 @@ def test_records_dated_ahead_of_the_clock_stay_and_the_log_says_why(
     date(path, 3, "sequence = 10")
     append(opened, A, 20, 21)
     with at_work(opened, 1):
-        eventually(lambda: "retain_waits" in [record.msg for record in caplog.records], "the log says why")
+        eventually(lambda: "retention_paused" in [record.msg for record in caplog.records], "the log says why")
     assert opened.stats().held == 21
 
 

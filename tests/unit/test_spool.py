@@ -16,7 +16,7 @@ from ringbuffer import Ring
 from ringolib import timing
 from ringolib.client.producer import Producer
 from ringolib.forward import spool
-from ringolib.forward.destination import Outlet
+from ringolib.forward.destination import Destination
 from ringolib.forward.link import LinkState
 from ringolib.forward.sink import SinkError
 from ringolib.forward.spool import Spool, SpoolSink
@@ -66,8 +66,8 @@ def keep(stored: dict[tuple[bytes, int], int], block: Block) -> None:
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "BACKOFF_FIRST", 0.001)
-    monkeypatch.setattr(timing, "BACKOFF_MOST", 0.01)
+    monkeypatch.setattr(timing, "BACKOFF_FIRST_SECONDS", 0.001)
+    monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.01)
     monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.2)
 
 
@@ -293,7 +293,7 @@ def test_many_workers_spool_and_forward_at_random_and_everything_arrives_once(tm
 
     ring = Ring(64)
     with spooling(tmp_path / "s", Flaky(), most=200) as running:
-        workers = Forwarder(ring, [Outlet(lambda connected: SpoolSink(Flaky(), running))], 8, 200)  # type: ignore[arg-type]
+        workers = Forwarder(ring, [Destination(lambda connected: SpoolSink(Flaky(), running))], 8, 200)  # type: ignore[arg-type]
         for n in range(0, 3000, 50):
             ring.put(array("q", range(n * 10, n * 10 + 500, 10)), SOURCE, n, 20)
         ring.close()
@@ -417,7 +417,7 @@ def test_a_publisher_with_a_spool_starts_while_the_consumers_name_does_not_resol
         with Producer(publisher.url) as sender:
             sender.send(range(100))
             sender.flush(30)
-    assert "event=consumer_unknown" in publisher.errors.read_text()
+    assert "event=consumer_unresolved" in publisher.errors.read_text()
     assert in_order(tmp_path / "s", sender.source) == list(range(100))
 
 

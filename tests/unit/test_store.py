@@ -17,7 +17,7 @@ import pytest
 from support.harness import Blocked, eventually, rows, seeded
 
 import store
-from ringolib.storage.group_commit import Waiting, Written
+from ringolib.storage.group_commit import CommitResult, PendingBlock
 from ringolib.storage.interface import StoreError
 from ringolib.storage.sqlite_file import APPLICATION_ID, SPOOL_APPLICATION_ID
 from ringolib.wire import Run
@@ -122,7 +122,7 @@ def test_only_what_is_not_covered_yet_is_stored(
 def test_random_runs_store_the_first_value_of_each_sequence(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seed = seeded()
     rng = random.Random(seed)
-    monkeypatch.setattr(store, "_MOST_SOURCES_CACHED", 2)  # so that sources leave the cache and come back
+    monkeypatch.setattr(store, "_MAX_SOURCES_CACHED", 2)  # so that sources leave the cache and come back
     model: dict[tuple[bytes, int], int] = {}
     opened = Store(str(path))
     sent = 0
@@ -162,9 +162,9 @@ def test_a_transaction_that_could_not_be_rolled_back_does_not_stop_the_next(open
 
 
 def test_a_group_is_bounded_by_its_runs_too(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Store, "MOST_GROUPED", 1000)
+    monkeypatch.setattr(Store, "MAX_GROUPED", 1000)
     many = [Run(bytes([n]) * 16, 0, 1) for n in range(20)]
-    waiting = [Waiting(many, array("q", range(20)), 64) for _ in range(3)]
+    waiting = [PendingBlock(many, array("q", range(20)), 64) for _ in range(3)]
     with opened._lock:
         opened._queue = list(waiting)
         assert opened._next_group() == waiting[:1]
@@ -176,7 +176,7 @@ def test_who_comes_while_a_commit_runs_is_committed_together_by_the_next(
 ) -> None:
     gate, groups, write = threading.Event(), [], opened._write
 
-    def slow(group: list[Waiting]) -> Written:
+    def slow(group: list[PendingBlock]) -> CommitResult:
         groups.append(len(group))
         assert gate.wait(30)
         return write(group)
@@ -200,13 +200,13 @@ def test_a_commit_takes_a_bounded_number_of_records_along(
 ) -> None:
     gate, groups, write = threading.Event(), [], opened._write
 
-    def slow(group: list[Waiting]) -> Written:
+    def slow(group: list[PendingBlock]) -> CommitResult:
         groups.append([len(waiting.values) for waiting in group])
         assert gate.wait(30)
         return write(group)
 
     monkeypatch.setattr(opened, "_write", slow)
-    monkeypatch.setattr(Store, "MOST_GROUPED", 4)
+    monkeypatch.setattr(Store, "MAX_GROUPED", 4)
     calls = [Blocked(lambda: opened.append(*block(A, 0, 1)))]
     eventually(lambda: groups == [[1]])
     for start, size in ((1, 3), (4, 2), (6, 9), (15, 1)):
@@ -224,7 +224,7 @@ def test_a_failed_commit_fails_exactly_its_batches_and_the_next_starts_clean(
 ) -> None:
     gate, write, groups = threading.Event(), opened._write, []
 
-    def failing(group: list[Waiting]) -> Written:
+    def failing(group: list[PendingBlock]) -> CommitResult:
         groups.append(len(group))
         if len(groups) == 1:
             assert gate.wait(30)
@@ -254,7 +254,7 @@ def test_an_error_that_cannot_be_put_into_words_is_no_success(
 ) -> None:
     """Whoever leads gets that error, and the others of the group one that says no more than that it failed."""
 
-    def failing(group: list[Waiting]) -> Written:
+    def failing(group: list[PendingBlock]) -> CommitResult:
         raise sqlite3.OperationalError("disk I/O error")
 
     def wordless(cause: BaseException) -> StoreError:
@@ -263,7 +263,7 @@ def test_an_error_that_cannot_be_put_into_words_is_no_success(
     with monkeypatch.context() as short:
         short.setattr(opened, "_write", failing)
         short.setattr(opened, "_failed", wordless)
-        group = [Waiting(*block(A, n, n + 1), 64) for n in range(2)]
+        group = [PendingBlock(*block(A, n, n + 1), 64) for n in range(2)]
         with opened._lock:
             opened._leading = True
         with pytest.raises(RuntimeError, match="no words"):
@@ -279,7 +279,7 @@ def test_who_cannot_gather_a_group_leaves_the_lead_and_the_queue_to_others(
 ) -> None:
     """For want of memory, say: or nobody would ever lead again, nor `close` return."""
 
-    def no_memory() -> list[Waiting]:
+    def no_memory() -> list[PendingBlock]:
         raise MemoryError
 
     with monkeypatch.context() as short:
@@ -309,7 +309,7 @@ def test_the_log_and_the_stats_say_once_that_commits_fail(
     caplog.set_level(logging.INFO)
     write = opened._write
 
-    def failing(group: list[Waiting]) -> Written:
+    def failing(group: list[PendingBlock]) -> CommitResult:
         raise sqlite3.OperationalError("disk I/O error")
 
     for outage in (1, 2):
@@ -365,7 +365,7 @@ def test_a_check_does_not_make_good_what_failed_for_records(
     """It needs less room: until they have been tried again, their error stands."""
     caplog.set_level(logging.INFO)
 
-    def failing(group: list[Waiting]) -> Written:
+    def failing(group: list[PendingBlock]) -> CommitResult:
         raise sqlite3.OperationalError("database or disk is full")
 
     with monkeypatch.context() as short:
@@ -527,7 +527,7 @@ def test_a_file_that_cannot_be_given_back_is_deleted_from_all_the_same(
 
     monkeypatch.setattr(spool, "_give_back", locked)
     spool.delete(oldest)
-    assert give_back and "not_given_back" in caplog.text
+    assert give_back and "spool_not_shrunk" in caplog.text
     assert spool.stats().held == 0
     spool.close()
 
@@ -591,7 +591,7 @@ def test_a_commit_that_happened_but_reported_an_error_is_not_doubled(
     opened.append(*block(A, 0, 5))
     write = opened._write
 
-    def lying(group: list[Waiting]) -> Written:
+    def lying(group: list[PendingBlock]) -> CommitResult:
         write(group)
         monkeypatch.setattr(opened, "_write", write)
         raise sqlite3.OperationalError("disk I/O error")
@@ -659,7 +659,7 @@ def test_close_waits_for_the_commit_that_runs_and_ends_the_store(path: Path, mon
     opened, gate = Store(str(path)), threading.Event()
     write, started = opened._write, threading.Event()
 
-    def slow(group: list[Waiting]) -> Written:
+    def slow(group: list[PendingBlock]) -> CommitResult:
         started.set()
         assert gate.wait(30)
         return write(group)

@@ -1,6 +1,6 @@
 """ClickHouse's HTTP interface, as little of it as a store needs: addresses, a request and its answer, and what fails.
 
-What is found wrong is `Again`, which may pass, or `Final`, which somebody has to mend. A password is in a `Target` and
+What is found wrong is `RetryableError`, which may pass, or `PermanentError`, which somebody has to mend. A password is in a `Target` and
 in the header of a request, and nowhere else: `redacted` takes it out of whatever a user typed.
 
 A `Server` belongs to one thread at a time. No thread runs here, and nothing is guarded.
@@ -50,10 +50,10 @@ _FINAL = {
     516: f"check user and password, in the address or in {PASSWORD}",
 }
 _CODE = re.compile(r"^Code: (\d+)[.,] *(?:e\.displayText\(\) = )?(?:DB::(?:NetException|Exception): )?(.*)", re.DOTALL)
-_MOST_SAID = 300
+_MAX_SAID = 300
 
 
-class Again(Exception):
+class RetryableError(Exception):
     """Not done, or perhaps: it may be tried again. The text says why. `code` is the server's, 0 without one."""
 
     def __init__(self, text: str, code: int = 0) -> None:
@@ -61,7 +61,7 @@ class Again(Exception):
         self.code = code
 
 
-class Final(Exception):
+class PermanentError(Exception):
     """Not done, and not to be had until somebody changes something. The text says what."""
 
     def __init__(self, text: str, code: int = 0) -> None:
@@ -154,7 +154,7 @@ class Server:
     ) -> bytes:
         """The whole answer to a statement with `body` as its data, within `seconds`, more or less: for each wait.
 
-        Raises Again or Final.
+        Raises RetryableError or PermanentError.
         """
         query = {"query": sql, "database": self._database, "wait_end_of_query": "1", **(settings or {})}
         try:
@@ -164,13 +164,13 @@ class Server:
             said = response.read()  # to the end: only then is it known
         except TimeoutError:
             self.close()
-            raise Again(f"{self.name}: no answer within {seconds:.0f} s") from None
+            raise RetryableError(f"{self.name}: no answer within {seconds:.0f} s") from None
         except ssl.SSLError as error:
             self.close()
-            raise Again(f"{self.name}: {explain(error)}") from None
+            raise RetryableError(f"{self.name}: {explain(error)}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no host can have such a name
             self.close()
-            raise Again(f"{self.name}: {_line(str(error)) or type(error).__name__}") from None
+            raise RetryableError(f"{self.name}: {_line(str(error)) or type(error).__name__}") from None
         except BaseException:
             self.close()
             raise
@@ -208,7 +208,7 @@ class Server:
 def _line(text: str) -> str:
     """What somebody else said, on one line, and not too long."""
     text = " ".join(text.split())
-    return f"{text[:_MOST_SAID]}..." if len(text) > _MOST_SAID else text
+    return f"{text[:_MAX_SAID]}..." if len(text) > _MAX_SAID else text
 
 
 def _refused(name: str, status: int, said: str, told: str | None) -> Exception:
@@ -220,10 +220,10 @@ def _refused(name: str, status: int, said: str, told: str | None) -> Exception:
     text = re.sub(r"\. Expected one of: .*|[:. ]*\(version [^)]*\).*|: While executing.*", "", text, flags=re.DOTALL)
     text = _line(text)
     if not code:
-        kind = Again if status >= 500 or status in (408, 429) else Final
+        kind = RetryableError if status >= 500 or status in (408, 429) else PermanentError
         return kind(f"{name}: answered {status}" + (f": {text}" if text else ""))
     text = f"{name}: {text or 'failed'} (code {code})"
-    return Final(f"{text}: {_FINAL[code]}", code) if code in _FINAL else Again(text, code)
+    return PermanentError(f"{text}: {_FINAL[code]}", code) if code in _FINAL else RetryableError(text, code)
 
 
 _ESCAPES = {"t": "\t", "n": "\n", "\\": "\\", "'": "'", "0": "\0", "r": "\r", "b": "\b", "f": "\f"}

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ringolib.storage.clickhouse.http import Final, Server
+from ringolib.storage.clickhouse.http import PermanentError, Server
 
 SCHEMA_VERSION = 1
 LATEST = 2**63 - 1
@@ -53,28 +53,36 @@ def text(value: str) -> str:
 def look(server: Server, database: str, cluster: str | None, seconds: float | None = None) -> Tables | None:
     """What there is; None if there is nothing yet. Waits `seconds` for each answer, or ASK_SECONDS.
 
-    Raises Again, or Final, also for tables of another shape.
+    Raises RetryableError, or PermanentError, also for tables of another shape.
     """
     seconds = seconds or ASK_SECONDS
     found = _tables(server, database, seconds)
     if "ringoexp" not in found:  # the last to be made: perhaps they are being made, or who did it was killed
         if found and not ("record" in found and _ours(server, database, seconds, *found["record"], begun=True)):
             taken = sorted(found)[0]
-            raise Final(f"{server.name}: {database} has a table {taken} of another program: name another database")
+            raise PermanentError(
+                f"{server.name}: {database} has a table {taken} of another program: name another database"
+            )
         return None
     inserted = "record_all" if cluster else "record"
     for name in ("record", inserted, "records"):
         if name not in found:
             hint = "it was made without --clickhouse_cluster" if name == "record_all" and "record" in found else ""
-            raise Final(f"{server.name}: {database} has no table {name}: {hint or 'restore it, or name another one'}")
+            raise PermanentError(
+                f"{server.name}: {database} has no table {name}: {hint or 'restore it, or name another one'}"
+            )
     if not cluster and "record_all" in found:
-        raise Final(f"{server.name}: {database} belongs to a cluster: name it with --clickhouse_cluster")
+        raise PermanentError(f"{server.name}: {database} belongs to a cluster: name it with --clickhouse_cluster")
     engine, key, made = found["record"]
     if not _ours(server, database, seconds, engine, key, made):
-        raise Final(f"{server.name}: the table record in {database} is of another shape: name another database")
+        raise PermanentError(
+            f"{server.name}: the table record in {database} is of another shape: name another database"
+        )
     ((identity, schema),) = server.rows(f"SELECT toString(identity), schema FROM {quoted(database)}.ringoexp", seconds)
     if int(schema) > SCHEMA_VERSION:
-        raise Final(f"{server.name}: {database} has version {schema}, this program knows {SCHEMA_VERSION}: use a newer")
+        raise PermanentError(
+            f"{server.name}: {database} has version {schema}, this program knows {SCHEMA_VERSION}: use a newer"
+        )
     replicated = engine.startswith("Replicated")
     replicas = _replicas(server, database, cluster, seconds) if replicated else 1
     settings, token = _settings(server, replicas, seconds)
@@ -92,15 +100,17 @@ def look(server: Server, database: str, cluster: str | None, seconds: float | No
 
 
 def make(server: Server, database: str, cluster: str | None) -> None:
-    """Makes what is missing, on all servers of the cluster, if there is one. Raises Again or Final."""
+    """Makes what is missing, on all servers of the cluster, if there is one. Raises RetryableError or PermanentError."""
     if cluster:
         clusters = {name for (name,) in server.rows("SELECT cluster FROM system.clusters", ASK_SECONDS)}
         if cluster not in clusters:
             listed = ", ".join(sorted(clusters)) or "none"
-            raise Final(f"--clickhouse_cluster {cluster}: {server.name} knows no such cluster, but {listed}")
+            raise PermanentError(f"--clickhouse_cluster {cluster}: {server.name} knows no such cluster, but {listed}")
         macros = {name for (name, _) in server.rows("SELECT macro, substitution FROM system.macros", ASK_SECONDS)}
         if missing := sorted({"shard", "replica"} - macros):
-            raise Final(f"{server.name}: its configuration has no macro {missing[0]}, which replicated tables need")
+            raise PermanentError(
+                f"{server.name}: its configuration has no macro {missing[0]}, which replicated tables need"
+            )
     on = f" ON CLUSTER {quoted(cluster)}" if cluster else ""
     within = quoted(database)
     known = {name for (name,) in server.rows("SELECT name FROM system.merge_tree_settings", ASK_SECONDS)}
@@ -131,11 +141,11 @@ def make(server: Server, database: str, cluster: str | None) -> None:
 
 
 def expire(server: Server, database: str, cluster: str | None, tables: Tables, days: float) -> None:
-    """Has records deleted that many days after they came, some time. Raises Again or Final."""
+    """Has records deleted that many days after they came, some time. Raises RetryableError or PermanentError."""
     ((version,),) = server.rows("SELECT version()", ASK_SECONDS)
     numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
     if numbers < [19, 6]:
-        raise Final(f"--retain {days:g}: {server.name} is ClickHouse {version}, it needs 19.6 or newer")
+        raise PermanentError(f"--retain {days:g}: {server.name} is ClickHouse {version}, it needs 19.6 or newer")
     ttl = f"toDateTime(intDiv({LATEST} - version, 1000000000)) + toIntervalSecond({round(days * 86400)})"
     if tables.expires == ttl:
         return
@@ -154,7 +164,7 @@ def _ours(server: Server, database: str, seconds: float, engine: str, key: str, 
 
 
 def _tables(server: Server, database: str, seconds: float) -> dict[str, tuple[str, str, str]]:
-    """Engine, sorting key and definition of the tables there are, by name. Raises Final when there is no database."""
+    """Engine, sorting key and definition of the tables there are, by name. Raises PermanentError when there is no database."""
     rows = server.rows(
         "SELECT name, engine, sorting_key, engine_full FROM system.tables "
         f"WHERE database = {text(database)} AND name IN ('ringoexp', 'record', 'record_all', 'records')",

@@ -22,8 +22,8 @@ from time import monotonic, sleep
 
 from ringolib.net import tls
 from ringolib.storage.clickhouse import schema as tables
-from ringolib.storage.clickhouse.http import Again, Final, Server, Target
-from ringolib.storage.group_commit import GroupCommit, Waiting, Written
+from ringolib.storage.clickhouse.http import PermanentError, RetryableError, Server, Target
+from ringolib.storage.group_commit import CommitResult, GroupCommit, PendingBlock
 from ringolib.storage.interface import Sizes, StoreError
 from ringolib.wire import Run
 
@@ -38,7 +38,7 @@ LEAST_OF_IT = 0.4
 """The part of that for which an insert is tried in any case, if its records have waited for one before that failed."""
 CHECK_SECONDS = 1.5
 """How long a check waits for each answer."""
-BACKOFF_LEAST, BACKOFF_MOST = 0.1, 2.0
+BACKOFF_LEAST, BACKOFF_MAX_SECONDS = 0.1, 2.0
 TRUST_SECONDS = 3.0
 """For how long an insert that succeeded shows that the next one would."""
 DOUBT_SECONDS = 15.0
@@ -102,7 +102,7 @@ class ClickHouse(GroupCommit):
     may delete a record.
     """
 
-    MOST_GROUPED = 500_000
+    MAX_GROUPED = 500_000
     RUN_COST = 16
     SLOW = 5.0
 
@@ -121,7 +121,7 @@ class ClickHouse(GroupCommit):
         try:
             self._servers = [Server(target, *host) for host in target.hosts]
             found = self._open(retain)
-        except (Again, Final, tls.BadFile) as error:
+        except (RetryableError, PermanentError, tls.CredentialFileError) as error:
             for server in self._servers:
                 server.close()
             raise self._explained(error) from None
@@ -149,11 +149,11 @@ class ClickHouse(GroupCommit):
             try:
                 found = tables.look(server, self._target.database, self._cluster, CHECK_SECONDS)
                 if not found or found.identity != self.identity:
-                    raise Final(f"{server.name}: the tables are gone, or others: start again")
+                    raise PermanentError(f"{server.name}: the tables are gone, or others: start again")
                 server.post(found.insert, b"", CHECK_SECONDS, found.settings)
                 error = None
                 break
-            except (Again, Final) as failed:
+            except (RetryableError, PermanentError) as failed:
                 error = error or self._explained(failed)
             finally:
                 server.close()
@@ -176,8 +176,8 @@ class ClickHouse(GroupCommit):
                 server.close()
 
     def _open(self, retain: float | None) -> tables.Tables:
-        """Finds a host that answers, and makes there what is missing. Raises Again or Final."""
-        failed: Again | None = None
+        """Finds a host that answers, and makes there what is missing. Raises RetryableError or PermanentError."""
+        failed: RetryableError | None = None
         for at, server in enumerate(self._servers):
             try:
                 found = tables.look(server, self._target.database, self._cluster)
@@ -185,14 +185,16 @@ class ClickHouse(GroupCommit):
                     tables.make(server, self._target.database, self._cluster)
                     found = tables.look(server, self._target.database, self._cluster)
                     if not found:
-                        raise Final(f"{server.name}: the tables were made, and are not there")
+                        raise PermanentError(f"{server.name}: the tables were made, and are not there")
                 if len(self._servers) > 1 and not found.shared:
-                    raise Final("several hosts need --clickhouse_cluster, or replicated tables: each has its own now")
+                    raise PermanentError(
+                        "several hosts need --clickhouse_cluster, or replicated tables: each has its own now"
+                    )
                 if retain:
                     tables.expire(server, self._target.database, self._cluster, found, retain)
                 self._at = at
                 return found
-            except Again as error:
+            except RetryableError as error:
                 failed = failed or error
         assert failed
         raise failed
@@ -201,7 +203,7 @@ class ClickHouse(GroupCommit):
         assert self._lock.locked()
         return 0.0 if self._queued >= MANY else self._began_at + INTERVAL - monotonic()
 
-    def _write(self, group: list[Waiting]) -> Written:
+    def _write(self, group: list[PendingBlock]) -> CommitResult:
         """Inserts `group`; what is known already counts as stored."""
         started = monotonic()
         # A block that comes later never has an earlier time, whatever becomes of the clock meanwhile.
@@ -209,10 +211,10 @@ class ClickHouse(GroupCommit):
         self._last_ns = arrived_ns + sum(len(waiting.runs) for waiting in group)
         deadline = max(group[0].since + GIVE_UP_SECONDS, started + GIVE_UP_SECONDS * LEAST_OF_IT)
         self._insert(encode(((waiting.runs, waiting.values) for waiting in group), arrived_ns), deadline)
-        return Written(sum(len(waiting.values) for waiting in group), 0, self._records)
+        return CommitResult(sum(len(waiting.values) for waiting in group), 0, self._records)
 
     def _insert(self, rows: "array[int]", deadline: float) -> None:
-        """Returns when the rows are in the database. Raises Again if they may not be, soon after `deadline`, or Final.
+        """Returns when the rows are in the database. Raises RetryableError if they may not be, soon after `deadline`, or PermanentError.
 
         The identical bytes, by the same token, are tried at the same host, a second time at once, and elsewhere only
         where the same records are to be had too.
@@ -232,16 +234,16 @@ class ClickHouse(GroupCommit):
                         left = min(left, GIVE_UP_SECONDS / 3)
                     said = server.post(known.insert, body, left, settings)
                     if said:
-                        raise Again(f"{server.name}: answered an insert with {said[:100]!r}")
+                        raise RetryableError(f"{server.name}: answered an insert with {said[:100]!r}")
                     if monotonic() - self._sized_at > SIZES_SECONDS or not self._records:
                         self._measure(server)
                     return
-                except (Again, Final) as error:
+                except (RetryableError, PermanentError) as error:
                     self._known = None  # it may be another server by now
                     turn += 1
                     if turn > 1:  # all have the same tables, or else they were refused at the start
                         self._at = (self._at + 1) % len(self._servers)
-                    final = isinstance(error, Final) and (len(self._servers) == 1 or turn > len(self._servers))
+                    final = isinstance(error, PermanentError) and (len(self._servers) == 1 or turn > len(self._servers))
                     if final or deadline - monotonic() <= pause:
                         raise
                     log.debug("insert_again", {"host": server.name, "reason": str(error)})
@@ -249,13 +251,13 @@ class ClickHouse(GroupCommit):
                         with self._lock:
                             self._error = str(self._explained(error))
                     sleep(pause)
-                    pause = min(BACKOFF_MOST, max(BACKOFF_LEAST, 2 * pause))
+                    pause = min(BACKOFF_MAX_SECONDS, max(BACKOFF_LEAST, 2 * pause))
 
     def _look_again(self, server: Server) -> tables.Tables:
-        """What a server has and knows, after something failed. Raises Again, or Final, also for another database."""
+        """What a server has and knows, after something failed. Raises RetryableError, or PermanentError, also for another database."""
         found = tables.look(server, self._target.database, self._cluster)
         if not found or found.identity != self.identity:
-            raise Final(f"{server.name}: the tables are gone, or others: start again to make them anew")
+            raise PermanentError(f"{server.name}: the tables are gone, or others: start again to make them anew")
         return found
 
     def _measure(self, server: Server) -> None:
@@ -269,7 +271,7 @@ class ClickHouse(GroupCommit):
         try:
             ((records, size),) = server.rows(sql, CHECK_SECONDS)
             self._records, self._bytes = int(records), int(size)
-        except (Again, Final, ValueError) as error:
+        except (RetryableError, PermanentError, ValueError) as error:
             log.debug("not_measured", {"reason": str(error)})
 
     def _failed(self, cause: BaseException) -> StoreError:

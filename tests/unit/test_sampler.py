@@ -663,11 +663,11 @@ def test_pprof_says_what_the_profile_says() -> None:
     assert labels[3]["thread"] == "odd ?"
     inner, outer = read.samples[0].calls
     assert (inner.function, inner.file, inner.start) == (
-        "test_sampling.spin",
+        "test_sampler.spin",
         __file__,
         spin.__code__.co_firstlineno,
     )
-    assert outer.function == "test_sampling.of_thread" and inner.line >= inner.start
+    assert outer.function == "test_sampler.of_thread" and inner.line >= inner.start
     assert read.samples[0].calls == read.samples[1].calls
 
 
@@ -695,13 +695,13 @@ def test_a_line_of_code_is_the_one_it_is_at() -> None:
 
 def test_collapsed_lines_can_be_read_back() -> None:
     text = profile_formats.collapsed(example(), "cpu")
-    assert text == "busy;test_sampling.of_thread;test_sampling.spin 6500\n", "µs; what has none is left out"
+    assert text == "busy;test_sampler.of_thread;test_sampler.spin 6500\n", "µs; what has none is left out"
     lines = profile_formats.collapsed(example(), "wall").splitlines()
     assert len(lines) == 3
     for line in lines:
         assert re.fullmatch(r"[^;]+(;[^;]+)+ \d+", line)
-    assert any(line.startswith("id:le 1;test_sampling.of_thread ") for line in lines)
-    assert re.fullmatch(r"odd \udcff;test_sampling.of_thread;od:d name\.\S+ 1", lines[2])
+    assert any(line.startswith("id:le 1;test_sampler.of_thread ") for line in lines)
+    assert re.fullmatch(r"odd \udcff;test_sampler.of_thread;od:d name\.\S+ 1", lines[2])
 
 
 def test_speedscope_keeps_its_schema() -> None:
@@ -711,7 +711,7 @@ def test_speedscope_keeps_its_schema() -> None:
     assert (cpu["name"], wall["name"]) == ("cpu", "wall")
     assert sum(cpu["weights"]) == 6_500_999 and sum(wall["weights"]) == 8_001_000 + 2**40
     names = [frame["name"] for frame in file["shared"]["frames"]]
-    assert [names[n] for n in cpu["samples"][0]] == ["busy", "test_sampling.of_thread", "test_sampling.spin"]
+    assert [names[n] for n in cpu["samples"][0]] == ["busy", "test_sampler.of_thread", "test_sampler.spin"]
 
 
 def test_a_heap_profile_says_what_was_traced() -> None:

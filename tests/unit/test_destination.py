@@ -1,4 +1,4 @@
-"""Several outlets: workers spread over them, who fails is left out until it is back, and a batch in doubt goes where it
+"""Several destinations: workers spread over them, who fails is left out until it is back, and a batch in doubt goes where it
 may be stored already.
 """
 
@@ -14,12 +14,12 @@ from support.harness import Blocked, eventually
 from ringbuffer import Ring
 from ringolib import timing
 from ringolib.forward import workers as forwarder
-from ringolib.forward.destination import Outlet, Pin
+from ringolib.forward.destination import Destination, Pin
 from ringolib.forward.link import LinkState
 from ringolib.forward.sink import InDoubt, SinkError
 from ringolib.forward.workers import Forwarder
-from ringolib.net.addresses import Place
-from ringolib.net.credentials import Access
+from ringolib.net.addresses import Endpoint
+from ringolib.net.credentials import Credentials
 from ringolib.status import readiness
 from ringolib.status.readiness import Readiness
 from ringolib.wire import Block
@@ -39,7 +39,7 @@ class Consumer:
         self.calls = self.connects = self.busy = 0
         self.lock = threading.Lock()
         self.state = LinkState(name)
-        self.outlet = Outlet(lambda connected: Link(self), self.state, alone=False)
+        self.destination = Destination(lambda connected: Link(self), self.state, alone=False)
 
 
 class Link:
@@ -96,14 +96,14 @@ class Link:
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "BACKOFF_FIRST", 0.001)
-    monkeypatch.setattr(timing, "BACKOFF_MOST", 0.01)
+    monkeypatch.setattr(timing, "BACKOFF_FIRST_SECONDS", 0.001)
+    monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.01)
     monkeypatch.setattr(forwarder, "QUIET_SECONDS", 0)
 
 
 @contextmanager
 def forwarding(ring: Ring, *consumers: Consumer, most: int = 8, records: int = 65536) -> Iterator[Forwarder]:
-    running = Forwarder(ring, [each.outlet for each in consumers], most, records)
+    running = Forwarder(ring, [each.destination for each in consumers], most, records)
     try:
         yield running
     finally:
@@ -119,9 +119,9 @@ def put(ring: Ring, *values: int) -> int:
 
 def test_who_may_have_a_batch_in_doubt() -> None:
     """The store that may have it, wherever; where nobody says which it is, the same consumer."""
-    there, other = Outlet(lambda connected: Link(Consumer(""))), Outlet(lambda connected: Link(Consumer("")))
-    address = Outlet(lambda connected: Link(Consumer("")), fixed=False)
-    for outlet, mark, store, takes in [
+    there, other = Destination(lambda connected: Link(Consumer(""))), Destination(lambda connected: Link(Consumer("")))
+    address = Destination(lambda connected: Link(Consumer("")), fixed=False)
+    for destination, mark, store, takes in [
         (there, Pin(there, None), None, True),
         (there, Pin(there, None), "x", True),
         (other, Pin(there, None), "x", False),
@@ -133,7 +133,7 @@ def test_who_may_have_a_batch_in_doubt() -> None:
         (address, Pin(address, "x"), "x", True),
         (address, Pin(address, "x"), None, True),
     ]:
-        assert outlet.takes(mark, store) is takes, (mark.store, store)
+        assert destination.takes(mark, store) is takes, (mark.store, store)
 
 
 def test_each_outlet_has_a_worker_from_the_start_and_new_ones_go_where_there_are_fewest() -> None:
@@ -144,7 +144,7 @@ def test_each_outlet_has_a_worker_from_the_start_and_new_ones_go_where_there_are
         assert running.stats().workers == 3
         put(ring, *range(64))
         eventually(lambda: [each.busy for each in consumers] == [3, 3, 3])
-        assert [each.outlet.workers for each in consumers] == [3, 3, 3] and running.stats().workers == 9
+        assert [each.destination.workers for each in consumers] == [3, 3, 3] and running.stats().workers == 9
         for each in consumers:
             each.gate.set()
         assert ring.wait_committed(64, 20)
@@ -176,7 +176,7 @@ def test_one_that_is_away_takes_nothing_and_has_work_again_when_it_is_back(caplo
         eventually(lambda: away.connects > 3)
         for turn in range(50):
             assert ring.wait_committed(put(ring, turn), 20)
-        assert here.stored == list(range(50)) and away.calls == 0 and away.outlet.workers == 1
+        assert here.stored == list(range(50)) and away.calls == 0 and away.destination.workers == 1
         away.away = False
         eventually(lambda: not away.state.down)
         eventually(lambda: away.stored or not ring.wait_committed(put(ring, 1), 20))
@@ -237,21 +237,21 @@ def test_an_error_that_nobody_expected_leaves_the_batch_in_doubt() -> None:
 def test_an_error_that_nobody_expected_does_not_make_it_forget_which_store_may_have_it() -> None:
     """Or a batch in doubt there would go to whichever store is at this address next."""
     ring, there = Ring(8), Consumer("there", "the one")
-    there.outlet.fixed, there.buggy = False, True
+    there.destination.fixed, there.buggy = False, True
     put(ring, 1)
-    ring.requeue(ring.reserve(1), there.outlet.pin("the one"))
-    assert Forwarder(ring, [], 8).step(there.outlet, Link(there))
-    assert ring.marks() == [(Pin(there.outlet, "the one"), 1)]
+    ring.requeue(ring.reserve(1), there.destination.pin("the one"))
+    assert Forwarder(ring, [], 8).step(there.destination, Link(there))
+    assert ring.marks() == [(Pin(there.destination, "the one"), 1)]
 
 
 def test_a_store_that_does_not_say_which_it_is_does_not_make_it_forget_which_one_may_have_it() -> None:
     """It was sent to one that says so, and then, at the same address, to one that does not: that may be the same."""
     ring, there = Ring(8), Consumer("there")
-    there.outlet.fixed, there.deaf = False, True
+    there.destination.fixed, there.deaf = False, True
     put(ring, 1)
-    ring.requeue(ring.reserve(1), there.outlet.pin("the one"))
-    assert Forwarder(ring, [], 8).step(there.outlet, Link(there)) and there.stored == [1]
-    assert ring.marks() == [(Pin(there.outlet, "the one"), 1)]
+    ring.requeue(ring.reserve(1), there.destination.pin("the one"))
+    assert Forwarder(ring, [], 8).step(there.destination, Link(there)) and there.stored == [1]
+    assert ring.marks() == [(Pin(there.destination, "the one"), 1)]
 
 
 def test_one_that_takes_batches_and_never_acks_gets_no_more_than_its_workers_had() -> None:
@@ -289,10 +289,10 @@ def test_one_that_is_back_gets_its_share_of_workers_though_there_are_as_many_as_
     here.gate.clear()
     with forwarding(ring, here, away, most=6, records=1):
         put(ring, *range(60))
-        eventually(lambda: here.outlet.workers == 5 and here.busy == 5)
+        eventually(lambda: here.destination.workers == 5 and here.busy == 5)
         away.away = False
         here.gate.set()
-        eventually(lambda: put(ring, *range(64)) and abs(here.outlet.workers - away.outlet.workers) <= 1)
+        eventually(lambda: put(ring, *range(64)) and abs(here.destination.workers - away.destination.workers) <= 1)
 
 
 def test_one_that_is_dropped_ends_its_workers_once_nothing_is_in_doubt_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,15 +302,15 @@ def test_one_that_is_dropped_ends_its_workers_once_nothing_is_in_doubt_there(mon
     with forwarding(ring, here, gone) as running:
         end = put(ring, 1)
         eventually(lambda: ring.marks())
-        running.change([new.outlet], [gone.outlet])
+        running.change([new.destination], [gone.destination])
         since = ring.cursor
         assert ring.wait_committed(put(ring, 2), 20, since) and new.stored == [2]
-        assert gone.outlet in running.outlets and running.keep(gone.outlet)
-        running.change([], [gone.outlet])
+        assert gone.destination in running.destinations and running.keep(gone.destination)
+        running.change([], [gone.destination])
         gone.deaf = gone.away = False
         assert ring.wait_committed(end, 20)
-        eventually(lambda: gone.outlet not in running.outlets)
-        assert gone.outlet.workers == 0 and not running.keep(gone.outlet)
+        eventually(lambda: gone.destination not in running.destinations)
+        assert gone.destination.workers == 0 and not running.keep(gone.destination)
         assert ring.wait_committed(put(ring, 3), 20)
 
 
@@ -324,11 +324,11 @@ def test_one_that_is_dropped_before_it_had_a_worker_is_gone_at_once(monkeypatch:
     with forwarding(ring, here) as running:
         with monkeypatch.context() as short:
             short.setattr(threading.Thread, "start", no_thread)
-            running.change([new.outlet], [])
-        assert new.outlet in running.outlets and new.outlet.workers == 0
-        running.change([], [new.outlet])
-        assert list(running.outlets) == [here.outlet]
-        assert not running.keep(new.outlet)
+            running.change([new.destination], [])
+        assert new.destination in running.destinations and new.destination.workers == 0
+        running.change([], [new.destination])
+        assert list(running.destinations) == [here.destination]
+        assert not running.keep(new.destination)
         assert ring.wait_committed(put(ring, 1), 20)
 
 
@@ -342,11 +342,11 @@ def test_one_that_found_no_thread_has_a_worker_as_soon_as_there_is_one(monkeypat
     with forwarding(ring, here, most=1) as running:
         with monkeypatch.context() as short:
             short.setattr(threading.Thread, "start", no_thread)
-            running.change([new.outlet], [])
-            assert running.keep(new.outlet), "it is tried again, and that is no error"
-        assert new.outlet.workers == 0
-        assert running.keep(new.outlet) and running.keep(new.outlet), "each time that names are resolved"
-        assert new.outlet.workers == 1
+            running.change([new.destination], [])
+            assert running.keep(new.destination), "it is tried again, and that is no error"
+        assert new.destination.workers == 0
+        assert running.keep(new.destination) and running.keep(new.destination), "each time that names are resolved"
+        assert new.destination.workers == 1
         eventually(lambda: new.stored or put(ring, 2) and False)
 
 
@@ -370,7 +370,7 @@ def test_it_stops_in_every_state(state: str) -> None:
 
 def test_while_all_are_away_there_are_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ever longer ones: no busy loop."""
-    monkeypatch.setattr(timing, "BACKOFF_MOST", 30)
+    monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 30)
     monkeypatch.setattr("random.uniform", lambda low, high: high)
     ring, consumers = Ring(8), [Consumer(name) for name in "ab"]
     for each in consumers:
@@ -383,21 +383,21 @@ def test_while_all_are_away_there_are_pauses(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_is_in_doubt_at_one_store_goes_to_no_other_though_only_one_consumer_is_left() -> None:
     ring, here, gone = Ring(8), Consumer("here", "x"), Consumer("gone", "y")
-    gone.outlet = Outlet(lambda connected: Link(gone), gone.state, fixed=False, alone=False)
+    gone.destination = Destination(lambda connected: Link(gone), gone.state, fixed=False, alone=False)
     here.away = gone.deaf = True
     with forwarding(ring, here, gone) as running:
         end = put(ring, 1)
         eventually(lambda: ring.marks())
         gone.identity, gone.deaf, gone.away = "z", False, False  # another one has its address now
-        running.change([], [gone.outlet])
-        eventually(lambda: put(ring, 2) and gone.outlet not in running.outlets)
+        running.change([], [gone.destination])
+        eventually(lambda: put(ring, 2) and gone.destination not in running.destinations)
         here.away = False
         for _ in range(20):
             since = ring.cursor
             assert ring.wait_committed(put(ring, 3), 20, since)
         assert not ring.is_stored(end) and 1 not in here.stored and gone.stored[0] == 1 not in gone.stored[1:]
         back = Consumer("back", "y")
-        running.change([back.outlet], [])
+        running.change([back.destination], [])
         assert ring.wait_committed(end, 20) and 1 in back.stored
 
 
@@ -407,18 +407,18 @@ def test_what_became_in_doubt_while_a_worker_without_a_link_waited_goes_to_no_ot
     """It looked before whether there was such a batch; who it would reach, nobody knows until there is a link."""
     monkeypatch.setattr(forwarder, "IDLE_SECONDS", 0.01)
     ring, there = Ring(8), Consumer("there", "another")
-    there.outlet.fixed = False  # a name with one address
+    there.destination.fixed = False  # a name with one address
     link = Link(there)
     put(ring, 1)
-    ring.requeue(ring.reserve(1), there.outlet.pin("the one"))
+    ring.requeue(ring.reserve(1), there.destination.pin("the one"))
     running = Forwarder(ring, [], 8)
     with monkeypatch.context() as before:
         before.setattr(Ring, "has_marked", False)
-        assert running.step(there.outlet, link)
-    assert running.step(there.outlet, link) and link.ready
+        assert running.step(there.destination, link)
+    assert running.step(there.destination, link) and link.ready
     assert not there.stored and len(ring.marks()) == 1
     there.identity = "the one"
-    assert running.step(there.outlet, Link(there)) and there.stored == [1]
+    assert running.step(there.destination, Link(there)) and there.stored == [1]
 
 
 def test_a_name_that_has_other_addresses_now_is_no_longer_the_same_consumer() -> None:
@@ -427,9 +427,9 @@ def test_a_name_that_has_other_addresses_now_is_no_longer_the_same_consumer() ->
     with forwarding(ring, name) as running:
         end = put(ring, 1)
         eventually(lambda: ring.marks())
-        running.change([one.outlet, two.outlet], [name.outlet])
+        running.change([one.destination, two.destination], [name.destination])
         name.identity, name.deaf, name.away = "y", False, False  # by its name the second one answers
-        eventually(lambda: name.outlet not in running.outlets)
+        eventually(lambda: name.destination not in running.destinations)
         assert name.stored == [1] and not two.stored
         one.away = False
         assert ring.wait_committed(end, 20) and one.stored == [1]
@@ -444,16 +444,18 @@ def test_one_that_is_taken_back_has_a_worker_however_that_coincides_with_its_lea
 
     def has_for(takes: object) -> bool:
         if not looking:
-            looking.append(Blocked(lambda: running.keep(gone.outlet)))
+            looking.append(Blocked(lambda: running.keep(gone.destination)))
             looking[0].still()
         return False
 
     with forwarding(ring, here, gone) as running:
         monkeypatch.setattr(ring, "has_for", has_for)
-        running.change([], [gone.outlet])
+        running.change([], [gone.destination])
         eventually(lambda: looking)
         kept = looking[0].result()
-        eventually(lambda: bool(gone.outlet.workers) is kept and (gone.outlet in running.outlets) is kept)
+        eventually(
+            lambda: bool(gone.destination.workers) is kept and (gone.destination in running.destinations) is kept
+        )
         assert ring.wait_committed(put(ring, 1), 20)
 
 
@@ -463,15 +465,15 @@ def test_one_that_is_back_with_nothing_to_try_it_with_is_asked_whether_it_is_rea
     """Or else a publisher that gets nothing while it is not ready never is again."""
     monkeypatch.setattr(readiness, "_check_consumer", lambda *unused: None)
     ring, back, same = Ring(8), Consumer("back", "x"), Consumer("same", "x")
-    back.outlet.place, same.outlet.place = Place("back", 1, "back"), Place("same", 1, "same")
+    back.destination.place, same.destination.place = Endpoint("back", 1, "back"), Endpoint("same", 1, "same")
     back.deaf = same.away = True
     with forwarding(ring, back, same) as running:
-        ready = Readiness(ring, None, None, running, Access())
+        ready = Readiness(ring, None, None, running, Credentials())
         end = put(ring, 1)
         eventually(lambda: ring.marks())
         same.away = False
         assert ring.wait_committed(end, 20) and same.stored == [1]
         same.state.failed("it has gone")
         back.deaf = back.away = False
-        eventually(lambda: running.linked(back.outlet))
+        eventually(lambda: running.linked(back.destination))
         assert back.state.down and not ready.reasons()

@@ -53,9 +53,9 @@ class Memory:
 
 
 @pytest.fixture(params=[["-T", "0"], ["-I", "false"]], ids=["publisher", "consumer"])
-def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[assembly.Parts]:
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[assembly.App]:
     monkeypatch.setattr(assembly, "Store", Memory)
-    made = assembly.Parts(read_arguments(["-p", "0", *request.param]), [])
+    made = assembly.App(read_arguments(["-p", "0", *request.param]), [])
     try:
         made.start()
         yield made
@@ -64,7 +64,7 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     assert made.store and made.store.closed  # type: ignore[attr-defined]
 
 
-def test_a_server_needs_of_its_store_what_the_face_says_and_nothing_else(parts: assembly.Parts) -> None:
+def test_a_server_needs_of_its_store_what_the_face_says_and_nothing_else(parts: assembly.App) -> None:
     face = {name for name in vars(Storage) if not name.startswith("_")}
     store: Memory = parts.store  # type: ignore[assignment]
     assert (
@@ -84,7 +84,7 @@ def test_a_server_needs_of_its_store_what_the_face_says_and_nothing_else(parts: 
     assert request(port, "GET", "/metrics")[0] == request(port, "GET", "/v1.0/ready")[0] == 200
 
 
-def test_what_it_says_is_what_the_others_say(parts: assembly.Parts) -> None:
+def test_what_it_says_is_what_the_others_say(parts: assembly.App) -> None:
     parts.store.fails = "memory: it is tired"  # type: ignore[union-attr]
     status, _, body = request(parts.server.port, "GET", "/v1.0/ready")
     reasons = json.loads(body)["reasons"]

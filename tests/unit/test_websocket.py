@@ -241,7 +241,7 @@ def test_who_says_goodbye_and_ends_its_side_is_waited_for(monkeypatch: pytest.Mo
 
 
 def test_the_marks_of_a_long_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest, "MOST_MARKS", 5)
+    monkeypatch.setattr(ingest, "MAX_MARKS", 5)
     pieces = iter([frame(2, bytes(4))] * 100)
 
     class Pieces(ServerConnection):
@@ -415,7 +415,7 @@ def test_a_ping_behind_a_clients_own_message_is_answered_when_that_has_left() ->
             connection.sock.setblocking(False)
             connection.begin_bytes(bytes(8_000_000))
             connection.flush()
-            assert connection.unsent > websock.MOST_UNSENT
+            assert connection.unsent > websock.MAX_UNSENT
             connection.parse(b"\x89\x00")
             assert connection.ending is None
             received = 0

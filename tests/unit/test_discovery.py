@@ -12,10 +12,10 @@ from support.harness import Blocked, eventually, free_port, server
 
 from ringolib import options
 from ringolib.forward import discovery as consumers
-from ringolib.forward.destination import Outlet
+from ringolib.forward.destination import Destination
 from ringolib.forward.discovery import Consumers
 from ringolib.net import addresses
-from ringolib.net.addresses import AddressError, Place, listed, places
+from ringolib.net.addresses import AddressError, Endpoint, parse_hosts, resolve_endpoints
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ from ringolib.net.addresses import AddressError, Place, listed, places
     ],
 )
 def test_a_list_of_hosts(text: str, found: list[tuple[str, int]]) -> None:
-    assert listed(text, 6660) == found
+    assert parse_hosts(text, 6660) == found
 
 
 @pytest.mark.parametrize(
@@ -123,11 +123,11 @@ def test_each_address_of_a_name_with_several_is_a_consumer(
     known: list[str], found: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers(monkeypatch, {"name": known, "localhost": ["127.0.0.1", "127.0.0.2"]})
-    assert places("name", 7) == [Place(each, 7, "name") for each in found]
+    assert resolve_endpoints("name", 7) == [Endpoint(each, 7, "name") for each in found]
     for host in ("localhost", "127.0.0.1", "::1", "unix:x"):
-        assert places(host, 7) == [Place(host, 7, host)], "one, and nobody is asked"
+        assert resolve_endpoints(host, 7) == [Endpoint(host, 7, host)], "one, and nobody is asked"
     with pytest.raises(AddressError, match="cannot be resolved"):
-        places("other", 7)
+        resolve_endpoints("other", 7)
 
 
 class Told:
@@ -137,17 +137,17 @@ class Told:
         self.now: list[str] = []
         self.kept: list[str] = []
 
-    def change(self, added: Sequence[Outlet], dropped: Sequence[Outlet]) -> None:
+    def change(self, added: Sequence[Destination], dropped: Sequence[Destination]) -> None:
         self.now = [each for each in self.now if each not in [str(gone.place) for gone in dropped]]
         self.now += [str(each.place) for each in added]
 
-    def keep(self, outlet: Outlet) -> bool:
-        self.kept.append(str(outlet.place))
+    def keep(self, destination: Destination) -> bool:
+        self.kept.append(str(destination.place))
         return True
 
 
-def outlet(place: Place, lost: Callable[[], None]) -> Outlet:
-    return Outlet(lambda connected: None, place=place, lost=lost)  # type: ignore[arg-type,return-value]
+def destination(place: Endpoint, lost: Callable[[], None]) -> Destination:
+    return Destination(lambda connected: None, place=place, lost=lost)  # type: ignore[arg-type,return-value]
 
 
 def test_names_are_resolved_again_when_a_link_fails_and_now_and_then(
@@ -157,25 +157,25 @@ def test_names_are_resolved_again_when_a_link_fails_and_now_and_then(
     monkeypatch.setattr(consumers, "SOON", 0.01)
     names = {"name": ["10.0.0.1", "10.0.0.2"]}
     answers(monkeypatch, names)
-    running = Consumers([("name", 7), ("127.0.0.1", 7), ("later", 7)], outlet)
+    running = Consumers([("name", 7), ("127.0.0.1", 7), ("later", 7)], destination)
     assert [record.args for record in caplog.records] == [
         {"reason": "-U later:7: the host's name cannot be resolved ([Errno -2] Name or service not known)"}
     ]
     told = Told()
-    told.now = [str(each.place) for each in running.outlets]
+    told.now = [str(each.place) for each in running.destinations]
     assert told.now == ["10.0.0.1:7", "10.0.0.2:7", "127.0.0.1:7"]
     running.start(told)
     try:
         names["name"] = ["10.0.0.2", "10.0.0.3"]
         names["later"] = ["10.0.0.9"]
         assert "10.0.0.3:7" not in told.now
-        running.outlets[0].lost()
+        running.destinations[0].lost()
         eventually(lambda: sorted(told.now) == ["10.0.0.2:7", "10.0.0.3:7", "127.0.0.1:7", "later:7"])
-        eventually(lambda: len(running.outlets) == 4)
+        eventually(lambda: len(running.destinations) == 4)
         del names["name"]  # the name service fails: all stays as it is
         running.lost()
         kept = len(told.kept)
-        eventually(lambda: len(told.kept) > kept and len(running.outlets) == 4)
+        eventually(lambda: len(told.kept) > kept and len(running.destinations) == 4)
         monkeypatch.setattr(consumers, "NOW_AND_THEN", 0.01)
         names["name"] = ["10.0.0.3"]
         running.lost()
@@ -189,7 +189,7 @@ def test_names_are_resolved_again_when_a_link_fails_and_now_and_then(
 
 
 def test_without_names_nobody_is_asked_and_no_thread_runs() -> None:
-    running = Consumers([("127.0.0.1", 7), ("localhost", 8), ("unix:x", 0)], outlet)
+    running = Consumers([("127.0.0.1", 7), ("localhost", 8), ("unix:x", 0)], destination)
     running.start(Told())
     assert "resolve" not in [thread.name for thread in threading.enumerate()]
     running.stop(0)
@@ -198,13 +198,13 @@ def test_without_names_nobody_is_asked_and_no_thread_runs() -> None:
 def test_if_no_name_resolves_that_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, {})
     with pytest.raises(AddressError, match="-U a:1: "):
-        Consumers([("a", 1), ("b", 1)], outlet)
+        Consumers([("a", 1), ("b", 1)], destination)
 
 
 def test_with_a_spool_a_name_is_one_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, {"name": ["10.0.0.1", "10.0.0.2"]})
-    running = Consumers([("name", 7)], outlet, by_name=True)
-    assert [each.place for each in running.outlets] == [Place("name", 7, "name")]
+    running = Consumers([("name", 7)], destination, by_name=True)
+    assert [each.place for each in running.destinations] == [Endpoint("name", 7, "name")]
     running.start(Told())
     assert "resolve" not in [thread.name for thread in threading.enumerate()]
 
@@ -212,9 +212,9 @@ def test_with_a_spool_a_name_is_one_consumer(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_name_service_that_hangs_holds_no_stop_up(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, go_on = threading.Event(), threading.Event()
     answers(monkeypatch, {"name": ["10.0.0.1", "10.0.0.2"]})
-    running = Consumers([("name", 7)], outlet)
+    running = Consumers([("name", 7)], destination)
     monkeypatch.setattr(consumers, "SOON", 0)
-    monkeypatch.setattr(consumers, "places", lambda host, port: (asked.set(), go_on.wait(30), [])[2])
+    monkeypatch.setattr(consumers, "resolve_endpoints", lambda host, port: (asked.set(), go_on.wait(30), [])[2])
     running.start(Told())
     running.lost()
     assert asked.wait(20)
@@ -242,5 +242,5 @@ def test_one_consumer_with_its_port_may_be_its_own(tmp_path: Path) -> None:
 
 def test_one_address_that_two_names_have_is_one_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, {"a": ["10.0.0.1", "10.0.0.2"], "b": ["10.0.0.2", "10.0.0.3"]})
-    found = [str(each.place) for each in Consumers([("a", 1), ("b", 1)], outlet).outlets]
+    found = [str(each.place) for each in Consumers([("a", 1), ("b", 1)], destination).destinations]
     assert found == ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"]

@@ -11,15 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.harness import Blocked, consumer, eventually, free_port, raw_link, rows
-from websockets.sync.server import ServerConnection as Peer
-from websockets.sync.server import serve
+from support.fake_consumer import Link, fake_consumer
+from support.harness import Blocked, eventually, free_port, raw_link, rows
 
 from ringbuffer import Closed, Ring
 from ringolib import timing
 from ringolib.forward import link as sinks
 from ringolib.forward import workers as forwarder
-from ringolib.forward.destination import Breaker, Outlet
+from ringolib.forward.destination import Breaker, Destination
 from ringolib.forward.link import LinkSink, LinkState
 from ringolib.forward.sink import InDoubt, SinkError, StoreSink
 from ringolib.forward.workers import Forwarder
@@ -72,14 +71,14 @@ class FakeSink:
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "BACKOFF_FIRST", 0.001)
-    monkeypatch.setattr(timing, "BACKOFF_MOST", 0.01)
+    monkeypatch.setattr(timing, "BACKOFF_FIRST_SECONDS", 0.001)
+    monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.01)
     monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.2)
 
 
 @contextmanager
 def forwarding(ring: Ring, sink: FakeSink, most: int = 8) -> Iterator[Forwarder]:
-    running = Forwarder(ring, [Outlet(lambda connected: sink)], most)
+    running = Forwarder(ring, [Destination(lambda connected: sink)], most)
     try:
         yield running
     finally:
@@ -129,7 +128,7 @@ def test_a_link_that_fails_while_others_store_is_no_consumer_that_is_away(
     ring, sink, state = Ring(10), FakeSink(), LinkState("there:1")
     state.works()
     sink.error = SinkError("503")
-    running = Forwarder(ring, [Outlet(lambda connected: sink, state)], 8)
+    running = Forwarder(ring, [Destination(lambda connected: sink, state)], 8)
     try:
         end = put(ring, 1)
         eventually(lambda: sink.calls > 3)
@@ -139,7 +138,7 @@ def test_a_link_that_fails_while_others_store_is_no_consumer_that_is_away(
         sink.error = None
         assert ring.wait_committed(end, 20)
         eventually(lambda: not state.down)
-        assert running.linked(running.outlets[0]) == sink.ready
+        assert running.linked(running.destinations[0]) == sink.ready
     finally:
         ring.abort()
         assert running.stop(20)
@@ -198,13 +197,13 @@ def test_a_worker_without_a_link_makes_none_while_another_probes() -> None:
     ring, sink = Ring(4), FakeSink()
     sink.ready = False
     with forwarding(ring, sink) as running:
-        prober = threading.Thread(target=running.outlets[0].breaker.failed)
+        prober = threading.Thread(target=running.destinations[0].breaker.failed)
         prober.start()
         prober.join()
         put(ring, 1)
         eventually(lambda: ring.stats().backlog == 1 and not ring.wants_workers, "the worker put it back")
         assert sink.calls == 0
-        running.outlets[0].breaker._prober = None
+        running.destinations[0].breaker._prober = None
         assert ring.wait_committed(1, 20)
 
 
@@ -219,7 +218,7 @@ def test_workers_whose_links_work_go_on_while_another_is_refused() -> None:
         made.append(bad if made else good)
         return made[-1]
 
-    running = Forwarder(ring, [Outlet(make)], 8)
+    running = Forwarder(ring, [Destination(make)], 8)
     try:
         put(ring, 1, 2, 3, 4)
         eventually(lambda: bad.calls > 3, "a second worker starts, and fails again and again")
@@ -233,8 +232,8 @@ def test_workers_whose_links_work_go_on_while_another_is_refused() -> None:
 
 
 def test_the_breaker_pauses_longer_and_longer_with_full_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "BACKOFF_FIRST", 0.1)
-    monkeypatch.setattr(timing, "BACKOFF_MOST", 5.0)
+    monkeypatch.setattr(timing, "BACKOFF_FIRST_SECONDS", 0.1)
+    monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 5.0)
     pauses: list[tuple[float, float]] = []
     monkeypatch.setattr(random, "uniform", lambda low, high: pauses.append((low, high)) or 0)
     breaker = Breaker()
@@ -265,7 +264,7 @@ def test_only_the_first_to_fail_probes_until_it_succeeds_or_retires(monkeypatch:
 def test_stop_ends_a_worker_that_waits_for_its_sink() -> None:
     ring, sink = Ring(4), FakeSink()
     sink.gate.clear()
-    running = Forwarder(ring, [Outlet(lambda connected: sink)], 1)
+    running = Forwarder(ring, [Destination(lambda connected: sink)], 1)
     put(ring, 1)
     eventually(lambda: sink.busy == 1)
     ring.abort()
@@ -295,7 +294,7 @@ def a_block(*values: int) -> Block:
 def test_a_link_sends_batches_and_returns_with_their_cumulative_acks() -> None:
     got, links = [], []
 
-    def answer(peer: Peer) -> None:
+    def answer(peer: Link) -> None:
         total = 0
         for message in peer:
             block = decode_batch(message)  # type: ignore[arg-type]
@@ -305,7 +304,7 @@ def test_a_link_sends_batches_and_returns_with_their_cumulative_acks() -> None:
                 total += 1
                 peer.send(encode_ack(total))
 
-    with consumer(answer) as port:
+    with fake_consumer(answer) as port:
         sink = LinkSink("localhost", port, lambda: links.append(1))
         sink.store(a_block(1, 2, 3))
         sink.store(a_block(-1))
@@ -332,13 +331,13 @@ def test_a_link_sends_batches_and_returns_with_their_cumulative_acks() -> None:
     ],
 )
 def test_a_link_that_is_not_acked_fails_and_the_next_store_makes_a_new_one(
-    answer: Callable[[Peer], None], said: str, monkeypatch: pytest.MonkeyPatch
+    answer: Callable[[Link], None], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sinks, "ACK_TIMEOUT", 0.3)
     links: list[int] = []
     served: list[int] = []
 
-    def first_bad_then_good(peer: Peer) -> None:
+    def first_bad_then_good(peer: Link) -> None:
         served.append(1)
         if len(served) == 1:
             answer(peer)
@@ -346,7 +345,7 @@ def test_a_link_that_is_not_acked_fails_and_the_next_store_makes_a_new_one(
             peer.recv()
             peer.send(encode_ack(2))
 
-    with consumer(first_bad_then_good) as port:
+    with fake_consumer(first_bad_then_good) as port:
         sink = LinkSink("localhost", port, lambda: links.append(1))
         with pytest.raises(SinkError, match=said):
             sink.store(a_block(1, 2))
@@ -377,13 +376,9 @@ def test_an_answer_that_is_garbage_is_a_sink_error_like_others() -> None:
 def test_a_consumer_that_refuses_the_link_is_told_apart() -> None:
     with pytest.raises(SinkError, match="refused"):
         LinkSink("localhost", free_port(), lambda: None).store(a_block(1))
-    with serve(lambda peer: None, "localhost", 0) as peer:  # does not speak the subprotocol
-        thread = threading.Thread(target=peer.serve_forever)
-        thread.start()
+    with fake_consumer(lambda peer: None, subprotocol=None) as port:
         with pytest.raises(SinkError, match="does not speak"):
-            LinkSink("localhost", peer.socket.getsockname()[1], lambda: None).store(a_block(1))
-        peer.shutdown()
-        thread.join(20)
+            LinkSink("localhost", port, lambda: None).store(a_block(1))
     for answer, said in [
         (b"HTTP/1.1 503 Full\r\nContent-Length: 0\r\n\r\n", "HTTP status 503"),
         (b"SSH-2.0-OpenSSH\r\n\r\n", "not a WebSocket server"),
@@ -403,7 +398,7 @@ def test_a_consumer_that_refuses_the_link_is_told_apart() -> None:
 
 @pytest.mark.parametrize("store", [None, "6f1c", "x" * 201])
 def test_a_block_that_was_sent_and_not_acked_is_in_doubt_and_the_store_is_named(store: str | None) -> None:
-    with consumer(lambda peer: (peer.recv(), peer.socket.shutdown(2)), store) as port:
+    with fake_consumer(lambda peer: (peer.recv(), peer.socket.shutdown(2)), store) as port:
         sink = LinkSink("localhost", port)
         assert sink.identity is None
         sink.connect()
@@ -424,10 +419,10 @@ def test_a_block_that_was_sent_and_not_acked_is_in_doubt_and_the_store_is_named(
     ],
 )
 def test_a_store_that_says_goodbye_has_acked_what_it_has_stored(
-    answer: Callable[[Peer], None], store: str | None, sure: bool
+    answer: Callable[[Link], None], store: str | None, sure: bool
 ) -> None:
     """What it acked of a block, though, it has: then the block is in doubt, as no store acks parts."""
-    with consumer(answer, store) as port:
+    with fake_consumer(answer, store) as port:
         with pytest.raises(SinkError) as failed:
             LinkSink("localhost", port).store(a_block(1, 2))
         assert isinstance(failed.value, InDoubt) is not sure
@@ -478,7 +473,7 @@ def test_a_link_to_one_address_of_a_name_asks_for_the_name() -> None:
 
 def test_a_server_makes_no_link_to_itself() -> None:
     """Or a publisher with a spool would take what it forwards, find it known, and delete it."""
-    with consumer(lambda peer: None) as port:
+    with fake_consumer(lambda peer: None) as port:
         with pytest.raises(SinkError, match="this server itself"):
             LinkSink("localhost", port, is_own=lambda address: address[1][1] == port).store(a_block(1))
 
@@ -486,13 +481,13 @@ def test_a_server_makes_no_link_to_itself() -> None:
 def test_abort_from_another_thread_ends_a_store_that_waits() -> None:
     waiting = threading.Event()
 
-    def answer(peer: Peer) -> None:
+    def answer(peer: Link) -> None:
         peer.recv()
         waiting.set()
         for _ in peer:
             pass
 
-    with consumer(answer) as port:
+    with fake_consumer(answer) as port:
         sink = LinkSink("localhost", port, lambda: None)
         call = Blocked(lambda: sink.store(a_block(1)))
         assert waiting.wait(20) and call.still()
@@ -507,7 +502,7 @@ def test_an_idle_link_answers_pings_and_asks_itself() -> None:
     links: list[int] = []
     answered = threading.Event()
 
-    def answer(peer: Peer) -> None:
+    def answer(peer: Link) -> None:
         peer.recv()
         pong = peer.ping()
         peer.send(encode_ack(1))
@@ -517,7 +512,7 @@ def test_an_idle_link_answers_pings_and_asks_itself() -> None:
         peer.recv()
         peer.send(encode_ack(2))
 
-    with consumer(answer) as port:
+    with fake_consumer(answer) as port:
         sink = LinkSink("localhost", port, lambda: links.append(1))
         sink.store(a_block(1))
         while not answered.wait(0.01):
@@ -553,7 +548,7 @@ def test_reconnects_are_counted_and_nothing_is_lost_over_a_link_that_keeps_faili
     rng = random.Random(1)
     stored: dict[tuple[bytes, int], int] = {}
 
-    def answer(peer: Peer) -> None:
+    def answer(peer: Link) -> None:
         total = 0
         for message in peer:
             if rng.random() < 0.3:
@@ -569,8 +564,8 @@ def test_reconnects_are_counted_and_nothing_is_lost_over_a_link_that_keeps_faili
             peer.send(struct.pack(">Q", total))
 
     ring = Ring(16)
-    with consumer(answer) as port:
-        running = Forwarder(ring, [Outlet(lambda connected: LinkSink("localhost", port, connected))], 4)
+    with fake_consumer(answer) as port:
+        running = Forwarder(ring, [Destination(lambda connected: LinkSink("localhost", port, connected))], 4)
         assert ring.wait_committed(put(ring, *range(400)), 30)
         ring.close()
         assert ring.join(20) and running.stop(20)

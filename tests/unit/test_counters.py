@@ -16,13 +16,13 @@ def test_totals_add_up_from_many_threads() -> None:
 
     def add() -> None:
         for _ in range(1000):
-            totals.read(10)
-            totals.received(3)
-            totals.refused()
-            totals.acked(2, [0.001])
-            totals.came(batches=False)
-            totals.came(batches=True)
-            totals.went(batches=False)
+            totals.add_bytes(10)
+            totals.add_records(3)
+            totals.add_refused()
+            totals.add_acked(2, [0.001])
+            totals.client_opened(batches=False)
+            totals.client_opened(batches=True)
+            totals.client_closed(batches=False)
 
     threads = [threading.Thread(target=add) for _ in range(4)]
     for thread in threads:
@@ -45,15 +45,15 @@ def test_there_is_no_latency_before_the_first_ack() -> None:
 )
 def test_percentiles_are_by_nearest_rank(seconds: list[float], p50: float, p99: float) -> None:
     totals = Totals()
-    totals.acked(1, seconds)
+    totals.add_acked(1, seconds)
     found = totals.snapshot()
     assert (found.ack_latency_p50_ms, found.ack_latency_p99_ms) == (p50, p99)
 
 
 def test_only_the_latest_latencies_count() -> None:
     totals = Totals()
-    totals.acked(1, [9.0] * stats.LATENCIES_KEPT)
-    totals.acked(1, [0.001] * stats.LATENCIES_KEPT)
+    totals.add_acked(1, [9.0] * stats.LATENCIES_KEPT)
+    totals.add_acked(1, [0.001] * stats.LATENCIES_KEPT)
     found = totals.snapshot()
     assert (found.ack_latency_p50_ms, found.ack_latency_p99_ms) == (1.0, 1.0)
 
