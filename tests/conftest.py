@@ -1,4 +1,4 @@
-"""In CI, which installs all that the tests need, a skipped test is a failed one: RINGOEXP_NO_SKIPS."""
+"""CI installs everything that the tests need, so a skipped test is a failed test there (RINGOEXP_NO_SKIPS)."""
 
 import os
 

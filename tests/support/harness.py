@@ -1,4 +1,4 @@
-"""What the whole-process and socket tests share: servers as processes, raw sockets, and waiting for conditions."""
+"""Test harness: servers as processes, a raw WebSocket client, and waiting for conditions with a deadline."""
 
 import atexit
 import base64
@@ -27,12 +27,13 @@ ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 30.0
 """Seconds after which a test that waits for something fails."""
 MEASURED = "COVERAGE_PROCESS_CONFIG" in os.environ
-"""True when coverage looks on, and in the processes that these tests start too."""
+"""True if coverage measures the tests and the servers that they start."""
 SETTLE_SECONDS = 2.0
+"""Time that a server has to write its coverage data before it is killed."""
 
 
 def eventually(predicate: Callable[[], Any], what: str = "", deadline: float = DEADLINE) -> Any:
-    """The first true value of `predicate`, which is tried until `deadline` seconds have passed."""
+    """Return the first true value of `predicate`, called again and again. Fail after `deadline` seconds."""
     end = time.monotonic() + deadline
     while not (value := predicate()):
         assert time.monotonic() < end, f"did not happen within {deadline} s: {what or predicate}"
@@ -41,7 +42,7 @@ def eventually(predicate: Callable[[], Any], what: str = "", deadline: float = D
 
 
 class Blocked:
-    """A call in a thread of its own, to show that it blocks and what it returns once it does not."""
+    """A call in its own thread: a test can show that it blocks, and see its result once it returns."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call = call
@@ -57,12 +58,12 @@ class Blocked:
             self._error = error
 
     def still(self, seconds: float = 0.1) -> bool:
-        """True when the call has not returned after `seconds`."""
+        """True if the call has not returned after `seconds`."""
         self._thread.join(seconds)
         return self._thread.is_alive()
 
     def result(self, deadline: float = DEADLINE) -> Any:
-        """What the call returns or raises; fails when it does neither within `deadline` seconds."""
+        """Return or raise the result of the call. Fail if it is still running after `deadline` seconds."""
         self._thread.join(deadline)
         assert not self._thread.is_alive(), "still blocked"
         if self._error:
@@ -71,7 +72,7 @@ class Blocked:
 
 
 def imports_for(patch: str) -> str:
-    """The statements that import each module which `patch` names: `web.handler` is `ringolib.web.handler`."""
+    """Return import statements for each module that `patch` names. `web.handler` means `ringolib.web.handler`."""
     packages = "app|client|counters|forward|net|options|status|storage|timing|web|wire"
     modules = set()
     for name in re.findall(rf"(?<![\w.])(?:{packages})(?:\.[a-z_]+)*", patch):
@@ -86,16 +87,16 @@ def imports_for(patch: str) -> str:
 
 
 def program_files(root: Path = ROOT) -> list[Path]:
-    """The program's modules: the four at the top, and those of ringolib."""
+    """Return the program's modules: the four at the top, and those of ringolib."""
     return [*root.glob("*.py"), *(root / "ringolib").rglob("*.py")]
 
 
 class ServerProcess:
-    """`python ringoexp.py` with these flags, in `directory`, from its first line of output to its exit.
+    """A running `python ringoexp.py` with these flags, in `directory`. The constructor waits for its first line.
 
-    `patch` are statements that change something first: `web.handler.REQUEST_TIMEOUT = 1`, for example.
-    `under` is a command that runs it, `strace` with its flags, say; `env` is added to the environment. `program`
-    runs in its place, another build of it, say.
+    `patch` holds statements to run before the program starts, such as `web.handler.REQUEST_TIMEOUT_SECONDS = 1`.
+    `under` is a command that runs the program, such as `strace` with its options. `env` is added to the environment.
+    `program` replaces `python ringoexp.py`, for example by the single file.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class ServerProcess:
         unix = re.search(r" on unix:(\S+),", self.greeting)
         self.port = 0 if unix else int(self.greeting.split(",")[0].rsplit(":", 1)[1])
         self.at = directory / unix[1] if unix else self.port
-        """What `request` and `RawClient` want to know."""
+        """The address for `request` and `RawClient`: a port, or the path of a Unix socket."""
         self.tally = ""
 
     @property
@@ -137,15 +138,15 @@ class ServerProcess:
         return f"ws://localhost:{self.port}/v1.0/ingest"
 
     def get(self, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body of a GET."""
+        """Send a GET; return status, headers and body."""
         return request(self.at, "GET", path, headers=headers)
 
     def stats(self) -> dict[str, Any]:
-        """The `stats` of `/v1.0/stats`."""
+        """Return the `stats` object of `/v1.0/stats`."""
         return dict(json.loads(self.get("/v1.0/stats")[2])["stats"])
 
     def resident(self) -> int:
-        """Resident size in bytes."""
+        """Return the resident memory in bytes."""
         with open(f"/proc/{self.process.pid}/statm") as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -153,7 +154,7 @@ class ServerProcess:
         self.process.send_signal(number)
 
     def stop(self, number: int = signal.SIGTERM, deadline: float = 45.0) -> int:
-        """Ends the server with a signal; its exit status. Its last line is in `tally`."""
+        """End the server with a signal and return its exit status. Its last line is then in `tally`."""
         self.process.send_signal(number)
         return self.wait(deadline)
 
@@ -163,7 +164,7 @@ class ServerProcess:
         return self.process.returncode
 
     def settle(self) -> None:
-        """SIGTERM, and a moment to end in order: what coverage has seen it writes only then."""
+        """Send SIGTERM and wait a moment: coverage writes its data only in an ordered stop."""
         self.process.terminate()
         try:
             self.process.wait(SETTLE_SECONDS)
@@ -171,7 +172,7 @@ class ServerProcess:
             pass
 
     def kill(self) -> None:
-        """SIGKILL, at once, if it still runs."""
+        """Send SIGKILL if the server still runs."""
         self.process.kill()
         self.process.wait()
         assert self.process.stdout
@@ -182,7 +183,7 @@ class ServerProcess:
 def server(
     directory: Path, *flags: str, patch: str = "", under: Sequence[str] = (), env: Mapping[str, str] | None = None
 ) -> Iterator[ServerProcess]:
-    """A running server, killed at the end if it still runs. Its stderr must hold no traceback."""
+    """Run a server for the `with` block, and kill it afterwards. Its stderr must hold no traceback."""
     running = ServerProcess(directory, *flags, patch=patch, under=under, env=env)
     try:
         yield running
@@ -194,30 +195,30 @@ def server(
 
 
 def not_ready(running: ServerProcess) -> list[str]:
-    """The codes of why the server is not ready; none if it is."""
+    """Return the codes of the reasons why the server is not ready; an empty list if it is ready."""
     status, headers, body = running.get("/v1.0/ready")
-    said = json.loads(body)
-    said.pop("store", None)  # which database it is
+    answer = json.loads(body)
+    answer.pop("store", None)  # the identity of the database
     if status == 200:
-        assert said == {"ready": True}
+        assert answer == {"ready": True}
         return []
-    assert status == 503 and said["ready"] is False and headers["Retry-After"] == "1"
-    assert all(reason["detail"] for reason in said["reasons"])
-    return [reason["code"] for reason in said["reasons"]]
+    assert status == 503 and answer["ready"] is False and headers["Retry-After"] == "1"
+    assert all(reason["detail"] for reason in answer["reasons"])
+    return [reason["code"] for reason in answer["reasons"]]
 
 
 def seeded() -> int:
-    """A random seed, printed, or that of RINGOEXP_SEED, to make the same choices again."""
+    """Return and print a random seed. RINGOEXP_SEED sets it, to repeat the choices of an earlier run."""
     seed = int(os.environ.get("RINGOEXP_SEED") or random.randrange(2**32))
     print("seed", seed)
     return seed
 
 
 def in_order(database: Path, source: object) -> list[int]:
-    """The values of a source; fails unless its records are numbered without a gap, each once."""
-    found = sorted((sequence, value) for of, sequence, value in rows(database) if of == str(source))
-    assert [sequence for sequence, _ in found] == list(range(len(found)))
-    return [value for _, value in found]
+    """Return the values of a source. Fail unless its records are numbered from 0 without a gap, each once."""
+    records = sorted((sequence, value) for owner, sequence, value in rows(database) if owner == str(source))
+    assert [sequence for sequence, _ in records] == list(range(len(records)))
+    return [value for _, value in records]
 
 
 _keepers = ExitStack()
@@ -225,15 +226,16 @@ atexit.register(_keepers.close)
 
 
 def free_port() -> int:
-    """A port that the system gives to nobody else while these tests run, whoever listens on it in between.
+    """Return a free port that the system gives to no other process while these tests run.
 
-    Or another test's servers, on a machine where several suites run, would get it, and what is sent to it.
+    A bound socket keeps it reserved, so that a server may stop and start on it. Without it, another suite on the same
+    machine could get the port, and the records that are sent to it.
     """
     keeper = _keepers.enter_context(socket.socket())
     keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     keeper.bind(("127.0.0.1", 0))
     port = int(keeper.getsockname()[1])
-    try:  # localhost has another address
+    try:  # the other address of localhost
         keeper = _keepers.enter_context(socket.socket(socket.AF_INET6))
         keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         keeper.bind(("::1", port))
@@ -243,7 +245,7 @@ def free_port() -> int:
 
 
 def connected(at: int | Path) -> socket.socket:
-    """A socket connected to a port of localhost, or to a Unix socket."""
+    """Return a socket connected to a port of localhost, or to a Unix socket."""
     if isinstance(at, int):
         return socket.create_connection(("localhost", at), DEADLINE)
     sock = socket.socket(socket.AF_UNIX)
@@ -255,7 +257,7 @@ def connected(at: int | Path) -> socket.socket:
 def request(
     at: int | Path, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of one HTTP request."""
+    """Send one HTTP request; return status, headers and body."""
     connection = http.client.HTTPConnection("localhost", at if isinstance(at, int) else None, timeout=DEADLINE)
     try:
         connection.sock = connected(at)
@@ -267,11 +269,11 @@ def request(
 
 
 def rows(database: Path) -> list[tuple[str, int, int]]:
-    """Every stored record as (source, sequence, value), in the order of its id."""
+    """Return every stored record as (source, sequence, value), in the order of its id."""
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as reader:
-        found = reader.execute("SELECT source, sequence, value FROM records ORDER BY id").fetchall()
+        records = reader.execute("SELECT source, sequence, value FROM records ORDER BY id").fetchall()
     reader.close()
-    return found
+    return records
 
 
 HANDSHAKE = {
@@ -286,7 +288,7 @@ HANDSHAKE = {
 def frame(
     opcode: int, payload: bytes, fin: bool = True, mask: bytes | None = b"\x01\x02\x03\x04", rsv: int = 0
 ) -> bytes:
-    """One WebSocket frame as a client sends it; `mask` None leaves it unmasked, which is an error."""
+    """Return one WebSocket frame as a client sends it. `mask` None leaves it unmasked, which is an error."""
     head = bytes([fin << 7 | rsv << 4 | opcode])
     bit = 128 if mask is not None else 0
     size = len(payload)
@@ -304,10 +306,10 @@ def frame(
 
 
 class RawClient:
-    """A WebSocket client that does as it is told, right or wrong: bytes out, frames in."""
+    """A WebSocket client that sends any bytes, valid or not, and reads frames."""
 
     def __init__(self, at: int | Path, headers: dict[str, str | None] | None = None, behind: bytes = b"") -> None:
-        """Sends the handshake with these headers changed (None: left out), and `behind` in the same segment."""
+        """Send the handshake with these headers changed (None: left out), and `behind` in the same segment."""
         self.sock = connected(at)
         self._buffer = b""
         fields = {**HANDSHAKE, **(headers or {})}
@@ -331,7 +333,7 @@ class RawClient:
         self.sock.sendall(data)
 
     def read_frame(self) -> bytes | None:
-        """The next frame, head and all; None at the end of the stream."""
+        """Return the next frame with its head; None at the end of the stream."""
 
         def buffered(size: int) -> bool:
             while len(self._buffer) < size:
@@ -351,29 +353,29 @@ class RawClient:
             assert buffered(4), "the stream ended within a frame"
             head, size = 4, struct.unpack(">H", self._buffer[2:4])[0]
         assert buffered(head + size), "the stream ended within a frame"
-        taken, self._buffer = self._buffer[: head + size], self._buffer[head + size :]
-        return taken
+        data, self._buffer = self._buffer[: head + size], self._buffer[head + size :]
+        return data
 
     def read(self) -> tuple[int, bytes] | None:
-        """Opcode and payload of the next frame; None at the end of the stream."""
-        found = self.read_frame()
-        return found and (found[0] & 15, found[4 if found[1] == 126 else 2 :])
+        """Return opcode and payload of the next frame; None at the end of the stream."""
+        data = self.read_frame()
+        return data and (data[0] & 15, data[4 if data[1] == 126 else 2 :])
 
     def acked(self, count: int) -> int:
-        """Reads until `count` records are acked; the last ack. Fails when the connection ends before."""
+        """Read until `count` records are acked and return the last ack. Fail if the connection ends before."""
         last = -1
         while last < count:
-            found = self.read()
-            assert found and found[0] == 2, f"expected an ack, got {found}"
-            assert struct.unpack(">Q", found[1])[0] > last, "acks grow"
-            (last,) = struct.unpack(">Q", found[1])
+            message = self.read()
+            assert message and message[0] == 2, f"expected an ack, got {message}"
+            assert struct.unpack(">Q", message[1])[0] > last, "acks grow"
+            (last,) = struct.unpack(">Q", message[1])
         return last
 
     def closed(self) -> tuple[int, str, int]:
-        """Reads to the end: close code, reason, and the last ack before (0 if none). 1006 without a Close frame."""
+        """Read to the end; return close code, reason and the last ack (0 if none). 1006: no Close frame came."""
         acked = 0
-        while found := self.read():
-            opcode, payload = found
+        while message := self.read():
+            opcode, payload = message
             if opcode == 2:
                 (acked,) = struct.unpack(">Q", payload)
             elif opcode == 8:
@@ -383,7 +385,7 @@ class RawClient:
 
 
 def raw_link(listener: socket.socket) -> socket.socket:
-    """Accepts a link, and answers its handshake; then it is the test's."""
+    """Accept a link, answer its handshake, and return the socket to the test."""
     peer, _ = listener.accept()
     answer_handshake(peer)
     return peer

@@ -1,0 +1,89 @@
+"""Deadlines, waiting on conditions, retry pauses, thread start and time formats."""
+
+import datetime
+import logging
+import math
+import threading
+from time import monotonic
+
+import pytest
+from support.harness import Blocked
+
+from ringolib import timing
+from ringolib.timing import ThreadError, backoff, deadline_after, remaining, start_thread, wait_until
+
+
+def test_deadline_without_a_limit_never_comes() -> None:
+    assert deadline_after(None) == math.inf
+    assert remaining(deadline_after(None)) == math.inf
+
+
+def test_remaining_time_is_never_negative() -> None:
+    assert remaining(monotonic() - 1) == 0.0
+    assert 9 < remaining(deadline_after(10)) <= 10
+
+
+def test_wait_returns_at_the_deadline_with_false() -> None:
+    condition = threading.Condition()
+    with condition:
+        assert wait_until(condition, lambda: False, deadline_after(0.01)) is False
+        assert wait_until(condition, lambda: True, deadline_after(-1)) is True, "the predicate is called at least once"
+
+
+def test_wait_without_a_deadline_returns_once_it_is_notified() -> None:
+    condition, state = threading.Condition(), [False]
+
+    def wait() -> bool:
+        with condition:
+            return wait_until(condition, lambda: state[0])
+
+    call = Blocked(wait)
+    assert call.still()
+    with condition:
+        condition.notify_all()  # without the predicate: it waits on
+    assert call.still()
+    with condition:
+        state[0] = True
+        condition.notify_all()
+    assert call.result() is True
+
+
+def test_backoff_grows_to_its_limit_and_never_overflows() -> None:
+    for failures in (0, 1, 5, 16, 10_000):
+        limit = min(timing.BACKOFF_MAX_SECONDS, timing.BACKOFF_FIRST_SECONDS * 2 ** min(failures, 16))
+        assert all(0 <= backoff(failures) <= limit for _ in range(50))
+
+
+def test_started_thread_is_a_named_daemon() -> None:
+    done = threading.Event()
+    thread = start_thread(done.set, name="worker")
+    thread.join(20)
+    assert done.is_set() and thread.daemon and thread.name == "worker"
+
+
+def test_missing_thread_is_one_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(ThreadError, match=r"can't start new thread \(ulimit -u"):
+        start_thread(lambda: None, name="worker")
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
+def test_unexpected_error_is_logged_with_its_cause_in_detail(level: int, caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("ringoexp.test")
+    with caplog.at_level(level, "ringoexp.test"):
+        timing.log_unexpected(log, "worker_error", ZeroDivisionError("a bug"))
+    (record,) = caplog.records
+    assert (record.msg, record.args) == ("worker_error", {"error": "ZeroDivisionError('a bug')"})
+    assert bool(record.exc_info) == (level == logging.DEBUG)
+
+
+def test_times_are_iso_8601_in_utc() -> None:
+    moment = datetime.datetime(2026, 1, 2, 3, 4, 5, 678_900, datetime.timezone.utc)
+    assert timing.format_utc(moment) == "2026-01-02T03:04:05.678Z"
+    assert timing.format_unix_time(moment.timestamp()) == "2026-01-02T03:04:05.678Z"
+    before = datetime.datetime.now(datetime.timezone.utc)
+    ago = datetime.datetime.fromisoformat(timing.format_ago(3600).replace("Z", "+00:00"))
+    assert abs((before - ago).total_seconds() - 3600) < 5
