@@ -1,0 +1,1 @@
+"""Clients: the exactly-once producer, and the `ringoexp send` command."""

@@ -1,0 +1,1 @@
+"""Network: sockets, addresses, TLS, credentials and WebSocket frames. Knows no records."""

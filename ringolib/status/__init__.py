@@ -1,0 +1,1 @@
+"""Status: what a server reports about itself: stats, metrics, readiness, logs, profiler, systemd."""

@@ -1,0 +1,1 @@
+"""Storage: the interface of all stores, group commit, SQLite files, retention and ClickHouse."""

@@ -1,0 +1,1 @@
+"""Web: the HTTP server without its routes, ingest sessions, and the live page."""

@@ -1,0 +1,1 @@
+"""The ClickHouse store, for consumers that outgrow one disk."""
