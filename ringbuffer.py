@@ -32,11 +32,11 @@ import bisect
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import NamedTuple, TypeAlias
 
-from ringolib.wire import Run
+from ringolib.wire import Block, Run
 
 Values: TypeAlias = "array[int] | memoryview[int]"
 
@@ -138,6 +138,7 @@ class Ring:
         self._aborted = False
         self._high_water = 0
         self._times_full = 0
+        self._listener: Callable[[], None] = lambda: None  # set once, before there is traffic
 
     def put(self, values: Values, source: bytes, first: int, timeout: float | None = None) -> int:
         """Copies `values` in, as records `first`, ... of `source`, and returns the sequence after the last.
@@ -165,6 +166,36 @@ class Ring:
                 self._times_full += 1
                 if not _wait_until(self._not_full, lambda: self._closed or self._free() > 0, deadline):
                     raise Full(done)
+
+    def try_put(self, blocks: Sequence[Block]) -> tuple[int, int]:
+        """Copy in what fits of `blocks`, in order, the last of them perhaps in part. Never blocks.
+
+        Return how many records are in, and the sequence of the first one: they lie together. Raises Closed once the
+        ring is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise Closed
+            first = self._cursor
+            for block in blocks:
+                size = len(block.values)
+                free = self._free()
+                if free < size:
+                    self._times_full += 1
+                    if free:
+                        with memoryview(block.values) as view:
+                            self._write(view[:free])
+                        self._own_all(block.runs, free)
+                    break
+                self._write(block.values)
+                self._own_all(block.runs, size)
+            if self._cursor > first:
+                self._not_empty.notify()
+            return self._cursor - first, first
+
+    def on_advance(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called after each commit, without the lock, by the thread that commits."""
+        self._listener = listener
 
     def reserve(self, limit: int, timeout: float | None = None, takes: Callable[[object], bool] | None = None) -> Batch:
         """Hands out the oldest requeued batch, unchanged, or else up to `limit` of the next values.
@@ -226,6 +257,7 @@ class Ring:
                 self._finish(batch)
             if self._drained():
                 self._not_empty.notify_all()
+        self._listener()
 
     def requeue(self, batch: Batch, mark: object = None) -> None:
         """`batch` is not stored: hands it out again, before newer ones, with a mark to who takes that.
@@ -269,6 +301,7 @@ class Ring:
             self._closed = True
             self._not_full.notify_all()
             self._not_empty.notify_all()
+        self._listener()
 
     def abort(self) -> None:
         """Closes, and ends every wait at once: nobody waits any longer for what is not stored."""
@@ -277,6 +310,7 @@ class Ring:
             self._not_full.notify_all()
             self._not_empty.notify_all()
             self._advanced.notify_all()
+        self._listener()
 
     def join(self, timeout: float | None = None) -> bool:
         """True once everything put is committed; False after `timeout` seconds or on abort."""
@@ -414,15 +448,18 @@ class Ring:
     def _reservable_or_over(self, takes: Callable[[object], bool] | None) -> bool:
         return self._open() > 0 or bool(self._first_marked(takes)) or self._drained() or self._aborted
 
-    def _write(self, values: "memoryview[int]") -> None:
+    def _write(self, values: Values) -> None:
         """Copies `values`, which fit, to the slots at the cursor and moves it."""
         assert self._lock.locked()
         slot = self._cursor % self.capacity
         size = len(values)
-        head = min(size, self.capacity - slot)
-        with memoryview(self._slots) as slots:
-            slots[slot : slot + head] = values[:head]
-            slots[: size - head] = values[head:]
+        if size == 1:
+            self._slots[slot] = values[0]
+        else:
+            head = min(size, self.capacity - slot)
+            with memoryview(self._slots) as slots, memoryview(values) as view:
+                slots[slot : slot + head] = view[:head]
+                slots[: size - head] = view[head:]
         self._cursor += size
         self._high_water = max(self._high_water, self._cursor - self._committed)
 
@@ -443,6 +480,15 @@ class Ring:
                 self._runs[-1] = last._replace(count=last.count + run.count)
                 return
         self._runs.append(run)
+
+    def _own_all(self, runs: Sequence[Run], count: int) -> None:
+        """Note whose the newest `count` values are, by the first of these runs."""
+        for run in runs:
+            if run.count >= count:
+                self._own(run if run.count == count else run._replace(count=count))
+                return
+            self._own(run)
+            count -= run.count
 
     def _disown(self, count: int) -> list[Run]:
         """Takes the runs of the oldest `count` unreserved values, cutting the last one where they end."""

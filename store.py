@@ -43,6 +43,9 @@ log = logging.getLogger("ringoexp.store")
 
 # Fixed texts, so that sqlite3's statement cache holds them; one statement carries many rows.
 _INSERT_RECORDS = {size: "INSERT INTO record(value) VALUES " + ",".join(["(?)"] * size) for size in (1024, 128, 16, 1)}
+_INSERT_BATCHES = {
+    size: "INSERT INTO batch VALUES " + ",".join(["(?,?,?,?,?)"] * size) for size in (200, 32, 8, 1)
+}
 # Ids are dense: no need to count. Each with its own SELECT, or SQLite would look at every row.
 _HELD = "SELECT coalesce((SELECT max(id) FROM record) - (SELECT min(id) FROM record) + 1, 0)"
 _MAX_SOURCES_CACHED = 10_000
@@ -310,22 +313,38 @@ class Store(GroupCommit):
         self._tend_wal()
         new = array("q")
         arrived = 0
+        rows: list[int] = []  # of `batch`, end to end, that are not inserted yet
         now = time.time_ns() // 1_000_000
         with self._transaction():
             (last_id,) = self._db.execute("SELECT coalesce(max(id), 0) FROM record").fetchone()
+            next_id = last_id + 1
             for waiting in group:
                 offset = 0
+                whole = True  # all of the block so far is new, and not in `new` yet
                 for run in waiting.runs:
-                    source = self._source(run.source)
-                    for first, end in self._missing(source, run):
-                        start = offset + first - run.first
-                        row = (last_id + 1 + len(new), end - first, source.id, first, now)
-                        # At once: the next run of this group may overlap it.
-                        self._db.execute("INSERT INTO batch VALUES (?,?,?,?,?)", row)
-                        new += waiting.values[start : start + end - first]
-                        source.end = max(source.end, end)
+                    source = self._sources.get(run.source) or self._source(run.source)
+                    if run.first >= source.end:
+                        rows += (next_id, run.count, source.id, run.first, now)
+                        next_id += run.count
+                        source.end = run.first + run.count
+                        if not whole:
+                            new += waiting.values[offset : offset + run.count]
+                    else:
+                        if whole:
+                            new += waiting.values[:offset]
+                            whole = False
+                        self._insert_batches(rows)  # the runs before may overlap this one
+                        for first, end in self._missing(source, run):
+                            start = offset + first - run.first
+                            rows += (next_id, end - first, source.id, first, now)
+                            next_id += end - first
+                            new += waiting.values[start : start + end - first]
+                            source.end = max(source.end, end)
                     offset += run.count
+                if whole:
+                    new += waiting.values
                 arrived += offset
+            self._insert_batches(rows)
             self._insert(new)
             (held,) = self._db.execute(_HELD).fetchone()
         return CommitResult(len(new), arrived - len(new), held)
@@ -347,6 +366,16 @@ class Store(GroupCommit):
             while len(values) - start >= size:
                 self._db.execute(statement, values[start : start + size])
                 start += size
+
+    def _insert_batches(self, rows: list[int]) -> None:
+        """Insert rows of `batch`, given end to end, and empty the list."""
+        start, left = 0, len(rows) // 5
+        for size, statement in _INSERT_BATCHES.items():
+            while left >= size:
+                self._db.execute(statement, rows[start : start + 5 * size])
+                start += 5 * size
+                left -= size
+        rows.clear()
 
     def _delete_records(self, before_ms: int) -> int:
         """Deletes up to SLICE of the oldest records; how many. A batch may lose a part of its records."""

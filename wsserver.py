@@ -26,10 +26,11 @@ from ringolib.timing import format_ago
 from ringolib.web import handler as web
 from ringolib.web.connections import Connections
 from ringolib.web.handler import GET_OR_HEAD, JSON, Refusal, Routes, WebHandler, peer_name, request_id
-from ringolib.web.intake import Intake, plain_block
+from ringolib.web.intake import Intake
+from ringolib.web.loop import Client, IngestLoop
 from ringolib.web.page import HTML, page
 from ringolib.web.session import LOST, Session
-from ringolib.wire import PLAIN_SUBPROTOCOL, SUBPROTOCOL, WireError, decode_plain
+from ringolib.wire import PLAIN_SUBPROTOCOL, SUBPROTOCOL, Block, Run, WireError, decode_plain
 
 log = logging.getLogger("ringoexp.http")
 
@@ -75,7 +76,21 @@ class Server(Connections):
         """Start to accept connections: records go to `intake`, and `monitor` describes the server."""
         self.intake = intake
         self.monitor = monitor
+        self.loop = IngestLoop(intake, self.totals)
         self.start()
+
+
+    def stop(self) -> None:
+        """See Connections; WebSockets end once what they have sent is stored."""
+        super().stop()
+        if hasattr(self, "loop"):
+            self.loop.stop()
+
+    def abort(self) -> None:
+        """See Connections."""
+        if hasattr(self, "loop"):
+            self.loop.abort()
+        super().abort()
 
 
 class Handler(WebHandler):
@@ -188,7 +203,7 @@ class Handler(WebHandler):
         started = monotonic()
         intake = self.server.intake
         try:
-            block = plain_block(values, uuid.uuid4().bytes, 0)
+            block = Block([Run(uuid.uuid4().bytes, 0, len(values))], values)
             accepted, ticket = intake.put(block, INGEST_TIMEOUT)
         except StoreError as error:
             self.server.totals.add_refused(len(values))
@@ -212,7 +227,6 @@ class Handler(WebHandler):
         rest = self._take_buffered()
         self.connection.settimeout(None)
         self.close_connection = True
-        self.server.stream()
         extra = {"X-Request-Id": request_id(), "Server": self.server.name}
         if identity := self.server.monitor.identity():
             extra["X-Ringoexp-Store"] = identity
@@ -221,20 +235,20 @@ class Handler(WebHandler):
         except HandshakeError as error:
             raise Refusal(400, f"bad WebSocket handshake: {error}") from error
         batches = connection.subprotocol == SUBPROTOCOL
-        who = {"client": peer_name(self.client_address), "kind": "batches" if batches else "plain"}
-        log.info("connected", who)
-        self.server.totals.client_opened(batches)
+        client = {"client": peer_name(self.client_address), "kind": "batches" if batches else "plain"}
+        log.info("connected", client)
         since = monotonic()
-        session = Session(connection, self.server.intake, self.server.totals, self.server.stopping)
-        code, reason = LOST
-        try:
-            code, reason = session.run(rest)
-        finally:
-            self.server.totals.client_closed(batches)
-            theirs = connection.ending == (code, reason) and code != LOST[0] and not connection.at_fault
-            ended = {"code": int(code), "by": "client"} if theirs else {"code": int(code), "reason": reason}
+        release = self.server.detach(self.connection)
+
+        def ended(gone: Client) -> None:
+            session = gone.session
+            code, reason = session.ending or LOST
+            ending = {"code": int(code), "by": "client"} if session.by_client else {"code": int(code), "reason": reason}
             counts = {"received": session.received, "acked": session.acked, "seconds": round(monotonic() - since, 3)}
-            log.info("disconnected", {**who, **ended, **counts})
+            release()
+            log.info("disconnected", {**client, **ending, **counts})
+
+        self.server.loop.add(self.connection, Session(batches, since), rest, ended)
 
     def _spoken(self) -> tuple[str, ...]:
         """The subprotocols to choose from: ours, or, for a client that offers its token only, that one. It would

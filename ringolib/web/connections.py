@@ -18,6 +18,7 @@ import ssl
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import BaseServer
 from time import monotonic
@@ -101,7 +102,8 @@ class Connections(ThreadingHTTPServer):
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)
         # Guarded by _lock.
-        self._entries: dict[threading.Thread, _Entry] = {}
+        self._entries: dict[object, _Entry] = {}  # by the connection's thread, or what `detach` has put there
+        self._detached: set[int] = set()  # ids of requests that are served elsewhere
         self._admitted = 0
         self._total = 0
         self._refused = 0
@@ -318,7 +320,26 @@ class Connections(ThreadingHTTPServer):
             if secured:
                 self.process_request_thread(secured, client_address)  # type: ignore[arg-type]  # a socket, or as one
         finally:
-            self._leave(threading.current_thread())
+            with self._lock:
+                here = threading.current_thread() in self._entries
+            if here:
+                self._leave(threading.current_thread())
+
+    def detach(self, request: Any) -> Callable[[], None]:
+        """The calling thread's connection is served elsewhere from now on. Call the result once it has ended."""
+        key = object()
+        with self._lock:
+            self._entries[key] = self._entries.pop(threading.current_thread())._replace(stream=True)
+            self._detached.add(id(request))
+        return lambda: self._leave(key)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close the socket, unless it is served elsewhere."""
+        with self._lock:
+            if id(request) in self._detached:
+                self._detached.discard(id(request))
+                return
+        super().shutdown_request(request)
 
     def _shake_hands(self, request: socket.socket, context: ssl.SSLContext, client_address: Any) -> TLSSocket | None:
         """The connection, over TLS; None, and it is closed, if that cannot be had."""
@@ -339,9 +360,9 @@ class Connections(ThreadingHTTPServer):
             self.shutdown_request(request)
             return None
 
-    def _leave(self, thread: threading.Thread) -> None:
+    def _leave(self, key: object) -> None:
         with self._lock:
-            entry = self._entries.pop(thread)
+            entry = self._entries.pop(key)
             self._admitted -= entry.admitted
             if entry.admitted and self.per_address:
                 self._admitted_of[entry.address] -= 1

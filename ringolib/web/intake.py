@@ -1,41 +1,71 @@
-"""TODO: ringolib/web/intake.py."""
+"""Intakes: where the ingest loop and HTTP requests put records, and how they learn that records are stored.
 
+A publisher's intake is its ring; a consumer's is its store, which a thread of the intake, `commit`, feeds. Both take
+blocks from the loop without blocking (`offer`), and from an HTTP request's thread, which waits (`put`, `wait`). A
+*ticket* stands for a block that was taken.
+
+`StoreIntake._lock` guards its queue; `_filled` shares it and is notified when blocks are queued, and by `stop`. No commit
+runs under it.
+"""
+
+import threading
 from array import array
+from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ringbuffer import Closed, Full, Ring
-from ringolib.storage.interface import Storage
+from ringolib.storage.interface import Storage, StoreError
+from ringolib.timing import start_thread
 from ringolib.wire import Block, Run
 
+MAX_QUEUED = 262_144
+"""Records that wait for a commit before the loop reads no more, a run counted as RUN_COST records."""
+RUN_COST = 64
 
-class Ticket(NamedTuple):
-    """What was put is within these numbers of the intake's own, perhaps among what others put."""
+
+class RingTicket(NamedTuple):
+    """The ring's sequences `[since, end)`, perhaps with other producers' values among them."""
 
     since: int
     end: int
 
 
 class Intake(Protocol):
-    """Takes blocks and tells when they are stored. A *ticket* stands for a block that was put.
-
-    `put` returns how many records were taken within `timeout` seconds, and the ticket for those; fewer
-    than all when there was no room, or when `closed`. Raises StoreError when nothing was stored.
-    `stored` says whether those of the ticket are; `wait` returns True once they are.
-    """
+    """See the module's docstring. `closed` is true once nothing more is taken, nor will be stored."""
 
     @property
     def closed(self) -> bool: ...
-    def put(self, block: Block, timeout: float) -> tuple[int, Ticket]: ...
-    def stored(self, ticket: Ticket) -> bool: ...
-    def wait(self, ticket: Ticket, timeout: float) -> bool: ...
+    def offer(self, blocks: Sequence[Block]) -> list[tuple[Any, int]]:
+        """Take blocks in order, without blocking: for each the ticket and how many of its records were taken.
+
+        The list is shorter than `blocks`, or its last count is less than all, if there is no room for more.
+        """
+
+    def outcome(self, ticket: Any) -> bool | StoreError:
+        """True if the records of the ticket are stored, False if that is not known yet, or the error."""
+
+    def passed(self, ticket: Any) -> bool:
+        """True if everything up to this ticket is stored, or put aside to be stored later, or has failed."""
+
+    def on_progress(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called, by any thread, when there may be new outcomes, or room."""
+
+    def put(self, block: Block, timeout: float) -> tuple[int, Any]:
+        """Take the block, waiting for room: how many records were taken within `timeout` seconds, and the ticket.
+
+        Raises StoreError when they were not stored.
+        """
+
+    def wait(self, ticket: Any, timeout: float) -> bool:
+        """True once the records of the ticket are stored; False after `timeout` seconds, or on abort."""
+
+    def stop(self, timeout: float) -> None:
+        """End the intake's own thread, if it has one."""
 
 
 class RingIntake:
-    """A publisher's intake: a ring that workers drain. Tickets are ring sequences.
-
-    With `ack_in_ring` a record counts as stored as soon as it is in the ring (`-A ring`).
-    """
+    """A publisher's intake. With `ack_in_ring` a record counts as stored as soon as it is in the ring (`-A ring`)."""
 
     def __init__(self, ring: Ring, ack_in_ring: bool = False) -> None:
         self._ring = ring
@@ -43,11 +73,39 @@ class RingIntake:
 
     @property
     def closed(self) -> bool:
-        """True when nothing more is taken, nor will be stored."""
+        """True once the ring takes nothing more."""
         return self._ring.closed
 
-    def put(self, block: Block, timeout: float) -> tuple[int, Ticket]:
-        """How many records are in the ring after at most `timeout` seconds, and their ticket."""
+    def on_progress(self, listener: Callable[[], None]) -> None:
+        """See Intake."""
+        self._ring.on_advance(listener)
+
+    def offer(self, blocks: Sequence[Block]) -> list[tuple[RingTicket, int]]:
+        """See Intake. Takes nothing once the ring is closed."""
+        try:
+            accepted, start = self._ring.try_put(blocks)
+        except Closed:
+            return []
+        taken = []
+        for block in blocks:
+            count = min(len(block.values), accepted)
+            if not count:
+                break
+            taken.append((RingTicket(start, start + count), count))
+            start += count
+            accepted -= count
+        return taken
+
+    def passed(self, ticket: RingTicket) -> bool:
+        """See Intake."""
+        return self._ack_in_ring or self._ring.committed >= ticket.end
+
+    def outcome(self, ticket: RingTicket) -> bool:
+        """See Intake. A worker tries until it has stored, so there is no error."""
+        return self._ack_in_ring or self._ring.is_stored(ticket.end, ticket.since)
+
+    def put(self, block: Block, timeout: float) -> tuple[int, RingTicket]:
+        """See Intake."""
         deadline = monotonic() + timeout
         accepted, since = 0, self._ring.cursor
         with memoryview(block.values) as values:
@@ -62,43 +120,119 @@ class RingIntake:
                 finally:
                     part.release()
                 accepted += run.count
-        # Not what `put` returned: after Full or Closed there is no such thing, and later is safe.
-        return accepted, Ticket(since, self._ring.cursor)
+        # Not the cursor that `put` returns: after Full or Closed it returns none, and a later cursor is safe.
+        return accepted, RingTicket(since, self._ring.cursor)
 
-    def stored(self, ticket: Ticket) -> bool:
-        """True when the records of the ticket may be acked."""
-        return self._ack_in_ring or self._ring.is_stored(ticket.end, ticket.since)
-
-    def wait(self, ticket: Ticket, timeout: float) -> bool:
-        """True once the records of the ticket may be acked; False after `timeout` seconds or on abort."""
+    def wait(self, ticket: RingTicket, timeout: float) -> bool:
+        """See Intake."""
         return self._ack_in_ring or self._ring.wait_committed(ticket.end, timeout, ticket.since)
 
+    def stop(self, timeout: float) -> None:
+        """See Intake. It has no thread."""
 
-STORED = Ticket(0, 0)
+
+class _Queued:
+    """A block on its way into a commit, and its outcome once the commit has ended."""
+
+    __slots__ = ("block", "outcome")
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.outcome: bool | StoreError = False
 
 
 class StoreIntake:
-    """A consumer's intake: `put` is a commit, so that there is nothing to wait for afterwards."""
+    """A consumer's intake. The thread `commit` stores all blocks that have gathered in one append.
+
+    Raises ThreadError when there is no thread.
+    """
 
     closed = False
 
     def __init__(self, store: Storage) -> None:
         self._store = store
+        self._listener: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()
+        self._filled = threading.Condition(self._lock)
+        # Guarded by _lock.
+        self._queue: list[_Queued] = []
+        self._cost = 0  # of the queue
+        self._stopping = False
+        self._thread = start_thread(self._run, name="commit")
 
-    def put(self, block: Block, timeout: float) -> tuple[int, Ticket]:
-        """Returns when the block is on disk, however long that takes. Raises StoreError if it is not."""
+    def on_progress(self, listener: Callable[[], None]) -> None:
+        """See Intake."""
+        self._listener = listener
+
+    def offer(self, blocks: Sequence[Block]) -> list[tuple[_Queued, int]]:
+        """See Intake. There is no room while MAX_QUEUED records wait."""
+        taken = []
+        with self._lock:
+            for block in blocks:
+                if self._cost >= MAX_QUEUED or self._stopping:
+                    break
+                queued = _Queued(block)
+                self._queue.append(queued)
+                self._cost += len(block.values) + RUN_COST * len(block.runs)
+                taken.append((queued, len(block.values)))
+            if taken:
+                self._filled.notify()
+        return taken
+
+    def passed(self, ticket: _Queued) -> bool:
+        """See Intake."""
+        return ticket.outcome is not False
+
+    def outcome(self, ticket: _Queued) -> bool | StoreError:
+        """See Intake."""
+        return ticket.outcome
+
+    def put(self, block: Block, timeout: float) -> tuple[int, bool]:
+        """See Intake. A commit takes as long as it takes; then there is nothing left to wait for."""
         self._store.append(block.runs, block.values)
-        return len(block.values), STORED
+        return len(block.values), True
 
-    def stored(self, ticket: Ticket) -> bool:
-        """What was put is stored."""
+    def wait(self, ticket: bool, timeout: float) -> bool:
+        """See Intake."""
+        return ticket
+
+    def stop(self, timeout: float) -> None:
+        """End the thread once the queue is stored."""
+        with self._lock:
+            self._stopping = True
+            self._filled.notify()
+        self._thread.join(timeout)
+
+    # The thread.
+
+    def step(self) -> bool:
+        """Wait for blocks and commit them all. False when the thread should end."""
+        with self._lock:
+            while not self._queue and not self._stopping:
+                self._filled.wait()
+            if not self._queue:
+                return False
+            group, self._queue, self._cost = self._queue, [], 0
+        self._commit(group)
         return True
 
-    def wait(self, ticket: Ticket, timeout: float) -> bool:
-        """What was put is stored."""
-        return True
+    def _commit(self, group: list[_Queued]) -> None:
+        outcome: bool | StoreError = True
+        try:
+            if len(group) == 1:
+                self._store.append(*group[0].block)
+            else:
+                values = array("q")
+                for queued in group:
+                    values.extend(queued.block.values)
+                runs: list[Run] = [run for queued in group for run in queued.block.runs]
+                self._store.append(runs, values)
+        except StoreError as error:
+            outcome = error
+        for queued in group:
+            queued.outcome = outcome
+        self._listener()
 
-
-def plain_block(values: "array[int]", source: bytes, first: int) -> Block:
-    """Values that came without a source of their own, as records `first`, ... of `source`."""
-    return Block([Run(source, first, len(values))] if values else [], values)
+    def _run(self) -> None:
+        while self.step():
+            pass

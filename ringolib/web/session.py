@@ -1,169 +1,248 @@
-"""From what a client sends to the ack it gets: the job behind `/v1.0/ingest`, without HTTP.
+"""One ingest client without I/O: bytes and time in; blocks of records, acks and close frames out.
 
-An *intake* is where records go: a publisher's ring, or straight to a consumer's store. A `Session`
-is one WebSocket client, run by its connection's own thread from the first byte to the last.
-Nothing here is shared between threads but the intake and the totals, which lock for themselves.
+A `Session` has no socket, no thread and no clock of its own, in the manner of h11 and wsproto: its owner, the ingest
+loop, tells it what has come, what is stored and what time it is. It decides what to send and when to give up:
+
+- `receive(data, now)` returns the block of records that `data` completes
+- `stored(count)` says that the connection's first `count` records are on disk
+- `data_to_send()` returns pongs, the ack that is due and, at the end, the Close frame
+- `next_deadline` and `expire(now)` cover pings, unfinished messages and unread acks
+- `ending` is the close code and reason once no more input is taken; `close(now)` queues the Close frame
+
+States: open, until `ending` is set by the client, by an error, or by the owner (`end`); then settling, while the owner
+waits for records that are on their way to the disk; then closing, from `close` until the owner closes the socket.
+
+All times are seconds of one monotonic clock.
 """
 
 import uuid
 from array import array
-from collections import deque
-from threading import Event
-from time import monotonic
-from typing import NamedTuple
+from math import inf
+from struct import Struct
 
-from ringolib.counters import Totals
-from ringolib.net.websocket import ServerConnection
-from ringolib.storage.interface import StoreError
-from ringolib.web.intake import Intake, Ticket, plain_block
-from ringolib.wire import SUBPROTOCOL, Block, decode_batch_messages, decode_plain_messages, encode_ack
+from ringolib.net.protocol import PING, Protocol
+from ringolib.wire import Block, Run, decode_batch_messages, decode_plain_messages, encode_ack
 
-PATIENCE = 1.0
-"""Seconds a session waits, for the ring or the disk, before it looks at its socket again."""
-MAX_MARKS = 1024
-"""Reads whose acks are kept apart, for a client whose records are long in being stored."""
+PING_AFTER_SECONDS = 20.0
+"""Silence after which the server sends a ping."""
+PING_TIMEOUT_SECONDS = 20.0
+"""Time that the client has to send anything after a ping, for example its pong."""
+MESSAGE_TIMEOUT_SECONDS = 150.0
+"""Time that a client has to finish a message: 8 MiB at the rate that is asked of an HTTP body."""
+STALL_TIMEOUT_SECONDS = 60.0
+"""Time that a client may read nothing while the server has something to send."""
+CLOSE_TIMEOUT_SECONDS = 2.0
+"""Time that a client has to answer the Close frame before the socket is closed."""
+MAX_REPLIES = 64 * 1024
+"""Bytes of pongs that a client may leave unread, beyond what the system buffers."""
+
+PATIENCE_SECONDS = 1.0
+"""Time for which a client that has ended its side without a Close frame still gets acks."""
+
 GOING_AWAY = (1001, "the server is stopping")
 UNSTORED = (1011, "not stored before the server stopped")
 LOST = (1006, "connection lost")
 NOTHING = Block([], array("q"))
-
-
-class _Mark(NamedTuple):
-    """When what `ticket` stands for is stored, as that of all marks before, the connection's first `records` are."""
-
-    ticket: Ticket
-    records: int
-    read_at: float  # monotonic seconds
+_SINGLE = Struct(">xxII")  # a whole frame: its head, its mask and its masked payload of four bytes
 
 
 class Session:
-    """One WebSocket client: reads, decodes, puts, waits for stored, acks. `run` it once.
+    """One client. `batches` is true if it speaks batch messages, which carry sources and sequences of their own.
 
-    `stopping` makes it read no more, finish what it has read, and close with 1001.
+    `received`, `stored_count` and `acked` count the records of this connection. `refused` is true if a message was
+    invalid. `lost` is true if the connection ended without a Close frame.
     """
 
-    def __init__(self, connection: ServerConnection, intake: Intake, totals: Totals, stopping: Event) -> None:
-        self._connection = connection
-        self._intake = intake
-        self._totals = totals
-        self._stopping = stopping
-        self._batches = connection.subprotocol == SUBPROTOCOL
-        self._source = uuid.uuid4().bytes  # of plain messages
-        # Records of this connection:
+    __slots__ = (
+        "batches",
+        "received",
+        "stored_count",
+        "acked",
+        "refused",
+        "closing",
+        "_ending",
+        "_protocol",
+        "_source",
+        "_heard",
+        "_pinged",
+        "_begun",
+        "_stalled",
+        "_close_by",
+        "_out",
+    )
+
+    def __init__(self, batches: bool, now: float) -> None:
+        self.batches = batches
         self.received = 0
-        self._put = 0  # of those, put into the intake
-        self._stored = 0  # of those, stored
-        self.acked = 0  # and of those, acked
-        self._marks: deque[_Mark] = deque()
-        self._block = NOTHING  # decoded, and not in the intake yet
+        self.stored_count = 0
+        self.acked = 0
+        self.refused = False
+        self.closing = False
+        self._ending: tuple[int, str] | None = None  # that the owner has set
+        self._protocol = Protocol(is_server=True)
+        self._source = b"" if batches else uuid.uuid4().bytes  # of plain messages
+        self._heard = now  # when the client last sent something
+        self._pinged: float | None = None  # when it was last pinged, if it has sent nothing since
+        self._begun: float | None = None  # when the unfinished message began
+        self._stalled: float | None = None  # since when the client has read nothing of what waits for it
+        self._close_by = inf  # when the socket is closed without an answer to the Close frame
+        self._out = b""  # pings and the Close frame
 
-    def run(self, rest: bytes) -> tuple[int, str]:
-        """Serves the client until either side ends, closes, and returns the code and reason.
+    @property
+    def ending(self) -> tuple[int, str] | None:
+        """The close code and reason once no more input is taken; None before."""
+        return self._ending or self._protocol.ending
 
-        `rest` is what came right behind the handshake. What was read is put and acked before the
-        close, unless the client leaves while there is no room for it; one that ends its side without a
-        Close frame gets the acks of the next PATIENCE. Never raises OSError: a lost connection ends with 1006.
-        """
-        ending = None
-        data: bytes | None = rest
-        rest = b""
-        try:
-            while ending is None:
-                if data:
-                    read_at = monotonic()
-                    ending = self._decode(data)
-                    data = None  # a thread that waits for room, or a client, holds no more than _block
-                    ending = self._put_all(read_at) or ending
-                self._ack()
-                if ending is None and self._stopping.is_set():
-                    ending = GOING_AWAY
-                if ending is None:
-                    data = self._connection.read(wait=False)
-                    if data == b"":
-                        ending = LOST
-                    elif data is None and self._marks:
-                        self._intake.wait(self._marks[0].ticket, PATIENCE)
-                    elif data is None:
-                        self._connection.wait()
-            self._settle(patient=ending[0] != LOST[0])
-            if self._batches and self._marks and ending == GOING_AWAY:
-                ending = UNSTORED  # it may be stored yet: 1001 says to a publisher's link that it will not be
-        except OSError as error:
-            ending = (LOST[0], f"{LOST[1]}: {error}")
-        if ending[0] == LOST[0]:
-            self._connection.abort()
-        last = b""
-        if self._stored > self.acked and ending[0] != LOST[0]:  # the client has not read the acks before it
-            last = encode_ack(self._stored)
-            self._totals.add_acked(self._stored - self.acked)
-            self.acked = self._stored
-        self._connection.finish(*ending, last)
-        return ending
+    @property
+    def by_client(self) -> bool:
+        """True if the client closed in order: it sent a Close frame and broke no rule."""
+        return self._ending is None and self._protocol.ending is not None and not self._protocol.at_fault
 
-    def _decode(self, data: bytes) -> tuple[int, str] | None:
-        """Makes a block of `data`; the code and reason to close with after it, if that is the end."""
-        self._totals.add_bytes(len(data))
-        messages = self._connection.parse(data)
-        ending = self._connection.ending
-        if self._batches:
-            self._block, error = decode_batch_messages(messages)
+    @property
+    def lost(self) -> bool:
+        """True if the connection ended without a Close frame."""
+        ending = self.ending
+        return ending is not None and ending[0] == LOST[0]
+
+    @property
+    def has_input(self) -> bool:
+        """True if data has come that is not parsed yet: call `receive(b"", now)`."""
+        return self._protocol.has_input and self._ending is None
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory of an unfinished message."""
+        return self._protocol.held
+
+    def receive(self, data: bytes | bytearray, now: float) -> Block:
+        """Return the records that `data` completes. May set `ending`; later data is ignored."""
+        if self.ending:
+            return NOTHING
+        if data:
+            self._heard, self._pinged = now, None
+            if len(data) == 10 and data.startswith(b"\x82\x84") and self._source and not self._protocol.unfinished:
+                # One message of one 32-bit integer and nothing else: a client with little to say.
+                mask, masked = _SINGLE.unpack(data)
+                value = mask ^ masked
+                run = Run(self._source, self.received, 1)
+                self.received += 1
+                return Block([run], array("q", (value if value < 0x80000000 else value - 0x100000000,)))
+        messages = self._protocol.receive(data)
+        if messages:
+            if self.batches:
+                block, error = decode_batch_messages(messages)
+            else:
+                values, error = decode_plain_messages(messages)
+                block = Block([Run(self._source, self.received, len(values))], values) if values else NOTHING
+            self.received += len(block.values)
+            if error:
+                self._ending = (error.close_code, str(error))
+                self.refused = True
+            self._begun = None
         else:
-            values, error = decode_plain_messages(messages)
-            self._block = plain_block(values, self._source, self._put)
-        if error:
-            ending = (error.close_code, str(error))
-        if error or self._connection.at_fault:
-            self._totals.add_refused()
-        if self._block.values:
-            self.received += len(self._block.values)
-            self._totals.add_records(len(self._block.values))
-        return ending
+            block = NOTHING
+        if self._protocol.at_fault:
+            self.refused = True
+        if not self._protocol.unfinished:
+            self._begun = None
+        elif self._begun is None:
+            self._begun = now
+        return block
 
-    def _put_all(self, read_at: float) -> tuple[int, str] | None:
-        """Puts the block, however long there is no room for it; the code and reason to close with, if not all is in."""
-        while self._block.values:
-            try:
-                accepted, ticket = self._intake.put(self._block, PATIENCE)
-            except StoreError as error:
-                self._totals.add_refused(len(self._block.values))
-                return 1011, f"not stored: {error}"
-            if accepted:
-                self._put += accepted
-                if len(self._marks) >= MAX_MARKS:  # its latency counts from the older one's read
-                    last = self._marks.pop()
-                    ticket, read_at = Ticket(last.ticket.since, ticket.end), last.read_at
-                self._marks.append(_Mark(ticket, self._put, read_at))
-            if accepted == len(self._block.values):
-                break
-            self._block = self._block.after(accepted)
-            if self._intake.closed or self._connection.is_gone():
-                self._totals.add_refused(len(self._block.values))
-                return GOING_AWAY if self._intake.closed else LOST
-            self._ack()
-        self._block = NOTHING
-        return None
+    def stored(self, count: int) -> None:
+        """The first `count` records of the connection are on disk."""
+        self.stored_count = count
 
-    def _ack(self) -> None:
-        """Tells the client how many of its records are stored, if more are than it knows."""
-        now = monotonic()
-        latencies = []
-        while self._marks and self._intake.stored(self._marks[0].ticket):
-            mark = self._marks.popleft()
-            self._stored = mark.records
-            latencies.append(now - mark.read_at)
-        sent = self._stored > self.acked and self._connection.send_ack(encode_ack(self._stored))
-        if sent or latencies:
-            self._totals.add_acked(self._stored - self.acked if sent else 0, latencies)
-        if sent:
-            self.acked = self._stored
+    def end(self, code: int, reason: str) -> None:
+        """Take no more input, and close with this code and reason, unless an ending is set already."""
+        if not self.ending:
+            self._ending = (code, reason)
 
-    def _settle(self, patient: bool) -> None:
-        """Waits until all that was put is stored, and acks it; gives up when the client is gone, when nothing will
-        be stored any more, or, if not `patient`, after PATIENCE.
+    def end_of_stream(self, now: float) -> None:
+        """The client has ended its side without a Close frame: it gets the acks of the next PATIENCE_SECONDS."""
+        self.end(*LOST)
+        self._close_by = now + PATIENCE_SECONDS
+
+    def replace_ending(self, code: int, reason: str) -> None:
+        """Close with this code and reason instead."""
+        self._ending = (code, reason)
+
+    @property
+    def replies_due(self) -> bool:
+        """True if `data_to_send` has something besides an ack."""
+        return bool(self._protocol.replies or self._out)
+
+    def data_to_send(self, now: float) -> bytes:
+        """Return what is to be sent now, in whole frames: pongs and pings, then the ack that is due, then the Close
+        frame. Call it only when everything that it returned before is with the system: acks are cumulative, so the
+        newest one replaces those that could not be sent.
         """
-        while self._marks:
-            stored = self._intake.wait(Ticket(self._marks[0].ticket.since, self._marks[-1].ticket.end), PATIENCE)
-            self._ack()
-            over = self._stopping.is_set() and self._intake.closed
-            if stored or over or not patient or self._connection.is_gone():
-                return
+        out = self._protocol.replies
+        if out:
+            self._protocol.replies = b""
+        if self.stored_count > self.acked:
+            out += b"\x82\x08" + encode_ack(self.stored_count)  # RFC 6455, section 5.2: binary, final, 8 bytes
+            self.acked = self.stored_count
+        if self._out:
+            out += self._out
+            self._out = b""
+        return out
+
+    def sent(self, progress: bool, rest: int, now: float) -> None:
+        """The owner has tried to send: `progress` if the system took something, `rest` bytes are left."""
+        if not rest or progress:
+            self._stalled = None
+        if rest and self._stalled is None:
+            self._stalled = now
+        if len(self._protocol.replies) > MAX_REPLIES:
+            self._ending = (LOST[0], f"{LOST[1]}: the client does not read")
+
+    def close(self, now: float) -> None:
+        """Queue the Close frame. Nothing is on its way to the disk any more, or nobody waits for it."""
+        if self.closing:
+            return
+        self.closing = True
+        ending = self.ending or LOST
+        self._close_by = now + CLOSE_TIMEOUT_SECONDS
+        if ending[0] != LOST[0]:
+            self._out += self._protocol.close_frame(*ending)
+
+    @property
+    def next_deadline(self) -> float:
+        """When `expire` is to be called, unless something comes before."""
+        if self._close_by != inf:
+            return self._close_by
+        deadline = inf if self._stalled is None else self._stalled + STALL_TIMEOUT_SECONDS
+        if self.ending:
+            return deadline
+        silence = self._heard + PING_AFTER_SECONDS if self._pinged is None else self._pinged + PING_TIMEOUT_SECONDS
+        if silence < deadline:
+            deadline = silence
+        if self._begun is not None:
+            deadline = min(deadline, self._begun + MESSAGE_TIMEOUT_SECONDS)
+        return deadline
+
+    def expire(self, now: float) -> None:
+        """Send a ping to a silent client, or give up a client that has stalled: `ending` is set then."""
+        if self._stalled is not None and now >= self._stalled + STALL_TIMEOUT_SECONDS:
+            self._lose(f"the client has read nothing for {STALL_TIMEOUT_SECONDS:.0f} s")
+        elif self.ending:
+            return
+        elif self._begun is not None and now >= self._begun + MESSAGE_TIMEOUT_SECONDS:
+            self._lose(f"a message was not finished within {MESSAGE_TIMEOUT_SECONDS:.0f} s")
+        elif self._pinged is None and now >= self._heard + PING_AFTER_SECONDS:
+            self._pinged = now
+            self._out += PING
+        elif self._pinged is not None and now >= self._pinged + PING_TIMEOUT_SECONDS:
+            self._lose(f"no answer to a ping within {PING_TIMEOUT_SECONDS:.0f} s")
+
+    def paused(self, seconds: float) -> None:
+        """The owner did not read for so long: that is not the client's silence."""
+        self._heard += seconds
+        if self._pinged is not None:
+            self._pinged += seconds
+        if self._begun is not None:
+            self._begun += seconds
+
+    def _lose(self, reason: str) -> None:
+        self._ending = (LOST[0], f"{LOST[1]}: {reason}")
