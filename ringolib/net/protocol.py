@@ -101,7 +101,7 @@ class Protocol:
             if head is None:
                 needed = end - at + 1
                 break
-            size = head.head + head.payload
+            size = head.size + head.payload_size
             if not head.simple or self._fragments or not self._is_server:
                 if data[at] & 0x0F < 8:
                     self._fragments = data[at] < 0x80
@@ -134,7 +134,7 @@ class Protocol:
     def _judge(self, data: bytes | bytearray, messages: list[Messages]) -> None:
         """Give `data` to wsproto, add the messages it completes, and answer pings."""
         judge = self._judge_state()
-        judge.receive_data(data)
+        judge.receive_data(bytes(data))
         for event in judge.events():
             if isinstance(event, BytesMessage):
                 if self._message is None:

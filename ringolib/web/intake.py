@@ -48,6 +48,9 @@ class Intake(Protocol):
     def passed(self, ticket: Any) -> bool:
         """True if everything up to this ticket is stored, or put aside to be stored later, or has failed."""
 
+    def join_tickets(self, older: Any, newer: Any) -> Any:
+        """A ticket for the records of both; None if they are kept apart, as their number is bounded anyway."""
+
     def on_progress(self, listener: Callable[[], None]) -> None:
         """Have `listener` called, by any thread, when there may be new outcomes, or room."""
 
@@ -99,6 +102,10 @@ class RingIntake:
     def passed(self, ticket: RingTicket) -> bool:
         """See Intake."""
         return self._ack_in_ring or self._ring.committed >= ticket.end
+
+    def join_tickets(self, older: RingTicket, newer: RingTicket) -> RingTicket:
+        """See Intake."""
+        return RingTicket(older.since, newer.end)
 
     def outcome(self, ticket: RingTicket) -> bool:
         """See Intake. A worker tries until it has stored, so there is no error."""
@@ -182,6 +189,9 @@ class StoreIntake:
     def passed(self, ticket: _Queued) -> bool:
         """See Intake."""
         return ticket.outcome is not False
+
+    def join_tickets(self, older: _Queued, newer: _Queued) -> None:
+        """See Intake. MAX_QUEUED bounds them."""
 
     def outcome(self, ticket: _Queued) -> bool | StoreError:
         """See Intake."""

@@ -40,6 +40,8 @@ READ_SIZE = 256 * 1024
 SHARED_READ_SIZE = 64 * 1024
 OFFER_RECORDS = 65_536
 """Records after which a turn offers what it has read, before it reads on."""
+MAX_MARKS = 1024
+"""Reads of one client, and offers, whose acks are kept apart while their records wait to be stored."""
 GONE_CHECK_SECONDS = 1.0
 """How often a client that is not read from is asked whether it is still there."""
 EXIT_FATAL = 70  # EX_SOFTWARE, sysexits.h
@@ -90,7 +92,8 @@ class IngestLoop:
         self._writers = selectors.DefaultSelector()
         self._ready: deque[Client] = deque()  # to be read from
         self._again: deque[Client] = deque()  # with input that is here already
-        self._pending: deque[tuple[Any, Client]] = deque()  # all marks that are not passed, in order
+        # Offers that are not stored yet, in order: the last ticket of each, and the clients that have a part in it.
+        self._pending: deque[tuple[Any, set[Client]]] = deque()
         self._doubtful: set[Client] = set()  # clients whose oldest mark is passed over
         self._backlog: deque[tuple[Client, Block, float]] = deque()
         self._deadlines: list[tuple[float, int, Client]] = []
@@ -152,6 +155,8 @@ class IngestLoop:
                 pass
         except BaseException:
             self._fatal("the ingest loop has failed")
+        for end in (self._readers, self._writers, self._wake_receiver, self._wake_sender):
+            end.close()
 
     def _fatal(self, what: str) -> None:
         """End the process: acks may be wrong from here on, and what was acked is on disk."""
@@ -312,6 +317,7 @@ class IngestLoop:
         """Offer the backlog to the intake, and pause or resume reading as there is room."""
         blocks = [block for _, block, _ in self._backlog]
         taken = self._intake.offer(blocks) if blocks else []
+        clients = set()
         for ticket, count in taken:
             client, block, read_at = self._backlog.popleft()
             if count < len(block.values):
@@ -319,8 +325,15 @@ class IngestLoop:
             else:
                 client.waiting -= 1
             client.put += count
+            if len(client.marks) >= MAX_MARKS and (joined := self._intake.join_tickets(client.marks[-1][0], ticket)):
+                ticket = joined  # one mark for both: its latency counts from the older read
+                read_at = client.marks.pop()[2]
             client.marks.append((ticket, client.put, read_at))
-            self._pending.append((ticket, client))
+            clients.add(client)
+        if taken:
+            if len(self._pending) >= MAX_MARKS:
+                clients |= self._pending.pop()[1]
+            self._pending.append((taken[-1][0], clients))
         if self._backlog and self._intake.closed:
             self._refuse_backlog(now)
         if self._backlog:
@@ -367,7 +380,7 @@ class IngestLoop:
         touched = self._doubtful
         self._doubtful = set()
         while pending and passed(pending[0][0]):
-            touched.add(pending.popleft()[1])
+            touched |= pending.popleft()[1]
         for client in touched:
             if client not in self._clients:
                 continue
@@ -460,7 +473,7 @@ class IngestLoop:
         if client.unsent:
             self._writers.unregister(client.sock)
         if client.waiting:  # records that the intake has not taken
-            kept = deque()
+            kept: deque[tuple[Client, Block, float]] = deque()
             for entry in self._backlog:
                 if entry[0] is client:
                     self._totals.add_refused(len(entry[1].values))

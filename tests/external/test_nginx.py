@@ -145,7 +145,7 @@ SHORT = ("proxy_read_timeout 1h;", "proxy_read_timeout 2s;")
 
 def test_an_idle_websocket_lives_as_long_as_the_server_pings(place: Path) -> None:
     """It is longer than nginx would wait without; the test shows that, too."""
-    with server(place, "-H", "unix:x.sock", patch="net.websocket.PING_AFTER = 0.5") as running:
+    with server(place, "-H", "unix:x.sock", patch="web.session.PING_AFTER_SECONDS = 0.5") as running:
         with nginx(place, running.at, SHORT) as port, connect(url(port), ping_interval=None) as client:
             try:
                 client.recv(timeout=5)

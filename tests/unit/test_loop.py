@@ -1,0 +1,427 @@
+"""The ingest loop on real sockets that deliver late, in pieces, half, or reset; with a ring whose worker is the test."""
+
+import socket
+import struct
+import threading
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.harness import DEADLINE, Blocked, RawClient, ServerProcess, eventually, frame, rows
+
+from ringbuffer import Batch, Ring
+from ringolib.counters import Totals
+from ringolib.storage.interface import StoreError
+from ringolib.web import loop as module
+from ringolib.web.intake import RingIntake, StoreIntake
+from ringolib.web.loop import Client, IngestLoop
+from ringolib.web.session import Session
+from ringolib.wire import Block, Run, encode_batch
+
+CLOSE = frame(8, struct.pack(">H", 1000))
+
+
+def plain(*values: int) -> bytes:
+    return b"".join(frame(2, struct.pack(">i", value)) for value in values)
+
+
+def ack(count: int) -> bytes:
+    return b"\x82\x08" + struct.pack(">Q", count)
+
+
+class World:
+    """A loop over a ring, and what became of its clients."""
+
+    def __init__(self, ring: Ring) -> None:
+        self.ring = ring
+        self.totals = Totals()
+        self.ended: list[Client] = []
+        self.loop = IngestLoop(RingIntake(ring), self.totals)
+        self._sockets: list[socket.socket] = []
+
+    def connect(self, rest: bytes = b"", session: Session | None = None, batches: bool = False) -> socket.socket:
+        """A client of the loop; `rest` came behind its handshake."""
+        ours, theirs = socket.socketpair()
+        theirs.settimeout(DEADLINE)
+        self.loop.add(ours, session or Session(batches, 0.0 if session else module.monotonic()), rest, self.ended.append)
+        self._sockets.append(theirs)
+        return theirs
+
+    def store(self, limit: int = 1 << 20) -> Batch:
+        """Be the worker: take a batch and commit it."""
+        batch = self.ring.reserve(limit, DEADLINE)
+        self.ring.commit(batch)
+        return batch
+
+    def close(self) -> None:
+        self.loop.abort()
+        assert self.loop.join(DEADLINE)
+        for sock in self._sockets:
+            sock.close()
+
+
+@contextmanager
+def running(capacity: int = 100_000) -> Iterator[World]:
+    world = World(Ring(capacity))
+    try:
+        yield world
+    finally:
+        world.close()
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with running() as made:
+        yield made
+
+
+def read(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = sock.recv(size - len(data))
+        assert piece, f"closed after {data!r}"
+        data += piece
+    return data
+
+
+def read_all(sock: socket.socket) -> bytes:
+    data = b""
+    while piece := sock.recv(65536):
+        data += piece
+    return data
+
+
+def test_record_is_acked_once_it_is_stored(world: World) -> None:
+    client = world.connect()
+    client.sendall(plain(5))
+    batch = world.ring.reserve(10, DEADLINE)
+    call = Blocked(lambda: read(client, 10))
+    assert call.still()
+    world.ring.commit(batch)
+    assert call.result() == ack(1) and list(batch.values) == [5]
+
+
+def test_data_behind_the_handshake_is_not_lost(world: World) -> None:
+    client = world.connect(rest=plain(1, 2))
+    world.store()
+    assert read(client, 10) == ack(2)
+
+
+def test_frames_that_come_byte_by_byte_are_joined(world: World) -> None:
+    client = world.connect()
+    for byte in plain(7) + frame(2, struct.pack(">qq", 8, 9)):
+        client.sendall(bytes([byte]))
+    eventually(lambda: world.ring.cursor == 3)
+    assert list(world.store().values) == [7, 8, 9]
+    assert read(client, 10) == ack(3)
+
+
+def test_one_commit_acks_all_clients_and_wakes_the_loop_once(world: World) -> None:
+    clients = [world.connect() for _ in range(50)]
+    for number, client in enumerate(clients):
+        client.sendall(plain(number))
+    eventually(lambda: world.ring.cursor == 50)
+    wakes: list[int] = []
+    real = world.loop._wake_sender
+
+    class Counting:
+        def send(self, data: bytes) -> int:
+            wakes.append(1)
+            return real.send(data)
+
+        def close(self) -> None:
+            real.close()
+
+    world.loop._wake_sender = Counting()  # type: ignore[assignment]
+    world.store()
+    assert all(read(client, 10) == ack(1) for client in clients)
+    assert len(wakes) == 1
+    assert world.totals.snapshot().acked == 50
+
+
+def test_full_ring_stops_reading_and_nothing_is_lost() -> None:
+    with running(capacity=10) as world:
+        clients = [world.connect() for _ in range(4)]
+        for number, client in enumerate(clients):
+            client.sendall(plain(*range(100 * number, 100 * number + 25)))
+        seen = array("q")
+        while len(seen) < 100:
+            seen += world.store(3).values
+        for client in clients:
+            last = b""
+            while last != ack(25):
+                last = read(client, 10)
+    for number in range(4):
+        own = [value for value in seen if value // 100 == number]
+        assert own == list(range(100 * number, 100 * number + 25)), "in order, each once"
+
+
+def test_no_client_starves_while_the_ring_is_full() -> None:
+    with running(capacity=8) as world:
+        flood = world.connect()
+        stop = threading.Event()
+
+        def pour() -> None:
+            flood.settimeout(0.05)
+            while not stop.is_set():
+                try:
+                    flood.send(plain(*[1] * 1000))
+                except TimeoutError:
+                    pass
+
+        def drain() -> None:
+            while not stop.is_set():
+                try:
+                    world.ring.commit(world.ring.reserve(4, 0.05))
+                except TimeoutError:
+                    pass
+
+        threads = [threading.Thread(target=pour), threading.Thread(target=drain)]
+        for thread in threads:
+            thread.start()
+        try:
+            client = world.connect()
+            for number in range(1, 4):
+                client.sendall(plain(2))
+                assert read(client, 10) == ack(number)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(DEADLINE)
+
+
+@pytest.mark.parametrize("flood", [frame(9, b""), frame(2, bytes(4), fin=False) + frame(0, bytes(4)), plain(1)])
+def test_flood_of_one_client_does_not_keep_others_waiting(world: World, flood: bytes) -> None:
+    stop = threading.Event()
+    noisy = world.connect()
+
+    def pour() -> None:
+        noisy.settimeout(0.05)
+        data = flood * 5000
+        while not stop.is_set():
+            try:
+                noisy.send(data)
+                noisy.recv(1 << 20)
+            except TimeoutError:
+                pass
+
+    def drain() -> None:
+        while not stop.is_set():
+            try:
+                world.ring.commit(world.ring.reserve(65_536, 0.05))
+            except TimeoutError:
+                pass
+
+    threads = [threading.Thread(target=pour), threading.Thread(target=drain)]
+    for thread in threads:
+        thread.start()
+    try:
+        client = world.connect()
+        for number in range(1, 20):
+            client.sendall(plain(number))
+            assert read(client, 10) == ack(number)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(DEADLINE)
+
+
+def test_client_that_closes_in_order_gets_its_last_ack(world: World) -> None:
+    client = world.connect()
+    client.sendall(plain(1) + CLOSE)
+    batch = world.ring.reserve(10, DEADLINE)
+    call = Blocked(lambda: read_all(client))
+    assert call.still()
+    world.ring.commit(batch)
+    assert call.result() == ack(1) + b"\x88\x02\x03\xe8"
+    eventually(lambda: world.ended)
+    assert world.ended[0].session.by_client
+
+
+def test_client_that_closes_its_side_gets_the_acks_of_a_moment(world: World) -> None:
+    client = world.connect()
+    client.sendall(plain(1))
+    batch = world.ring.reserve(10, DEADLINE)
+    client.shutdown(socket.SHUT_WR)
+    eventually(lambda: world.loop._clients and next(iter(world.loop._clients)).eof)
+    world.ring.commit(batch)
+    assert read_all(client) == ack(1)
+
+
+def test_client_that_closes_its_side_is_given_up_after_a_moment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringolib.web.session.PATIENCE_SECONDS", 0.05)
+    client = world.connect()
+    client.sendall(plain(1))
+    client.shutdown(socket.SHUT_WR)
+    assert read_all(client) == b""
+    eventually(lambda: world.ended)
+    assert world.ended[0].session.lost and world.totals.snapshot().clients == 0
+
+
+def test_reset_connection_ends_and_its_records_are_stored(world: World) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(listener.getsockname())
+    ours, _ = listener.accept()
+    world.loop.add(ours, Session(False, module.monotonic()), b"", world.ended.append)
+    client.sendall(plain(1, 2))
+    eventually(lambda: world.ring.cursor == 2)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    eventually(lambda: world.ended)
+    assert world.ended[0].session.lost and len(world.store()) == 2
+    listener.close()
+
+
+def test_clients_that_leave_while_the_ring_is_full_are_dropped() -> None:
+    with running(capacity=2) as world:
+        client = world.connect()
+        client.sendall(plain(1, 2, 3))
+        eventually(lambda: world.loop._paused_at is not None)
+        waiting = world.connect()
+        waiting.close()
+        client.close()
+        eventually(lambda: len(world.ended) == 2)
+        assert world.totals.snapshot().refused == 1
+        assert len(world.store()) == 2
+        other = world.connect()
+        other.sendall(plain(4))
+        assert list(world.store().values) == [4] and read(other, 10) == ack(1)
+
+
+def test_error_in_one_session_ends_that_session_only(world: World) -> None:
+    class Faulty(Session):
+        __slots__ = ()
+
+        def receive(self, data: bytes | bytearray, now: float) -> Block:
+            raise ZeroDivisionError("a bug")
+
+    good = world.connect()
+    bad = world.connect(session=Faulty(False, module.monotonic()))
+    bad.sendall(plain(1))
+    assert struct.unpack(">H", read_all(bad)[2:4]) == (1011,)
+    good.sendall(plain(2))
+    world.store()
+    assert read(good, 10) == ack(1)
+
+
+def test_client_that_reads_no_acks_gets_the_newest_one(world: World) -> None:
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    world.loop.add(ours, Session(False, module.monotonic()), b"", world.ended.append)
+    for _ in range(2000):
+        theirs.sendall(plain(1))
+        world.store()
+    theirs.settimeout(DEADLINE)
+    data = b""
+    while not data.endswith(ack(2000)):
+        data += theirs.recv(65536)
+    assert len(data) < 2000 * 10, "acks that did not fit were replaced"
+    theirs.close()
+
+
+def test_stop_reads_no_more_and_closes_with_1001_after_the_ack(world: World) -> None:
+    client = world.connect()
+    client.sendall(plain(1))
+    batch = world.ring.reserve(10, DEADLINE)
+    world.loop.stop()
+    client.sendall(plain(2))
+    call = Blocked(lambda: read(client, 14))
+    assert call.still()
+    world.ring.commit(batch)
+    assert call.result() == ack(1) + b"\x88" + bytes([2 + len("the server is stopping")]) + struct.pack(">H", 1001)
+
+
+def test_stop_with_unstored_batches_closes_with_1011() -> None:
+    with running() as world:
+        client = world.connect(batches=True)
+        client.sendall(frame(2, encode_batch([Run(bytes(16), 0, 1)], array("q", (1,)))))
+        world.ring.reserve(10, DEADLINE)
+        world.loop.stop()
+        world.ring.abort()
+        assert struct.unpack(">H", read_all(client)[2:4]) == (1011,)
+
+
+class Memory:
+    """A store that keeps blocks, and fails when it is told to."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[list[Run], list[int]]] = []
+        self.fails = False
+        self.may_commit = threading.Event()
+        self.may_commit.set()
+
+    def append(self, runs: list[Run], values: "array[int]") -> None:
+        assert self.may_commit.wait(DEADLINE)
+        if self.fails:
+            raise StoreError("disk full")
+        self.blocks.append((list(runs), list(values)))
+
+
+def test_blocks_that_gather_during_a_commit_share_the_next_one() -> None:
+    store = Memory()
+    store.may_commit.clear()
+    intake = StoreIntake(store)  # type: ignore[arg-type]
+    notified = threading.Semaphore(0)
+    intake.on_progress(notified.release)
+    tickets = []
+    for number in range(10):
+        ((ticket, count),) = intake.offer([Block([Run(bytes(16), number, 1)], array("q", (number,)))])
+        tickets.append(ticket)
+        assert count == 1 and not intake.passed(ticket)
+    store.may_commit.set()
+    eventually(lambda: all(intake.outcome(ticket) is True for ticket in tickets))
+    assert [value for _, values in store.blocks for value in values] == list(range(10))
+    assert len(store.blocks) <= 2
+    intake.stop(DEADLINE)
+
+
+def test_failed_commit_is_the_outcome_of_its_blocks_only() -> None:
+    store = Memory()
+    intake = StoreIntake(store)  # type: ignore[arg-type]
+    store.fails = True
+    ((bad, _),) = intake.offer([Block([Run(bytes(16), 0, 1)], array("q", (1,)))])
+    eventually(lambda: intake.passed(bad))
+    store.fails = False
+    ((good, _),) = intake.offer([Block([Run(bytes(16), 0, 1)], array("q", (1,)))])
+    eventually(lambda: intake.passed(good))
+    assert isinstance(intake.outcome(bad), StoreError) and intake.outcome(good) is True
+    intake.stop(DEADLINE)
+
+
+def test_queue_of_a_stalled_store_is_bounded() -> None:
+    store = Memory()
+    store.may_commit.clear()
+    intake = StoreIntake(store)  # type: ignore[arg-type]
+    block = Block([Run(bytes(16), 0, 100_000)], array("q", bytes(800_000)))
+    taken = sum(len(intake.offer([block])) for _ in range(20))
+    assert taken <= 5
+    store.may_commit.set()
+    intake.stop(DEADLINE)
+
+
+@pytest.mark.parametrize("part", ["_settle", "_offer_backlog", "_take_news"])
+def test_error_in_the_loops_bookkeeping_ends_the_process(tmp_path: Path, part: str) -> None:
+    """Records that were acked before it are on disk."""
+    patch = (
+        f"real = web.loop.IngestLoop.{part}; "
+        f"web.loop.IngestLoop.{part} = lambda self, now: real(self, now) if self._totals.snapshot().acked < 50 else 1 / 0"
+    )
+    running = ServerProcess(tmp_path, "-p", "0", "-T", "0", patch=patch)
+    acked = 0
+    try:
+        with RawClient(running.port) as client:
+            try:
+                for _ in range(10_000):
+                    client.send(plain(1))
+                    acked = client.acked(acked + 1)
+            except (OSError, AssertionError):
+                pass
+        assert running.wait() == module.EXIT_FATAL
+    finally:
+        running.kill()
+    assert acked >= 49
+    assert len(rows(tmp_path / "ringoexp.db")) >= acked
+    errors = running.errors.read_text()
+    assert "event=fatal" in errors and "ZeroDivisionError" in errors and "Traceback" not in errors
