@@ -512,7 +512,9 @@ def test_real_threads_that_compete_for_interpreter_lock() -> None:
         profile = sample(1, threading.Event().wait)
     for name, ns in used.items():
         costs = costs_by_function(profile, name)
-        assert ns >= costs[name].cpu > 0.5 * ns, "the profile misses the time before the first and after the last sample"
+        assert ns >= costs[name].cpu > 0.5 * ns, (
+            "the profile misses the time before the first and after the last sample"
+        )
         assert costs["spin"].cpu > 0.8 * costs[name].cpu
 
 
