@@ -33,11 +33,15 @@ from support.harness import (
 )
 from support.pprof_reader import DecodedProfile, read_profile
 
+from ringolib.app import App, StartupError
+from ringolib.options import read_arguments
+from store import StoreError
+
 BASE = "/debug/pprof/"
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-class Profiled:
+class ProfiledServer:
     """A server with a profiler on `port`."""
 
     def __init__(self, running: ServerProcess, port: int) -> None:
@@ -71,15 +75,15 @@ class Profiled:
 
 
 @contextmanager
-def profiled(directory: Path, *flags: str, patch: str = "") -> Iterator[Profiled]:
+def profiled(directory: Path, *flags: str, patch: str = "") -> Iterator[ProfiledServer]:
     """Run a server with a database and a profiler."""
     port = free_port()
     with server(directory, "-p", "0", "-T", "0", "-L", str(port), *flags, patch=patch) as running:
-        yield Profiled(running, port)
+        yield ProfiledServer(running, port)
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Profiled]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProfiledServer]:
     """One server for all tests that leave it as it was."""
     with profiled(tmp_path_factory.mktemp("server"), "-H", "127.0.0.1") as shared:
         yield shared
@@ -94,8 +98,8 @@ def error_of(response: tuple[int, dict[str, str], bytes]) -> str:
 # Pages.
 
 
-def test_index_links_to_every_page(one: Profiled) -> None:
-    status, headers, body = one.get("")
+def test_index_links_to_every_page(shared: ProfiledServer) -> None:
+    status, headers, body = shared.get("")
     assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
     assert headers["Content-Security-Policy"].startswith("default-src 'none';")
     assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store"
@@ -104,30 +108,30 @@ def test_index_links_to_every_page(one: Profiled) -> None:
     assert len(links) == len(set(links)) == 7
     assert links[0] == "profile?seconds=5", "has tests of its own"
     for link in links[1:]:  # in this order: tracing stops after it started
-        assert one.get(link)[0] == 200, link
-    assert one.get("heap")[0] == 409
-    status, headers, _ = request(one.port, "GET", BASE.rstrip("/"))
+        assert shared.get(link)[0] == 200, link
+    assert shared.get("heap")[0] == 409
+    status, headers, _ = request(shared.port, "GET", BASE.rstrip("/"))
     assert status == 301 and headers["Location"] == BASE
 
 
-def test_head_is_allowed_for_pages_only(one: Profiled) -> None:
+def test_head_is_allowed_for_pages_only(shared: ProfiledServer) -> None:
     for path in ("", "threads", "cmdline"):
-        assert one.get(path, "HEAD")[::2] == (200, b"")
+        assert shared.get(path, "HEAD")[::2] == (200, b"")
     for path in ("profile?seconds=1", "heap", "heap?start=1"):
-        status, headers, _ = one.get(path, "HEAD")
+        status, headers, _ = shared.get(path, "HEAD")
         assert (status, headers["Allow"]) == (405, "GET")
     for method in ("POST", "DELETE", "OPTIONS"):
-        assert one.get("", method)[0] == one.get("profile?seconds=1", method)[0] == 405
-    assert one.get("elsewhere")[0] == request(one.port, "GET", "/elsewhere")[0] == 404
-    assert request(one.port, "GET", "/")[1]["Location"] == "/debug/pprof/"
-    assert request(one.port, "GET", "/v1.0/stats")[0] == 404, "the profiler has only its own routes"
-    assert one.running.get(BASE)[0] == 404, "the server does not have the profiler's routes"
+        assert shared.get("", method)[0] == shared.get("profile?seconds=1", method)[0] == 405
+    assert shared.get("elsewhere")[0] == request(shared.port, "GET", "/elsewhere")[0] == 404
+    assert request(shared.port, "GET", "/")[1]["Location"] == "/debug/pprof/"
+    assert request(shared.port, "GET", "/v1.0/stats")[0] == 404, "the profiler has only its own routes"
+    assert shared.running.get(BASE)[0] == 404, "the server does not have the profiler's routes"
 
 
 @pytest.mark.parametrize("seconds", ["0", "61", "-1", "x", "", "1.5", "+5", "٣", "9" * 9, "9" * 5000])
-def test_invalid_seconds_are_refused_with_the_valid_range(one: Profiled, seconds: str) -> None:
+def test_invalid_seconds_are_refused_with_the_valid_range(shared: ProfiledServer, seconds: str) -> None:
     quoted = "%D9%A3" if seconds == "٣" else seconds
-    response = one.get(f"profile?seconds={quoted}")
+    response = shared.get(f"profile?seconds={quoted}")
     assert response[0] == 400
     assert "a whole number from 1 to 60" in error_of(response) and len(error_of(response)) < 120
 
@@ -148,22 +152,22 @@ def test_invalid_seconds_are_refused_with_the_valid_range(one: Profiled, seconds
         ("heap?start=1&frames=0", "frames=0 is invalid: expected a whole number from 1 to 100"),
     ],
 )
-def test_unknown_or_invalid_parameter_is_refused(one: Profiled, path: str, reason: str) -> None:
-    response = one.get(path)
+def test_unknown_or_invalid_parameter_is_refused(shared: ProfiledServer, path: str, reason: str) -> None:
+    response = shared.get(path)
     assert (response[0], error_of(response)) == (400, reason)
 
 
-def test_cmdline_shows_the_arguments(one: Profiled) -> None:
-    arguments = one.get("cmdline")[2].decode().split("\0")
+def test_cmdline_shows_the_arguments(shared: ProfiledServer) -> None:
+    arguments = shared.get("cmdline")[2].decode().split("\0")
     assert arguments[-2:] == ["-H", "127.0.0.1"] and arguments[1].endswith("ringoexp.py")
     assert Path(arguments[0]).name == Path(sys.executable).name
 
 
-def test_threads_page_shows_names_and_stacks(one: Profiled) -> None:
-    with RawClient(one.running.port) as client:
+def test_threads_page_shows_names_and_stacks(shared: ProfiledServer) -> None:
+    with RawClient(shared.running.port) as client:
         client.send(frame(2, bytes(4)))
         client.acked(1)
-        status, headers, body = one.get("threads")
+        status, headers, body = shared.get("threads")
     text = body.decode()
     assert status == 200 and headers["Content-Type"] == "text/plain; charset=utf-8"
     blocks = text.split("\n\n")
@@ -171,18 +175,20 @@ def test_threads_page_shows_names_and_stacks(one: Profiled) -> None:
     names = re.findall(r"^  ([^\s,]+), id \d+, \d+\.\d{3} s of CPU", text, re.MULTILINE)
     assert {"MainThread", "accept", "profiler"} < set(names) and any(name.startswith("conn-") for name in names)
     pair = rb"^2 threads\n  (accept|profiler), id .*\n  (accept|profiler), id .*\n  File "
-    eventually(lambda: re.search(pair, one.get("threads")[2], re.MULTILINE), "threads with equal stacks share a block")
+    eventually(
+        lambda: re.search(pair, shared.get("threads")[2], re.MULTILINE), "threads with equal stacks share a block"
+    )
     (main,) = [block for block in blocks if "MainThread" in block]
     assert main.rstrip().endswith("while set(woken.recv(4096)) == {signal.SIGHUP}:  # however many came meanwhile"), (
         "most recent call last"
     )
 
 
-def test_threads_with_equal_stacks_share_a_block(one: Profiled) -> None:
+def test_threads_with_equal_stacks_share_a_block(shared: ProfiledServer) -> None:
     with ExitStack() as stack:
         for _ in range(50):
-            stack.enter_context(RawClient(one.running.port))
-        eventually(lambda: re.search(rb"^50 threads\n(  conn-\d+, id .*\n){50}  File", one.get("threads")[2], re.M))
+            stack.enter_context(RawClient(shared.running.port))
+        eventually(lambda: re.search(rb"^50 threads\n(  conn-\d+, id .*\n){50}  File", shared.get("threads")[2], re.M))
 
 
 # Requests of other websites, and addresses.
@@ -201,10 +207,10 @@ def test_threads_with_equal_stacks_share_a_block(one: Profiled) -> None:
         {"Host": "10.0.0.1"},
     ],
 )
-def test_request_of_another_website_is_refused(one: Profiled, headers: dict[str, str]) -> None:
+def test_request_of_another_website_is_refused(shared: ProfiledServer, headers: dict[str, str]) -> None:
     for path in ("", "threads", "profile?seconds=1", "heap?start=1", "nothing"):
-        assert one.get(path, **headers)[0] == 403
-    assert one.get("heap")[0] == 409, "tracing did not start"
+        assert shared.get(path, **headers)[0] == 403
+    assert shared.get("heap")[0] == 409, "tracing did not start"
 
 
 @pytest.mark.parametrize(
@@ -217,26 +223,26 @@ def test_request_of_another_website_is_refused(one: Profiled, headers: dict[str,
         {"Host": "[::1]:6061"},
     ],
 )
-def test_request_of_user_or_own_page_is_answered(one: Profiled, headers: dict[str, str]) -> None:
-    assert one.get("cmdline", **headers)[0] == 200
+def test_request_of_user_or_own_page_is_answered(shared: ProfiledServer, headers: dict[str, str]) -> None:
+    assert shared.get("cmdline", **headers)[0] == 200
 
 
 @pytest.mark.parametrize("host", ["[", "[::1", "a b", "]:[", "%", "[x]", ":", ":80"])
-def test_malformed_host_header_is_refused(one: Profiled, host: str) -> None:
-    assert one.get("cmdline", Host=host)[0] == 403
+def test_malformed_host_header_is_refused(shared: ProfiledServer, host: str) -> None:
+    assert shared.get("cmdline", Host=host)[0] == 403
 
 
 @LINUX
-def test_profiler_listens_on_loopback_only_by_default(one: Profiled) -> None:
-    sockets = listening(one)
-    assert ("0100007F", one.port) in sockets and {port for _, port in sockets} == {one.running.port, one.port}
+def test_profiler_listens_on_loopback_only_by_default(shared: ProfiledServer) -> None:
+    sockets = listening(shared)
+    assert ("0100007F", shared.port) in sockets and {port for _, port in sockets} == {shared.running.port, shared.port}
     assert {address for address, _ in sockets} <= {"0100007F", "00000000000000000000000001000000"}
 
 
-def listening(profiled: Profiled) -> set[tuple[str, int]]:
+def listening(profiler: ProfiledServer) -> set[tuple[str, int]]:
     """Return address and port of each listening socket of the server."""
     inodes = set()
-    for descriptor in Path(f"/proc/{profiled.running.process.pid}/fd").iterdir():
+    for descriptor in Path(f"/proc/{profiler.running.process.pid}/fd").iterdir():
         try:
             match = re.match(r"socket:\[(\d+)\]", os.readlink(descriptor))
         except FileNotFoundError:
@@ -244,7 +250,7 @@ def listening(profiled: Profiled) -> set[tuple[str, int]]:
         inodes.add(match[1] if match else "")
     sockets = set()
     for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{profiled.running.process.pid}/net/{table}").read_text().splitlines()[1:]:
+        for line in Path(f"/proc/{profiler.running.process.pid}/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A" and fields[9] in inodes:
                 address, port = fields[1].split(":")
@@ -253,7 +259,7 @@ def listening(profiled: Profiled) -> set[tuple[str, int]]:
 
 
 @LINUX
-def test_profiler_host_beyond_loopback_logs_a_warning(tmp_path: Path, one: Profiled) -> None:
+def test_profiler_host_beyond_loopback_logs_a_warning(tmp_path: Path, shared: ProfiledServer) -> None:
     flags = ["--profiler_host", "0.0.0.0", "-H", "127.0.0.1"]
     with profiled(tmp_path, *flags) as profiler:
         assert listening(profiler) == {("0100007F", profiler.running.port), ("00000000", profiler.port)}
@@ -261,16 +267,18 @@ def test_profiler_host_beyond_loopback_logs_a_warning(tmp_path: Path, one: Profi
         assert re.search(rf"level=warning event=profiling host=0.0.0.0 port={profiler.port}", log), log
         assert profiler.get("cmdline", Host="a-name-of-this-machine.example")[0] == 200
         assert profiler.get("cmdline", Sec_Fetch_Site="cross-site")[0] == 403
-    assert re.search(rf"level=info event=profiling host=localhost port={one.port}", one.running.errors.read_text())
+    assert re.search(
+        rf"level=info event=profiling host=localhost port={shared.port}", shared.running.errors.read_text()
+    )
 
 
 # Start.
 
 
 @LINUX
-def test_profiler_is_off_by_default(tmp_path: Path, one: Profiled) -> None:
+def test_profiler_is_off_by_default(tmp_path: Path, shared: ProfiledServer) -> None:
     with server(tmp_path, "-p", "0", "-T", "0", "-H", "127.0.0.1") as running:
-        off = Profiled(running, 0)
+        off = ProfiledServer(running, 0)
         assert listening(off) == {("0100007F", running.port)}
         assert "profiling" not in running.errors.read_text()
         without = off.thread_count()
@@ -307,9 +315,6 @@ def test_server_does_not_start_if_profiler_cannot_listen(tmp_path: Path) -> None
 
 def test_failed_listen_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the database's lock nor a thread, in this process."""
-    from ringolib.app import App, StartupError
-    from ringolib.options import read_arguments
-
     monkeypatch.chdir(tmp_path)
     before = set(threading.enumerate())
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -323,25 +328,21 @@ def test_failed_listen_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_locked_database_frees_the_profilers_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ringolib.app import App
-    from ringolib.options import read_arguments
-    from store import StoreError
-
     monkeypatch.chdir(tmp_path)
     port = free_port()
     with server(tmp_path, "-p", "0", "-T", "0"):
         with pytest.raises(StoreError) as failed:
             App(read_arguments(["-p", "0", "-T", "0", "-L", str(port)]), [])
         socket.create_server(("127.0.0.1", port)).close()
-        assert failed.value
+        assert failed.value  # its traceback keeps the half-built App alive until here
 
 
 # Profiles.
 
 
-def test_profile_shows_where_the_server_works(one: Profiled) -> None:
-    with RawClient(one.running.port) as client:
-        pending = Blocked(lambda: one.profile(1))
+def test_profile_shows_where_the_server_works(shared: ProfiledServer) -> None:
+    with RawClient(shared.running.port) as client:
+        pending = Blocked(lambda: shared.profile(1))
         count = 0
         while pending.still(0):
             client.send(frame(2, bytes(4)) * 500)
@@ -365,28 +366,28 @@ def test_profile_shows_where_the_server_works(one: Profiled) -> None:
     assert any(call.file == str(ROOT / "ringolib/net/websocket.py") for sample in read.samples for call in sample.calls)
 
 
-def test_second_profile_is_refused_until_first_client_leaves(one: Profiled) -> None:
-    with closing(one.begin(60)) as first:
-        status, headers, body = one.get("profile?seconds=1")
+def test_second_profile_is_refused_until_first_client_leaves(shared: ProfiledServer) -> None:
+    with closing(shared.begin(60)) as first:
+        status, headers, body = shared.get("profile?seconds=1")
         assert status == 503 and 0 < int(headers["Retry-After"]) <= 60 and "one profile at a time" in str(body)
-        assert one.get("threads")[0] == one.get("cmdline")[0] == one.running.get("/v1.0/alive")[0] == 200
+        assert shared.get("threads")[0] == shared.get("cmdline")[0] == shared.running.get("/v1.0/alive")[0] == 200
         first.shutdown(socket.SHUT_RDWR)
     started = time.monotonic()
-    eventually(lambda: one.get("profile?seconds=1")[0] == 200, "the first client has left")
+    eventually(lambda: shared.get("profile?seconds=1")[0] == 200, "the first client has left")
     assert time.monotonic() - started < 30
 
 
-def test_client_that_leaves_with_unread_requests_ends_its_profile(one: Profiled) -> None:
-    with closing(one.begin(60)) as first:
+def test_client_that_leaves_with_unread_requests_ends_its_profile(shared: ProfiledServer) -> None:
+    with closing(shared.begin(60)) as first:
         first.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3)
     started = time.monotonic()
-    eventually(lambda: not one.is_sampling(), deadline=20)
+    eventually(lambda: not shared.is_sampling(), deadline=20)
     assert time.monotonic() - started < 30
 
 
-def test_pipelined_requests_are_answered_in_order(one: Profiled) -> None:
+def test_pipelined_requests_are_answered_in_order(shared: ProfiledServer) -> None:
     """A request that arrives during the sampling does not end it, and is answered next."""
-    with closing(one.begin(1)) as sock:
+    with closing(shared.begin(1)) as sock:
         sock.sendall(f"GET {BASE}cmdline HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         answers = b""
         while data := sock.recv(65536):
@@ -433,7 +434,7 @@ def test_profiler_answers_while_the_server_drains(tmp_path: Path) -> None:
         eventually(lambda: running.stats()["ringDepth"] == 1)
         running.send_signal(signal.SIGTERM)
         eventually(lambda: "draining" in running.errors.read_text())
-        text = eventually(lambda: Profiled(running, port).get("threads")[2]).decode()
+        text = eventually(lambda: ProfiledServer(running, port).get("threads")[2]).decode()
         assert "in stop" in text and "join" in text or "wait" in text
 
 
@@ -571,8 +572,8 @@ def pprof(tmp_path: Path) -> Iterator[object]:
     yield run
 
 
-def test_go_reads_a_profile(one: Profiled, pprof: "object", tmp_path: Path) -> None:
-    url = f"http://localhost:{one.port}{BASE}profile?seconds=1"
+def test_go_reads_a_profile(shared: ProfiledServer, pprof: "object", tmp_path: Path) -> None:
+    url = f"http://localhost:{shared.port}{BASE}profile?seconds=1"
     assert callable(pprof)
     top = pprof("-top", "-sample_index=wall", url)
     assert re.search(r"^Type: wall$", top, re.M) and re.search(r"^Duration: 1[.0-9]*s", top, re.M)
@@ -597,9 +598,9 @@ def test_go_reads_a_heap_profile(tmp_path: Path, pprof: "object") -> None:
         assert "inuse_objects/count inuse_space/bytes[dflt]" in raw
 
 
-def test_database_is_intact_after_profiling(one: Profiled) -> None:
+def test_database_is_intact_after_profiling(shared: ProfiledServer) -> None:
     """All tests above profiled this server."""
-    assert one.running.get("/v1.0/alive")[0] == 200
-    assert not re.search("level=(warning|error)", one.running.errors.read_text())
-    with closing(sqlite3.connect(one.running.errors.parent / "ringoexp.db")) as database:
+    assert shared.running.get("/v1.0/alive")[0] == 200
+    assert not re.search("level=(warning|error)", shared.running.errors.read_text())
+    with closing(sqlite3.connect(shared.running.errors.parent / "ringoexp.db")) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
