@@ -1,0 +1,1 @@
+"""The network without records: addresses, sockets, TLS, credentials, and WebSocket frames and connections."""

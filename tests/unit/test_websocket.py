@@ -15,10 +15,12 @@ from support.harness import DEADLINE, HANDSHAKE, Blocked, eventually, frame, raw
 
 from ringbuffer import Ring
 from ringolib.counters import Totals
-from ringolib.net import sockets
-from ringolib.net import websocket as websock
+from ringolib.net import sockets, websocket_server
+from ringolib.net.addresses import Endpoint
 from ringolib.net.frames import Messages, frame_head, take_frames
-from ringolib.net.websocket import ClientConnection, ServerConnection
+from ringolib.net.websocket import MAX_UNSENT
+from ringolib.net.websocket_client import ClientConnection
+from ringolib.net.websocket_server import ServerConnection
 from ringolib.web import session as ingest
 from ringolib.web.intake import STORED, RingIntake, Ticket
 from ringolib.web.session import Session
@@ -31,7 +33,7 @@ class Judged(ServerConnection):
     def parse(self, data: bytes) -> list[Messages]:
         messages: list[Messages] = []
         if not self.ending:
-            self._judge(data, messages)
+            self._parse_slowly(data, messages)
         return messages
 
 
@@ -206,7 +208,7 @@ def test_frames_of_one_size_are_taken_together(size: int, count: int) -> None:
         assert head and head.simple
         taken, end = take_frames(data, 3, head)
         assert (end, taken.size, taken.payloads) == (3 + len(stream), size, b"".join(payloads))
-        assert taken.each() == payloads
+        assert taken.split() == payloads
 
 
 def test_a_client_that_ends_its_side_still_gets_its_acks() -> None:
@@ -312,7 +314,7 @@ def short_goodbyes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PING_AFTER", "PING_TIMEOUT", "STALL_TIMEOUT"):
-        monkeypatch.setattr(websock, name, 0.05)
+        monkeypatch.setattr(websocket_server, name, 0.05)
 
 
 def test_a_silent_client_that_answers_no_ping_is_given_up(impatient: None) -> None:
@@ -340,7 +342,7 @@ def test_a_client_that_answers_pings_stays(impatient: None) -> None:
 
 
 def test_a_message_that_is_never_finished_ends_it(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(websock, "MESSAGE_TIMEOUT", 0.5)
+    monkeypatch.setattr(websocket_server, "MESSAGE_TIMEOUT", 0.5)
     with connected(ServerConnection) as (connection, theirs):
         run = run_session(connection)
         theirs.sendall(frame(2, bytes(8), fin=False))
@@ -354,7 +356,7 @@ def test_a_message_that_is_never_finished_ends_it(impatient: None, monkeypatch: 
 
 def test_messages_that_each_end_in_time_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every read ends within a frame, so that some message is unfinished all the time."""
-    monkeypatch.setattr(websock, "MESSAGE_TIMEOUT", 0.3)
+    monkeypatch.setattr(websocket_server, "MESSAGE_TIMEOUT", 0.3)
     with connected(ServerConnection) as (connection, theirs):
         run = run_session(connection)
         whole = frame(2, bytes(4))
@@ -370,13 +372,13 @@ def test_messages_that_each_end_in_time_go_on_for_ever(monkeypatch: pytest.Monke
 
 
 def test_a_ping_in_two_pieces_is_no_message_that_is_never_finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(websock, "MESSAGE_TIMEOUT", 0.3)
-    monkeypatch.setattr(websock, "PING_AFTER", 0.1)
+    monkeypatch.setattr(websocket_server, "MESSAGE_TIMEOUT", 0.3)
+    monkeypatch.setattr(websocket_server, "PING_AFTER", 0.1)
     with connected(ServerConnection) as (connection, theirs):
         run = run_session(connection)
         ping = frame(9, b"two pieces")
         theirs.sendall(ping[:5])
-        eventually(lambda: connection._begun is not None)
+        eventually(lambda: connection._unfinished_since is not None)
         theirs.sendall(ping[5:])
         assert theirs.recv(100).endswith(b"two pieces")
         for _ in range(5):
@@ -409,13 +411,14 @@ def test_a_client_that_reads_no_pongs_is_given_up() -> None:
 
 def test_a_ping_behind_a_clients_own_message_is_answered_when_that_has_left() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        connecting = Blocked(lambda: ClientConnection("127.0.0.1", listener.getsockname()[1], "/", SUBPROTOCOL))
+        endpoint = Endpoint("127.0.0.1", listener.getsockname()[1], "127.0.0.1")
+        connecting = Blocked(lambda: ClientConnection(endpoint, "/", SUBPROTOCOL))
         with raw_link(listener) as peer:
             connection = connecting.result()
             connection.sock.setblocking(False)
             connection.begin_bytes(bytes(8_000_000))
             connection.flush()
-            assert connection.unsent > websock.MAX_UNSENT
+            assert connection.unsent > MAX_UNSENT
             connection.parse(b"\x89\x00")
             assert connection.ending is None
             received = 0
