@@ -1,6 +1,9 @@
 """In CI, which installs all that the tests need, a skipped test is a failed one: RINGOEXP_NO_SKIPS."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -9,3 +12,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("RINGOEXP_NO_SKIPS") and reporter and reporter.stats.get("skipped") and not session.exitstatus:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A temporary directory with a short path: the path of a Unix socket is limited, and `tmp_path` is longer."""
+    with tempfile.TemporaryDirectory(prefix="ringoexp-") as directory:
+        yield Path(directory)
