@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.certificates import Authority, Pair
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -19,3 +20,15 @@ def short_path() -> Iterator[Path]:
     """A temporary directory with a short path: the path of a Unix socket is limited, and `tmp_path` is longer."""
     with tempfile.TemporaryDirectory(prefix="ringoexp-") as directory:
         yield Path(directory)
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """An authority that signs the certificates of a test module."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="module")
+def pair(authority: Authority) -> Pair:
+    """A certificate for localhost, and its key."""
+    return authority.issue()

@@ -29,9 +29,9 @@ class _Flow:
         self.source = source
         self.target = target
         self.pieces: deque[tuple[float, bytes]] = deque()  # monotonic seconds when to forward, and the bytes
-        self.discards = False  # all bytes; only the end of the stream is forwarded
-        self.read_all = False
-        self.ended = False
+        self.discards = False  # True: only the end of the stream is forwarded
+        self.read_all = False  # True: the source has ended its stream
+        self.ended = False  # True: the end is forwarded
 
     def end(self) -> None:
         """Forward the end of the stream."""
