@@ -18,6 +18,7 @@ from support.harness import (
     ROOT,
     RawClient,
     eventually,
+    frame,
     free_port,
     not_ready,
     request,
@@ -29,8 +30,6 @@ from ringolib.client.producer import Producer, ProducerError
 from ringolib.net.credentials import MAX_TOKEN_LENGTH, CredentialError, CredentialFiles, Credentials, read_token
 
 TOKEN = "t0k-en._~+/x=="
-FRAME = b"\x82\x84\x00\x00\x00\x00\x00\x00\x00\x2a"
-"""A client's frame with the record 42."""
 
 
 @pytest.fixture
@@ -300,7 +299,7 @@ def test_publisher_and_send_use_token(tmp_path: Path, token_file: Path) -> None:
         with server(tmp_path, *link, env={"RINGOEXP_TOKEN": "wrong"}) as publisher:
             assert not json.loads(publisher.get("/v1.0/ready")[2])["ready"], "before any record"
             with RawClient(publisher.port, {"Authorization": "Bearer wrong"}) as client:
-                client.send(FRAME)
+                client.send(frame(2, struct.pack(">i", 42)))
                 eventually(lambda: "event=link_down" in publisher.errors.read_text())
                 assert "401: the token is missing or wrong" in publisher.errors.read_text()
                 publisher.kill()

@@ -27,6 +27,7 @@ from support.harness import (
     Blocked,
     RawClient,
     eventually,
+    frame,
     free_port,
     in_order,
     not_ready,
@@ -273,7 +274,7 @@ def test_untrusted_link_is_refused_with_a_reason(wrong: str, authority: Authorit
         with server(tmp_path, "-p", "0", *link) as publisher:
             assert not_ready(publisher) == ["consumer_unreachable"]  # before any record
             with RawClient(publisher.port) as client:
-                client.send(b"\x82\x84\x00\x00\x00\x00\x00\x00\x00\x2a")
+                client.send(frame(2, struct.pack(">i", 42)))
                 eventually(lambda: "event=link_down" in publisher.errors.read_text())
                 assert reason in publisher.errors.read_text()
                 reported = publisher.stats()["consumerReason"]
@@ -295,7 +296,7 @@ def test_link_without_tls_to_tls_consumer_is_explained(authority: Authority, pai
             hint = b"answered 400: it may require TLS (wss://, --consumer_tls)"
             eventually(lambda: hint in publisher.get("/v1.0/ready")[2], "before any record")
             with RawClient(publisher.port) as client:
-                client.send(b"\x82\x84\x00\x00\x00\x00\x00\x00\x00\x2a")
+                client.send(frame(2, struct.pack(">i", 42)))
                 eventually(lambda: "it may require TLS (wss://, --consumer_tls)" in publisher.errors.read_text())
                 publisher.kill()
 
@@ -318,16 +319,15 @@ def test_client_ca_admits_only_clients_with_a_certificate(authority: Authority, 
         assert done.returncode == 0, done.stderr
         link = ["--consumer_tls", "--consumer_ca", str(authority.ca)]
         publisher_flags = ["-p", "0", "-T", str(consumer.port), *link]
-        with server(
-            tmp_path, *publisher_flags, *tls(authority.issue())
-        ) as publisher:  # its certificate is for links, too
-            ours = f"wss://localhost:{publisher.port}/v1.0/ingest"
-            with Producer(ours, context=client_context(str(authority.ca))) as producer:
+        # The certificate of a publisher is its client certificate for links, too.
+        with server(tmp_path, *publisher_flags, *tls(authority.issue())) as publisher:
+            url = f"wss://localhost:{publisher.port}/v1.0/ingest"
+            with Producer(url, context=client_context(str(authority.ca))) as producer:
                 producer.send([3])
         with server(tmp_path, *publisher_flags) as publisher:
             assert not_ready(publisher) == ["consumer_unreachable"]
             with RawClient(publisher.port) as client:
-                client.send(b"\x82\x84\x00\x00\x00\x00\x00\x00\x00\x2a")
+                client.send(frame(2, struct.pack(">i", 42)))
                 eventually(lambda: "it requires a client certificate" in publisher.errors.read_text())
                 publisher.kill()
     assert [value for _, _, value in rows(tmp_path / "c.db")] == [1, 2, 3]

@@ -25,21 +25,21 @@ from ringolib.net.tls_socket import NotTLS, TLSError, TLSSocket
 @pytest.fixture
 def ends(authority: Authority, pair: Pair) -> Iterator[tuple[TLSSocket, TLSSocket]]:
     """A client and a server, connected."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        server_end = TLSSocket(theirs, server_context(str(pair.cert), str(pair.key), None))
-        shaking = Blocked(server_end.handshake)
-        client_end = TLSSocket(ours, client_context(str(authority.ca)), "localhost")
-        client_end.handshake()
-        shaking.result()
-        yield client_end, server_end
+    client_sock, server_sock = socket.socketpair()
+    with client_sock, server_sock:
+        server = TLSSocket(server_sock, server_context(str(pair.cert), str(pair.key), None))
+        handshake = Blocked(server.handshake)
+        client = TLSSocket(client_sock, client_context(str(authority.ca)), "localhost")
+        client.handshake()
+        handshake.result()
+        yield client, server
 
 
 # The socket.
 
 
 def test_pieces_of_any_size_arrive_in_order(ends: tuple[TLSSocket, TLSSocket]) -> None:
-    client, other = ends
+    client, server = ends
     rng = random.Random(seeded())
     sent = [rng.randbytes(rng.choice((1, 100, 16_384, 16_385, 300_000))) for _ in range(40)]
 
@@ -49,42 +49,42 @@ def test_pieces_of_any_size_arrive_in_order(ends: tuple[TLSSocket, TLSSocket]) -
         client.shutdown(socket.SHUT_WR)
 
     sending = Blocked(send)
-    got = bytearray()
-    other.settimeout(DEADLINE)
-    while data := other.recv(rng.choice((1, 1000, 100_000))):
-        got += data
+    received = bytearray()
+    server.settimeout(DEADLINE)
+    while data := server.recv(rng.choice((1, 1000, 100_000))):
+        received += data
     sending.result()
-    assert bytes(got) == b"".join(sent)
+    assert bytes(received) == b"".join(sent)
 
 
 def test_recv_returns_rest_of_decrypted_record(ends: tuple[TLSSocket, TLSSocket]) -> None:
     """A record is decrypted as a whole. Poll does not report the rest of it."""
-    client, other = ends
+    client, server = ends
     client.sendall(b"0123456789")
-    other.settimeout(DEADLINE)
-    assert other.recv(4) == b"0123" and other.recv(4) == b"4567" and other.recv(4) == b"89"
+    server.settimeout(DEADLINE)
+    assert server.recv(4) == b"0123" and server.recv(4) == b"4567" and server.recv(4) == b"89"
     with pytest.raises(BlockingIOError):
-        other.recv(4, socket.MSG_DONTWAIT)
+        server.recv(4, socket.MSG_DONTWAIT)
 
 
 def test_recv_without_waiting_raises_until_poll_reports_data(
     ends: tuple[TLSSocket, TLSSocket],
 ) -> None:
-    client, other = ends
+    client, server = ends
     with pytest.raises(BlockingIOError):
-        other.recv(1, socket.MSG_DONTWAIT)
+        server.recv(1, socket.MSG_DONTWAIT)
     poll = select.poll()
-    poll.register(other, select.POLLIN)
+    poll.register(server, select.POLLIN)
     client.sendall(b"x")
-    assert poll.poll(DEADLINE * 1000) and other.recv(9, socket.MSG_DONTWAIT) == b"x"
+    assert poll.poll(DEADLINE * 1000) and server.recv(9, socket.MSG_DONTWAIT) == b"x"
 
 
 def test_timeout_is_a_deadline_for_the_whole_call(authority: Authority, pair: Pair) -> None:
     """A record that arrives byte by byte must not block its reader for ever."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        other = TLSSocket(theirs, server_context(str(pair.cert), str(pair.key), None))
-        shaking = Blocked(other.handshake)
+    client_sock, server_sock = socket.socketpair()
+    with client_sock, server_sock:
+        server = TLSSocket(server_sock, server_context(str(pair.cert), str(pair.key), None))
+        handshake = Blocked(server.handshake)
         context = client_context(str(authority.ca))
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         client = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
@@ -93,24 +93,24 @@ def test_timeout_is_a_deadline_for_the_whole_call(authority: Authority, pair: Pa
                 client.do_handshake()
                 break
             except ssl.SSLWantReadError:
-                ours.sendall(outgoing.read())
-                incoming.write(ours.recv(65536))
-        ours.sendall(outgoing.read())
-        shaking.result()
+                client_sock.sendall(outgoing.read())
+                incoming.write(client_sock.recv(65536))
+        client_sock.sendall(outgoing.read())
+        handshake.result()
         client.write(b"x" * 1000)
         record = outgoing.read()
-        other.settimeout(0.3)
-        reading = Blocked(lambda: other.recv(1000))
+        server.settimeout(0.3)
+        reading = Blocked(lambda: server.recv(1000))
         for byte in record[:-1]:
             if not reading.still(0.02):
                 break
-            ours.sendall(bytes([byte]))
+            client_sock.sendall(bytes([byte]))
         with pytest.raises(TimeoutError):
             reading.result(1)
 
 
 def test_flood_of_tls_messages_without_data_ends_recv(pair: Pair) -> None:
-    """A real peer could send 40,000 key updates a second. Python's `ssl` cannot send them, so both ends are fakes."""
+    """A real peer could send 40,000 key updates a second. Python's `ssl` cannot send them, so the socket is a fake."""
 
     class Flood(socket.socket):
         until = 0.0
@@ -124,37 +124,37 @@ def test_flood_of_tls_messages_without_data_ends_recv(pair: Pair) -> None:
             raise ssl.SSLWantReadError
 
     with Flood() as sock:
-        other = TLSSocket(sock, server_context(str(pair.cert), str(pair.key), None))
-        other._tls = NoData()  # type: ignore[assignment]
+        server = TLSSocket(sock, server_context(str(pair.cert), str(pair.key), None))
+        server._tls = NoData()  # type: ignore[assignment]
         sock.until = time.monotonic() + 5
         with pytest.raises(BlockingIOError):
-            other.recv(1, socket.MSG_DONTWAIT)
-        other.settimeout(0.2)
+            server.recv(1, socket.MSG_DONTWAIT)
+        server.settimeout(0.2)
         with pytest.raises(TimeoutError):
-            other.recv(1)
+            server.recv(1)
 
 
 def test_send_without_waiting_sends_each_byte_once(ends: tuple[TLSSocket, TLSSocket]) -> None:
     """Bytes that `send` did not report as sent are given to it again, with more bytes behind them."""
-    client, other = ends
+    client, server = ends
     data = random.Random(seeded()).randbytes(3_000_000)
     unsent, sent = data[:2_000_000], 0
     more = data[2_000_000:]
-    got = bytearray()
-    other.settimeout(DEADLINE)
+    received = bytearray()
+    server.settimeout(DEADLINE)
     while unsent or more:
         try:
             count = client.send(unsent, socket.MSG_DONTWAIT)
             unsent, sent = unsent[count:], sent + count
         except BlockingIOError:
             unsent, more = unsent + more[:1000], more[1000:]  # longer than in the first call, as acks queue up
-            got += other.recv(50_000)
+            received += server.recv(50_000)
         if not unsent:
             unsent, more = more, b""
     client.shutdown(socket.SHUT_WR)
-    while chunk := other.recv(1 << 20):
-        got += chunk
-    assert sent == len(data) and bytes(got) == data
+    while chunk := server.recv(1 << 20):
+        received += chunk
+    assert sent == len(data) and bytes(received) == data
 
 
 def test_sendall_has_a_deadline(ends: tuple[TLSSocket, TLSSocket]) -> None:
@@ -167,14 +167,14 @@ def test_sendall_has_a_deadline(ends: tuple[TLSSocket, TLSSocket]) -> None:
 def test_shutdown_by_another_thread_ends_reads_and_leaks_nothing(
     ends: tuple[TLSSocket, TLSSocket],
 ) -> None:
-    client, other = ends
-    other.settimeout(None)
-    reading = Blocked(lambda: other.recv(1))
+    client, server = ends
+    server.settimeout(None)
+    reading = Blocked(lambda: server.recv(1))
     assert reading.still()
-    other.shutdown(socket.SHUT_RDWR)
+    server.shutdown(socket.SHUT_RDWR)
     assert reading.result() == b""
     with pytest.raises(OSError):
-        other.sendall(b"secret")
+        server.sendall(b"secret")
     raw = client._sock
     raw.settimeout(DEADLINE)
     leaked = b""
@@ -184,28 +184,28 @@ def test_shutdown_by_another_thread_ends_reads_and_leaks_nothing(
 
 
 def test_stream_without_close_notify_ends(ends: tuple[TLSSocket, TLSSocket]) -> None:
-    client, other = ends
+    client, server = ends
     client.sendall(b"last words")
     client._sock.shutdown(socket.SHUT_WR)  # without TLS's close_notify
-    other.settimeout(DEADLINE)
-    assert other.recv(100) == b"last words" and other.recv(100) == b"" and other.recv(100) == b""
+    server.settimeout(DEADLINE)
+    assert server.recv(100) == b"last words" and server.recv(100) == b"" and server.recv(100) == b""
 
 
 def test_forged_record_is_an_error(ends: tuple[TLSSocket, TLSSocket]) -> None:
-    client, other = ends
+    client, server = ends
     client._sock.send(b"\x17\x03\x03\x00\x20" + bytes(32))
-    other.settimeout(DEADLINE)
+    server.settimeout(DEADLINE)
     with pytest.raises(TLSError):
-        other.recv(1)
+        server.recv(1)
 
 
 @pytest.mark.parametrize(("first", "http"), [(b"GET / HTTP/1.1\r\n\r\n", True), (b"SSH-2.0-x\r\n", False)])
 def test_handshake_recognises_http_and_other_protocols(pair: Pair, first: bytes, http: bool) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.sendall(first)
+    client_sock, server_sock = socket.socketpair()
+    with client_sock, server_sock:
+        client_sock.sendall(first)
         with pytest.raises(NotTLS) as refused:
-            TLSSocket(theirs, server_context(str(pair.cert), str(pair.key), None)).handshake()
+            TLSSocket(server_sock, server_context(str(pair.cert), str(pair.key), None)).handshake()
         assert refused.value.http is http
 
 

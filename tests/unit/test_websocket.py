@@ -62,15 +62,15 @@ class Memory:
 @contextmanager
 def connected(kind: type[ServerConnection], subprotocol: str = "") -> Iterator[tuple[ServerConnection, socket.socket]]:
     """Connect a server's end of this class to a client's socket, and perform the handshake."""
-    ours, theirs = socket.socketpair()
+    server_sock, client = socket.socketpair()
     stop, stopper = socket.socketpair()
-    theirs.settimeout(DEADLINE)
+    client.settimeout(DEADLINE)
     headers = {**HANDSHAKE, **({"Sec-WebSocket-Protocol": subprotocol} if subprotocol else {})}
-    with ours, theirs, stop, stopper:
-        connection = kind(ours, headers, {}, (SUBPROTOCOL,), stop)
-        while not theirs.recv(65536).endswith(b"\r\n\r\n"):
+    with server_sock, client, stop, stopper:
+        connection = kind(server_sock, headers, {}, (SUBPROTOCOL,), stop)
+        while not client.recv(65536).endswith(b"\r\n\r\n"):
             pass
-        yield connection, theirs
+        yield connection, client
 
 
 def outcome(
@@ -86,13 +86,13 @@ def outcome(
         def read(self, wait: bool = True) -> bytes | None:
             return next(reads, b"")
 
-    with connected(Pieces, subprotocol) as (connection, theirs):
+    with connected(Pieces, subprotocol) as (connection, client):
         intake = Memory()
         session = Session(connection, intake, Totals(), threading.Event())
         run = Blocked(lambda: session.run(b""))
         sent = b""
-        theirs.shutdown(socket.SHUT_WR)
-        while data := theirs.recv(65536):
+        client.shutdown(socket.SHUT_WR)
+        while data := client.recv(65536):
             sent += data
         ending = run.result()
     frames = []
@@ -215,15 +215,15 @@ def test_take_frames_returns_all_frames_of_one_size(size: int, count: int) -> No
 def test_client_that_closes_its_side_still_gets_its_acks() -> None:
     ring = Ring(10)
     for last in (b"", frame(8, struct.pack(">H", 1000))):
-        with connected(ServerConnection) as (connection, theirs):
+        with connected(ServerConnection) as (connection, client):
             run = Blocked(lambda: Session(connection, RingIntake(ring), Totals(), threading.Event()).run(b""))  # noqa: B023
-            theirs.sendall(frame(2, bytes(4)) + last)
-            theirs.shutdown(socket.SHUT_WR)
+            client.sendall(frame(2, bytes(4)) + last)
+            client.shutdown(socket.SHUT_WR)
             batch = ring.reserve(1)
             assert run.still(0.05)
             ring.commit(batch)
             sent = b""
-            while data := theirs.recv(100):
+            while data := client.recv(100):
                 sent += data
             assert sent.startswith(b"\x82\x08" + struct.pack(">Q", 1))
             assert run.result()[0] == (1000 if last else 1006)
@@ -232,14 +232,14 @@ def test_client_that_closes_its_side_still_gets_its_acks() -> None:
 def test_session_waits_for_client_that_sent_close_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "PATIENCE", 0.01)
     ring = Ring(10)
-    with connected(ServerConnection) as (connection, theirs):
+    with connected(ServerConnection) as (connection, client):
         run = Blocked(lambda: Session(connection, RingIntake(ring), Totals(), threading.Event()).run(b""))
-        theirs.sendall(frame(2, bytes(4)) + frame(8, struct.pack(">H", 1000)))
-        theirs.shutdown(socket.SHUT_WR)
+        client.sendall(frame(2, bytes(4)) + frame(8, struct.pack(">H", 1000)))
+        client.shutdown(socket.SHUT_WR)
         batch = ring.reserve(1)
         assert run.still(0.2)
         ring.commit(batch)
-        assert theirs.recv(10) == b"\x82\x08" + struct.pack(">Q", 1)
+        assert client.recv(10) == b"\x82\x08" + struct.pack(">Q", 1)
         run.result()
 
 
@@ -252,14 +252,14 @@ def test_marks_of_a_long_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
             return next(pieces, None) or super().read(wait)
 
     ring = Ring(1000)
-    with connected(Pieces) as (connection, theirs):
+    with connected(Pieces) as (connection, client):
         session = Session(connection, RingIntake(ring), Totals(), threading.Event())
         run = Blocked(lambda: session.run(b""))
         eventually(lambda: ring.cursor == 100)
         assert len(session._marks) <= 5
         ring.commit(ring.reserve(1000))
-        assert theirs.recv(10) == b"\x82\x08" + struct.pack(">Q", 100)
-        theirs.close()
+        assert client.recv(10) == b"\x82\x08" + struct.pack(">Q", 100)
+        client.close()
         run.result()
 
 
@@ -268,17 +268,17 @@ def test_idle_connection_keeps_no_received_bytes() -> None:
         def put(self, block: Block, timeout: float) -> tuple[int, Ticket]:
             return len(block.values), STORED
 
-    with connected(ServerConnection) as (connection, theirs):
+    with connected(ServerConnection) as (connection, client):
         run = Blocked(lambda: Session(connection, Discarding(), Totals(), threading.Event()).run(b""))
         message = frame(2, bytes(4_000_000))
         tracemalloc.start()
         try:
-            theirs.sendall(message)
-            assert theirs.recv(100)[2:] == struct.pack(">Q", 500_000)
+            client.sendall(message)
+            assert client.recv(100)[2:] == struct.pack(">Q", 500_000)
             eventually(lambda: tracemalloc.get_traced_memory()[0] < 100_000)
         finally:
             tracemalloc.stop()
-        theirs.close()
+        client.close()
         run.result()
 
 
@@ -290,13 +290,13 @@ def test_client_that_reads_no_acks_is_still_read() -> None:
         def read(self, wait: bool = True) -> bytes | None:
             return next(messages, b"\x88\x80" + bytes(4))
 
-    with connected(Streaming) as (connection, theirs):
+    with connected(Streaming) as (connection, client):
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         intake = Memory()
         run = Blocked(lambda: Session(connection, intake, Totals(), threading.Event()).run(b""))
         eventually(lambda: len(intake.values) == 20_000)
         sent = b""
-        while data := theirs.recv(65536):
+        while data := client.recv(65536):
             sent += data
         assert run.result()[0] == 1005
     acks = [struct.unpack_from(">HQ", sent, at) for at in range(0, len(sent) - 10, 10)]
@@ -319,38 +319,38 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_silent_client_without_pong_is_closed(impatient: None) -> None:
-    with connected(ServerConnection) as (connection, theirs):
+    with connected(ServerConnection) as (connection, client):
         run = run_session(connection)
-        assert theirs.recv(65536) == b"\x89\x00", "a ping"
+        assert client.recv(65536) == b"\x89\x00", "a ping"
         assert run.result() == (1006, "connection lost: no answer to a ping within 0 s")
 
 
 def test_silent_client_with_half_a_frame_is_closed(impatient: None) -> None:
-    with connected(ServerConnection) as (connection, theirs):
+    with connected(ServerConnection) as (connection, client):
         run = run_session(connection)
-        theirs.sendall(frame(2, bytes(1000))[:500])
+        client.sendall(frame(2, bytes(1000))[:500])
         assert run.result()[1].startswith("connection lost: no answer to a ping")
 
 
 def test_client_that_answers_pings_stays_connected(impatient: None) -> None:
-    with connected(ServerConnection) as (connection, theirs):
+    with connected(ServerConnection) as (connection, client):
         run = run_session(connection)
         for _ in range(8):
-            assert theirs.recv(2) == b"\x89\x00"
-            theirs.sendall(frame(10, b""))
-        theirs.sendall(frame(8, b""))
+            assert client.recv(2) == b"\x89\x00"
+            client.sendall(frame(10, b""))
+        client.sendall(frame(8, b""))
         assert run.result()[0] == 1005
 
 
 def test_unfinished_message_ends_connection_after_timeout(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(websocket_server, "MESSAGE_TIMEOUT", 0.5)
-    with connected(ServerConnection) as (connection, theirs):
+    with connected(ServerConnection) as (connection, client):
         run = run_session(connection)
-        theirs.sendall(frame(2, bytes(8), fin=False))
+        client.sendall(frame(2, bytes(8), fin=False))
         pings = 0
-        while theirs.recv(2) == b"\x89\x00":
+        while client.recv(2) == b"\x89\x00":
             pings += 1
-            theirs.sendall(frame(10, b""))
+            client.sendall(frame(10, b""))
         assert pings > 1
         assert run.result()[1] == "connection lost: a message was not finished within 0 s"
 
@@ -358,34 +358,34 @@ def test_unfinished_message_ends_connection_after_timeout(impatient: None, monke
 def test_messages_finished_in_time_keep_connection_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every read ends within a frame, so a message is unfinished at any time."""
     monkeypatch.setattr(websocket_server, "MESSAGE_TIMEOUT", 0.3)
-    with connected(ServerConnection) as (connection, theirs):
+    with connected(ServerConnection) as (connection, client):
         run = run_session(connection)
         whole = frame(2, bytes(4))
-        theirs.sendall(whole[:5])
+        client.sendall(whole[:5])
         end = monotonic() + 1.0
         acked = 0
         while monotonic() < end:
-            theirs.sendall(whole[5:] + whole[:5])
+            client.sendall(whole[5:] + whole[:5])
             acked += 1
-            assert theirs.recv(65536).endswith(encode_ack(acked))
-        theirs.sendall(whole[5:] + frame(8, b""))
+            assert client.recv(65536).endswith(encode_ack(acked))
+        client.sendall(whole[5:] + frame(8, b""))
         assert run.result()[0] == 1005
 
 
 def test_ping_in_two_pieces_is_not_an_unfinished_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(websocket_server, "MESSAGE_TIMEOUT", 0.3)
     monkeypatch.setattr(websocket_server, "PING_AFTER", 0.1)
-    with connected(ServerConnection) as (connection, theirs):
+    with connected(ServerConnection) as (connection, client):
         run = run_session(connection)
         ping = frame(9, b"two pieces")
-        theirs.sendall(ping[:5])
+        client.sendall(ping[:5])
         eventually(lambda: connection._unfinished_since is not None)
-        theirs.sendall(ping[5:])
-        assert theirs.recv(100).endswith(b"two pieces")
+        client.sendall(ping[5:])
+        assert client.recv(100).endswith(b"two pieces")
         for _ in range(5):
-            assert theirs.recv(2) == b"\x89\x00"
-            theirs.sendall(frame(10, b""))
-        theirs.sendall(frame(8, b""))
+            assert client.recv(2) == b"\x89\x00"
+            client.sendall(frame(10, b""))
+        client.sendall(frame(8, b""))
         assert run.result()[0] == 1005
 
 
@@ -429,8 +429,8 @@ def test_pong_is_queued_behind_a_large_message() -> None:
 
 
 def test_messages_before_an_unanswerable_ping_count() -> None:
-    with connected(ServerConnection) as (connection, theirs):
-        theirs.close()
+    with connected(ServerConnection) as (connection, client):
+        client.close()
         assert connection.parse(frame(2, bytes(4)) + frame(9, b"")) == [Messages(bytes(4), 4)]
         assert connection.ending and connection.ending[0] == 1006
 
@@ -444,17 +444,17 @@ def test_first_record_is_acked_while_second_is_not_stored(monkeypatch: pytest.Mo
         def read(self, wait: bool = True) -> bytes | None:
             return next(pieces, None) or super().read(wait)
 
-    with connected(Twice) as (connection, theirs):
+    with connected(Twice) as (connection, client):
         run = Blocked(lambda: Session(connection, RingIntake(ring), Totals(), threading.Event()).run(b""))
         first = ring.reserve(1)
         eventually(lambda: ring.cursor == 2)
         ring.commit(first)
-        assert theirs.recv(100)[2:] == struct.pack(">Q", 1)
+        assert client.recv(100)[2:] == struct.pack(">Q", 1)
         ring.commit(ring.reserve(1))
-        assert theirs.recv(100)[2:] == struct.pack(">Q", 2)
-        theirs.shutdown(socket.SHUT_WR)
+        assert client.recv(100)[2:] == struct.pack(">Q", 2)
+        client.shutdown(socket.SHUT_WR)
         ring.abort()
-        theirs.close()
+        client.close()
         connection.abort()
         run.result()
 
@@ -486,7 +486,7 @@ def test_message_in_tiny_fragments_needs_only_its_size_in_memory() -> None:
 
 
 def test_pongs_for_late_reader_are_sent_without_new_message() -> None:
-    with connected(ServerConnection) as (connection, theirs):
+    with connected(ServerConnection) as (connection, client):
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         pings = 0
         while not connection._unsent:
@@ -495,6 +495,6 @@ def test_pongs_for_late_reader_are_sent_without_new_message() -> None:
         run = Blocked(lambda: Session(connection, Memory(), Totals(), threading.Event()).run(b""))
         received = 0
         while received < pings * 102:
-            received += len(theirs.recv(65536))
-        theirs.close()
+            received += len(client.recv(65536))
+        client.close()
         assert run.result()[0] == 1006
