@@ -36,10 +36,10 @@ from ringolib.net.frames import MAX_MESSAGE
 SHORT = {
     "ringolib.web.handler.REQUEST_TIMEOUT": 0.4,
     "ringolib.net.sockets.CLOSE_TIMEOUT": 0.4,
-    "ringolib.net.websocket_server.PING_AFTER": 0.3,
-    "ringolib.net.websocket_server.PING_TIMEOUT": 0.3,
-    "ringolib.net.websocket_server.STALL_TIMEOUT": 0.4,
-    "ringolib.net.websocket_server.MESSAGE_TIMEOUT": 0.5,
+    "ringolib.net.websocket.PING_AFTER": 0.3,
+    "ringolib.net.websocket.PING_TIMEOUT": 0.3,
+    "ringolib.net.websocket.STALL_TIMEOUT": 0.4,
+    "ringolib.net.websocket.MESSAGE_TIMEOUT": 0.5,
 }
 """The server's patience, shortened."""
 ENOUGH = 10.0
