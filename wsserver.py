@@ -14,11 +14,11 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from ringolib.counters import Totals
-from ringolib.net.credentials import PROTOCOL as BEARER
-from ringolib.net.credentials import Credentials
+from ringolib.net.credentials import BEARER_PREFIX, Credentials
 from ringolib.net.frames import MAX_MESSAGE
 from ringolib.net.listeners import Listeners
-from ringolib.net.websocket import HandshakeError, ServerConnection
+from ringolib.net.websocket import STORE_HEADER, HandshakeError
+from ringolib.net.websocket_server import ServerConnection
 from ringolib.status.probe import THEIR_LIMIT, Reason
 from ringolib.status.prometheus import CONTENT_TYPE as METRICS
 from ringolib.storage.interface import StoreError
@@ -215,7 +215,7 @@ class Handler(WebHandler):
         self.server.stream()
         extra = {"X-Request-Id": request_id(), "Server": self.server.name}
         if identity := self.server.monitor.identity():
-            extra["X-Ringoexp-Store"] = identity
+            extra[STORE_HEADER] = identity
         try:
             connection = ServerConnection(self.connection, headers, extra, self._spoken(), self.server.stop_sign)
         except HandshakeError as error:
@@ -242,7 +242,7 @@ class Handler(WebHandler):
         """
         offered = self.offered()
         if not {SUBPROTOCOL, PLAIN_SUBPROTOCOL} & set(offered):
-            return tuple(each for each in offered if each.startswith(BEARER))
+            return tuple(each for each in offered if each.startswith(BEARER_PREFIX))
         return SUBPROTOCOL, PLAIN_SUBPROTOCOL
 
     # Checks. Each raises Refusal.

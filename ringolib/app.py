@@ -236,7 +236,7 @@ class App:
         if not self.credentials.current.token and not self.server.listeners.loopback and not self.settings.client_ca:
             hint = "whoever can connect may write and look on: --token_file keeps others out"
             log.warning("no_token", {"address": format_address(self.settings.hostname, self.server.port), "hint": hint})
-        if trouble := self.credentials.trouble():
+        if trouble := self.credentials.certificate_problem():
             log.warning("certificate", {"file": self.settings.tls_cert, "reason": trouble})
 
     def _open_profiler(self) -> Profiler | None:

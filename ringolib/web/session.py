@@ -13,7 +13,7 @@ from time import monotonic
 from typing import NamedTuple
 
 from ringolib.counters import Totals
-from ringolib.net.websocket import ServerConnection
+from ringolib.net.websocket_server import ServerConnection
 from ringolib.storage.interface import StoreError
 from ringolib.web.intake import Intake, Ticket, plain_block
 from ringolib.wire import SUBPROTOCOL, Block, decode_batch_messages, decode_plain_messages, encode_ack

@@ -30,7 +30,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from ringolib.client.producer import Producer
-from ringolib.net import websocket as websock
+from ringolib.net import websocket_server
 from ringolib.net.frames import MAX_MESSAGE
 from ringolib.web import handler as web
 from ringolib.wire import encode_plain
@@ -135,8 +135,8 @@ def test_its_times_fit_ours() -> None:
     (idle,) = re.findall(r"^ *keepalive_timeout (\d+)s;", text, re.M)
     assert int(idle) + 5 <= web.REQUEST_TIMEOUT
     for hours in re.findall(r"proxy_(?:read|send)_timeout (\d+)h;", text):
-        assert int(hours) * 3600 > websock.PING_AFTER + websock.PING_TIMEOUT
-    assert websock.PING_AFTER == 20, "says a comment"
+        assert int(hours) * 3600 > websocket_server.PING_AFTER + websocket_server.PING_TIMEOUT
+    assert websocket_server.PING_AFTER == 20, "says a comment"
     assert MAX_MESSAGE == 8 << 20, "says another"
 
 
@@ -145,7 +145,7 @@ SHORT = ("proxy_read_timeout 1h;", "proxy_read_timeout 2s;")
 
 def test_an_idle_websocket_lives_as_long_as_the_server_pings(place: Path) -> None:
     """It is longer than nginx would wait without; the test shows that, too."""
-    with server(place, "-H", "unix:x.sock", patch="net.websocket.PING_AFTER = 0.5") as running:
+    with server(place, "-H", "unix:x.sock", patch="net.websocket_server.PING_AFTER = 0.5") as running:
         with nginx(place, running.at, SHORT) as port, connect(url(port), ping_interval=None) as client:
             try:
                 client.recv(timeout=5)
