@@ -332,7 +332,7 @@ def test_insert_fails_if_the_server_does_not_answer(
         ("INSERT_INTERVAL_SECONDS", 0.0),
         ("INSERT_TIMEOUT_SECONDS", 1.0),
         ("CHECK_TIMEOUT_SECONDS", 0.3),
-        ("SUCCESS_CACHE_SECONDS", 0.0),
+        ("SUCCESS_VALID_SECONDS", 0.0),
     ):
         monkeypatch.setattr(store, name, value)
     monkeypatch.setattr(schema, "QUERY_TIMEOUT_SECONDS", 0.3)
@@ -372,9 +372,9 @@ def test_check_times_out(
 
 
 def test_check_keeps_the_error_while_an_insert_is_retried(storage: ClickHouse, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries may take longer than FAILURE_HOLD_SECONDS, and an empty insert succeeds without the quorum."""
-    monkeypatch.setattr(store, "FAILURE_HOLD_SECONDS", 0.0)
-    monkeypatch.setattr(store, "SUCCESS_CACHE_SECONDS", 0.0)
+    """Retries may take longer than FAILURE_VALID_SECONDS, and an empty insert succeeds without the quorum."""
+    monkeypatch.setattr(store, "FAILURE_VALID_SECONDS", 0.0)
+    monkeypatch.setattr(store, "SUCCESS_VALID_SECONDS", 0.0)
     tried, go = threading.Semaphore(0), threading.Semaphore(0)
 
     def insert(rows: "array[int]", deadline: float) -> None:
@@ -398,7 +398,7 @@ def test_check_keeps_the_error_while_an_insert_is_retried(storage: ClickHouse, m
 def test_stats_report_the_error_while_an_insert_is_retried(
     storage: ClickHouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "SUCCESS_CACHE_SECONDS", 0.0)
+    monkeypatch.setattr(store, "SUCCESS_VALID_SECONDS", 0.0)
     server, healed = storage._servers[0], threading.Event()
     post = server.post
 

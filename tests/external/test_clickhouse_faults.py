@@ -160,7 +160,7 @@ def test_insert_fails_over_to_another_host(cluster: Cluster, monkeypatch: pytest
     monkeypatch.setattr(store, "INSERT_TIMEOUT_SECONDS", 6.0)
     monkeypatch.setattr(http, "CONNECT_TIMEOUT", 0.5)
     monkeypatch.setattr(schema, "QUERY_TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr(store, "SUCCESS_CACHE_SECONDS", 0.0)
+    monkeypatch.setattr(store, "SUCCESS_VALID_SECONDS", 0.0)
     database = cluster.create_database()
     first, second = cluster.servers
     with Proxy(first.port) as between:

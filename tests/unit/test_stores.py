@@ -209,7 +209,7 @@ def test_identity_is_the_databases_own(kind: Kind, tmp_path: Path) -> None:
 def test_a_check_stores_nothing(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     kind.store.append(*block(A, 0, 5))
     kind.store.check()
-    monkeypatch.setattr(clickhouse, "SUCCESS_CACHE_SECONDS", 0.0)
+    monkeypatch.setattr(clickhouse, "SUCCESS_VALID_SECONDS", 0.0)
     monkeypatch.setattr("store.TRUST_SECONDS", 0.0)
     before = kind.store.stats()
     kind.store.check()

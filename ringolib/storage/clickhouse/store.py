@@ -35,14 +35,14 @@ INSERT_INTERVAL_SECONDS = 1.0
 FULL_INSERT_RECORDS = 100_000
 INSERT_TIMEOUT_SECONDS = 20.0
 """How long a record waits at most until its insert fails. It is less than the 30 s that a link waits for an ack."""
-MIN_INSERT_SECONDS_SHARE = 0.4
+MIN_TIMEOUT_SHARE = 0.4
 """The share of INSERT_TIMEOUT_SECONDS that an insert always has, even if its records have waited for a failed one."""
 CHECK_TIMEOUT_SECONDS = 1.5
 """For each answer that a check waits for."""
 BACKOFF_FIRST_SECONDS, BACKOFF_MAX_SECONDS = 0.1, 2.0
-SUCCESS_CACHE_SECONDS = 3.0
+SUCCESS_VALID_SECONDS = 3.0
 """How long a successful insert counts as a successful check."""
-FAILURE_HOLD_SECONDS = 15.0
+FAILURE_VALID_SECONDS = 15.0
 """How long the error of a failed insert stays in the stats, although checks succeed."""
 SIZES_CACHE_SECONDS = 10.0
 """The maximum age of the table sizes in the stats while records arrive."""
@@ -154,12 +154,12 @@ class ClickHouse(GroupCommit):
         Raises StoreError if all of them fail. While the last insert of records failed and no later one succeeded, its
         error stays in the stats.
         """
-        if self._committed_within(SUCCESS_CACHE_SECONDS):
+        if self._committed_within(SUCCESS_VALID_SECONDS):
             return
         error = self._check_hosts()
         with self._lock:
             # While records are being inserted, only they show whether inserts succeed.
-            doubtful = self._leading or monotonic() - self._failed_at < FAILURE_HOLD_SECONDS
+            doubtful = self._leading or monotonic() - self._failed_at < FAILURE_VALID_SECONDS
             if error or not doubtful:
                 self._error = str(error) if error else None
         if error:
@@ -231,9 +231,7 @@ class ClickHouse(GroupCommit):
         # A later block never gets an earlier time, even if the clock goes back.
         arrived_ns = max(time.time_ns(), self._last_ns + 1)
         self._last_ns = arrived_ns + sum(len(block.runs) for block in group)
-        deadline = max(
-            group[0].since + INSERT_TIMEOUT_SECONDS, started + INSERT_TIMEOUT_SECONDS * MIN_INSERT_SECONDS_SHARE
-        )
+        deadline = max(group[0].since + INSERT_TIMEOUT_SECONDS, started + INSERT_TIMEOUT_SECONDS * MIN_TIMEOUT_SHARE)
         self._insert(encode(((block.runs, block.values) for block in group), arrived_ns), deadline)
         return CommitResult(sum(len(block.values) for block in group), 0, self._records)
 
