@@ -27,7 +27,7 @@ from ringolib.web import handler as web
 from ringolib.web.connections import Connections
 from ringolib.web.handler import GET_OR_HEAD, JSON, Refusal, Routes, WebHandler, peer_name, request_id
 from ringolib.web.intake import Intake, plain_block
-from ringolib.web.page import HTML, page
+from ringolib.web.page import HTML, load_page
 from ringolib.web.session import LOST, Session
 from ringolib.wire import PLAIN_SUBPROTOCOL, SUBPROTOCOL, WireError, decode_plain
 
@@ -108,7 +108,7 @@ class Handler(WebHandler):
 
     def unauthorized(self, path: str) -> None:
         """Answers as the base class does, but with the live page where it was asked for: that asks for the token."""
-        if path == "/" and self.command in GET_OR_HEAD and (found := page()):
+        if path == "/" and self.command in GET_OR_HEAD and (found := load_page()):
             challenge = {"WWW-Authenticate": 'Bearer realm="ringoexp"', "Cache-Control": "no-store"}
             self.reply(401, found.content, HTML, {**found.headers, **challenge})
             return
@@ -118,7 +118,7 @@ class Handler(WebHandler):
 
     def _page(self) -> None:
         """The live page, unless the browser has it already."""
-        found = page()
+        found = load_page()
         if not found:
             raise Refusal(404, "dashboard.html is not beside the program: the page was not installed")
         status = 304 if found.headers["ETag"] in self.headers.get("If-None-Match", "") else 200
