@@ -80,7 +80,7 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
     wake.setblocking(False)
 
     first: list[float] = []
-    reloads = any((settings.token_file, settings.tls_cert, settings.consumer_ca, notify.wanted()))
+    reloads = any((settings.token_file, settings.tls_cert, settings.consumer_ca, notify.has_manager()))
 
     def end(number: int, frame: object) -> None:
         """The first signal wakes the main thread, by the descriptor; another one ends the process at once."""

@@ -14,11 +14,10 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from ringolib.counters import Totals
-from ringolib.net.credentials import PROTOCOL as BEARER
-from ringolib.net.credentials import Credentials
+from ringolib.net.credentials import BEARER_PREFIX, Credentials
 from ringolib.net.frames import MAX_MESSAGE
 from ringolib.net.listeners import Listeners
-from ringolib.net.websocket import HandshakeError, ServerConnection
+from ringolib.net.websocket import STORE_HEADER, HandshakeError, accept_upgrade
 from ringolib.status.probe import THEIR_LIMIT, Reason
 from ringolib.status.prometheus import CONTENT_TYPE as METRICS
 from ringolib.storage.interface import StoreError
@@ -28,7 +27,7 @@ from ringolib.web.connections import Connections
 from ringolib.web.handler import GET_OR_HEAD, JSON, Refusal, Routes, WebHandler, peer_name, request_id
 from ringolib.web.intake import Intake
 from ringolib.web.loop import Client, IngestLoop
-from ringolib.web.page import HTML, page
+from ringolib.web.page import HTML, load_page
 from ringolib.web.session import LOST, Session
 from ringolib.wire import PLAIN_SUBPROTOCOL, SUBPROTOCOL, Block, Run, WireError, decode_plain
 
@@ -123,7 +122,7 @@ class Handler(WebHandler):
 
     def unauthorized(self, path: str) -> None:
         """Answers as the base class does, but with the live page where it was asked for: that asks for the token."""
-        if path == "/" and self.command in GET_OR_HEAD and (found := page()):
+        if path == "/" and self.command in GET_OR_HEAD and (found := load_page()):
             challenge = {"WWW-Authenticate": 'Bearer realm="ringoexp"', "Cache-Control": "no-store"}
             self.reply(401, found.content, HTML, {**found.headers, **challenge})
             return
@@ -133,7 +132,7 @@ class Handler(WebHandler):
 
     def _page(self) -> None:
         """The live page, unless the browser has it already."""
-        found = page()
+        found = load_page()
         if not found:
             raise Refusal(404, "dashboard.html is not beside the program: the page was not installed")
         status = 304 if found.headers["ETag"] in self.headers.get("If-None-Match", "") else 200
@@ -229,12 +228,12 @@ class Handler(WebHandler):
         self.close_connection = True
         extra = {"X-Request-Id": request_id(), "Server": self.server.name}
         if identity := self.server.monitor.identity():
-            extra["X-Ringoexp-Store"] = identity
+            extra[STORE_HEADER] = identity
         try:
-            connection = ServerConnection(self.connection, headers, extra, self._spoken(), self.server.stop_sign)
+            subprotocol = accept_upgrade(self.connection, headers, extra, self._spoken())
         except HandshakeError as error:
             raise Refusal(400, f"bad WebSocket handshake: {error}") from error
-        batches = connection.subprotocol == SUBPROTOCOL
+        batches = subprotocol == SUBPROTOCOL
         client = {"client": peer_name(self.client_address), "kind": "batches" if batches else "plain"}
         log.info("connected", client)
         since = monotonic()
@@ -256,7 +255,7 @@ class Handler(WebHandler):
         """
         offered = self.offered()
         if not {SUBPROTOCOL, PLAIN_SUBPROTOCOL} & set(offered):
-            return tuple(each for each in offered if each.startswith(BEARER))
+            return tuple(each for each in offered if each.startswith(BEARER_PREFIX))
         return SUBPROTOCOL, PLAIN_SUBPROTOCOL
 
     # Checks. Each raises Refusal.

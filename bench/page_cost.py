@@ -1,8 +1,8 @@
-"""What an open page costs the server: its processor time for one poll of `/v1.0/stats`, at the page's pace.
+"""The cost of an open page: the server's processor time for one poll of `/v1.0/stats`.
 
-`python bench/page_cost.py` polls for a minute as the page does, once a second on one connection, after a minute without
-polls, which is subtracted; first a server at rest, with its window of ack latencies full, then one that takes a steady
-load, some 50,000 records a second. It prints both, as a share of one core, and the size of the page. Linux only.
+`python bench/page_cost.py` polls for a minute like the page, once a second on one connection, and subtracts the time of
+a minute without polls. It measures an idle server with a full window of ack latencies, then a server under a steady
+load of about 50,000 records a second. It prints both as a share of one core, and the size of the page. Linux only.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from bench import Process, cpu_seconds, own_consumer  # noqa: E402
 from ringolib.client.producer import Producer  # noqa: E402
 
 LATENCIES = 4096
-PIECE = 1000  # records, 50 times a second
+BATCH_RECORDS = 1000  # sent 50 times a second
 
 
-def spent(process: Process, seconds: int, polls: bool) -> tuple[float, int]:
-    """Processor time in these seconds, with a poll in each or without, and the bytes of the last answer."""
+def measure(process: Process, seconds: int, polls: bool) -> tuple[float, int]:
+    """Return the processor time in these seconds, with or without a poll in each, and the size of the last response."""
     connection = http.client.HTTPConnection("localhost", process.port, timeout=30)
     size, started, before = 0, time.monotonic(), cpu_seconds(process.pid)
     for number in range(1, seconds + 1):
@@ -36,41 +36,41 @@ def spent(process: Process, seconds: int, polls: bool) -> tuple[float, int]:
     return cpu_seconds(process.pid) - before, size
 
 
-def compare(process: Process, seconds: int, what: str) -> None:
-    """Prints what the polls add."""
-    idle, _ = spent(process, seconds, polls=False)
-    polled, size = spent(process, seconds, polls=True)
-    each = (polled - idle) / seconds
+def compare(process: Process, seconds: int, state: str) -> None:
+    """Print the processor time that the polls add."""
+    idle, _ = measure(process, seconds, polls=False)
+    polled, size = measure(process, seconds, polls=True)
+    cost = (polled - idle) / seconds
     print(
-        f"{what}: {each * 1000:.2f} ms of processor time a poll, {each * 100:.2f} % of a core"
-        f" ({polled:.2f} s in {seconds} s, {idle:.2f} s without); an answer has {size} bytes"
+        f"{state}: {cost * 1000:.2f} ms of processor time a poll, {cost * 100:.2f} % of a core"
+        f" ({polled:.2f} s in {seconds} s, {idle:.2f} s without); a response has {size} bytes"
     )
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=60, help="how long each of four parts takes (default 60)")
+    parser.add_argument("--seconds", type=int, default=60, help="length of each of the four parts (default 60)")
     seconds = parser.parse_args().seconds
-    page = (ROOT / "dashboard.html").read_bytes()
-    print(f"page: {len(page)} bytes ({len(gzip.compress(page))} if it were compressed), sent once, then 304")
+    page = (ROOT / "ringolib/web/dashboard.html").read_bytes()
+    print(f"page: {len(page)} bytes ({len(gzip.compress(page))} compressed), sent once, then 304")
     with own_consumer() as (process, _), Producer(f"ws://localhost:{process.port}/v1.0/ingest") as producer:
         for _ in range(LATENCIES):
             producer.send([1])
             producer.flush()
-        compare(process, seconds, "at rest")
-        over = threading.Event()
+        compare(process, seconds, "idle")
+        stop = threading.Event()
 
         def load() -> None:
-            while not over.wait(0.02):
-                producer.send(range(PIECE))
+            while not stop.wait(0.02):
+                producer.send(range(BATCH_RECORDS))
 
         thread = threading.Thread(target=load)
         thread.start()
         try:
             compare(process, seconds, "under load")
         finally:
-            over.set()
+            stop.set()
             thread.join()
 
 

@@ -41,7 +41,7 @@ class Found(NamedTuple):
 def run(records: int, pairs: int, house: ClickHouseServer | None) -> Found:
     """So many records, through so many publishers and their consumers, into one ClickHouse, or a SQLite file each."""
     with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory, ExitStack() as stack:
-        url = house.url(house.database()) if house else ""
+        url = house.url(house.create_database()) if house else ""
         consumers, publishers = [], []
         for pair in range(pairs):
             consumers.append(Process(directory, "-I", "false", "-p", "0", "-D", url or f"bench-{pair}.db"))

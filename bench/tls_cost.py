@@ -1,10 +1,14 @@
-"""What TLS costs: records a second, acks, connections, each over TLS and without, measured in turns in one run.
+"""The cost of TLS: throughput, latency, CPU time and memory of a connection, with TLS and without.
 
-`python bench/tls_cost.py` prints medians of the rounds, and the ratio: records a second on one connection of 4-byte
-messages (`-r 65536`, own consumer; this process, which sends, encrypts on the other core); the time from sending a
-record to its ack with one in flight; the server's processor time for a connection that is made, asked something, and
-closed; resident memory of one that stays open. `--quick` is a few seconds, and shows that all of it works. Linux only:
-it reads /proc.
+`python bench/tls_cost.py` measures both in turns, in one run, and prints the medians of the rounds and their ratio:
+
+- throughput of one connection with 4-byte messages (`-r 65536`, own consumer; this process sends, and encrypts on the
+  other core)
+- time from sending a record to its ack, with one record in flight
+- CPU time of the server for a connection with one request
+- resident memory of an idle connection
+
+`--quick` takes a few seconds and shows only that the program works. Linux only: it reads /proc.
 """
 
 import argparse
@@ -33,37 +37,37 @@ SEND_BYTES = 64 * 1024
 
 
 class Sizes(NamedTuple):
-    """How much of everything."""
+    """The size of a run."""
 
     rounds: int
-    messages: int
-    acks: int
-    connections: int
-    idle: int
+    messages: int  # of the throughput
+    acks: int  # of the latency
+    connections: int  # of the CPU time
+    idle: int  # connections of the memory
 
 
 WHOLE = Sizes(rounds=3, messages=5_000_000, acks=2000, connections=300, idle=500)
 QUICK = Sizes(rounds=1, messages=200_000, acks=50, connections=20, idle=20)
 
 
-class Found(NamedTuple):
-    """Of one run."""
+class Result(NamedTuple):
+    """The measurements of one run."""
 
     rate: float  # records a second
     ack: float  # ms, median
-    connection: float  # ms of the server's processor time
+    connection: float  # ms of the server's CPU time
     idle: float  # KiB
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="only show that it works")
+    parser.add_argument("--quick", action="store_true", help="only show that the program works")
     sizes = QUICK if parser.parse_args().quick else WHOLE
     with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory:
         authority = Authority(Path(directory))
         flags = tls(authority.issue())
         context = client_context(str(authority.ca))
-        runs: list[tuple[Found, Found]] = []
+        runs: list[tuple[Result, Result]] = []
         for _ in range(sizes.rounds):
             runs.append((measure(sizes, [], None), measure(sizes, flags, context)))
     print(f"{'':40}{'plain':>12}{'TLS':>12}{'ratio':>8}")
@@ -72,12 +76,14 @@ def main() -> None:
     ):
         plain, secure = (statistics.median(pair[which][number] for pair in runs) for which in (0, 1))
         digits = 0 if plain > 1000 else 2
-        ratio = f"{secure / plain:.2f}" if plain > 0 else "-"  # a few connections may need no page that was not there
+        ratio = (
+            f"{secure / plain:.2f}" if plain > 0 else "-"
+        )  # 0: a few connections may fit into pages that the server already has
         print(f"{f'{name}, {unit}':40}{plain:12,.{digits}f}{secure:12,.{digits}f}{ratio:>8}")
 
 
-def measure(sizes: Sizes, flags: list[str], context: ssl.SSLContext | None) -> Found:
-    """All of it, on a new server."""
+def measure(sizes: Sizes, flags: list[str], context: ssl.SSLContext | None) -> Result:
+    """Measure everything on a new server."""
     with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory:
         process = Process(directory, "-p", "0", "-T", "0", "-r", "65536", *flags)
         try:
@@ -85,25 +91,27 @@ def measure(sizes: Sizes, flags: list[str], context: ssl.SSLContext | None) -> F
             ack = ping_pong(process.port, sizes.acks, context)
             before = cpu_seconds(process.pid)
             for _ in range(sizes.connections):
-                ask(process.port, context).close()
+                request_alive(process.port, context).close()
             connection = (cpu_seconds(process.pid) - before) / sizes.connections * 1000
             before = process.resident()
-            held = [ask(process.port, context) for _ in range(sizes.idle)]
+            held = [request_alive(process.port, context) for _ in range(sizes.idle)]
             idle = (process.resident() - before) / sizes.idle / 1024
-            for each in held:
-                each.close()
-            return Found(rate, ack, connection, idle)
+            for sock in held:
+                sock.close()
+            return Result(rate, ack, connection, idle)
         finally:
             process.stop()
 
 
-def wrapped(sock: socket.socket, context: ssl.SSLContext | None) -> socket.socket:
+def connect(port: int, context: ssl.SSLContext | None) -> socket.socket:
+    """Connect, with TLS if there is a context."""
+    sock = socket.create_connection(("localhost", port), 30)
     return context.wrap_socket(sock, server_hostname="localhost") if context else sock
 
 
-def ask(port: int, context: ssl.SSLContext | None) -> socket.socket:
-    """A connection over which alive was asked for."""
-    sock = wrapped(socket.create_connection(("localhost", port), 30), context)
+def request_alive(port: int, context: ssl.SSLContext | None) -> socket.socket:
+    """Return a connection after one request for /v1.0/alive."""
+    sock = connect(port, context)
     sock.sendall(b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n\r\n")
     response = http.client.HTTPResponse(sock)
     response.begin()
@@ -112,8 +120,8 @@ def ask(port: int, context: ssl.SSLContext | None) -> socket.socket:
 
 
 def stream(port: int, messages: int, context: ssl.SSLContext | None) -> float:
-    """Records a second, of messages of 4 bytes on one connection, acked."""
-    sock = load.upgrade(wrapped(socket.create_connection(("localhost", port), 30), context), port)
+    """Send 4-byte messages on one connection, and return the acked records per second."""
+    sock = load.upgrade(connect(port, context), port)
     frame = len(load.frames(4, 1))
     block = memoryview(load.frames(4, SEND_BYTES // frame))
     left, at, acks, acked = messages * frame, 0, b"", 0
@@ -143,19 +151,19 @@ def stream(port: int, messages: int, context: ssl.SSLContext | None) -> float:
 
 
 def ping_pong(port: int, messages: int, context: ssl.SSLContext | None) -> float:
-    """The median time from a record to its ack, in ms."""
-    sock = load.upgrade(wrapped(socket.create_connection(("localhost", port), 30), context), port)
+    """Return the median time from sending a record to its ack, in ms."""
+    sock = load.upgrade(connect(port, context), port)
     frame = load.frames(4, 1)
-    found = []
+    latencies = []
     for _ in range(messages):
-        begun = time.perf_counter()
+        sent_at = time.perf_counter()
         sock.sendall(frame)
-        got = 0
-        while got < 10:
-            got += len(sock.recv(10 - got)) or sys.exit("closed before the ack")
-        found.append((time.perf_counter() - begun) * 1000)
+        received = 0
+        while received < 10:
+            received += len(sock.recv(10 - received)) or sys.exit("closed before the ack")
+        latencies.append((time.perf_counter() - sent_at) * 1000)
     sock.close()
-    return statistics.median(found)
+    return statistics.median(latencies)
 
 
 if __name__ == "__main__":

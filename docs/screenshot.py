@@ -1,8 +1,8 @@
-"""Makes docs/dashboard.png and docs/dashboard-dark.png: the live page of a publisher at work.
+"""Take docs/dashboard.png and docs/dashboard-dark.png: the live page of a publisher at work.
 
-`python docs/screenshot.py` starts a consumer and a publisher, sends for a minute at a changing pace, and takes the
-pictures when the ring has slots that wait and slots in flight. It needs what the tests' browser part needs
-(`pip install '.[browser]'`, Debian's chromium and chromium-driver), and Pillow, which makes the pictures small.
+`python docs/screenshot.py` starts a consumer and a publisher, sends records for a minute at a changing rate, and takes
+the pictures when the ring has waiting slots and slots in flight. It needs the same as the browser tests
+(`pip install '.[browser]'`, Debian's chromium and chromium-driver), and Pillow to make the pictures small.
 """
 
 import base64
@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from PIL import Image  # noqa: E402
+from support.browser import Browser, chromium  # noqa: E402
 from support.harness import server  # noqa: E402
-from test_page import Browser, chromium  # noqa: E402
 
 from ringolib.client.producer import Producer  # noqa: E402
 
@@ -28,33 +28,33 @@ SECONDS = 64
 WIDTH, SCALE, COLOURS = 1120, 1.25, 128
 
 
-def load(port: int, over: threading.Event) -> None:
-    """Sends in waves, some 40,000 to 160,000 records a second; two of these run."""
+def load(port: int, stop: threading.Event) -> None:
+    """Send 40,000 to 160,000 records a second, in waves. Two threads run this."""
     with Producer(f"ws://localhost:{port}/v1.0/ingest") as producer:
-        while not over.wait(0.02):
+        while not stop.wait(0.02):
             now = time.monotonic()
             producer.send(range(int(2000 + 900 * math.sin(now / 6) + 300 * math.sin(now * 1.7))))
 
 
-LAST_LOOK = """
-const answered = arguments[arguments.length - 1];
-asking = true;  // the page itself looks no more
+LAST_POLL = """
+const done = arguments[arguments.length - 1];
+polling = true;  // stops the page's own polls
 clearTimeout(timer);
 (async () => {
   for (;;) {
     const report = await (await fetch("/v1.0/stats")).json(), {ring} = report;
-    const flying = lengths(ring.inFlight), waiting = ring.cursor - ring.committed - flying - lengths(ring.finished);
-    if (flying < 400 || waiting < 400 || ring.capacity - flying - waiting < 400) continue;
-    show(report, performance.now());
-    return answered();
+    const inFlight = lengths(ring.inFlight), waiting = ring.cursor - ring.committed - inFlight - lengths(ring.finished);
+    if (inFlight < 400 || waiting < 400 || ring.capacity - inFlight - waiting < 400) continue;
+    showReport(report, performance.now());
+    return done();
   }
 })();
 """
-"""Asks until the ring is worth looking at, and shows that."""
+"""Polls until the ring has enough slots of each kind, and shows that report."""
 
 
 def take(browser: Browser, scheme: str, path: Path) -> None:
-    """The upper part of the page, down to where the numbers begin."""
+    """Take a picture of the page, from its top to the beginning of the numbers."""
     browser.media(prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
     height = browser.run("return document.getElementById('numbers').offsetTop - 24")
     browser.cdp("Emulation.setDeviceMetricsOverride", width=WIDTH, height=height, deviceScaleFactor=SCALE, mobile=False)
@@ -69,8 +69,8 @@ def take(browser: Browser, scheme: str, path: Path) -> None:
 
 
 def main() -> None:
-    """Takes both pictures."""
-    over = threading.Event()
+    """Take both pictures."""
+    stop = threading.Event()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         directories = [Path(name, role) for role in ("consumer", "publisher")]
         for directory in directories:
@@ -81,7 +81,7 @@ def main() -> None:
         browser.media(prefers_reduced_motion="reduce")
         browser.cdp("Emulation.setScrollbarsHidden", hidden=True)
         browser.cdp("Emulation.setDeviceMetricsOverride", width=WIDTH, height=900, deviceScaleFactor=1, mobile=False)
-        threads = [threading.Thread(target=load, args=(publisher.port, over)) for _ in range(2)]
+        threads = [threading.Thread(target=load, args=(publisher.port, stop)) for _ in range(2)]
         for thread in threads:
             thread.start()
         try:
@@ -89,11 +89,11 @@ def main() -> None:
             browser.open(publisher.port)
             time.sleep(SECONDS)
             browser.driver.set_script_timeout(120)
-            browser.driver.execute_async_script(LAST_LOOK)
+            browser.driver.execute_async_script(LAST_POLL)
             take(browser, "light", ROOT / "docs" / "dashboard.png")
             take(browser, "dark", ROOT / "docs" / "dashboard-dark.png")
         finally:
-            over.set()
+            stop.set()
             for thread in threads:
                 thread.join()
 

@@ -34,8 +34,8 @@ from ringolib.options import DATABASE, Settings
 from ringolib.status.profiler import Profiler
 from ringolib.status.report import Report, Sources
 from ringolib.status.snapshot import records_stored
-from ringolib.storage.clickhouse import http as clickhouse_http
 from ringolib.storage.clickhouse.store import ClickHouse
+from ringolib.storage.clickhouse.url import is_clickhouse_url, parse_url, redact_passwords
 from ringolib.storage.interface import Storage
 from ringolib.storage.retention import Retention
 from ringolib.web.intake import Intake, RingIntake, StoreIntake
@@ -96,11 +96,11 @@ class App:
     """
 
     def __init__(self, settings: Settings, argv: Sequence[str]) -> None:
-        target = clickhouse_http.parse(settings.database) if clickhouse_http.is_address(settings.database) else None
+        target = parse_url(settings.database) if is_clickhouse_url(settings.database) else None
         if target:  # from here on nobody knows the password but the store
-            settings = replace(settings, database=target.shown)
+            settings = replace(settings, database=target.display_url)
         self.settings = settings
-        self.argv = [clickhouse_http.redacted(each) for each in argv]
+        self.argv = [redact_passwords(each) for each in argv]
         self.totals = Totals()
         self.store: Storage | None = None
         self.ring: Ring | None = None
@@ -236,7 +236,7 @@ class App:
         if not self.credentials.current.token and not self.server.listeners.loopback and not self.settings.client_ca:
             hint = "whoever can connect may write and look on: --token_file keeps others out"
             log.warning("no_token", {"address": format_address(self.settings.hostname, self.server.port), "hint": hint})
-        if trouble := self.credentials.trouble():
+        if trouble := self.credentials.certificate_problem():
             log.warning("certificate", {"file": self.settings.tls_cert, "reason": trouble})
 
     def _open_profiler(self) -> Profiler | None:

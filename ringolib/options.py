@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from ringolib import __version__
 from ringolib.net.addresses import parse_hosts
-from ringolib.storage.clickhouse import http as clickhouse_http
+from ringolib.storage.clickhouse.url import PASSWORD_VARIABLE, is_clickhouse_url, parse_url, redact_passwords
 
 MAX_RING = 2**31
 DATABASE = "ringoexp.db"
@@ -129,19 +129,19 @@ def _not_empty(text: str) -> str:
 def _database(text: str) -> str:
     """A path, or a ClickHouse address. What is wrong with one is said without it: there may be a password in it."""
     _not_empty(text)
-    if clickhouse_http.is_address(text):
+    if is_clickhouse_url(text):
         try:
-            clickhouse_http.parse(text)
+            parse_url(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(
-                f"{clickhouse_http.redacted(text)!r} is not accepted: {error} (clickhouse://USER@HOST:PORT/DATABASE)"
+                f"{redact_passwords(text)!r} is not accepted: {error} (clickhouse://USER@HOST:PORT/DATABASE)"
             ) from None
     return text
 
 
 def _spool(text: str) -> str:
     """A path; what is an address all the same is not shown, as there may be a password in it."""
-    if clickhouse_http.is_address(text):
+    if is_clickhouse_url(text):
         raise argparse.ArgumentTypeError("a ClickHouse address is not accepted: a spool is a file on this machine")
     return _not_empty(text)
 
@@ -217,7 +217,7 @@ OPTIONS = (
         _database,
         "consumer",
         "SQLite file to store in, or clickhouse://USER@HOST:PORT/DATABASE (clickhouses:// for TLS, several hosts with "
-        f"commas, the password in {clickhouse_http.PASSWORD}); a publisher that is its own consumer has one too, no "
+        f"commas, the password in {PASSWORD_VARIABLE}); a publisher that is its own consumer has one too, no "
         "other has",
     ),
     Option(
@@ -348,7 +348,7 @@ class _Parser(argparse.ArgumentParser):
         """One line, and where to find more; no usage text in between."""
         for each in self.given:  # by itself: in a message nobody knows where a password ends
             for form in (each, repr(each)[1:-1], repr("\"'" + each)[4:-1]):  # as the quotes around it want it
-                message = message.replace(form, clickhouse_http.redacted(form))
+                message = message.replace(form, redact_passwords(form))
         self.exit(EXIT_USAGE, f"ringoexp: error: {message} (ringoexp --help lists the flags)\n")
 
 
@@ -447,7 +447,7 @@ def read_arguments(argv: Sequence[str]) -> Settings:
             "--clickhouse_cluster",
             settings.clickhouse_cluster,
             "-D clickhouse://...",
-            clickhouse_http.is_address(settings.database),
+            is_clickhouse_url(settings.database),
         ),
     ):
         if value and not given:

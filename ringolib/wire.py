@@ -1,7 +1,8 @@
-"""Bytes <-> integers: the formats of `/v1.0/ingest`. Pure functions, no I/O, no threads, no locks.
+"""The message formats of `/v1.0/ingest`: bytes to integers and back.
 
-All numbers are big-endian. A *run* says which source a stretch of values belongs to; a *block* is
-what one or more messages decode to: its runs, in order, and all their values in one `array('q')`.
+Pure functions, no I/O, no threads, no locks. All numbers are big-endian. A *run* is a number of consecutive records of
+one source. A *block* is the content of one or more messages: its runs, in order, and all their values in one
+`array('q')`.
 """
 
 import sys
@@ -11,16 +12,19 @@ from struct import Struct
 from typing import NamedTuple
 
 Buffer = bytes | bytearray
-Messages = tuple[Buffer, int]
-"""One or more messages of one size in bytes, end to end: the payloads, and that size."""
+MessageGroup = tuple[Buffer, int]
+"""Payloads and size: one or more messages of `size` bytes each, end to end.
+
+A plain tuple, as this module imports nothing of the program. `ringolib.net.frames.Messages` has the same shape.
+"""
 
 SUBPROTOCOL = "ringoexp.batch.v1"
 PLAIN_SUBPROTOCOL = "ringoexp.plain.v1"
-"""Plain messages, as without a subprotocol: for clients that have to offer one, to offer their token beside it."""
+"""The format without a subprotocol, by name: for clients that carry their token in a second subprotocol."""
 MAX_RUNS = 65_536
-"""Most runs in one batch message: each costs the store more than a record does."""
+"""Runs in one batch message, at most: a run costs the store more than a record."""
 MAX_SEQUENCE = 2**63 - 1
-"""A run ends at or before it: a sequence, and the end of a run, are SQLite's signed 64-bit integers."""
+"""The end of a run, at most: a store keeps sequences, and the ends of runs, as signed 64-bit integers."""
 
 _RUNS = Struct(">I")
 _RUN = Struct(">16sQI")
@@ -34,7 +38,7 @@ class Run(NamedTuple):
 
     source: bytes
     first: int
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody wants here
+    count: int  # type: ignore[assignment]  # hides tuple.count, which is not needed
 
 
 class Block(NamedTuple):
@@ -44,20 +48,20 @@ class Block(NamedTuple):
     values: "array[int]"
 
     def after(self, count: int) -> "Block":
-        """What is left of the block without its first `count` records."""
-        runs, skip = [], count
+        """Return the block without its first `count` records."""
+        runs, left_to_skip = [], count
         for run in self.runs:
-            cut = min(skip, run.count)
-            skip -= cut
-            if cut < run.count:
-                runs.append(Run(run.source, run.first + cut, run.count - cut))
+            skipped = min(left_to_skip, run.count)
+            left_to_skip -= skipped
+            if skipped < run.count:
+                runs.append(Run(run.source, run.first + skipped, run.count - skipped))
         return Block(runs, self.values[count:])
 
 
 class WireError(ValueError):
-    """A message is not in the agreed format. The text tells the sender what to change.
+    """A message does not have the agreed format. The text is for its sender.
 
-    `close_code` answers it on a WebSocket (RFC 6455 section 7.4.1), `status` over HTTP.
+    `close_code` is the answer on a WebSocket (RFC 6455 section 7.4.1), `status` the answer over HTTP.
     """
 
     def __init__(self, reason: str, close_code: int = 1007, status: int = 400) -> None:
@@ -67,9 +71,9 @@ class WireError(ValueError):
 
 
 def decode_plain(payload: Buffer) -> "array[int]":
-    """The integers of one plain message: 4 bytes are one int32, any other multiple of 8 are int64s.
+    """Return the integers of one plain message: 4 bytes are one int32, a multiple of 8 bytes are int64s.
 
-    Raises WireError for every other length, 0 included.
+    Raises WireError for any other length, and for 0.
     """
     size = len(payload)
     if size == 4:
@@ -81,10 +85,10 @@ def decode_plain(payload: Buffer) -> "array[int]":
     return _swapped(values)
 
 
-def decode_plain_messages(groups: Sequence[Messages]) -> tuple["array[int]", WireError | None]:
-    """The integers of plain messages in order, up to the first bad one, and what is wrong with that.
+def decode_plain_messages(groups: Sequence[MessageGroup]) -> tuple["array[int]", WireError | None]:
+    """Return the integers of plain messages, in order, up to the first malformed message, and that message's error.
 
-    A group is decoded as one block, without a step per message.
+    A group is decoded as one block, without a step for each message.
     """
     values = array("q")
     for payloads, size in groups:
@@ -92,7 +96,7 @@ def decode_plain_messages(groups: Sequence[Messages]) -> tuple["array[int]", Wir
             try:
                 decoded = decode_plain(payloads)
             except WireError as error:
-                return values, error.with_traceback(None)  # which holds the frames, and they the payloads
+                return values, error.with_traceback(None)  # a traceback would keep the payloads in memory
         elif size == 4:
             decoded = _int32s(payloads)
         elif size % 8 == 0:
@@ -106,14 +110,14 @@ def decode_plain_messages(groups: Sequence[Messages]) -> tuple["array[int]", Wir
 
 
 def encode_plain(values: Sequence[int]) -> bytes:
-    """The plain message of `values` as 64-bit integers. Raises OverflowError beyond 64 bits."""
+    """Return the plain message of `values`, as 64-bit integers. Raises OverflowError beyond 64 bits."""
     return _swapped(array("q", values)).tobytes()
 
 
 def decode_batch(payload: Buffer) -> Block:
-    """The runs and values of one batch message (subprotocol `ringoexp.batch.v1`).
+    """Return the runs and values of one batch message (subprotocol `ringoexp.batch.v1`).
 
-    Raises WireError when the runs do not add up to the payload, byte for byte.
+    Raises WireError if the runs do not account for every byte of the payload.
     """
     size = len(payload)
     if size < _RUNS.size:
@@ -125,7 +129,7 @@ def decode_batch(payload: Buffer) -> Block:
     if MAX_RUNS < count <= size:
         raise WireError(f"{count} runs: a batch message has at most {MAX_RUNS}")
     if start > size:
-        raise WireError(f"{count} runs need {start} bytes before the values, the message has {size}")
+        raise WireError(f"{count} runs need {start} bytes before the values: the message has {size}")
     runs = [Run(*fields) for fields in _RUN.iter_unpack(memoryview(payload)[_RUNS.size : start])]
     total = 0
     for number, run in enumerate(runs):
@@ -135,14 +139,14 @@ def decode_batch(payload: Buffer) -> Block:
             raise WireError(f"run {number} ends at {run.first + run.count}: sequences end at 2**63 - 1")
         total += run.count
     if size - start != total * 8:
-        raise WireError(f"the runs name {total} values of 8 bytes, {size - start} bytes follow them, not {total * 8}")
+        raise WireError(f"the runs need {total} values of 8 bytes: {size - start} bytes follow them, not {total * 8}")
     values = array("q")
     values.frombytes(memoryview(payload)[start:])
     return Block(runs, _swapped(values))
 
 
-def decode_batch_messages(groups: Sequence[Messages]) -> tuple[Block, WireError | None]:
-    """The blocks of batch messages joined, up to the first bad one, and what is wrong with that."""
+def decode_batch_messages(groups: Sequence[MessageGroup]) -> tuple[Block, WireError | None]:
+    """Return the joined blocks of batch messages up to the first malformed message, and that message's error."""
     joined = Block([], array("q"))
     for payloads, size in groups:
         for start in range(0, len(payloads) or 1, size or 1):
@@ -159,7 +163,7 @@ def decode_batch_messages(groups: Sequence[Messages]) -> tuple[Block, WireError 
 
 
 def encode_batch(runs: Sequence[Run], values: "array[int]") -> bytes:
-    """The batch message of a block. `values` is left as it was."""
+    """Return the batch message of a block. `values` is not changed."""
     head = [_RUNS.pack(len(runs))]
     head += [_RUN.pack(*run) for run in runs]
     body = _swapped(values[:])
@@ -167,12 +171,12 @@ def encode_batch(runs: Sequence[Run], values: "array[int]") -> bytes:
 
 
 def encode_ack(count: int) -> bytes:
-    """The ack for `count` records stored since the connection began: 8 bytes, unsigned."""
+    """Return the ack for `count` records stored since the connection began: 8 bytes, unsigned."""
     return _ACK.pack(count)
 
 
 def decode_ack(payload: Buffer) -> int:
-    """How many records of the connection are stored. Raises WireError unless it has 8 bytes."""
+    """Return how many records of the connection are stored. Raises WireError unless the ack has 8 bytes."""
     if len(payload) != _ACK.size:
         raise WireError(f"{len(payload)} bytes: an ack has {_ACK.size}")
     (count,) = _ACK.unpack(payload)
@@ -180,7 +184,10 @@ def decode_ack(payload: Buffer) -> int:
 
 
 def _int32s(payloads: Buffer) -> "array[int]":
-    """The 32-bit integers of `payloads`, widened in blocks: `array("q", array("i"))` would make an object of each."""
+    """Return the 32-bit integers of `payloads` as 64-bit ones.
+
+    They are widened with slices: `array("q", array("i"))` would make an object for each.
+    """
     wide = bytearray(2 * len(payloads))
     signs = payloads[::4].translate(_SIGNS)
     for i in range(4):
@@ -196,7 +203,7 @@ def _plain_error(size: int) -> WireError:
 
 
 def _swapped(values: "array[int]") -> "array[int]":
-    """`values`, turned in place between this machine's byte order and the wire's."""
+    """Convert `values`, in place, between this machine's byte order and big-endian, and return them."""
     if _SWAP:
         values.byteswap()
     return values

@@ -1,11 +1,34 @@
 """CI installs everything that the tests need, so a skipped test is a failed test there (RINGOEXP_NO_SKIPS)."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from support.certificates import Authority, Pair
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("RINGOEXP_NO_SKIPS") and reporter and reporter.stats.get("skipped") and not session.exitstatus:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A temporary directory with a short path: the path of a Unix socket is limited, and `tmp_path` is longer."""
+    with tempfile.TemporaryDirectory(prefix="ringoexp-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """An authority that signs the certificates of a test module."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="module")
+def pair(authority: Authority) -> Pair:
+    """A certificate for localhost, and its key."""
+    return authority.issue()

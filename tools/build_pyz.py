@@ -39,7 +39,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends t
 import ringoexp  # first: it sets up the signal handlers
 from ringolib.web import page
 
-page.page()  # read the page now: a newer file may replace this one while the program runs
+page.load_page()  # read the page now: a newer file may replace this one while the program runs
 sys.exit(ringoexp.main())
 """
 

@@ -22,9 +22,11 @@ from collections.abc import Iterable
 from time import monotonic
 from urllib.parse import urlsplit
 
+from ringolib.net.addresses import Endpoint
 from ringolib.net.tls import client_context
 from ringolib.net.tls_socket import TLSError
-from ringolib.net.websocket import ClientConnection, HandshakeError
+from ringolib.net.websocket import HandshakeError
+from ringolib.net.websocket_client import ClientConnection
 from ringolib.timing import backoff
 from ringolib.wire import MAX_SEQUENCE, SUBPROTOCOL, Run, WireError, decode_ack, encode_batch
 
@@ -246,7 +248,8 @@ class Producer:
         Raises OSError or HandshakeError when it is lost or cannot be had, ProducerError when the server
         refuses for good.
         """
-        link = ClientConnection(self._host, self._port, self._path, SUBPROTOCOL, self._context, self._token)
+        endpoint = Endpoint(self._host, self._port, self._host)
+        link = ClientConnection(endpoint, self._path, SUBPROTOCOL, self._context, self._token)
         try:
             with self._lock:
                 self._links += 1

@@ -6,17 +6,17 @@ under it.
 """
 
 import logging
-import socket
 import threading
 from collections.abc import Callable
 from time import monotonic
 from typing import Any, NamedTuple
 
 from ringolib.forward.sink import InDoubt, SinkError
-from ringolib.net.addresses import Address, format_address
+from ringolib.net.addresses import Address, Endpoint, format_address
 from ringolib.net.credentials import Credentials
-from ringolib.net.sockets import peer
-from ringolib.net.websocket import ClientConnection, HandshakeError
+from ringolib.net.sockets import peer_address, shut_down
+from ringolib.net.websocket import HandshakeError
+from ringolib.net.websocket_client import ClientConnection
 from ringolib.wire import SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
 
 log = logging.getLogger("ringoexp.link")
@@ -141,7 +141,7 @@ class LinkSink:
         if link := self._link:
             link.abort()
         if opening := self._opening:
-            _shut(opening)
+            shut_down(opening)
 
     def close(self) -> None:
         """Says goodbye to the consumer, if connected."""
@@ -151,14 +151,14 @@ class LinkSink:
 
     def _connect(self) -> None:
         keys = self._credentials.current
-        where = self._host, self._port, "/v1.0/ingest", SUBPROTOCOL
+        endpoint = Endpoint(self._host, self._port, self._name or self._host)
         try:
-            self._link = ClientConnection(*where, keys.client, keys.token, self._name, self._opened)
+            self._link = ClientConnection(endpoint, "/v1.0/ingest", SUBPROTOCOL, keys.client, keys.token, self._opened)
         finally:
             self._opening = None
         self._sent = self._acked = 0
         self._pinged = False
-        if self._is_own(peer(self._link.sock, self._host)):  # the name did not resolve at the start, or changed
+        if self._is_own(peer_address(self._link.sock, self._host)):  # the name did not resolve at the start, or changed
             raise OSError("that is this server itself: it would forward in a circle")
         if self._aborted:  # while it connected: `abort` did not see the link
             raise OSError("the server is stopping")
@@ -208,14 +208,6 @@ class LinkSink:
         if link:
             link.abort()
             link.sock.close()
-
-
-def _shut(sock: Any) -> None:
-    """Ends what a socket's owner waits for. For other threads."""
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # closed already
 
 
 class LinkStats(NamedTuple):

@@ -1,34 +1,29 @@
-"""Addresses: a host and a port, or `unix:PATH`. How they are written, found, listened on and connected to.
+"""Addresses: a host and a port, or `unix:PATH`; how they are parsed, formatted, resolved and compared.
 
-No thread runs here. `Listeners` belongs to who makes it; only `is_own` is for other threads too, and reads what never
-changes. Where several of our servers might take over a Unix socket's file at once, a lock on its directory makes
-them take turns.
+Pure functions, no state. Only `resolve` and its callers ask the name service, and may block for it.
 """
 
 import ipaddress
-import logging
 import os
 import socket
 from typing import Any, NamedTuple
 
-log = logging.getLogger("ringoexp.http")
-
-UNIX = "unix:"
-"""What a host begins with that is the path of a Unix socket."""
+UNIX_PREFIX = "unix:"
+"""The start of a host that is the path of a Unix socket."""
 UNIX_PEER = ("unix",)
-"""In place of the address of a client on a Unix socket, which has none."""
+"""The address of a client on a Unix socket, which has no address of its own."""
 _LOCALHOST = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 Address = tuple[int, Any]
-"""A family and what its sockets call an address."""
+"""A socket family, and an address in the form that the family's sockets use."""
 
 
 class AddressError(Exception):
-    """An address cannot be had. The text says which, and why."""
+    """An address cannot be used. The text names the address and the reason."""
 
 
 class Endpoint(NamedTuple):
-    """Where to connect to, and by which name its server goes, in its certificate and in requests."""
+    """An address to connect to, and the name of its server in certificates and requests."""
 
     host: str
     port: int
@@ -38,41 +33,48 @@ class Endpoint(NamedTuple):
         return format_address(self.host, self.port)
 
 
-def parse_hosts(text: str, port: int) -> list[tuple[str, int]]:
-    """The hosts and ports of a list with commas; `port` where there is none. Raises ValueError, which says why.
+def parse_host(text: str) -> str:
+    """Return a single host, without the brackets that may surround an IPv6 address.
 
-    Each is `host`, `host:port`, an IPv6 address, that in brackets, `[address]:port`, or `unix:PATH`.
+    Raises ValueError, with a text for the user, for a Unix socket without a path.
     """
-    found = [_host_port(part.strip(), port) for part in text.split(",")]
-    if len(set(found)) < len(found):
-        raise ValueError("one of them is named twice")
-    return found
+    if text.startswith(UNIX_PREFIX) and not text.removeprefix(UNIX_PREFIX).strip():
+        raise ValueError("expected unix:PATH, with the path of a Unix socket")
+    return text[1:-1] if text.startswith("[") and text.endswith("]") and ":" in text else text
 
 
-def _host_port(text: str, port: int) -> tuple[str, int]:
+def parse_hosts(text: str, port: int) -> list[tuple[str, int]]:
+    """Return the hosts and ports of a list with commas. `port` is for hosts that have no port.
+
+    A host is `host`, `host:port`, an IPv6 address, `[address]`, `[address]:port` or `unix:PATH`; the port of a Unix
+    socket is 0. Raises ValueError with a text for the user.
+    """
+    hosts = [_parse_host_port(part.strip(), port) for part in text.split(",")]
+    if len(set(hosts)) < len(hosts):
+        raise ValueError("a host is named twice")
+    return hosts
+
+
+def _parse_host_port(text: str, port: int) -> tuple[str, int]:
+    if text.startswith(UNIX_PREFIX):
+        return parse_host(text), 0
     host, colon, number = text.rpartition(":")
-    if text.startswith(UNIX):
-        if not text.removeprefix(UNIX).strip():
-            raise ValueError("unix:PATH, the path of a Unix socket")
-        return text, 0
-    if text.startswith("[") and text.endswith("]"):
-        host, colon = text, ""
-    elif text.count(":") != 1 and not text.startswith("["):  # none, or an IPv6 address
+    bracketed = text.startswith("[")
+    if (bracketed and text.endswith("]")) or (not bracketed and text.count(":") != 1):  # no port, or an IPv6 address
         host, colon = text, ""
     if colon:
         if not (number.isascii() and number.isdigit() and len(number) < 6 and 0 < int(number) < 65536):
-            raise ValueError(f"the port {number!r} of {text!r}: 1 to 65535")
+            raise ValueError(f"the port {number!r} of {text!r} is not a number from 1 to 65535")
         port = int(number)
-    if host.startswith("[") and host.endswith("]") and ":" in host:
-        host = host[1:-1]
+    host = parse_host(host)
     if not host.strip() or "[" in host or "]" in host:
-        raise ValueError(f"{text!r}: HOST, HOST:PORT, [IPv6]:PORT or unix:PATH")
+        raise ValueError(f"{text!r} is not HOST, HOST:PORT, [IPv6]:PORT or unix:PATH")
     return host, port
 
 
 def is_fixed(host: str) -> bool:
-    """True for what no name service has a say in: an address, a Unix socket, `localhost`."""
-    if host.lower() == "localhost" or host.startswith(UNIX):
+    """True if no name service can change the addresses of the host: an IP address, a Unix socket, `localhost`."""
+    if host.lower() == "localhost" or host.startswith(UNIX_PREFIX):
         return True
     try:
         ipaddress.ip_address(host.partition("%")[0])
@@ -82,48 +84,49 @@ def is_fixed(host: str) -> bool:
 
 
 def resolve_endpoints(host: str, port: int) -> list[Endpoint]:
-    """The servers behind a host: one for each address of a name with several. Raises AddressError.
+    """Return the servers behind a host: one for each address, if its name has several. Raises AddressError.
 
-    Of IPv4 and IPv6, that of which it has more: a name with one of each is one server that has both.
+    Only the family with more addresses counts, IPv4 or IPv6: a name with one of each is one server with both.
     """
     if is_fixed(host):
         return [Endpoint(host, port, host)]
-    found = resolve(host, port)
-    four = [address for address in found if address[0] == socket.AF_INET]
-    six = [address for address in found if address[0] != socket.AF_INET]
-    most = four if len(four) >= len(six) else six
-    if len(most) == 1:
+    addresses = resolve(host, port)
+    ipv4 = [address for address in addresses if address[0] == socket.AF_INET]
+    ipv6 = [address for address in addresses if address[0] != socket.AF_INET]
+    servers = ipv4 if len(ipv4) >= len(ipv6) else ipv6
+    if len(servers) == 1:
         return [Endpoint(host, port, host)]
-    return [Endpoint(str(address[0]), port, host) for _, address in most]
+    return [Endpoint(str(address[0]), port, host) for _, address in servers]
 
 
 def unix_path(host: str) -> str | None:
-    """The path of a host that is a Unix socket."""
-    return host.removeprefix(UNIX) if host.startswith(UNIX) else None
+    """Return the path of a Unix socket; None for any other host."""
+    return host.removeprefix(UNIX_PREFIX) if host.startswith(UNIX_PREFIX) else None
 
 
 def format_address(host: str, port: int) -> str:
-    """An address as it is written: `host:port`, `[host]:port` for IPv6, `unix:PATH`."""
-    if host.startswith(UNIX):
+    """Format an address for people: `host:port`, `[host]:port` for IPv6, `unix:PATH`."""
+    if host.startswith(UNIX_PREFIX):
         return host
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def host_header(host: str, port: int) -> str:
-    """What a request to this address says in its `Host` header."""
-    return "localhost" if host.startswith(UNIX) else format_address(host, port)
+    """Return the `Host` header of a request to this address."""
+    return "localhost" if host.startswith(UNIX_PREFIX) else format_address(host, port)
 
 
 def certified_name(host: str) -> str:
-    """The name that this host's certificate has to have: without a last dot (RFC 6066 section 3), nor a zone, which
-    only this machine knows.
+    """Return the name that this host's certificate must have.
+
+    The name has no trailing dot (RFC 6066 section 3) and no IPv6 zone, which is known on this machine only.
     """
-    return "localhost" if host.startswith(UNIX) else host.partition("%")[0].removesuffix(".")
+    return "localhost" if host.startswith(UNIX_PREFIX) else host.partition("%")[0].removesuffix(".")
 
 
 def is_loopback(host: str) -> bool:
-    """True for what only this machine can reach."""
-    if host == "localhost" or host.startswith(UNIX):
+    """True if only this machine can reach the host."""
+    if host == "localhost" or host.startswith(UNIX_PREFIX):
         return True
     try:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
@@ -132,46 +135,48 @@ def is_loopback(host: str) -> bool:
 
 
 def resolve(host: str, port: int) -> list[Address]:
-    """The addresses of a host, IPv4 first; `localhost` has both of its own (RFC 6761 section 6.3).
+    """Return the addresses of a host, IPv4 first. `localhost` has an IPv4 and an IPv6 address (RFC 6761 section 6.3).
 
-    Raises AddressError when there is none.
+    Raises AddressError if the name cannot be resolved or has no IP address.
     """
     if path := unix_path(host):
         return [(socket.AF_UNIX, path)]
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        if host.lower() == "localhost":  # a hosts file may know only one of them, a browser knows both
-            for family, each in _LOCALHOST:
-                found += socket.getaddrinfo(each, port, family, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
+        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        if host.lower() == "localhost":  # a hosts file may list only one of the two; browsers try both
+            for family, address in _LOCALHOST:
+                entries += socket.getaddrinfo(address, port, family, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
     except (OSError, UnicodeError) as error:
         raise AddressError(f"the host's name cannot be resolved ({error})") from error
-    addresses: list[Address] = [(info[0], info[4]) for info in found if info[0] in (socket.AF_INET, socket.AF_INET6)]
+    addresses: list[Address] = [
+        (entry[0], entry[4]) for entry in entries if entry[0] in (socket.AF_INET, socket.AF_INET6)
+    ]
     if not addresses:
         raise AddressError("the host has no IP address")
     return sorted(dict.fromkeys(addresses), key=lambda address: address[0] != socket.AF_INET)
 
 
 def is_same_listener(address: Address, listening: Address) -> bool:
-    """True when who connects to `address` is accepted by a socket that listens on `listening`."""
-    family, theirs = address
+    """True if a socket that listens on `listening` accepts connections to `address`."""
+    family, target = address
     if socket.AF_UNIX in (family, listening[0]):
-        return family == listening[0] and os.path.realpath(theirs) == os.path.realpath(listening[1])
-    if theirs[1] != listening[1][1]:
+        return family == listening[0] and os.path.realpath(target) == os.path.realpath(listening[1])
+    if target[1] != listening[1][1]:
         return False
-    host, ours = _plain(theirs[0]), listening[1][0]
-    if ours == "::" or (ours == "0.0.0.0" and ":" not in host):
-        return _is_local(family, theirs)
-    return host == _plain(ours)
+    host, own_host = _unmapped(target[0]), listening[1][0]
+    if own_host == "::" or (own_host == "0.0.0.0" and ":" not in host):
+        return _is_local(family, target)
+    return host == _unmapped(own_host)
 
 
-def _plain(host: str) -> str:
-    """An IPv4 address within an IPv6 one, as itself (RFC 4291 section 2.5.5.2)."""
+def _unmapped(host: str) -> str:
+    """Return the IPv4 address in an IPv4-mapped IPv6 address (RFC 4291 section 2.5.5.2), else `host`."""
     inner = host.removeprefix("::ffff:")
     return inner if "." in inner else host
 
 
 def _is_local(family: int, address: Any) -> bool:
-    """True when it is an address of this machine: only then can a socket be bound to it."""
+    """True if this machine has the address: only then can a socket be bound to it."""
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
             probe.bind((address[0], 0, *address[2:]))

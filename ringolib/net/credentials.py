@@ -1,7 +1,7 @@
-"""Who may come in, and what this server shows where it goes: the token and the TLS contexts, read from files.
+"""Credentials: the access token, and the TLS contexts for incoming and outgoing connections, read from files.
 
-`Credentials.keys` is replaced as a whole when the files are read again, by the main thread; who uses it reads it once. The
-token is never logged, and stays out of every text.
+`Credentials.current` is replaced as a whole when the main thread reads the files again. Other threads read it without
+a lock, once for each use. The token is never logged and is in no error text.
 """
 
 import hmac
@@ -17,22 +17,22 @@ from ringolib.net import tls
 from ringolib.timing import format_unix_time
 
 TOKEN_VARIABLE = "RINGOEXP_TOKEN"
-MAX_TOKEN = 4096
-"""Characters of a token: it has to fit into a header."""
-SOON = 14 * 86_400.0
-"""Seconds before a certificate expires from when on it is said."""
-PROTOCOL = "bearer."
-"""How the subprotocol begins that carries a token, for clients that cannot set headers."""
+MAX_TOKEN_LENGTH = 4096
+"""Characters in a token, at most: a token must fit into a header."""
+EXPIRY_WARNING_SECONDS = 14 * 86_400.0
+"""How long before its end a certificate is reported."""
+BEARER_PREFIX = "bearer."
+"""The start of a subprotocol that carries a token, for clients that cannot set headers."""
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 section 2.1
 _BEARER = re.compile(r"bearer +([^ ]+) *", re.IGNORECASE)
 
 
 class CredentialError(Exception):
-    """A token, a certificate or a key cannot be used. The text names where it comes from, and says why."""
+    """A token, a certificate or a key cannot be used. The text names its source and the reason."""
 
 
 class CredentialFiles(NamedTuple):
-    """Where the keys are: paths, or None."""
+    """The paths of the files, or None."""
 
     token: str | None = None
     cert: str | None = None
@@ -43,27 +43,27 @@ class CredentialFiles(NamedTuple):
 
 
 class CredentialSet(NamedTuple):
-    """What the files hold."""
+    """The contents of the files."""
 
     token: str | None = None
     server: ssl.SSLContext | None = None  # None: no TLS
     client: ssl.SSLContext | None = None  # for links to the consumer
-    valid: tuple[float, float] | None = None  # from when to when the server's certificate is, Unix times, if known
+    valid: tuple[float, float] | None = None  # begin and end of the server certificate's validity, Unix times, if known
 
 
 class Credentials:
-    """The keys in `files`, read at once, and again by `reload`. Raises CredentialError."""
+    """The credentials in `files`. Reads them now, and again in `reload`. Raises CredentialError."""
 
     def __init__(self, files: CredentialFiles = CredentialFiles()) -> None:  # noqa: B008  # a constant
         self._files = files
         self.current = _read(files)
 
     def reload(self) -> None:
-        """Reads the files again. Raises CredentialError, and then all stays as it was."""
+        """Read the files again. Raises CredentialError, and then keeps the old credentials."""
         self.current = _read(self._files)
 
-    def trouble(self) -> str | None:
-        """What clients say against the dates of the certificate, by the wall clock, or will say soon, if anything."""
+    def certificate_problem(self) -> str | None:
+        """Return why clients reject the server's certificate, or will reject it soon, by its dates; else None."""
         if not self.current.valid:
             return None
         begins, ends = self.current.valid
@@ -71,42 +71,45 @@ class Credentials:
         if now < begins:
             return f"it is not valid before {format_unix_time(begins)}"
         if now > ends:
-            return f"it has expired: it was valid until {format_unix_time(ends)}"
-        return f"it expires soon: it is valid until {format_unix_time(ends)}" if now > ends - SOON else None
+            return f"it expired at {format_unix_time(ends)}"
+        return f"it expires soon, at {format_unix_time(ends)}" if now > ends - EXPIRY_WARNING_SECONDS else None
 
     def accepts(self, authorization: Sequence[str], subprotocols: Sequence[str] = ()) -> bool:
-        """True when there is no token, or it is in the `Authorization` header, or in a subprotocol.
+        """True if no token is required, or a request has it: in its `Authorization` header, or in a subprotocol.
 
-        Takes as long for one wrong token as for another (RFC 6750 section 2.1; `bearer.TOKEN`, percent-encoded).
+        The header is RFC 6750's (section 2.1); a subprotocol is `bearer.TOKEN`, percent-encoded. The time of the
+        comparison does not depend on the wrong token.
         """
         token = self.current.token
         if token is None:
             return True
         bearer = _BEARER.fullmatch(authorization[0]) if len(authorization) == 1 else None
-        given = [bearer.group(1)] if bearer else []
-        given += [unquote(each[len(PROTOCOL) :]) for each in subprotocols if each.startswith(PROTOCOL)]
-        return any([hmac.compare_digest(each.encode(), token.encode()) for each in given])
+        candidates = [bearer.group(1)] if bearer else []
+        candidates += [unquote(name[len(BEARER_PREFIX) :]) for name in subprotocols if name.startswith(BEARER_PREFIX)]
+        # A list, not a generator: all candidates are compared.
+        return any([hmac.compare_digest(candidate.encode(), token.encode()) for candidate in candidates])
 
 
 def read_token(path: str | None) -> str | None:
-    """The token in a file, or else in the environment; None if there is neither. Raises CredentialError."""
+    """Return the token in the file, or without a path the one in the environment, or None. Raises CredentialError."""
     if path is None:
-        token, where = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
+        token, source = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
         if token is None:
             return None
     else:
-        where = f"--token_file {path}"
+        source = f"--token_file {path}"
         try:
             with open(path, "rb") as file:
-                token = file.read(MAX_TOKEN + 3).decode("ascii", "replace")
+                token = file.read(MAX_TOKEN_LENGTH + 3).decode("ascii", "replace")
         except (OSError, ValueError) as error:
-            raise CredentialError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
+            raise CredentialError(f"{source}: {getattr(error, 'strerror', None) or error}") from error
     token = token.strip()
     if not token:
-        raise CredentialError(f"{where}: it is empty: it has to hold a token, or not be given")
-    if len(token) > MAX_TOKEN or not _TOKEN.fullmatch(token):
+        raise CredentialError(f"{source}: the token is empty")
+    if len(token) > MAX_TOKEN_LENGTH or not _TOKEN.fullmatch(token):
         raise CredentialError(
-            f"{where}: not a token: at most {MAX_TOKEN} letters, digits, - . _ ~ + and /, and perhaps = at its end"
+            f"{source}: malformed token: expected at most {MAX_TOKEN_LENGTH} letters, digits and - . _ ~ + /, with = "
+            "only at the end"
         )
     return token
 

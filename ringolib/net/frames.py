@@ -1,88 +1,102 @@
-"""TODO: ringolib/net/frames.py."""
+"""WebSocket frames in blocks: decode all messages of one size that follow each other in a few operations.
+
+Pure functions on bytes, no I/O. This is the fast path of `websocket.Connection`. It decodes *simple* frames only: a
+simple frame is one whole binary message, masked by a client. wsproto judges all other frames.
+"""
 
 from typing import NamedTuple
 
 Buffer = bytes | bytearray
 
 MAX_MESSAGE = 8 * 1024 * 1024
-"""Most bytes in one message or HTTP body."""
+"""Bytes in one message or HTTP body, at most."""
 _ALL_BYTES = bytes(range(256))
 
 
 class Messages(NamedTuple):
-    """One or more messages of `size` bytes each, end to end in `payloads`."""
+    """One or more messages of `size` bytes each, end to end in `payloads`. An empty message is alone.
+
+    A block of small messages stays one object, so that decoding it needs no step per message.
+    """
 
     payloads: Buffer
     size: int
 
-    def each(self) -> list[Buffer]:
-        """The messages one by one. An empty message stands alone."""
+    def split(self) -> list[Buffer]:
+        """Return the messages one by one."""
         return [self.payloads[i : i + self.size] for i in range(0, len(self.payloads) or 1, self.size or 1)]
 
 
 class FrameHead(NamedTuple):
-    """The head of a frame (RFC 6455 section 5.2), sizes in bytes.
+    """The head of a frame (RFC 6455 section 5.2)."""
 
-    `simple` is a frame that is a whole message: binary, masked, neither empty nor too large.
-    """
-
-    head: int  # with the mask
-    payload: int
-    simple: bool
+    size: int  # bytes, with the mask
+    payload_size: int  # bytes
+    simple: bool  # the frame is a whole message: binary, masked, neither empty nor too large
 
 
 def frame_head(data: Buffer, start: int) -> FrameHead | None:
-    """The head of the frame that begins at `start`; None when `data` ends within it."""
+    """Return the head of the frame that begins at `start`; None if `data` ends within the head."""
     left = len(data) - start
     if left < 2:
         return None
-    size = data[start + 1] & 0x7F
+    payload_size = data[start + 1] & 0x7F
     masked = data[start + 1] > 0x7F
-    extended = 2 if size == 126 else 8 if size == 127 else 0
-    head = 2 + extended + 4 * masked
-    if left < head:
+    extended = 2 if payload_size == 126 else 8 if payload_size == 127 else 0
+    size = 2 + extended + 4 * masked
+    if left < size:
         return None
-    least = 1
+    shortest = 1
     if extended:
-        least = 126 if extended == 2 else 65_536  # a length has its shortest form
-        size = int.from_bytes(data[start + 2 : start + 2 + extended], "big")
-    return FrameHead(head, size, masked and data[start] == 0x82 and least <= size <= MAX_MESSAGE)
+        shortest = 126 if extended == 2 else 65_536  # a length must have its shortest form
+        payload_size = int.from_bytes(data[start + 2 : start + 2 + extended], "big")
+    simple = masked and data[start] == 0x82 and shortest <= payload_size <= MAX_MESSAGE
+    return FrameHead(size, payload_size, simple)
 
 
-def take_frames(data: Buffer, start: int, first: FrameHead) -> tuple[Messages, int]:
-    """The messages of the frame at `start`, whole and simple, and of those like it behind it; and where they end.
+def take_frames(data: Buffer, start: int, head: FrameHead) -> tuple[Messages, int]:
+    """Return the message of the frame at `start` and of all equal-sized frames behind it, and where they end.
 
-    `first` is the frame's head.
+    `head` is the head of the first frame, which is simple and whole in `data`.
     """
-    head, size = first.head, first.payload
-    step = head + size
-    count = _alike(data, start, step, head - 4)
+    size = head.payload_size
+    step = head.size + size
+    count = _count_alike(data, start, step, head.size - 4)
     end = start + count * step
     if size % 4 == 0 and size <= 64 and count > 4:
-        return Messages(_unmask_columns(data, start + head - 4, step, end, size, count), size), end
+        return Messages(_unmask_columns(data, start + head.size - 4, step, end, size, count), size), end
     with memoryview(data) as view:
-        payloads = [_unmask(data[at - 4 : at], view[at : at + size]) for at in range(start + head, end, step)]
+        payloads = [_unmask(data[at - 4 : at], view[at : at + size]) for at in range(start + head.size, end, step)]
     return Messages(payloads[0] if count == 1 else b"".join(payloads), size), end
 
 
-def _alike(data: Buffer, start: int, step: int, length: int) -> int:
-    """How many whole frames of `step` bytes from `start` on begin with the same `length` bytes."""
-    most = (len(data) - start) // step
+def encode_short_frame(payload: bytes) -> bytes:
+    """Return the frame of a server's binary message of at most 125 bytes (RFC 6455 section 5.2)."""
+    assert len(payload) < 126
+    return bytes((0x82, len(payload))) + payload
+
+
+def _count_alike(data: Buffer, start: int, step: int, length: int) -> int:
+    """Return how many whole frames of `step` bytes, from `start` on, begin with the same `length` bytes."""
+    available = (len(data) - start) // step
     count, window = 1, 16
-    while count < most:
-        planned = end = min(most, count + window)
+    while count < available:
+        planned = end = min(available, count + window)
         for i in range(start, start + length):
             column = data[i + count * step : start + end * step : step]
             end = count + len(column) - len(column.lstrip(data[i : i + 1]))
         count = end
         if end < planned:
             break
-        window *= 4  # so that frames of many sizes cost no more than their number
+        window *= 4  # a window that grows keeps the cost linear for frames of many sizes, too
     return count
 
 
 def _unmask_columns(data: Buffer, mask: int, step: int, end: int, size: int, count: int) -> bytes:
-    """The payloads of `count` frames, `step` bytes apart, the first one's mask at `mask`: a slice for each byte."""
+    """Return the payloads of `count` frames that are `step` bytes apart, unmasked with one slice for each byte.
+
+    `mask` is where the mask of the first frame begins.
+    """
     masks, masked = bytearray(size * count), bytearray(size * count)
     for i in range(4):
         column = data[mask + i : end : step]
@@ -94,14 +108,14 @@ def _unmask_columns(data: Buffer, mask: int, step: int, end: int, size: int, cou
 
 
 def _unmask(mask: Buffer, payload: memoryview) -> Buffer:
-    """`payload`, masked or unmasked with the four bytes of `mask` (RFC 6455 section 5.3)."""
+    """Return `payload`, masked or unmasked with the four bytes of `mask` (RFC 6455 section 5.3)."""
     size = len(payload)
     if size < 1024:
         return _xor((mask * (size // 4 + 1))[:size], payload)
-    done = bytearray(payload)
+    unmasked = bytearray(payload)
     for i in range(4):
-        done[i::4] = done[i::4].translate(_xor(mask[i : i + 1] * 256, _ALL_BYTES))
-    return done
+        unmasked[i::4] = unmasked[i::4].translate(_xor(mask[i : i + 1] * 256, _ALL_BYTES))
+    return unmasked
 
 
 def _xor(left: Buffer, right: Buffer | memoryview) -> bytes:

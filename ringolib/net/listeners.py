@@ -1,4 +1,9 @@
-"""TODO: ringolib/net/listeners.py."""
+"""Listening sockets: every address of a name on one port, or a Unix socket with its file.
+
+A `Listeners` belongs to the thread that made it. Only `is_own` is for other threads, too: it reads attributes that
+never change. Several servers may want to take over the file of a Unix socket at the same time: a lock on its directory,
+which one server holds at a time, keeps them apart.
+"""
 
 import errno
 import fcntl
@@ -8,30 +13,32 @@ import socket
 import stat
 import sys
 from collections.abc import Sequence
-from time import monotonic, sleep
+from time import sleep
 from typing import Any
 
 from ringolib.net.addresses import Address, AddressError, format_address, is_loopback, is_same_listener
+from ringolib.timing import deadline_after, remaining
 
 log = logging.getLogger("ringoexp.http")
 
 SOCKET_MODE = 0o660
-"""A Unix socket is for its owner and its group, whatever the umask: who may write it may connect."""
+"""Owner and group may connect to a Unix socket, whatever the umask: connecting needs write permission."""
 MAX_PATH = 107 if sys.platform == "linux" else 103
-"""Bytes of a Unix socket's path (sockaddr_un)."""
+"""Bytes in the path of a Unix socket, at most (sockaddr_un)."""
 BACKLOG = 1024
 PORT_TRIES = 100
-"""How often a free port is asked for that is free on every address."""
+"""How often to ask for a free port, until one is free on every address."""
 LOCK_TIMEOUT = 5.0
-"""Seconds to wait for another server that looks at the same directory's sockets."""
+"""Seconds to wait for the lock on the directory of a Unix socket."""
+LOCK_RETRY_SECONDS = 0.02
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 class Listeners:
-    """Sockets that listen on all of `addresses`, on the same port; `name` is what they are together.
+    """Sockets that listen on all of `addresses`, on the same port. Errors call them `name`.
 
-    An address that this machine does not have is left out if another one is left. Port 0 is a free port. The file
-    of a Unix socket is taken over where nobody listens, and removed by `close`. Raises AddressError.
+    An address that this machine does not have is left out, if another one is left. Port 0 is any free port. The file
+    of a Unix socket is taken over if no process listens on it, and `close` removes it. Raises AddressError.
     """
 
     def __init__(self, name: str, addresses: Sequence[Address]) -> None:
@@ -52,20 +59,20 @@ class Listeners:
 
     @property
     def loopback(self) -> bool:
-        """True when nobody from another machine can connect."""
+        """True if only this machine can connect."""
         return self._path is not None or all(is_loopback(address[0]) for _, address in self.addresses)
 
     def is_own(self, address: Address) -> bool:
-        """True when who connects to `address` is accepted here."""
+        """True if connections to `address` are accepted here."""
         if self._path is None or address[0] != socket.AF_UNIX:
             return any(is_same_listener(address, own) for own in self.addresses)
-        return _inode(address[1]) == self._file  # it may have several paths
+        return _inode(address[1]) == self._file  # one file may have several paths
 
     def close(self) -> None:
-        """Listens no more. A Unix socket's file is removed, if it still is the one made here. Never raises."""
+        """Close the sockets, and remove the file of a Unix socket if it is still our own. Never raises."""
         if self._path is not None:
             try:
-                with _Turn(self._path):  # before it is closed: nobody may take it over in between
+                with _DirectoryLock(self._path):  # the file goes first: no other server may take it over in between
                     if _inode(self._path) == self._file:
                         os.unlink(self._path)
             except (OSError, AddressError) as error:
@@ -74,17 +81,20 @@ class Listeners:
             sock.close()
 
     def _listen_all(self, addresses: Sequence[Address]) -> list[socket.socket]:
-        asked = addresses[0][1][1]
-        for tried in range(1, PORT_TRIES + 1):
+        port = addresses[0][1][1]
+        for attempt in range(1, PORT_TRIES + 1):
             try:
-                return self._listen_on(addresses, asked)
+                return self._listen_on(addresses, port)
             except OSError as error:
-                if asked or error.errno != errno.EADDRINUSE or tried == PORT_TRIES:
+                if port or error.errno != errno.EADDRINUSE or attempt == PORT_TRIES:
                     raise AddressError(f"cannot listen on {self._name}: {error.strerror}") from error
         raise AssertionError("not reached")
 
     def _listen_on(self, addresses: Sequence[Address], port: int) -> list[socket.socket]:
-        """Sockets that listen on this port; 0: that of the first. Raises OSError, whose text names the address."""
+        """Return sockets that listen on `port`, or all on the free port of the first one if it is 0.
+
+        Raises OSError with the address in its text.
+        """
         bound: list[socket.socket] = []
         absent: OSError | None = None
         where = self._name
@@ -108,23 +118,24 @@ class Listeners:
         except OSError as error:
             for sock in bound:
                 sock.close()
-            more = "" if where == self._name else f" at {where}"
-            raise OSError(error.errno, f"{error.strerror or error}{more}") from error
+            suffix = "" if where == self._name else f" at {where}"
+            raise OSError(error.errno, f"{error.strerror or error}{suffix}") from error
         return bound
 
     def _listen_unix(self, path: str) -> socket.socket:
-        if len(os.fsencode(path)) > MAX_PATH:
+        size = len(os.fsencode(path))
+        if size > MAX_PATH:
             raise AddressError(
-                f"cannot listen on {self._name}: the path has {len(os.fsencode(path))} bytes, a Unix socket's at most "
-                f"{MAX_PATH}: name a shorter one"
+                f"cannot listen on {self._name}: the path has {size} bytes; the path of a Unix socket has at most "
+                f"{MAX_PATH}"
             )
         sock = socket.socket(socket.AF_UNIX)
         try:
-            with _Turn(path):
-                self._make_room(path)
+            with _DirectoryLock(path):
+                _remove_stale(path)
                 sock.bind(path)
                 self._file = _inode(path)
-                os.chmod(path, SOCKET_MODE)  # nobody can connect before it listens
+                os.chmod(path, SOCKET_MODE)  # clients cannot connect before `listen`
                 sock.listen(BACKLOG)
         except (OSError, AddressError) as error:
             sock.close()
@@ -134,37 +145,18 @@ class Listeners:
             raise AddressError(f"cannot listen on {self._name}: {reason}") from error
         return sock
 
-    def _make_room(self, path: str) -> None:
-        """Removes a Unix socket's file that nobody listens on any more. Raises AddressError when it is in use."""
-        try:
-            mode = os.lstat(path).st_mode
-        except FileNotFoundError:
-            return
-        if not stat.S_ISSOCK(mode):
-            raise AddressError("there is a file, and it is no socket: name another path, or remove it")
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:  # its server was killed
-                os.unlink(path)
-                return
-            except BlockingIOError:
-                pass  # somebody listens, and is busy
-            except OSError as error:
-                if error.errno != errno.EPROTOTYPE:  # a socket of another kind
-                    raise
-        raise AddressError("it is in use, somebody listens there: name another path, or stop that one")
 
+class _DirectoryLock:
+    """Holds the directory of a Unix socket, as one process at a time.
 
-class _Turn:
-    """Held by one of our servers at a time for a directory. Raises OSError, AddressError when it takes too long."""
+    Raises OSError, and AddressError after LOCK_TIMEOUT.
+    """
 
     def __init__(self, path: str) -> None:
         self._directory = os.path.dirname(path) or "."
 
     def __enter__(self) -> None:
-        deadline = monotonic() + LOCK_TIMEOUT
+        deadline = deadline_after(LOCK_TIMEOUT)
         try:
             self._fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
@@ -175,9 +167,9 @@ class _Turn:
                     fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     return
                 except BlockingIOError:
-                    if monotonic() >= deadline:
-                        raise AddressError(f"somebody keeps the directory {self._directory} locked") from None
-                sleep(0.02)  # there is no wait for a lock with an end
+                    if not remaining(deadline):
+                        raise AddressError(f"another process keeps the directory {self._directory} locked") from None
+                sleep(LOCK_RETRY_SECONDS)  # flock has no timeout
         except BaseException:
             os.close(self._fd)
             raise
@@ -186,8 +178,31 @@ class _Turn:
         os.close(self._fd)
 
 
+def _remove_stale(path: str) -> None:
+    """Remove the file of a Unix socket if no process listens on it. Raises AddressError if the path is in use."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise AddressError("the file exists and is not a socket: choose another path, or remove it")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:  # its server was killed
+            os.unlink(path)
+            return
+        except BlockingIOError:
+            pass  # a process listens, and its backlog is full
+        except OSError as error:
+            if error.errno != errno.EPROTOTYPE:  # a socket of another type is in use, too
+                raise
+    raise AddressError("the socket is in use by another process: choose another path, or stop that process")
+
+
 def _bind(family: int, address: Any) -> socket.socket:
-    """A socket with this address; `::` is IPv4's too. Raises OSError."""
+    """Return a socket bound to this address. A socket on `::` accepts IPv4, too. Raises OSError."""
     sock = socket.socket(family)
     try:
         if address[0] == "::":
@@ -201,8 +216,9 @@ def _bind(family: int, address: Any) -> socket.socket:
 
 
 def _inode(path: str) -> tuple[int, int] | None:
+    """Return device and inode of a file; None if there is no such file."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino

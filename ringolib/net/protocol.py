@@ -10,7 +10,7 @@ Nothing here is locked: one thread uses a Protocol.
 
 from wsproto import ConnectionType
 from wsproto.connection import Connection, ConnectionState
-from wsproto.events import BytesMessage, CloseConnection, Ping, TextMessage
+from wsproto.events import BytesMessage, CloseConnection, Message, Ping, TextMessage
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import LocalProtocolError
 
@@ -117,6 +117,19 @@ class Protocol:
             self._tail = data[at:]
         self._needed = needed
         return messages
+
+    def message_frame(self, payload: bytes) -> bytes:
+        """Return the frame of one binary message."""
+        return bytes(self._judge_state().send(Message(data=payload)))
+
+    def ping_frame(self) -> bytes:
+        """Return a ping."""
+        return bytes(self._judge_state().send(Ping()))
+
+    def end(self, code: int, reason: str) -> None:
+        """Receive no more: the connection has this ending, unless it has one already."""
+        if not self.ending:
+            self._end(code, reason)
 
     def close_frame(self, code: int, reason: str) -> bytes:
         """Return our Close frame: the answer to the peer's with its own code, if it has sent one."""

@@ -1,38 +1,25 @@
-"""TODO: ringolib/net/sockets.py."""
+"""Small helpers for connected sockets: connect, shut down, linger before a close.
+
+A socket belongs to one thread. Only `shut_down` may be called from other threads.
+"""
 
 import socket
-from time import monotonic
+from typing import Any
 
 from ringolib.net.addresses import Address, unix_path
+from ringolib.timing import deadline_after, remaining
 
 CLOSE_TIMEOUT = 2.0
 """Seconds to wait for the peer to read the last bytes before the socket is closed."""
 READ_SIZE = 256 * 1024
-
-
-def linger(sock: socket.socket) -> None:
-    """Ends our side and reads what still comes, for at most CLOSE_TIMEOUT, so that the peer gets our last words.
-
-    Closing a socket with unread bytes sends a reset, which can overtake them (RFC 9112 section 9.6).
-    """
-    deadline = monotonic() + CLOSE_TIMEOUT
-    try:
-        sock.shutdown(socket.SHUT_WR)
-        while (left := deadline - monotonic()) > 0:
-            sock.settimeout(left)
-            if not sock.recv(READ_SIZE):
-                return
-    except OSError:
-        pass  # gone
-
-
-def peer(sock: socket.socket, host: str) -> Address:
-    """What a socket is connected to that was connected to `host`. Raises OSError when it is connected no more."""
-    return sock.family, unix_path(host) or sock.getpeername()
+"""Bytes that one read takes at most."""
 
 
 def connect(host: str, port: int, timeout: float) -> socket.socket:
-    """A socket connected to this address; what it sends leaves at once. It keeps the timeout. Raises OSError."""
+    """Return a socket connected to this address, without Nagle's delay. Raises OSError.
+
+    `timeout` is in seconds, and stays the timeout of the socket.
+    """
     path = unix_path(host)
     if path is None:
         sock = socket.create_connection((host, port), timeout)
@@ -46,3 +33,35 @@ def connect(host: str, port: int, timeout: float) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def peer_address(sock: socket.socket, host: str) -> Address:
+    """Return the address that a socket connected to `host` has reached. Raises OSError if the connection is lost."""
+    return sock.family, unix_path(host) or sock.getpeername()
+
+
+def shut_down(sock: Any, how: int = socket.SHUT_RDWR) -> None:
+    """Shut down a socket, so that its owner's reads or writes end at once. Never raises, never waits.
+
+    Any thread may call it. The descriptor stays open: only the owner closes it.
+    """
+    try:
+        sock.shutdown(how)
+    except OSError:
+        pass  # the connection is lost, or closed
+
+
+def linger(sock: socket.socket) -> None:
+    """End our side and read until the peer closes, for at most CLOSE_TIMEOUT. The caller closes the socket then.
+
+    A close with unread bytes sends a reset, which can overtake our last bytes (RFC 9112 section 9.6).
+    """
+    deadline = deadline_after(CLOSE_TIMEOUT)
+    try:
+        sock.shutdown(socket.SHUT_WR)
+        while seconds := remaining(deadline):
+            sock.settimeout(seconds)
+            if not sock.recv(READ_SIZE):
+                return
+    except OSError:
+        pass  # the peer is gone

@@ -1,11 +1,6 @@
-"""TLS: contexts made of files, and a socket that speaks it, for one thread.
+"""TLS contexts made from certificate files, and the validity of a certificate.
 
-`TLSSocket` has what the other rooms use of a socket, with the same meaning, so that nobody above it has to know. It is
-`ssl.SSLObject` with a buffer on either side, not `ssl.SSLSocket`: whole blocks are read from the system at once, not
-record by record; waiting has a deadline, not a timeout for each piece; and another thread may shut the socket
-down without taking the encryption away from its owner.
-
-A `TLSSocket` belongs to its connection's thread; only `shutdown(SHUT_RDWR)` is for others. A context is for all.
+No state. A context may be used by all threads. `tls_socket` has the socket.
 """
 
 import ssl
@@ -16,13 +11,14 @@ NO_CHECK_TIME = 0x200000
 
 
 class CredentialFileError(Exception):
-    """A certificate, a key or a list of authorities cannot be used. The text names the file, and says why."""
+    """A file with a certificate, a key or CA certificates cannot be used. The text names the file and the reason."""
 
 
 def server_context(cert: str, key: str | None, client_ca: str | None) -> ssl.SSLContext:
-    """For a server with this certificate chain and key, PEM files. With `client_ca` clients need a certificate of its.
+    """Return the context of a server with this certificate chain and key, paths of PEM files. TLS 1.2 or newer.
 
-    TLS 1.2 or newer. Without `key` it is in the file of the certificate. Raises CredentialFileError.
+    Without `key`, the key is in the file of the certificate. With `client_ca`, clients must show a certificate that
+    one of its authorities has signed. Raises CredentialFileError.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -36,9 +32,10 @@ def server_context(cert: str, key: str | None, client_ca: str | None) -> ssl.SSL
 
 
 def client_context(ca: str | None, cert: str | None = None, key: str | None = None) -> ssl.SSLContext:
-    """For a client that trusts the authorities in the file `ca`, or else the system's, and checks the host's name.
+    """Return the context of a client that checks the host name. TLS 1.2 or newer.
 
-    It shows the certificate `cert` to who asks for one. Raises CredentialFileError.
+    The client trusts the authorities in the file `ca`; without it, the system's authorities. It shows the certificate
+    `cert` to a server that asks for one. Raises CredentialFileError.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -52,42 +49,51 @@ def client_context(ca: str | None, cert: str | None = None, key: str | None = No
 
 
 def validity(context: ssl.SSLContext, cert: str) -> tuple[float, float] | None:
-    """From when to when a server's certificate is valid, Unix times: it shakes hands with itself, and looks. None if it
-    cannot tell.
+    """Return the first and last moment of a server certificate's validity, Unix times; None if they are unknown.
+
+    `ssl` gives the dates of a peer's certificate only, so the server's context shakes hands with a client in memory.
     """
-    judge = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    judge.check_hostname = False
+    verifier = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    verifier.check_hostname = False
     try:
-        judge.load_verify_locations(cert)
-    except OSError:  # it is being replaced
+        verifier.load_verify_locations(cert)
+    except OSError:  # the file is being replaced
         return None
-    judge.verify_flags = ssl.VerifyFlags(judge.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME)
+    flags = verifier.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME
+    verifier.verify_flags = ssl.VerifyFlags(flags)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     server = context.wrap_bio(to_server, to_client, server_side=True)
-    client = judge.wrap_bio(to_client, to_server)
-    for end in (client, server, client):  # then the client has seen the certificate
+    client = verifier.wrap_bio(to_client, to_server)
+    for end in (client, server, client):  # after these three steps the client has the certificate
         try:
             end.do_handshake()
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLError:
             return None
-    found = client.getpeercert() or {}
-    times = [found.get(key) for key in ("notBefore", "notAfter")]
-    begins, ends = (ssl.cert_time_to_seconds(each) if isinstance(each, str) else None for each in times)
-    return None if begins is None or ends is None else (begins, ends)
+    certificate = client.getpeercert() or {}
+    begins, ends = certificate.get("notBefore"), certificate.get("notAfter")
+    if not isinstance(begins, str) or not isinstance(ends, str):
+        return None
+    return ssl.cert_time_to_seconds(begins), ssl.cert_time_to_seconds(ends)
+
+
+def error_text(error: OSError) -> str:
+    """Return OpenSSL's reason in lower-case words, or the system's text."""
+    reason = getattr(error, "reason", None)
+    return str(reason).replace("_", " ").lower() if reason else str(error.strerror or error)
 
 
 def _load_chain(context: ssl.SSLContext, cert: str, key: str | None) -> None:
     for path in filter(None, (cert, key)):
-        _readable(path)
-    encrypted = CredentialFileError(f"{key or cert}: the key is encrypted: it has to be readable without a password")
+        _check_readable(path)
+    encrypted = CredentialFileError(f"{key or cert}: the private key is encrypted: remove its password")
 
     def no_password() -> str:
         raise encrypted
 
     if key is None and b"PRIVATE KEY-----" not in Path(cert).read_bytes():
-        raise CredentialFileError(f"{cert}: there is no key in it: name the key's file too (--tls_key; --key of send)")
+        raise CredentialFileError(f"{cert}: the file has no private key: name the key's file (--tls_key, send: --key)")
     try:
         context.load_cert_chain(cert, key, no_password)
     except CredentialFileError:
@@ -95,29 +101,24 @@ def _load_chain(context: ssl.SSLContext, cert: str, key: str | None) -> None:
     except ssl.SSLError as error:
         if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
             raise CredentialFileError(f"{key or cert}: the key does not belong to the certificate in {cert}") from error
-        where = cert if key is None else f"{cert}, {key}"
-        raise CredentialFileError(f"{where}: no certificate and key in PEM ({reason_of(error)})") from error
+        files = cert if key is None else f"{cert}, {key}"
+        raise CredentialFileError(f"{files}: not a PEM certificate and private key ({error_text(error)})") from error
     except OSError as error:
         raise CredentialFileError(f"{cert}: {error.strerror or error}") from error
 
 
 def _load_authorities(context: ssl.SSLContext, path: str) -> None:
-    _readable(path)
+    _check_readable(path)
     try:
         context.load_verify_locations(path)
     except (ssl.SSLError, OSError) as error:
-        raise CredentialFileError(f"{path}: no certificates of authorities in PEM ({reason_of(error)})") from error
+        raise CredentialFileError(f"{path}: not a PEM file of CA certificates ({error_text(error)})") from error
 
 
-def _readable(path: str) -> None:
-    """Raises CredentialFileError for what cannot be read: OpenSSL does not say which file it is."""
+def _check_readable(path: str) -> None:
+    """Raise CredentialFileError if the file cannot be read: OpenSSL's errors do not name the file."""
     try:
         with open(path, "rb") as file:
             file.read(1)
     except (OSError, ValueError) as error:
         raise CredentialFileError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def reason_of(error: OSError) -> str:
-    reason = getattr(error, "reason", None)
-    return str(reason).replace("_", " ").lower() if reason else str(error.strerror or error)

@@ -1,43 +1,54 @@
-"""TODO: ringolib/net/tls_socket.py."""
+"""A socket that speaks TLS, with the methods of `socket.socket` that the program uses, and with the same meaning.
 
+`TLSSocket` is an `ssl.SSLObject` with a buffer on either side, not an `ssl.SSLSocket`, for three reasons: it reads
+whole blocks from the system, not record by record; its timeouts are deadlines for the whole call, not for each piece;
+and another thread may shut the socket down while the owner still encrypts.
+
+A `TLSSocket` belongs to its connection's thread. Only `shutdown(SHUT_RDWR)` is for other threads. Nothing is locked.
+"""
+
+import math
 import select
 import socket
 import ssl
 from time import monotonic
 from typing import Any
 
-from ringolib.net.tls import reason_of
+from ringolib.net.sockets import READ_SIZE
+from ringolib.net.tls import error_text
+from ringolib.timing import deadline_after, remaining
 
 HANDSHAKE_TIMEOUT = 10.0
 """Seconds a client has for its part of the handshake."""
 RECORD_TYPE = 0x16
 """The first byte of every TLS connection: a handshake record (RFC 8446 section 5.1)."""
-READ_SIZE = 256 * 1024
 WRITE_SIZE = 64 * 1024
-"""Bytes that are encrypted at once: what the socket does not take is kept as long as it takes."""
+"""Bytes that are encrypted at once. Encrypted bytes that the system does not take stay in memory."""
 HTTP_METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"CONNECT", b"TRACE", b"PRI")
-_THEIRS = {
-    "TLSV1_ALERT_UNKNOWN_CA": "does not know who signed our certificate",
-    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "says that our certificate has expired: renew it, then SIGHUP",
-    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "does not accept our certificate",
-    "SSLV3_ALERT_BAD_CERTIFICATE": "does not accept our certificate, or the name in it",
-    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "wants a certificate of ours (--tls_cert, or --cert of send)",
-    "TLSV1_ALERT_PROTOCOL_VERSION": "speaks other versions of TLS only",
-    "SSLV3_ALERT_HANDSHAKE_FAILURE": "and we have no way of encryption in common, or it wants a certificate of ours",
-    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "has no certificate, which --client_ca asks for",
-    "UNSUPPORTED_PROTOCOL": "speaks TLS older than 1.2 only",
+NO_WAIT = -math.inf
+"""The deadline of a call that must not wait."""
+_REASONS = {
+    "TLSV1_ALERT_UNKNOWN_CA": "does not trust the authority that signed our certificate",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "rejected our certificate as expired: renew it, then send SIGHUP",
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "rejected our certificate",
+    "SSLV3_ALERT_BAD_CERTIFICATE": "rejected our certificate, or the name in it",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "requires a client certificate (--tls_cert, send: --cert)",
+    "TLSV1_ALERT_PROTOCOL_VERSION": "does not support our versions of TLS",
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": "rejected the handshake: no cipher in common, or a client certificate is required",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "has no certificate, which --client_ca requires",
+    "UNSUPPORTED_PROTOCOL": "supports only TLS older than 1.2",
     "WRONG_VERSION_NUMBER": "does not speak TLS on this port",
     "HTTP_REQUEST": "speaks HTTP without TLS",
 }
-"""What OpenSSL's reasons mean here, of the peer."""
+"""OpenSSL's reasons in plain words, with the peer as the subject."""
 
 
 class TLSError(OSError):
-    """The peer cannot be spoken with over TLS. The text says why, of the peer: "it does not speak TLS on this port"."""
+    """TLS with the peer failed. The text is a sentence about the peer: "it does not speak TLS on this port"."""
 
 
 class NotTLS(TLSError):
-    """What came is no TLS. `http`: it looks like an HTTP request."""
+    """The first bytes of the peer are not TLS. `http` is true if they look like an HTTP request."""
 
     def __init__(self, http: bool) -> None:
         super().__init__("it speaks HTTP without TLS" if http else "it does not speak TLS")
@@ -45,22 +56,22 @@ class NotTLS(TLSError):
 
 
 def explain(error: ssl.SSLError) -> str:
-    """What went wrong, in a sentence about the peer."""
+    """Return the reason of an error as a sentence about the peer."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not accepted: {error.verify_message}"
-    known = _THEIRS.get(error.reason or "")
-    return f"it {known}" if known else f"TLS failed: {reason_of(error)}"
+    reason = _REASONS.get(error.reason or "")
+    return f"it {reason}" if reason else f"TLS failed: {error_text(error)}"
 
 
 class TLSSocket:
-    """`sock`, encrypted. Takes it over; `handshake` comes first.
+    """Encrypts `sock`, which belongs to it from then on. Call `handshake` first.
 
-    `send` may return, or raise, before all of what it has encrypted is with the system: what it did not report as
-    sent has to be given to it again, first, as OpenSSL asks for too. Raises TLSError for what TLS does not allow.
+    `send` may return, or raise, before the system has taken all encrypted bytes. The bytes that `send` did not report
+    as sent must be the first bytes of the next call, as OpenSSL requires. Methods raise TLSError for violations of TLS.
     """
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str | None = None) -> None:
-        """The client's side for a `host` whose certificate has to have that name, else the server's."""
+        """Without `host`, be the server; with `host`, the client of a server whose certificate has this name."""
         self._sock = sock
         self._timeout = sock.gettimeout()
         self._server_side = host is None
@@ -70,16 +81,16 @@ class TLSSocket:
             self._tls = context.wrap_bio(
                 self._incoming, self._outgoing, server_side=self._server_side, server_hostname=host
             )
-        except ValueError as error:  # a name that no certificate can have
+        except ValueError as error:  # no certificate can have this name
             raise TLSError(f"{host}: {error}") from error
-        self._out = b""  # encrypted, and not with the system yet
-        self._encrypted = 0  # bytes given to `send`, encrypted in _out, and not reported as sent
+        self._out = b""  # encrypted bytes that the system has not taken yet
+        self._encrypted = 0  # bytes that were given to `send`, are encrypted in _out, and are not reported as sent
         self._ended = False
-        sock.setblocking(False)  # this class waits
+        sock.setblocking(False)  # the methods wait with poll
 
     def handshake(self, timeout: float = HANDSHAKE_TIMEOUT) -> None:
-        """Shakes hands within `timeout` seconds. Raises NotTLS, TLSError or another OSError."""
-        deadline = monotonic() + timeout
+        """Perform the TLS handshake within `timeout` seconds. Raises NotTLS, TLSError or another OSError."""
+        deadline = deadline_after(timeout)
         first = self._server_side
         while True:
             try:
@@ -87,7 +98,7 @@ class TLSSocket:
             except ssl.SSLWantReadError:
                 pass
             except ssl.SSLError as error:
-                self._try_flush()  # the alert that says so
+                self._try_flush()  # the alert with the reason
                 raise TLSError(explain(error)) from error
             else:
                 self._flush(deadline)
@@ -102,11 +113,12 @@ class TLSSocket:
             self._incoming.write(data)
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """At most `size` bytes of what has come, at least one, or b"" at the end, as a socket does.
+        """Return 1 to `size` bytes, or b"" at the end of the stream, as a socket does.
 
-        A stream cut off without TLS's goodbye ends the same: what comes over it says itself where it ends.
+        A stream that is cut off without a TLS close_notify ends in the same way: the protocols above TLS mark their own
+        ends.
         """
-        found: list[bytes] = []
+        pieces: list[bytes] = []
         left = size
         deadline = self._deadline(flags)
         received = False
@@ -114,11 +126,12 @@ class TLSSocket:
             try:
                 data = self._tls.read(left)
             except ssl.SSLWantReadError:
-                if found:
+                if pieces:
                     break
-                if received and deadline == float("-inf"):
-                    raise BlockingIOError from None  # however much comes that is TLS's own: poll tells of it
-                if self._outgoing.pending:  # an answer of TLS's own, which the peer may wait for
+                if received and deadline == NO_WAIT:
+                    # One read was all TLS's own, and more may follow without end: poll reports it.
+                    raise BlockingIOError from None
+                if self._outgoing.pending:  # a TLS message of our own, which the peer may wait for
                     self._try_flush()
                 data = b"" if self._ended else self._receive(deadline)
                 if data:
@@ -132,26 +145,26 @@ class TLSSocket:
                 break
             except ssl.SSLError as error:
                 self._try_flush()
-                if found:
-                    break  # the next call says so again
+                if pieces:
+                    break  # the next call raises the error again
                 raise TLSError(explain(error)) from error
             if not data:
                 break
-            found.append(data)
+            pieces.append(data)
             left -= len(data)
         if self._outgoing.pending:
             self._try_flush()
-        return found[0] if len(found) == 1 else b"".join(found)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def recv_into(self, buffer: Any) -> int:
-        """As `recv`, into `buffer`: how many bytes."""
+        """Read into `buffer` as `recv` does, and return the number of bytes."""
         with memoryview(buffer) as view:
             data = self.recv(len(view))
             view[: len(data)] = data
         return len(data)
 
     def send(self, data: Any, flags: int = 0) -> int:
-        """Sends what goes out before the timeout, at least one byte of `data`; how many bytes that were."""
+        """Send as much of `data` as leaves before the timeout, at least one byte. Return the number of bytes."""
         deadline = self._deadline(flags)
         sent = 0
         with memoryview(data) as view:
@@ -172,87 +185,91 @@ class TLSSocket:
         return sent
 
     def sendall(self, data: Any) -> None:
-        """Sends all of `data` within the timeout. Raises OSError when it has not."""
+        """Send all of `data` within the timeout. Raises OSError if that fails."""
         deadline = self._deadline(0)
         timeout = self._timeout
         sent = 0
         with memoryview(data) as view:
             try:
                 while sent < len(view):
-                    self._timeout = None if deadline is None else max(0.001, deadline - monotonic())
+                    self._timeout = None if deadline == math.inf else max(0.001, remaining(deadline))
                     sent += self.send(view[sent:])
             finally:
                 self._timeout = timeout
 
     def shutdown(self, how: int) -> None:
-        """As a socket's; the owner's SHUT_WR says TLS's goodbye before. For other threads SHUT_RDWR only."""
+        """Shut the socket down. The owner's SHUT_WR sends a close_notify first; other threads use SHUT_RDWR only."""
         if how == socket.SHUT_WR:
             try:
                 self._tls.unwrap()
             except (ssl.SSLError, ValueError):
-                pass  # said, and the peer's is not waited for
+                pass  # ours is written; do not wait for the peer's
             self._try_flush()
         self._sock.shutdown(how)
 
     def settimeout(self, timeout: float | None) -> None:
-        """Seconds that each call may wait; None: for ever, 0: not at all."""
+        """Set the seconds that each call may wait: None is no limit, 0 is no wait."""
         self._timeout = timeout
 
     def setblocking(self, flag: bool) -> None:
-        """`settimeout` with None or 0."""
+        """Set the timeout to None or 0."""
         self._timeout = None if flag else 0.0
 
     def gettimeout(self) -> float | None:
-        """What `settimeout` was given."""
+        """Return the timeout in seconds; None is no limit."""
         return self._timeout
 
     def fileno(self) -> int:
-        """The descriptor. Readable means that there may be something to read: what `recv` left is not seen there, so
-        poll it only after a `recv` that found nothing.
+        """Return the descriptor, for poll.
+
+        Poll only after a `recv` that found no data: poll does not see decrypted bytes that `recv` left here.
         """
         return self._sock.fileno()
 
     @property
     def family(self) -> int:
-        """The socket's."""
+        """As the socket's."""
         return self._sock.family
 
     def setsockopt(self, *option: Any) -> None:
-        """The socket's."""
+        """As the socket's."""
         self._sock.setsockopt(*option)
 
     def getsockname(self) -> Any:
-        """The socket's."""
+        """As the socket's."""
         return self._sock.getsockname()
 
     def getpeername(self) -> Any:
-        """The socket's."""
+        """As the socket's."""
         return self._sock.getpeername()
 
     def close(self) -> None:
-        """The socket's."""
+        """As the socket's."""
         self._sock.close()
 
-    def _deadline(self, flags: int) -> float | None:
-        if flags & socket.MSG_DONTWAIT:
-            return float("-inf")
-        return None if self._timeout is None else monotonic() + self._timeout if self._timeout else float("-inf")
+    def _deadline(self, flags: int) -> float:
+        """Return the deadline of a call that begins now."""
+        if flags & socket.MSG_DONTWAIT or self._timeout == 0:
+            return NO_WAIT
+        return deadline_after(self._timeout)
 
-    def _wait(self, event: int, deadline: float | None) -> None:
-        """Returns once the socket is ready. Raises BlockingIOError if it may not wait, TimeoutError at the deadline."""
-        if deadline == float("-inf"):
+    def _wait(self, event: int, deadline: float) -> None:
+        """Wait until the socket is ready. Raises BlockingIOError for NO_WAIT, TimeoutError at the deadline."""
+        if deadline == NO_WAIT:
             raise BlockingIOError
         poll = select.poll()
         poll.register(self._sock, event)
-        left = None if deadline is None else max(0.0, deadline - monotonic())
-        if not poll.poll(None if left is None else left * 1000 + 1) and left is not None:
+        milliseconds = None if deadline == math.inf else remaining(deadline) * 1000 + 1
+        if not poll.poll(milliseconds) and milliseconds is not None:
             raise TimeoutError("timed out")
 
-    def _receive(self, deadline: float | None) -> bytes:
-        """What has come, encrypted; b"" at the end of the stream. Raises TimeoutError after the deadline, whatever
-        has come: it may be the next of many that say nothing.
+    def _receive(self, deadline: float) -> bytes:
+        """Return encrypted bytes; b"" at the end of the stream.
+
+        Raises TimeoutError after the deadline, even if bytes are there: a peer may send TLS messages without data for
+        ever.
         """
-        if deadline is not None and deadline != float("-inf") and monotonic() > deadline:
+        if NO_WAIT < deadline < monotonic():
             raise TimeoutError("timed out")
         while True:
             try:
@@ -260,8 +277,8 @@ class TLSSocket:
             except BlockingIOError:
                 self._wait(select.POLLIN, deadline)
 
-    def _flush(self, deadline: float | None) -> None:
-        """Hands all that is encrypted to the system."""
+    def _flush(self, deadline: float) -> None:
+        """Pass all encrypted bytes to the system."""
         self._out += self._outgoing.read()
         while self._out:
             try:
@@ -270,8 +287,8 @@ class TLSSocket:
                 self._wait(select.POLLOUT, deadline)
 
     def _try_flush(self) -> None:
-        """Hands to the system what it takes at once."""
+        """Pass the encrypted bytes to the system that it takes without waiting. Errors are for the next call."""
         try:
-            self._flush(float("-inf"))
+            self._flush(NO_WAIT)
         except OSError:
-            pass  # later, or never: it is TLS's own business
+            pass  # a TLS message of our own; the caller's data is not affected

@@ -13,7 +13,7 @@ from ringolib.net.addresses import Endpoint, certified_name, host_header
 from ringolib.net.credentials import CredentialSet
 from ringolib.net.sockets import connect
 from ringolib.net.tls_socket import explain
-from ringolib.net.websocket import hint
+from ringolib.net.websocket import explain_status
 
 log = logging.getLogger("ringoexp.ready")
 
@@ -159,6 +159,6 @@ def _check_consumer(place: Endpoint, keys: CredentialSet, linked: bool) -> Answe
     if unauthorized:
         return "consumer_unreachable", f"{where}: it wants a token, or another one (--token_file, or RINGOEXP_TOKEN)"
     if status != 200 and not theirs:
-        return "consumer_unreachable", f"{where}: answered {status}{hint(status)}"
+        return "consumer_unreachable", f"{where}: answered {status}{explain_status(status)}"
     ours = [detail for code, detail in theirs if code != THEIR_LIMIT or not linked]
     return ("consumer_not_ready", f"{where}: {'; '.join(ours)}") if ours else None

@@ -1,8 +1,9 @@
-"""The profiler's own HTTP port (`-L`): the counterpart of Go's net/http/pprof, for `go tool pprof`, curl and browsers.
+"""The profiler's HTTP port (`-L`): profiles for `go tool pprof`, like Go's net/http/pprof, and pages for people.
 
-A `Profiler` owns its `Connections`: the thread `profiler` accepts, `profiler-N` serves one connection, and samples in
-it. `Profiler.busy` is held by who samples: one at a time. While nobody asks, nothing runs but the blocked acceptor.
-Who can connect can see the code's names, its stacks and its arguments: it listens on the loopback address by default.
+The thread `profiler` accepts connections, and a thread `profiler-N` serves each of them. A profile is sampled in the
+thread of its connection, one at a time: the thread holds `Profiler.sampling_lock` meanwhile. Between requests the
+profiler costs nothing but the blocked acceptor. Clients see the names, stacks and arguments of the program, so the
+profiler listens on the loopback address by default.
 """
 
 import html
@@ -21,52 +22,58 @@ from urllib.parse import parse_qsl, urlsplit
 from ringolib.net.addresses import is_loopback
 from ringolib.net.credentials import Credentials
 from ringolib.net.listeners import Listeners
-from ringolib.status import profile_formats
-from ringolib.status import sampler as sampling
+from ringolib.status import pprof, sampler
+from ringolib.timing import deadline_after, remaining
 from ringolib.web.connections import Connections
 from ringolib.web.handler import GET_OR_HEAD, Refusal, Routes, WebHandler
 
 MAX_CONNECTIONS = 32
-"""At once; the next ones wait to be accepted. --threads leaves that many."""
+"""Connections at the same time; more wait to be accepted. `--threads` leaves room for this many threads."""
 MAX_SECONDS = 60
 DEFAULT_SECONDS = 30
-"""As Go's."""
-HEAP_FRAMES = 1
-"""Calls that are kept of each allocation, where ?frames= does not say otherwise."""
+"""As in Go's net/http/pprof."""
+DEFAULT_FRAMES = 1
+"""Calls kept for each memory allocation."""
 MAX_FRAMES = 100
-LOOK_SECONDS = 0.25
-"""How often a request that samples looks whether its client is still there."""
-_CLOSED: int = getattr(select, "POLLRDHUP", select.POLLIN)
-"""What a connection has when the client has closed its side, whatever it has sent before; Linux knows the former."""
+CLIENT_CHECK_SECONDS = 0.25
+"""Time between two checks, during sampling, that the client is still connected."""
+_CLIENT_CLOSED: int = getattr(select, "POLLRDHUP", select.POLLIN)
+"""The poll event of a connection whose client has closed its side. POLLRDHUP exists on Linux only; it is set even if
+data that the client sent before is still unread."""
+
+INDEX = "/debug/pprof/"
 TEXT = "text/plain; charset=utf-8"
-PROTO = "application/octet-stream"
+PPROF_TYPE = "application/octet-stream"
 PAGES = {
-    "profile?seconds=5": "CPU and wall time of all threads, sampled for 5 s (default 30, most 60), for go tool pprof",
-    "profile?seconds=5&format=collapsed": "the same in lines for flame graphs: CPU time in µs; &value=wall: wall time",
-    "profile?seconds=5&format=speedscope": "the same for speedscope.app",
-    "threads": "where each thread is now",
-    "heap?start=1": "begins to trace memory, which slows a busy server down a lot; &frames=N keeps N calls for each",
-    "heap": "memory that was allocated since then and is not freed, for go tool pprof",
-    "heap?format=text": "the same as a list",
-    "heap?stop=1": "traces no more",
-    "cmdline": "the arguments this program was started with, a NUL between them",
+    "profile?seconds=5": "CPU and wall time of all threads in 5 s (default 30, at most 60), for go tool pprof",
+    "threads": "the current stacks of all threads",
+    "heap?start=1": "start tracing memory; a busy server gets much slower; &frames=N keeps N calls per allocation",
+    "heap": "memory allocated since then and not freed, for go tool pprof",
+    "heap?format=text": "the same as text",
+    "heap?stop=1": "stop tracing memory",
+    "cmdline": "the command line of this program, separated by NUL bytes",
 }
+"""Links of the index page, relative to it, and their descriptions."""
 
 
 class Profiler(Connections):
-    """Listens from the beginning, as `host`, and answers from `start` on. Owns `listeners`."""
+    """The profiler's server. Owns `listeners`; `host` is the name it listens on."""
 
     def __init__(self, listeners: Listeners, host: str, name: str, credentials: Credentials) -> None:
-        super().__init__(listeners, Handler, name, credentials=credentials, thread="profiler", connection="profiler")
-        self.busy = threading.Lock()
-        self.busy_until = 0.0  # monotonic seconds; the holder of `busy` writes it
-        self.hosts = {host.lower()}
+        super().__init__(
+            listeners,
+            Handler,
+            name,
+            limit=MAX_CONNECTIONS,
+            credentials=credentials,
+            thread="profiler",
+            connection="profiler",
+        )
+        self.max_refused = 0  # connections beyond the limit are not answered: they wait to be accepted
+        self.host = host.lower()
         self.loopback = listeners.loopback
-
-    def _crowded(self) -> bool:
-        """True while the next connection would be one too many."""
-        assert self._lock.locked()
-        return len(self._entries) >= MAX_CONNECTIONS and not self._closing
+        self.sampling_lock = threading.Lock()
+        self.sampling_ends_at = 0.0  # monotonic seconds; written by the holder of sampling_lock
 
 
 class Handler(WebHandler):
@@ -74,209 +81,222 @@ class Handler(WebHandler):
 
     server: Profiler
 
+    _client_checked_at = 0.0  # monotonic seconds
+
     def routes(self) -> Routes:
-        """What there is, for who may ask."""
-        self._check_who()
-        read = {
-            "/debug/pprof/": self._index,
-            "/debug/pprof": self._redirect,
+        """Return the routes. Raises Refusal if the request comes from another website."""
+        self._check_origin()
+        pages = {
+            INDEX: self._index,
+            INDEX.rstrip("/"): self._redirect,
             "/": self._redirect,
-            "/debug/pprof/threads": self._threads,
-            "/debug/pprof/cmdline": self._cmdline,
+            f"{INDEX}threads": self._threads,
+            f"{INDEX}cmdline": self._cmdline,
         }
-        work = {"/debug/pprof/profile": self._profile, "/debug/pprof/heap": self._heap}
+        actions = {f"{INDEX}profile": self._profile, f"{INDEX}heap": self._heap}
         return {
-            **{path: dict.fromkeys(GET_OR_HEAD, answer) for path, answer in read.items()},
-            **{path: {"GET": answer} for path, answer in work.items()},
+            **{path: dict.fromkeys(GET_OR_HEAD, page) for path, page in pages.items()},
+            **{path: {"GET": action} for path, action in actions.items()},
         }
 
-    # Routes.
+    # Pages.
 
     def _redirect(self) -> None:
-        self.reply(301, b"", TEXT, {"Location": "/debug/pprof/"})
+        self.reply(301, b"", TEXT, {"Location": INDEX})
 
     def _index(self) -> None:
-        self._parameters()
+        self._query()
         rows = "".join(
             f'<dt><a href="{html.escape(page)}">{html.escape(page)}</a></dt><dd>{html.escape(text)}</dd>\n'
             for page, text in PAGES.items()
         )
         content = (
-            '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>/debug/pprof/</title>\n'
-            f"<h1>/debug/pprof/</h1>\n<p>{threading.active_count()} threads.</p>\n<dl>\n{rows}</dl>\n</html>\n"
+            f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{INDEX}</title>\n'
+            f"<h1>{INDEX}</h1>\n<p>{threading.active_count()} threads.</p>\n<dl>\n{rows}</dl>\n</html>\n"
         )
         policy = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        self._tell(content.encode(), "text/html; charset=utf-8", {"Content-Security-Policy": policy})
+        self._reply_ok(content.encode(), "text/html; charset=utf-8", {"Content-Security-Policy": policy})
 
     def _cmdline(self) -> None:
-        self._parameters()
-        self._tell("\0".join(sys.orig_argv).encode(errors="surrogateescape"), TEXT)
+        self._query()
+        self._reply_ok("\0".join(sys.orig_argv).encode(errors="surrogateescape"), TEXT)
 
     def _threads(self) -> None:
-        """All stacks, most recent call last; threads in the same place together."""
-        self._parameters()
+        """Send the stacks of all threads. Threads with the same stack share one block."""
+        self._query()
         threads = {thread.ident: thread for thread in threading.enumerate()}
-        places: dict[tuple[tuple[CodeType, int], ...], list[int]] = defaultdict(list)
+        idents_by_stack: dict[tuple[tuple[CodeType, int], ...], list[int]] = defaultdict(list)
         for ident, frame in sys._current_frames().items():
-            places[_position(frame)].append(ident)
+            idents_by_stack[_stack_lines(frame)].append(ident)
         del frame
         blocks = []
-        for place, idents in sorted(places.items(), key=lambda each: len(each[1]), reverse=True):
-            told = [_about(threads.get(ident), ident) for ident in idents]
-            calls = [traceback.FrameSummary(code.co_filename, line, code.co_name) for code, line in reversed(place)]
+        for stack, idents in sorted(idents_by_stack.items(), key=lambda item: len(item[1]), reverse=True):
             count = "1 thread" if len(idents) == 1 else f"{len(idents)} threads"
-            blocks.append("\n".join([count, *told, "".join(traceback.format_list(calls))]))
-        self._tell("\n".join(blocks).encode(errors="replace"), TEXT)
+            names = [_describe_thread(threads.get(ident), ident) for ident in idents]
+            calls = [traceback.FrameSummary(code.co_filename, line, code.co_name) for code, line in reversed(stack)]
+            blocks.append("\n".join([count, *names, "".join(traceback.format_list(calls))]))
+        self._reply_ok("\n".join(blocks).encode(errors="replace"), TEXT)
+
+    # CPU and wall time.
 
     def _profile(self) -> None:
-        """Samples, and answers in the format asked for."""
-        asked = self._parameters(seconds=str(DEFAULT_SECONDS), format="pprof", value="cpu")
-        seconds = self._whole("seconds", asked["seconds"], 1, MAX_SECONDS)
-        self._one_of("format", asked["format"], ("pprof", "collapsed", "speedscope"))
-        self._one_of("value", asked["value"], ("cpu", "wall"))
-        profile = self._sample(seconds)
-        name = f"{self.server.name or 'ringoexp'}, {profile.duration / 1e9:.1f} s"
-        if asked["format"] == "collapsed":
-            self._tell(profile_formats.collapsed(profile, asked["value"]).encode(errors="replace"), TEXT)
-        elif asked["format"] == "speedscope":
-            attachment = {"Content-Disposition": 'attachment; filename="profile.speedscope.json"'}
-            self._tell(profile_formats.speedscope(profile, name).encode(), "application/json", attachment)
-        else:
-            self._tell(
-                profile_formats.pprof(profile), PROTO, {"Content-Disposition": 'attachment; filename="profile.pb.gz"'}
-            )
+        """Take a profile and send it."""
+        query = self._query(seconds=str(DEFAULT_SECONDS), format="pprof")
+        seconds = self._parse_integer("seconds", query["seconds"], 1, MAX_SECONDS)
+        self._check_choice("format", query["format"], ("pprof",))
+        self._reply_pprof(pprof.encode_profile(self._take_profile(seconds)), "profile")
 
-    def _heap(self) -> None:
-        """Starts or stops tracemalloc, or tells what it has seen."""
-        asked = self._parameters(start="", stop="", frames=str(HEAP_FRAMES), format="pprof", seconds="")
-        frames = self._whole("frames", asked["frames"], 1, MAX_FRAMES)
-        self._one_of("start", asked["start"], ("", "1"))
-        self._one_of("stop", asked["stop"], ("", "1"))
-        self._one_of("format", asked["format"], ("pprof", "text"))
-        if asked["start"] and asked["stop"]:
-            raise Refusal(400, "start=1 or stop=1, not both")
-        if asked["start"]:
-            tracemalloc.start(frames)  # does nothing where it has been started
-            frames = tracemalloc.get_traceback_limit()
-            self._tell(f"tracing memory, {frames} calls of each allocation; ?stop=1 ends it\n".encode(), TEXT)
-            return
-        if asked["stop"]:
-            tracemalloc.stop()
-            self._tell(b"not tracing memory\n", TEXT)
-            return
+    def _take_profile(self, seconds: int) -> sampler.Profile:
+        """Return a profile of `seconds`.
+
+        Raises Refusal if another request is sampling or the server stops, ConnectionResetError if the client leaves.
+        """
+        if not self.server.sampling_lock.acquire(blocking=False):
+            retry_after = max(1, round(remaining(self.server.sampling_ends_at)))
+            raise Refusal(503, "one profile at a time: another request is sampling", {"Retry-After": str(retry_after)})
         try:
-            snapshot = tracemalloc.take_snapshot()
-        except RuntimeError:
-            raise Refusal(
-                409, "memory is not traced: ask for /debug/pprof/heap?start=1 first, and a little later again"
-            ) from None
-        if asked["format"] == "text":
-            now, peak = tracemalloc.get_traced_memory()
-            lines = [f"{now} bytes now, {peak} at the peak, since the tracing began\n"]
-            lines += [
-                f"{stat.size:>12} bytes {stat.count:>9} objects  {stat.traceback}\n"
-                for stat in snapshot.statistics("lineno")
-            ]
-            self._tell("".join(lines).encode(errors="replace"), TEXT)
-            return
-        traces = (
-            ([(frame.filename, frame.lineno) for frame in reversed(stat.traceback)], stat.count, stat.size)
-            for stat in snapshot.statistics("traceback")
-        )
-        content = profile_formats.pprof_heap(traces, time.time_ns())
-        self._tell(content, PROTO, {"Content-Disposition": 'attachment; filename="heap.pb.gz"'})
-
-    # Helpers.
-
-    def _sample(self, seconds: int) -> profile_formats.Profile:
-        """A profile of so many seconds; gives up when the client leaves or the server stops."""
-        if not self.server.busy.acquire(blocking=False):
-            left = max(1, round(self.server.busy_until - monotonic()))
-            raise Refusal(503, "one profile at a time: another one is being made", {"Retry-After": str(left)})
-        try:
-            self.server.busy_until = monotonic() + seconds
-            profile = sampling.sample(seconds, self._wait)
+            self.server.sampling_ends_at = deadline_after(seconds)
+            profile = sampler.sample(seconds, self._wait)
         finally:
-            self.server.busy.release()
+            self.server.sampling_lock.release()
         if self.server.stopping.is_set():
             raise Refusal(503, "the server is stopping")
-        if self._is_gone():
+        if self._is_client_gone():
             raise ConnectionResetError("the client has left")
         return profile
 
     def _wait(self, seconds: float) -> bool:
-        """Sleeps; True when sampling is to end before its time."""
+        """Sleep, and return True if the sampling must end early."""
         if self.server.stopping.wait(seconds):
             return True
         now = monotonic()
-        if now < self._looked_at + LOOK_SECONDS:
+        if now < self._client_checked_at + CLIENT_CHECK_SECONDS:
             return False
-        self._looked_at = now
-        return self._is_gone()
+        self._client_checked_at = now
+        return self._is_client_gone()
 
-    _looked_at = 0.0
-
-    def _is_gone(self) -> bool:
-        """True when the client has closed its side."""
+    def _is_client_gone(self) -> bool:
+        """True if the client has closed its side of the connection."""
         poll = select.poll()
-        poll.register(self.connection, _CLOSED)
+        poll.register(self.connection, _CLIENT_CLOSED)
         if not poll.poll(0):
             return False
-        try:  # where the system does not tell, this is the next request, perhaps
-            return _CLOSED != select.POLLIN or not self.connection.recv(1, socket.MSG_PEEK)
+        try:
+            # POLLIN can also mean that the next request has arrived.
+            return _CLIENT_CLOSED != select.POLLIN or not self.connection.recv(1, socket.MSG_PEEK)
         except OSError:
             return True
 
-    def _check_who(self) -> None:
-        """Web pages from elsewhere may not ask; nor, on the loopback address, under another name than its own."""
+    # Memory.
+
+    def _heap(self) -> None:
+        """Start or stop tracing memory, or send the traced memory."""
+        # go tool pprof -seconds adds `seconds`; it is ignored.
+        query = self._query(start="", stop="", frames=str(DEFAULT_FRAMES), format="pprof", seconds="")
+        frames = self._parse_integer("frames", query["frames"], 1, MAX_FRAMES)
+        self._check_choice("start", query["start"], ("", "1"))
+        self._check_choice("stop", query["stop"], ("", "1"))
+        self._check_choice("format", query["format"], ("pprof", "text"))
+        if query["start"] and query["stop"]:
+            raise Refusal(400, "use either start=1 or stop=1, not both")
+        if query["start"]:
+            tracemalloc.start(frames)  # does nothing if it is already started
+            frames = tracemalloc.get_traceback_limit()
+            self._reply_ok(f"tracing memory, {frames} calls kept per allocation; ?stop=1 ends it\n".encode(), TEXT)
+        elif query["stop"]:
+            tracemalloc.stop()
+            self._reply_ok(b"not tracing memory\n", TEXT)
+        elif query["format"] == "text":
+            self._reply_ok(_format_heap(_take_snapshot()).encode(errors="replace"), TEXT)
+        else:
+            traces = (
+                ([(frame.filename, frame.lineno) for frame in reversed(stat.traceback)], stat.count, stat.size)
+                for stat in _take_snapshot().statistics("traceback")
+            )
+            self._reply_pprof(pprof.encode_heap(traces, time.time_ns()), "heap")
+
+    # Requests and responses.
+
+    def _check_origin(self) -> None:
+        """Raise Refusal if a page of another website makes the request.
+
+        On a loopback address the Host must be a loopback name too, or the name given with --profiler_host. Otherwise
+        a page whose own name resolves to 127.0.0.1 would count as the same origin (DNS rebinding).
+        """
         if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") or "Origin" in self.headers:
-            raise Refusal(403, "web pages from elsewhere may not ask the profiler")
+            raise Refusal(403, "the profiler refuses requests from other websites")
         given = self.headers.get("Host") or "localhost"
         try:
             host = urlsplit(f"//{given}").hostname or ""
         except ValueError:
             host = ""
-        if self.server.loopback and not is_loopback(host) and host not in self.server.hosts:
-            raise Refusal(403, f"this is not {given[:100]}: ask for localhost")
+        if self.server.loopback and not is_loopback(host) and host != self.server.host:
+            raise Refusal(403, f"unknown Host {given[:100]}: use localhost")
 
-    def _parameters(self, **defaults: str) -> dict[str, str]:
-        """The query's parameters, with defaults; unknown ones are refused."""
+    def _query(self, **defaults: str) -> dict[str, str]:
+        """Return the query's parameters, with defaults. Raises Refusal if a parameter has none."""
         given = parse_qsl(self.path.partition("?")[2], keep_blank_values=True)
         for name, _ in given:
             if name not in defaults:
                 known = ", ".join(defaults) or "none"
-                raise Refusal(400, f"{name[:40]!r} is not a parameter here: {known}")
+                raise Refusal(400, f"unknown parameter {name[:40]!r}, known are: {known}")
         return {**defaults, **dict(given)}
 
-    def _whole(self, name: str, text: str, low: int, high: int) -> int:
+    def _parse_integer(self, name: str, text: str, low: int, high: int) -> int:
         value = int(text) if text.isascii() and text.isdigit() and len(text) < 9 else low - 1
         if not low <= value <= high:
-            raise Refusal(400, f"{name}={text[:40]} is not accepted: a whole number, {low} to {high}")
+            raise Refusal(400, f"{name}={text[:40]} is invalid: expected a whole number from {low} to {high}")
         return value
 
-    def _one_of(self, name: str, text: str, known: tuple[str, ...]) -> None:
-        if text not in known:
-            raise Refusal(400, f"{name}={text[:40]} is not accepted: {' or '.join(filter(None, known))}")
+    def _check_choice(self, name: str, text: str, choices: tuple[str, ...]) -> None:
+        if text not in choices:
+            raise Refusal(400, f"{name}={text[:40]} is invalid: expected {' or '.join(filter(None, choices))}")
 
-    def _tell(self, content: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
-        self.reply(
-            200, content, kind, {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", **(headers or {})}
-        )
+    def _reply_pprof(self, content: bytes, name: str) -> None:
+        disposition = f'attachment; filename="{name}.pb.gz"'
+        self._reply_ok(content, PPROF_TYPE, {"Content-Disposition": disposition})
+
+    def _reply_ok(self, content: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
+        common = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+        self.reply(200, content, kind, {**common, **(headers or {})})
 
 
-def _position(frame: FrameType | None) -> tuple[tuple[CodeType, int], ...]:
-    """Where a thread is, innermost call first: equal for threads whose stacks read the same."""
-    places = []
+def _take_snapshot() -> tracemalloc.Snapshot:
+    """Return the traced memory. Raises Refusal if memory is not traced."""
+    try:
+        return tracemalloc.take_snapshot()
+    except RuntimeError:
+        reason = f"memory is not traced: request {INDEX}heap?start=1 first, then repeat this request a little later"
+        raise Refusal(409, reason) from None
+
+
+def _format_heap(snapshot: tracemalloc.Snapshot) -> str:
+    """Return a line for each line of code that has allocated memory, the largest first, below a line of totals."""
+    now, peak = tracemalloc.get_traced_memory()
+    lines = [f"{now} bytes now, {peak} at the peak, since tracing started\n"]
+    lines += [
+        f"{stat.size:>12} bytes {stat.count:>9} objects  {stat.traceback}\n" for stat in snapshot.statistics("lineno")
+    ]
+    return "".join(lines)
+
+
+def _stack_lines(frame: FrameType | None) -> tuple[tuple[CodeType, int], ...]:
+    """Return the code and line of each call, innermost first. Stacks that print the same are equal."""
+    lines = []
     while frame:
-        places.append((frame.f_code, frame.f_lineno))
+        lines.append((frame.f_code, frame.f_lineno))
         frame = frame.f_back
-    return tuple(places)
+    return tuple(lines)
 
 
-def _about(thread: threading.Thread | None, ident: int) -> str:
-    """A thread's name, the system's id, and its CPU time."""
+def _describe_thread(thread: threading.Thread | None, ident: int) -> str:
+    """Return a thread's name, the system's id and the CPU time."""
     if thread is None:
-        return f"  thread-{ident}, not Python's own"
-    cpu = sampling.thread_cpu(thread.native_id or 0)
-    told = f"  {thread.name}, id {thread.native_id}"
-    return told + ("" if cpu is None else f", {cpu / 1e9:.3f} s of CPU") + (", daemon" if thread.daemon else "")
+        return f"  thread-{ident}, not started by Python"
+    cpu = sampler.thread_cpu(thread.native_id or 0)
+    parts = [f"  {thread.name}", f"id {thread.native_id}"]
+    if cpu is not None:
+        parts.append(f"{cpu / 1e9:.3f} s of CPU")
+    if thread.daemon:
+        parts.append("daemon")
+    return ", ".join(parts)

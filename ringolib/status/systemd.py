@@ -1,8 +1,8 @@
-"""What a service manager is told: that the server is ready, reloads, stops, and is still alive (sd_notify(3)).
+"""Notify the service manager that the server is ready, reloads, stops, or is still alive (sd_notify(3)).
 
-Each message is one datagram to the socket that `$NOTIFY_SOCKET` names, from whoever calls. Without one nothing is done,
-and a socket that cannot be reached is a line in the debug log: to be told nothing is the manager's trouble. The thread
-`watchdog` is there if the manager asks for it (`$WATCHDOG_USEC`, sd_watchdog_enabled(3)). Knows nothing of servers.
+A notification is one datagram to the socket in `$NOTIFY_SOCKET`, sent by the calling thread. Without that variable
+nothing is sent. An unreachable socket is logged at debug level and otherwise ignored. The thread `watchdog` runs if the
+manager asks for it (`$WATCHDOG_USEC`, sd_watchdog_enabled(3)). This module does not know the server.
 """
 
 import logging
@@ -13,101 +13,106 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic, monotonic_ns
 
+from ringolib.timing import ThreadError, remaining, start_thread
+
 log = logging.getLogger("ringoexp.notify")
 
-SEND_TIMEOUT = 1.0
-"""Seconds a message waits for a manager whose queue is full."""
-JOIN_TIMEOUT = 1.0
-"""Seconds the end waits for the watchdog: what it asks may hang."""
+SEND_TIMEOUT_SECONDS = 1.0
+"""Time limit for a notification if the manager's queue is full."""
+JOIN_TIMEOUT_SECONDS = 1.0
+"""Time limit for the end of the watchdog's thread, whose `alive` call may hang."""
 
 
-def wanted() -> bool:
-    """True when there is a manager to be told."""
+def has_manager() -> bool:
+    """True if a service manager waits for notifications."""
     return "NOTIFY_SOCKET" in os.environ
 
 
 def ready(status: str) -> None:
-    """The server accepts connections, for the first time or again after `reloading`; `status` is a line for people."""
-    _send(f"READY=1\nSTATUS={_line(status)}")
+    """Notify that the server accepts connections: after the start, and after `reloading`.
+
+    `status` is one line for people; the same holds for `stopping`.
+    """
+    _send(f"READY=1\nSTATUS={_one_line(status)}")
 
 
 def reloading() -> None:
-    """The server reads its configuration again; `ready` follows."""
+    """Notify that the server reads its configuration again. `ready` must follow."""
     _send(f"RELOADING=1\nMONOTONIC_USEC={monotonic_ns() // 1000}")
 
 
 def stopping(status: str) -> None:
-    """The server has begun to stop; `status` is a line for people."""
-    _send(f"STOPPING=1\nSTATUS={_line(status)}")
+    """Notify that the server has begun to stop."""
+    _send(f"STOPPING=1\nSTATUS={_one_line(status)}")
 
 
 @contextmanager
 def watchdog(alive: Callable[[], bool]) -> Iterator[None]:
-    """Tells the manager twice in each of its periods that the server is alive, while `alive` returns True.
+    """Notify twice in each watchdog period that the server is alive, as long as `alive` returns True.
 
-    When it returns False, raises, or does not return, the manager hears nothing, and restarts the server.
+    If `alive` returns False, raises or hangs, notifications stop, and the manager restarts the server.
     """
-    period = _period()
+    period = _watchdog_seconds()
     if not period:
         yield
         return
     ended = threading.Event()
-    # Daemon: `alive` may hang, which is what it is for; then nobody waits for it.
-    thread = threading.Thread(target=_ping, args=(alive, period / 2, ended), name="watchdog", daemon=True)
+    thread = None
     try:
-        thread.start()
-    except RuntimeError as error:  # no more threads to be had
+        # A daemon thread, because `alive` may hang: then the process must be able to end without it.
+        thread = start_thread(_run_watchdog, alive, period / 2, ended, name="watchdog")
+    except ThreadError as error:
         log.error("no_thread", {"error": str(error)})
     try:
         yield
     finally:
         ended.set()
-        if thread.is_alive():
-            thread.join(JOIN_TIMEOUT)
+        if thread:
+            thread.join(JOIN_TIMEOUT_SECONDS)
 
 
-def _ping(alive: Callable[[], bool], interval: float, ended: threading.Event) -> None:
-    """The thread: asks every `interval` seconds."""
-    was = True
+def _run_watchdog(alive: Callable[[], bool], interval: float, ended: threading.Event) -> None:
+    """Call `alive` every `interval` seconds until `ended` is set. Runs in the thread `watchdog`."""
+    was_alive = True
     due = monotonic()
-    while not ended.wait(max(0.0, due - monotonic())):
-        due = max(due + interval, monotonic())  # a machine that slept does not make up for it
+    while not ended.wait(remaining(due)):
+        due = max(due + interval, monotonic())  # missed turns are left out, for example after a suspend
         try:
-            now, why = alive(), "no thread accepts connections"
+            is_alive, reason = alive(), "no thread accepts connections"
         except Exception as error:
-            now, why = False, repr(error)
-        if now:
+            is_alive, reason = False, repr(error)
+        if is_alive:
             _send("WATCHDOG=1")
-        elif was:
-            log.error("not_alive", {"error": why})
-        was = now
+        elif was_alive:
+            log.error("not_alive", {"error": reason})
+        was_alive = is_alive
 
 
-def _period() -> float:
-    """The manager's period in seconds; 0 if it has none for this process."""
+def _watchdog_seconds() -> float:
+    """Return the watchdog period in seconds, or 0 if the manager sets none for this process."""
     pid, period = os.environ.get("WATCHDOG_PID", ""), os.environ.get("WATCHDOG_USEC", "")
     if not period or (pid and pid != str(os.getpid())):
         return 0.0
     if not (period.isascii() and period.isdigit()):
-        log.debug("not_notified", {"error": f"WATCHDOG_USEC={period} is no number of microseconds"})
+        log.debug("not_notified", {"error": f"WATCHDOG_USEC={period} is not a number of microseconds"})
         return 0.0
     return int(period) / 1e6
 
 
-def _line(text: str) -> str:
-    """Text without what would end its line, and begin another message's field."""
+def _one_line(text: str) -> str:
+    """Return `text` without line breaks, which would begin another field of the notification."""
     return " ".join(text.splitlines())
 
 
 def _send(message: str) -> None:
-    """One message, if there is somebody to be told."""
+    """Send a notification if there is a manager. Never raises for a socket that is unreachable or full."""
     name = os.environ.get("NOTIFY_SOCKET", "")
     if not name:
         return
-    address = "\0" + name[1:] if name.startswith("@") else name
+    address = "\0" + name[1:] if name.startswith("@") else name  # @: the abstract namespace of Linux
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(SEND_TIMEOUT)
+            sender.settimeout(SEND_TIMEOUT_SECONDS)
             sender.sendto(message.encode(errors="backslashreplace"), os.fsencode(address))
     except (OSError, ValueError) as error:
         log.debug("not_notified", {"socket": name, "error": str(error)})

@@ -95,6 +95,7 @@ class Connections(ThreadingHTTPServer):
         self.name = name
         self.limit = limit
         self.per_address = per_address
+        self.max_refused = MAX_REFUSED
         self.credentials = credentials or Credentials()
         self.stopping = threading.Event()
         self._connection = connection
@@ -147,7 +148,7 @@ class Connections(ThreadingHTTPServer):
         """True while the next connection would be one too many beyond the limit."""
         assert self._lock.locked()
         full = self.stopping.is_set() or bool(self.limit and self._admitted >= self.limit)
-        return full and self._turned_away() >= MAX_REFUSED and not self._closing
+        return full and self._turned_away() >= self.max_refused and not self._closing
 
     def _turned_away(self) -> int:
         """Connections that are open and were not admitted."""

@@ -1,8 +1,8 @@
-"""The live page, `dashboard.html`, and the headers it is served with.
+"""The live page, `dashboard.html`, and the headers that it is served with.
 
-The file lies beside the modules, wherever they are: in a checkout, in site-packages or in a zipapp. It is
-read once, when it is first asked for. Its script and its style are admitted by their hashes, so that nothing
-else runs on it, whatever gets into it.
+The file is in this package, which may be in a checkout, in site-packages or in a zipapp. It is read once, on the first
+request. The Content-Security-Policy allows the page's script and style by their hashes, so a browser runs nothing else
+on it. Any thread may call `load_page`.
 """
 
 import base64
@@ -20,29 +20,29 @@ HTML = "text/html; charset=utf-8"
 
 
 class Page(NamedTuple):
-    """The page's bytes, and its headers, `ETag` among them."""
+    """The page's bytes and its headers, `ETag` among them."""
 
     content: bytes
     headers: dict[str, str]
 
 
-def page() -> Page | None:
-    """The page; None when it cannot be read."""
+def load_page() -> Page | None:
+    """Return the page, or None if its file cannot be read. The next call tries again."""
     try:
         return _read()
     except OSError as error:
-        log.warning("dashboard_missing", {"reason": f"{FILE} cannot be read from beside the modules: {error}"})
+        log.warning("dashboard_missing", {"reason": f"{FILE} cannot be read from the package: {error}"})
         return None
 
 
 @functools.cache
 def _read() -> Page:
-    """The page, read once. Raises OSError, and then it is tried again."""
+    """Read the page. Raises OSError, which is not cached."""
     content = pkgutil.get_data(__name__, FILE)
     if content is None:
         raise FileNotFoundError("the modules' loader cannot read files")
     headers = {
-        "Content-Security-Policy": policy(content),
+        "Content-Security-Policy": content_security_policy(content),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
@@ -51,13 +51,13 @@ def _read() -> Page:
     return Page(content, headers)
 
 
-def policy(content: bytes) -> str:
-    """The Content-Security-Policy that admits the file's own blocks and this server, and nothing else."""
+def content_security_policy(content: bytes) -> str:
+    """Return the Content-Security-Policy that allows the page's own blocks and requests to this server only."""
     return "; ".join(
         (
             "default-src 'none'",
-            f"script-src {_hashes(content, b'script')}",
-            f"style-src {_hashes(content, b'style')}",
+            f"script-src {_block_hashes(content, b'script')}",
+            f"style-src {_block_hashes(content, b'style')}",
             "img-src data:",
             "connect-src 'self'",
             "base-uri 'none'",
@@ -67,6 +67,6 @@ def policy(content: bytes) -> str:
     )
 
 
-def _hashes(content: bytes, tag: bytes) -> str:
+def _block_hashes(content: bytes, tag: bytes) -> str:
     blocks = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), content, re.DOTALL)
     return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(block).digest()).decode()}'" for block in blocks)

@@ -1,4 +1,4 @@
-"""What is in deploy/ and the Dockerfile says nothing that the program does not do: flags, paths, users, times."""
+"""The files in deploy/ and the Dockerfile agree with the program: flags, paths, users, times."""
 
 import json
 import os
@@ -16,75 +16,70 @@ from support.contained import entry_point, health_check, instructions
 from support.harness import DEADLINE, ROOT, free_port, server
 
 import ringoexp
-from ringolib import app as assembly
-from ringolib.options import Settings, read_arguments
+from ringolib import app
+from ringolib.options import read_arguments
 from wsserver import Handler
 
 DEPLOY = ROOT / "deploy"
 ROLES = ("publisher", "consumer")
-STOP_SECONDS = assembly.DRAIN_SECONDS + ringoexp.GIVE_UP_SECONDS
+STOP_SECONDS = app.DRAIN_SECONDS + ringoexp.GIVE_UP_SECONDS
 
 
 def unit(role: str) -> dict[str, list[str]]:
-    """A unit's settings, each with all its values."""
-    found: dict[str, list[str]] = {}
+    """Return the values of each setting of a unit."""
+    values: dict[str, list[str]] = {}
     for line in (DEPLOY / f"ringoexp-{role}.service").read_text().splitlines():
         if line and line[0] not in "#[":
             name, value = line.split("=", 1)
-            found.setdefault(name, []).append(value)
-    return found
+            values.setdefault(name, []).append(value)
+    return values
 
 
 def manifests() -> list[dict[str, Any]]:
-    """What the example for Kubernetes has in it."""
+    """Return the manifests of the Kubernetes example."""
     yaml = pytest.importorskip("yaml")
     return list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
 
 
 def pods() -> dict[str, dict[str, Any]]:
-    """The specification of each role's pod."""
-    found = [each["spec"]["template"] for each in manifests() if "template" in each["spec"]]
-    return {each["metadata"]["labels"]["role"]: each["spec"] for each in found}
-
-
-def settings(arguments: list[str]) -> Settings:
-    """What these flags are to the program. Fails if it does not take them."""
-    return read_arguments(arguments)
+    """Return the specification of each role's pod."""
+    templates = [manifest["spec"]["template"] for manifest in manifests() if "template" in manifest["spec"]]
+    return {template["metadata"]["labels"]["role"]: template["spec"] for template in templates}
 
 
 # systemd.
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_units_flags_are_ours_and_it_writes_where_it_may(role: str) -> None:
+def test_unit_has_valid_flags_and_writes_to_its_state_directory(role: str) -> None:
     command = shlex.split(unit(role)["ExecStart"][0].replace("%S", "/var/lib"))
     assert command[:5] == ["/usr/bin/python3", "-I", "-X", "faulthandler", "/opt/ringoexp/ringoexp.pyz"]
     assert command[-2:] == ["$FLAGS", "$SECRETS"]
-    read = settings(command[5:-2])
-    assert read.is_publisher is (role == "publisher")
-    path = read.spool if read.is_publisher else read.database
+    settings = read_arguments(command[5:-2])
+    assert settings.is_publisher is (role == "publisher")
+    path = settings.spool if settings.is_publisher else settings.database
     assert path and path.startswith(f"/var/lib/{unit(role)['StateDirectory'][0]}/")
-    consumer = settings(shlex.split(unit("consumer")["ExecStart"][0])[5:-2])
-    assert read.consumer_port == consumer.port or not read.is_publisher
+    consumer = read_arguments(shlex.split(unit("consumer")["ExecStart"][0])[5:-2])
+    assert settings.consumer_port == consumer.port or not settings.is_publisher
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_systemd_waits_longer_for_the_end_than_the_server_takes(role: str) -> None:
+def test_unit_stop_timeout_exceeds_the_servers_stop(role: str) -> None:
     assert int(unit(role)["TimeoutStopSec"][0]) >= STOP_SECONDS + 5
     assert unit(role)["RestartPreventExitStatus"] == ["2"] and "SuccessExitStatus" not in unit(role)
 
 
 def analyze(*arguments: str) -> str:
-    """What systemd-analyze says of it; fails if it says no."""
+    """Return the output of systemd-analyze, which must succeed."""
     if not shutil.which("systemd-analyze"):
-        pytest.skip("takes systemd-analyze")
+        pytest.skip("needs systemd-analyze")
     done = subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_units_are_valid_and_their_exposure_is_below_3(role: str) -> None:
+def test_unit_is_valid_and_its_exposure_is_below_3(role: str) -> None:
     path = str(DEPLOY / f"ringoexp-{role}.service")
     assert analyze("verify", path) == ""
     analyze("security", "--offline=true", "--threshold=30", "--no-pager", path)
@@ -93,34 +88,36 @@ def test_units_are_valid_and_their_exposure_is_below_3(role: str) -> None:
 # Kubernetes.
 
 
-def test_manifests_are_what_kubernetes_takes() -> None:
+def test_manifests_match_the_schema_of_kubernetes() -> None:
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
-    for each in manifests():
-        kubernetes_validate.validate(each, "1.29", strict=True)
+    for manifest in manifests():
+        kubernetes_validate.validate(manifest, "1.29", strict=True)
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_pods_flags_are_ours_and_its_probes_ask_what_there_is(role: str) -> None:
+def test_pod_has_valid_flags_and_probes_existing_routes(role: str) -> None:
     (container,) = pods()[role]["containers"]
-    read = settings([*entry_point()[1:], *container["args"]])
-    assert read.is_publisher is (role == "publisher")
-    assert container["ports"] == [{"name": "http", "containerPort": read.port}]
+    settings = read_arguments([*entry_point()[1:], *container["args"]])
+    assert settings.is_publisher is (role == "publisher")
+    assert container["ports"] == [{"name": "http", "containerPort": settings.port}]
     (service,) = [
-        each for each in manifests() if each["kind"] == "Service" and each["spec"]["selector"]["role"] == role
+        manifest
+        for manifest in manifests()
+        if manifest["kind"] == "Service" and manifest["spec"]["selector"]["role"] == role
     ]
-    assert service["spec"]["ports"] == [{"name": "http", "port": read.port, "targetPort": "http"}]
-    if read.is_publisher:
-        consumer = settings([*entry_point()[1:], *pods()["consumer"]["containers"][0]["args"]])
-        assert (read.consumer_hostname, read.consumer_port) == ("ringoexp-consumer", consumer.port)
-    paths = Handler.__new__(Handler).routes()
+    assert service["spec"]["ports"] == [{"name": "http", "port": settings.port, "targetPort": "http"}]
+    if settings.is_publisher:
+        consumer = read_arguments([*entry_point()[1:], *pods()["consumer"]["containers"][0]["args"]])
+        assert (settings.consumer_hostname, settings.consumer_port) == ("ringoexp-consumer", consumer.port)
+    routes = Handler.__new__(Handler).routes()
     for probe, path in ("startup", "alive"), ("liveness", "alive"), ("readiness", "ready"):
-        asked = container[f"{probe}Probe"]
-        assert asked["httpGet"] == {"path": f"/v1.0/{path}", "port": "http"} and asked["timeoutSeconds"] == 5
-        assert asked["httpGet"]["path"] in paths
+        check = container[f"{probe}Probe"]
+        assert check["httpGet"] == {"path": f"/v1.0/{path}", "port": "http"} and check["timeoutSeconds"] == 5
+        assert check["httpGet"]["path"] in routes
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_kubernetes_waits_longer_for_the_end_than_the_server_takes(role: str) -> None:
+def test_pod_grace_period_exceeds_the_servers_stop(role: str) -> None:
     pod = pods()[role]
     pause = 0
     if "lifecycle" in pod["containers"][0]:
@@ -131,7 +128,7 @@ def test_kubernetes_waits_longer_for_the_end_than_the_server_takes(role: str) ->
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_pod_is_nobody_and_writes_its_volume_only(role: str) -> None:
+def test_pod_has_no_privileges_and_writes_only_its_volume(role: str) -> None:
     pod = pods()[role]
     user, group = map(int, instructions("USER")[0].split(":"))
     assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] == user != 0
@@ -141,32 +138,32 @@ def test_a_pod_is_nobody_and_writes_its_volume_only(role: str) -> None:
     assert rights["capabilities"] == {"drop": ["ALL"]}
     mounts = pod["containers"][0].get("volumeMounts", [])
     if role == "consumer":
-        assert [each["mountPath"] for each in mounts] == instructions("VOLUME")
+        assert [mount["mountPath"] for mount in mounts] == instructions("VOLUME")
         assert pod["securityContext"]["fsGroup"] == group
     else:
         assert mounts == []
 
 
-def test_there_is_one_writer_to_a_database() -> None:
-    (consumer,) = [each for each in manifests() if each["kind"] == "StatefulSet"]
+def test_consumer_has_one_replica() -> None:
+    (consumer,) = [manifest for manifest in manifests() if manifest["kind"] == "StatefulSet"]
     assert consumer["spec"]["replicas"] == 1
 
 
 # The image.
 
 
-def test_the_image_is_made_of_exec_forms_and_runs_as_a_number() -> None:
-    """Of a shell's child, nobody would hear SIGTERM; and Kubernetes takes no name's word for not being root."""
+def test_image_uses_exec_forms_and_a_numeric_user() -> None:
+    """A shell would not forward SIGTERM, and Kubernetes needs a number to see that a user is not root."""
     assert re.fullmatch(r"python:3\.\d+-slim", (ROOT / "Dockerfile").read_text().split("ARG BASE=")[1].split()[0])
     assert all(isinstance(word, str) for word in [*entry_point(), *health_check()])
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", instructions("USER")[0])
     assert instructions("STOPSIGNAL") == ["SIGTERM"]
-    read = settings(entry_point()[1:])
-    assert read.hostname == "0.0.0.0" and [str(read.port)] == instructions("EXPOSE")
+    settings = read_arguments(entry_point()[1:])
+    assert settings.hostname == "0.0.0.0" and [str(settings.port)] == instructions("EXPOSE")
     assert instructions("WORKDIR")[-1:] == instructions("VOLUME"), "a database without a path is in the volume"
 
 
-def test_the_build_sees_what_it_takes_and_no_more() -> None:
+def test_build_context_has_the_sources_and_no_secrets() -> None:
     kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for needed in ("ringoexp.py", "pyproject.toml", "ringolib", "LICENSE", "README.md"):
         assert any(Path(needed).match(pattern) for pattern in kept), needed
@@ -174,7 +171,7 @@ def test_the_build_sees_what_it_takes_and_no_more() -> None:
         assert not any(Path(secret).match(pattern) for pattern in kept), secret
 
 
-def test_the_health_check_says_whether_the_server_is_alive(tmp_path: Path) -> None:
+def test_health_check_fails_unless_the_server_is_alive(tmp_path: Path) -> None:
     port = free_port()
     check = [word.replace("6660", str(port)) for word in health_check()]
     check[0] = sys.executable
@@ -187,7 +184,7 @@ def test_the_health_check_says_whether_the_server_is_alive(tmp_path: Path) -> No
         assert healthy()
 
 
-FROM_THIS_MACHINE = """
+MAKE_ROOT_FROM_HOST = """
 set -e
 mount -t tmpfs tmpfs "$1"
 cd "$1"
@@ -195,7 +192,7 @@ mkdir usr etc opt tmp dev data proc
 mount --bind /usr usr
 mount -o remount,bind,ro usr
 mount --bind /etc etc
-for each in bin lib lib64 sbin; do [ ! -L /$each ] || cp -P /$each .; done
+for name in bin lib lib64 sbin; do [ ! -L /$name ] || cp -P /$name .; done
 mkdir -p opt
 "$3" "$4/tools/build_pyz.py" opt/ringoexp > /dev/null
 mount --bind opt usr/local/bin
@@ -204,21 +201,21 @@ exec "$3" "$4/tests/support/contained.py" "$1" "$2"
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """Directories for a root and for data, which another user may enter."""
-    for each in (tmp_path / "root", tmp_path / "data"):
-        each.mkdir()
+def directories(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """Directories for a container's root and for its data."""
+    for directory in (tmp_path / "root", tmp_path / "data"):
+        directory.mkdir()
     yield tmp_path / "root", tmp_path / "data"
 
 
-def test_the_images_commands_run_as_nobody_with_a_root_that_cannot_be_written(places: tuple[Path, Path]) -> None:
-    """With this machine's programs in place of the image's; `deploy/try_image` has the real one."""
-    apart = ["unshare", "--mount", "--net", "--ipc", "--uts"]
-    if os.getuid() or subprocess.run([*apart, "true"], capture_output=True).returncode:
-        pytest.skip("takes root and namespaces")
+def test_image_commands_run_unprivileged_on_a_read_only_root(directories: tuple[Path, Path]) -> None:
+    """The root contains the host's programs; `deploy/try_image` runs the same checks on the real image."""
+    unshare = ["unshare", "--mount", "--net", "--ipc", "--uts"]
+    if os.getuid() or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("needs root and namespaces")
     if not (ROOT / "tools" / "build_pyz.py").exists():
-        pytest.skip("takes tools/build_pyz.py")
-    command = [*apart, "sh", "-c", FROM_THIS_MACHINE, "sh", *map(str, places), sys.executable, str(ROOT)]
+        pytest.skip("needs tools/build_pyz.py")
+    command = [*unshare, "sh", "-c", MAKE_ROOT_FROM_HOST, "sh", *map(str, directories), sys.executable, str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=4 * DEADLINE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ringoexp: stopped") == 3
@@ -227,9 +224,9 @@ def test_the_images_commands_run_as_nobody_with_a_root_that_cannot_be_written(pl
 # The documentation.
 
 
-def test_times_and_numbers_in_the_documentation_are_those_of_the_files() -> None:
+def test_times_in_the_docs_match_the_files() -> None:
     text = (ROOT / "docs/deploy.md").read_text()
-    assert f"{assembly.DRAIN_SECONDS:.0f} s" in text and f"{STOP_SECONDS:.0f} s" in text
+    assert f"{app.DRAIN_SECONDS:.0f} s" in text and f"{STOP_SECONDS:.0f} s" in text
     for role in ROLES:
         assert f"`TimeoutStopSec={unit(role)['TimeoutStopSec'][0]}`" in text
         assert f"{pods()[role]['terminationGracePeriodSeconds']} s" in text

@@ -225,7 +225,7 @@ class World:
             (websock, "random", self.rng),
             (addresses.socket, "getaddrinfo", self.resolve),
             (sinks, "ClientConnection", self.connect),
-            (sinks, "peer", lambda *unused: None),
+            (sinks, "peer_address", lambda *unused: None),
             (sinks, "encode_batch", self.encode),
             (ringbuffer, "_wait_until", self.turns.noting(ringbuffer._wait_until)),
         ]:
@@ -251,8 +251,8 @@ class World:
             raise MemoryError
         return _encode_batch(runs, values)
 
-    def connect(self, host: str, *rest: Any) -> Wire:
-        return Wire(self, host, rest[-1])
+    def connect(self, endpoint: Endpoint, *rest: Any) -> Wire:
+        return Wire(self, endpoint.host, rest[-1])
 
     def connected(self, link: Wire, host: str) -> Database:
         address = self.rng.choice(self.names[host]) if host in self.names else host

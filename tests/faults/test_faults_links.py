@@ -61,10 +61,10 @@ def test_the_proxy_fails_as_it_is_told() -> None:
                 assert sender.recv(100) == b"not held" and silent(receiver)
                 proxy.heal()
                 assert receiver.recv(100) == b"held"
-            proxy.swallow()
-            served.sendall(b"swallowed")
-            client.sendall(b"not swallowed")
-            assert served.recv(100) == b"not swallowed" and silent(client)
+            proxy.discard()
+            served.sendall(b"discarded")
+            client.sendall(b"forwarded")
+            assert served.recv(100) == b"forwarded" and silent(client)
         for reset in (False, True):
             with through(proxy, listener) as (client, served):
                 proxy.cut_after(3, UP, reset=False)
@@ -93,7 +93,7 @@ FAULTS: dict[str, Callable[[Proxy, Random], None]] = {
     "cut by an end": lambda proxy, rng: proxy.cut(reset=False),
     "cut within a message": lambda proxy, rng: proxy.cut_after(rng.randrange(1, 2000), UP, rng.random() < 0.5),
     "cut within an ack": lambda proxy, rng: proxy.cut_after(rng.randrange(1, 10), DOWN, rng.random() < 0.5),
-    "acks swallowed": lambda proxy, rng: proxy.swallow(DOWN),
+    "acks discarded": lambda proxy, rng: proxy.discard(DOWN),
     "black hole up": lambda proxy, rng: proxy.hold(UP),
     "black hole down": lambda proxy, rng: proxy.hold(DOWN),
     "black hole": lambda proxy, rng: proxy.hold(UP, DOWN),

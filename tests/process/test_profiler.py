@@ -1,5 +1,6 @@
-"""The profiler's port: what it answers, to whom, for how long, and that nothing is there when nobody asks for it."""
+"""The profiler's port: its pages and profiles, which requests it refuses, and its place in a server's life."""
 
+import gzip
 import http.client
 import json
 import os
@@ -30,136 +31,143 @@ from support.harness import (
     request,
     server,
 )
-from support.pprof_reader import Read, check_speedscope, read_profile
+from support.pprof_reader import DecodedProfile, read_profile
+
+from ringolib.app import App, StartupError
+from ringolib.options import read_arguments
+from store import StoreError
 
 BASE = "/debug/pprof/"
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-class Profiled:
+class ProfiledServer:
     """A server with a profiler on `port`."""
 
     def __init__(self, running: ServerProcess, port: int) -> None:
         self.running, self.port = running, port
 
     def get(self, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
-        """The answer to a request below /debug/pprof/."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return request(self.port, method, BASE + path, headers=named)
+        """Return the response to a request below /debug/pprof/. In header names `_` becomes `-`."""
+        http_headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        return request(self.port, method, BASE + path, headers=http_headers)
 
-    def profile(self, seconds: int = 1) -> Read:
-        """A profile, decoded."""
+    def profile(self, seconds: int = 1) -> DecodedProfile:
+        """Return a profile, decoded."""
         status, headers, body = self.get(f"profile?seconds={seconds}")
         assert (status, headers["Content-Type"]) == (200, "application/octet-stream"), body
         return read_profile(body)
 
     def begin(self, seconds: int = 60) -> socket.socket:
-        """A client that waits for a profile which is being made."""
+        """Return the connection of a client that waits for its profile, after the sampling has begun."""
         sock = socket.create_connection(("127.0.0.1", self.port), DEADLINE)
         sock.sendall(f"GET {BASE}profile?seconds={seconds} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        eventually(self.busy)
+        eventually(self.is_sampling)
         return sock
 
-    def busy(self) -> bool:
-        """True while somebody samples."""
-        return b"profiler.py" in self.get("threads")[2] and b"in _sample" in self.get("threads")[2]
+    def is_sampling(self) -> bool:
+        """True while a request takes a profile."""
+        return b"in _take_profile" in self.get("threads")[2]
 
-    def threads(self) -> list[str]:
-        """The system's names of all threads are not Python's (before 3.14): their number is what counts."""
-        return os.listdir(f"/proc/{self.running.process.pid}/task")
+    def thread_count(self) -> int:
+        """Return the number of threads of the server."""
+        return len(os.listdir(f"/proc/{self.running.process.pid}/task"))
 
 
 @contextmanager
-def profiled(directory: Path, *flags: str, patch: str = "") -> Iterator[Profiled]:
-    """A server that stores for itself, with a profiler."""
+def profiled(directory: Path, *flags: str, patch: str = "") -> Iterator[ProfiledServer]:
+    """Run a server with a database and a profiler."""
     port = free_port()
     with server(directory, "-p", "0", "-T", "0", "-L", str(port), *flags, patch=patch) as running:
-        yield Profiled(running, port)
+        yield ProfiledServer(running, port)
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Profiled]:
-    """One server for all that leaves nothing behind."""
-    with profiled(tmp_path_factory.mktemp("server"), "-H", "127.0.0.1") as found:
-        yield found
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProfiledServer]:
+    """One server for all tests that leave it as it was."""
+    with profiled(tmp_path_factory.mktemp("server"), "-H", "127.0.0.1") as shared:
+        yield shared
 
 
-def refusal(answer: tuple[int, dict[str, str], bytes]) -> str:
-    """The reason of an error in JSON."""
-    assert answer[1]["Content-Type"].startswith("application/json")
-    return str(json.loads(answer[2])["error"])
+def error_of(response: tuple[int, dict[str, str], bytes]) -> str:
+    """Return the error text of a refused request."""
+    assert response[1]["Content-Type"].startswith("application/json")
+    return str(json.loads(response[2])["error"])
 
 
 # Pages.
 
 
-def test_the_index_links_to_all_there_is(one: Profiled) -> None:
-    status, headers, body = one.get("")
+def test_index_links_to_every_page(shared: ProfiledServer) -> None:
+    status, headers, body = shared.get("")
     assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
     assert headers["Content-Security-Policy"].startswith("default-src 'none';")
     assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store"
     assert b"<script" not in body and b"style" not in body
     links = [link.replace("&amp;", "&") for link in re.findall('href="([^"]*)"', body.decode())]
-    assert len(links) == len(set(links)) == 9
-    profiles = {f"profile?seconds=5{more}" for more in ("", "&format=collapsed", "&format=speedscope")}
-    assert profiles < set(links), "tests of their own ask for these"
-    for link in links:  # in this order: to stop the tracing is after its start
-        assert link in profiles or one.get(link)[0] == 200, link
-    assert one.get("heap")[0] == 409
-    status, headers, _ = request(one.port, "GET", BASE.rstrip("/"))
+    assert len(links) == len(set(links)) == 7
+    assert links[0] == "profile?seconds=5", "has tests of its own"
+    for link in links[1:]:  # in this order: tracing stops after it started
+        assert shared.get(link)[0] == 200, link
+    assert shared.get("heap")[0] == 409
+    status, headers, _ = request(shared.port, "GET", BASE.rstrip("/"))
     assert status == 301 and headers["Location"] == BASE
 
 
-def test_only_reading_is_for_head(one: Profiled) -> None:
+def test_head_is_allowed_for_pages_only(shared: ProfiledServer) -> None:
     for path in ("", "threads", "cmdline"):
-        assert one.get(path, "HEAD")[::2] == (200, b"")
+        assert shared.get(path, "HEAD")[::2] == (200, b"")
     for path in ("profile?seconds=1", "heap", "heap?start=1"):
-        status, headers, _ = one.get(path, "HEAD")
+        status, headers, _ = shared.get(path, "HEAD")
         assert (status, headers["Allow"]) == (405, "GET")
     for method in ("POST", "DELETE", "OPTIONS"):
-        assert one.get("", method)[0] == one.get("profile?seconds=1", method)[0] == 405
-    assert one.get("elsewhere")[0] == request(one.port, "GET", "/elsewhere")[0] == 404
-    assert request(one.port, "GET", "/")[1]["Location"] == "/debug/pprof/"
-    assert request(one.port, "GET", "/v1.0/stats")[0] == 404, "only the profiler"
-    assert one.running.get(BASE)[0] == 404, "and only on its port"
+        assert shared.get("", method)[0] == shared.get("profile?seconds=1", method)[0] == 405
+    assert shared.get("elsewhere")[0] == request(shared.port, "GET", "/elsewhere")[0] == 404
+    assert request(shared.port, "GET", "/")[1]["Location"] == "/debug/pprof/"
+    assert request(shared.port, "GET", "/v1.0/stats")[0] == 404, "the profiler has only its own routes"
+    assert shared.running.get(BASE)[0] == 404, "the server does not have the profiler's routes"
 
 
 @pytest.mark.parametrize("seconds", ["0", "61", "-1", "x", "", "1.5", "+5", "٣", "9" * 9, "9" * 5000])
-def test_other_numbers_of_seconds_are_refused_with_what_is_accepted(one: Profiled, seconds: str) -> None:
+def test_invalid_seconds_are_refused_with_the_valid_range(shared: ProfiledServer, seconds: str) -> None:
     quoted = "%D9%A3" if seconds == "٣" else seconds
-    answer = one.get(f"profile?seconds={quoted}")
-    assert answer[0] == 400 and "a whole number, 1 to 60" in refusal(answer) and len(refusal(answer)) < 120
+    response = shared.get(f"profile?seconds={quoted}")
+    assert response[0] == 400
+    assert "a whole number from 1 to 60" in error_of(response) and len(error_of(response)) < 120
 
 
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("profile?second=5", "'second' is not a parameter here: seconds, format, value"),
-        ("profile?seconds=1&format=svg", "format=svg is not accepted: pprof or collapsed or speedscope"),
-        ("profile?seconds=1&value=", "value= is not accepted: cpu or wall"),
-        ("threads?x=1", "'x' is not a parameter here: none"),
-        ("?x", "'x' is not a parameter here: none"),
-        ("heap?start=2", "start=2 is not accepted: 1"),
-        ("heap?start=1&stop=1", "start=1 or stop=1, not both"),
-        ("heap?start=1&frames=0", "frames=0 is not accepted: a whole number, 1 to 100"),
+        ("profile?second=5", "unknown parameter 'second', known are: seconds, format"),
+        ("profile?seconds=1&format=svg", "format=svg is invalid: expected pprof"),
+        ("profile?seconds=1&format=collapsed", "format=collapsed is invalid: expected pprof"),
+        ("profile?seconds=1&format=speedscope", "format=speedscope is invalid: expected pprof"),
+        ("profile?seconds=1&value=cpu", "unknown parameter 'value', known are: seconds, format"),
+        ("threads?x=1", "unknown parameter 'x', known are: none"),
+        ("?x", "unknown parameter 'x', known are: none"),
+        ("heap?format=svg", "format=svg is invalid: expected pprof or text"),
+        ("heap?start=2", "start=2 is invalid: expected 1"),
+        ("heap?start=1&stop=1", "use either start=1 or stop=1, not both"),
+        ("heap?start=1&frames=0", "frames=0 is invalid: expected a whole number from 1 to 100"),
     ],
 )
-def test_what_is_not_known_is_refused(one: Profiled, path: str, reason: str) -> None:
-    answer = one.get(path)
-    assert (answer[0], refusal(answer)) == (400, reason)
+def test_unknown_or_invalid_parameter_is_refused(shared: ProfiledServer, path: str, reason: str) -> None:
+    response = shared.get(path)
+    assert (response[0], error_of(response)) == (400, reason)
 
 
-def test_the_arguments(one: Profiled) -> None:
-    found = one.get("cmdline")[2].decode().split("\0")
-    assert found[-2:] == ["-H", "127.0.0.1"] and found[1].endswith("ringoexp.py")
-    assert Path(found[0]).name == Path(sys.executable).name
+def test_cmdline_shows_the_arguments(shared: ProfiledServer) -> None:
+    arguments = shared.get("cmdline")[2].decode().split("\0")
+    assert arguments[-2:] == ["-H", "127.0.0.1"] and arguments[1].endswith("ringoexp.py")
+    assert Path(arguments[0]).name == Path(sys.executable).name
 
 
-def test_threads_are_named_with_their_stacks(one: Profiled) -> None:
-    with RawClient(one.running.port) as client:
+def test_threads_page_shows_names_and_stacks(shared: ProfiledServer) -> None:
+    with RawClient(shared.running.port) as client:
         client.send(frame(2, bytes(4)))
         client.acked(1)
-        status, headers, body = one.get("threads")
+        status, headers, body = shared.get("threads")
     text = body.decode()
     assert status == 200 and headers["Content-Type"] == "text/plain; charset=utf-8"
     blocks = text.split("\n\n")
@@ -167,21 +175,23 @@ def test_threads_are_named_with_their_stacks(one: Profiled) -> None:
     names = re.findall(r"^  ([^\s,]+), id \d+, \d+\.\d{3} s of CPU", text, re.MULTILINE)
     assert {"MainThread", "accept", "profiler"} < set(names) and any(name.startswith("conn-") for name in names)
     pair = rb"^2 threads\n  (accept|profiler), id .*\n  (accept|profiler), id .*\n  File "
-    eventually(lambda: re.search(pair, one.get("threads")[2], re.MULTILINE), "those in the same place together")
+    eventually(
+        lambda: re.search(pair, shared.get("threads")[2], re.MULTILINE), "threads with equal stacks share a block"
+    )
     (main,) = [block for block in blocks if "MainThread" in block]
     assert main.rstrip().endswith("while set(woken.recv(4096)) == {signal.SIGHUP}:  # however many came meanwhile"), (
         "most recent call last"
     )
 
 
-def test_idle_connections_make_one_block_of_threads(one: Profiled) -> None:
+def test_threads_with_equal_stacks_share_a_block(shared: ProfiledServer) -> None:
     with ExitStack() as stack:
         for _ in range(50):
-            stack.enter_context(RawClient(one.running.port))
-        eventually(lambda: re.search(rb"^50 threads\n(  conn-\d+, id .*\n){50}  File", one.get("threads")[2], re.M))
+            stack.enter_context(RawClient(shared.running.port))
+        eventually(lambda: re.search(rb"^50 threads\n(  conn-\d+, id .*\n){50}  File", shared.get("threads")[2], re.M))
 
 
-# Who may ask.
+# Requests of other websites, and addresses.
 
 
 @pytest.mark.parametrize(
@@ -197,10 +207,10 @@ def test_idle_connections_make_one_block_of_threads(one: Profiled) -> None:
         {"Host": "10.0.0.1"},
     ],
 )
-def test_pages_from_elsewhere_may_not_ask(one: Profiled, headers: dict[str, str]) -> None:
+def test_request_of_another_website_is_refused(shared: ProfiledServer, headers: dict[str, str]) -> None:
     for path in ("", "threads", "profile?seconds=1", "heap?start=1", "nothing"):
-        assert one.get(path, **headers)[0] == 403
-    assert one.get("heap")[0] == 409, "nothing was begun"
+        assert shared.get(path, **headers)[0] == 403
+    assert shared.get("heap")[0] == 409, "tracing did not start"
 
 
 @pytest.mark.parametrize(
@@ -213,34 +223,34 @@ def test_pages_from_elsewhere_may_not_ask(one: Profiled, headers: dict[str, str]
         {"Host": "[::1]:6061"},
     ],
 )
-def test_people_and_its_own_pages_may(one: Profiled, headers: dict[str, str]) -> None:
-    assert one.get("cmdline", **headers)[0] == 200
+def test_request_of_user_or_own_page_is_answered(shared: ProfiledServer, headers: dict[str, str]) -> None:
+    assert shared.get("cmdline", **headers)[0] == 200
 
 
 @pytest.mark.parametrize("host", ["[", "[::1", "a b", "]:[", "%", "[x]", ":", ":80"])
-def test_a_host_that_is_none_is_refused(one: Profiled, host: str) -> None:
-    assert one.get("cmdline", Host=host)[0] == 403
+def test_malformed_host_header_is_refused(shared: ProfiledServer, host: str) -> None:
+    assert shared.get("cmdline", Host=host)[0] == 403
 
 
 @LINUX
-def test_it_listens_on_the_loopback_address_only(one: Profiled) -> None:
-    found = listening(one)
-    assert ("0100007F", one.port) in found and {port for _, port in found} == {one.running.port, one.port}
-    assert {address for address, _ in found} <= {"0100007F", "00000000000000000000000001000000"}
+def test_profiler_listens_on_loopback_only_by_default(shared: ProfiledServer) -> None:
+    sockets = listening(shared)
+    assert ("0100007F", shared.port) in sockets and {port for _, port in sockets} == {shared.running.port, shared.port}
+    assert {address for address, _ in sockets} <= {"0100007F", "00000000000000000000000001000000"}
 
 
-def listening(profiled: Profiled) -> set[tuple[str, int]]:
-    """Address and port of the server's listening sockets."""
+def listening(profiler: ProfiledServer) -> set[tuple[str, int]]:
+    """Return address and port of each listening socket of the server."""
     inodes = set()
-    for descriptor in Path(f"/proc/{profiled.running.process.pid}/fd").iterdir():
+    for descriptor in Path(f"/proc/{profiler.running.process.pid}/fd").iterdir():
         try:
-            found = re.match(r"socket:\[(\d+)\]", os.readlink(descriptor))
+            match = re.match(r"socket:\[(\d+)\]", os.readlink(descriptor))
         except FileNotFoundError:
-            continue  # closed meanwhile: none that listens
-        inodes.add(found[1] if found else "")
+            continue  # a connection that has been closed meanwhile
+        inodes.add(match[1] if match else "")
     sockets = set()
     for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{profiled.running.process.pid}/net/{table}").read_text().splitlines()[1:]:
+        for line in Path(f"/proc/{profiler.running.process.pid}/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A" and fields[9] in inodes:
                 address, port = fields[1].split(":")
@@ -249,33 +259,35 @@ def listening(profiled: Profiled) -> set[tuple[str, int]]:
 
 
 @LINUX
-def test_elsewhere_only_where_it_is_told_with_a_warning(tmp_path: Path, one: Profiled) -> None:
+def test_profiler_host_beyond_loopback_logs_a_warning(tmp_path: Path, shared: ProfiledServer) -> None:
     flags = ["--profiler_host", "0.0.0.0", "-H", "127.0.0.1"]
-    with profiled(tmp_path, *flags) as found:
-        assert listening(found) == {("0100007F", found.running.port), ("00000000", found.port)}
-        log = found.running.errors.read_text()
-        assert re.search(rf"level=warning event=profiling host=0.0.0.0 port={found.port}", log), log
-        assert found.get("cmdline", Host="a-name-of-this-machine.example")[0] == 200
-        assert found.get("cmdline", Sec_Fetch_Site="cross-site")[0] == 403
-    assert re.search(rf"level=info event=profiling host=localhost port={one.port}", one.running.errors.read_text())
+    with profiled(tmp_path, *flags) as profiler:
+        assert listening(profiler) == {("0100007F", profiler.running.port), ("00000000", profiler.port)}
+        log = profiler.running.errors.read_text()
+        assert re.search(rf"level=warning event=profiling host=0.0.0.0 port={profiler.port}", log), log
+        assert profiler.get("cmdline", Host="a-name-of-this-machine.example")[0] == 200
+        assert profiler.get("cmdline", Sec_Fetch_Site="cross-site")[0] == 403
+    assert re.search(
+        rf"level=info event=profiling host=localhost port={shared.port}", shared.running.errors.read_text()
+    )
 
 
-# Whether it is there.
+# Start.
 
 
 @LINUX
-def test_off_by_default(tmp_path: Path, one: Profiled) -> None:
+def test_profiler_is_off_by_default(tmp_path: Path, shared: ProfiledServer) -> None:
     with server(tmp_path, "-p", "0", "-T", "0", "-H", "127.0.0.1") as running:
-        off = Profiled(running, 0)
+        off = ProfiledServer(running, 0)
         assert listening(off) == {("0100007F", running.port)}
         assert "profiling" not in running.errors.read_text()
-        without = len(off.threads())
-    with profiled(tmp_path, "-H", "127.0.0.1") as found:
-        eventually(lambda: len(found.threads()) == without + 1, "one thread more, and it is blocked")
+        without = off.thread_count()
+    with profiled(tmp_path, "-H", "127.0.0.1") as profiler:
+        eventually(lambda: profiler.thread_count() == without + 1, "one more thread, which is blocked")
 
 
-def fails(directory: Path, *flags: str) -> str:
-    """The one line of a server that cannot run."""
+def startup_error(directory: Path, *flags: str) -> str:
+    """Return the error line of a server that cannot start."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "ringoexp.py"), "-p", "0", "-T", "0", *flags],
         cwd=directory,
@@ -289,109 +301,93 @@ def fails(directory: Path, *flags: str) -> str:
     return line
 
 
-def test_where_it_cannot_listen_the_server_does_not_run(tmp_path: Path) -> None:
+def test_server_does_not_start_if_profiler_cannot_listen(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert f"-L: cannot listen on localhost:{port}: Address already in use" in fails(tmp_path, "-L", port)
-    assert "--profiler_host" in fails(tmp_path, "-L", "6061", "--profiler_host", "no.such.host.invalid")
-    assert "-L: cannot listen on 192.0.2.1:6061" in fails(tmp_path, "-L", "6061", "--profiler_host", "192.0.2.1")
+        assert f"-L: cannot listen on localhost:{port}: Address already in use" in startup_error(tmp_path, "-L", port)
+    assert "--profiler_host" in startup_error(tmp_path, "-L", "6061", "--profiler_host", "no.such.host.invalid")
+    assert "-L: cannot listen on 192.0.2.1:6061" in startup_error(
+        tmp_path, "-L", "6061", "--profiler_host", "192.0.2.1"
+    )
     with server(tmp_path, "-p", "0", "-T", "0"):
-        pass  # the database is free
+        pass  # the database is not locked
 
 
-def test_where_it_cannot_listen_nothing_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the database's lock nor a thread, in the process itself."""
-    from ringolib import app as assembly
-    from ringolib.options import read_arguments
-
+def test_failed_listen_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the database's lock nor a thread, in this process."""
     monkeypatch.chdir(tmp_path)
     before = set(threading.enumerate())
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         settings = read_arguments(["-p", "0", "-T", "0", "-L", port])
-        with pytest.raises(assembly.StartupError):
-            assembly.App(settings, [])
+        with pytest.raises(StartupError):
+            App(settings, [])
     assert set(threading.enumerate()) == before
     with server(tmp_path, "-p", "0", "-T", "0"):
         pass
 
 
-def test_where_the_database_is_taken_the_profilers_port_is_free_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from ringolib import app as assembly
-    from ringolib.options import read_arguments
-    from store import StoreError
-
+def test_locked_database_frees_the_profilers_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     port = free_port()
     with server(tmp_path, "-p", "0", "-T", "0"):
         with pytest.raises(StoreError) as failed:
-            assembly.App(read_arguments(["-p", "0", "-T", "0", "-L", str(port)]), [])
+            App(read_arguments(["-p", "0", "-T", "0", "-L", str(port)]), [])
         socket.create_server(("127.0.0.1", port)).close()
-        assert failed.value
+        assert failed.value  # its traceback keeps the half-built App alive until here
 
 
 # Profiles.
 
 
-def test_a_profile_of_the_server(one: Profiled) -> None:
-    with RawClient(one.running.port) as client:
-        asked = Blocked(lambda: one.profile(1))
+def test_profile_shows_where_the_server_works(shared: ProfiledServer) -> None:
+    with RawClient(shared.running.port) as client:
+        pending = Blocked(lambda: shared.profile(1))
         count = 0
-        while asked.still(0):
+        while pending.still(0):
             client.send(frame(2, bytes(4)) * 500)
             count += 500
             client.acked(count)
-    read = asked.result()
+    read = pending.result()
     assert read.types == [("samples", "count"), ("cpu", "nanoseconds"), ("wall", "nanoseconds")]
     assert read.default == "cpu" and 0.9e9 < read.duration_ns < 20e9
     assert abs(read.time_ns / 1e9 - time.time()) < 600
     by_name: dict[str, list[int]] = {}
-    for each in read.samples:
-        total = by_name.setdefault(str(each.labels["thread"]), [0, 0, 0])
-        total[:] = [a + b for a, b in zip(total, each.values, strict=True)]
-        assert isinstance(each.labels["thread id"], int) and each.values[0] > 0 and each.calls[-1].line > 0
-    assert not [name for name in by_name if name.startswith("profiler-")], "who samples is left out"
+    for sample in read.samples:
+        total = by_name.setdefault(str(sample.labels["thread"]), [0, 0, 0])
+        total[:] = [a + b for a, b in zip(total, sample.values, strict=True)]
+        assert isinstance(sample.labels["thread id"], int) and sample.values[0] > 0 and sample.calls[-1].line > 0
+    assert not [name for name in by_name if name.startswith("profiler-")], "the sampling thread is left out"
     conn = max((name for name in by_name if name.startswith("conn-")), key=lambda name: by_name[name][1])
     assert by_name[conn][1] > 20 * by_name["MainThread"][1] and by_name[conn][1] > read.duration_ns / 100
     assert abs(by_name["MainThread"][2] - read.duration_ns) < read.duration_ns / 10
-    functions = {call.function.rpartition(".")[2] for each in read.samples for call in each.calls}
+    functions = {call.function.rpartition(".")[2] for sample in read.samples for call in sample.calls}
     assert {"serve_forever", "main", "_serve"} <= functions
-    assert any(call.file == str(ROOT / "ringolib/net/websocket.py") for each in read.samples for call in each.calls)
+    assert any(call.file == str(ROOT / "ringolib/net/websocket.py") for sample in read.samples for call in sample.calls)
 
 
-def test_lines_for_flame_graphs(one: Profiled) -> None:
-    status, headers, body = one.get("profile?seconds=1&format=collapsed&value=wall")
-    assert status == 200 and headers["Content-Type"] == "text/plain; charset=utf-8"
-    lines = body.decode().splitlines()
-    assert all(re.fullmatch(r"[^;]+(;[^;]+)+ [1-9]\d*", line) for line in lines)
-    (main,) = [line for line in lines if line.startswith("MainThread;")]
-    assert main.partition(" ")[0].endswith(".serve") and 900_000 < int(main.rpartition(" ")[2]) < 20_000_000, "µs"
-
-
-def test_one_profile_at_a_time(one: Profiled) -> None:
-    with closing(one.begin(60)) as first:
-        status, headers, body = one.get("profile?seconds=1")
+def test_second_profile_is_refused_until_first_client_leaves(shared: ProfiledServer) -> None:
+    with closing(shared.begin(60)) as first:
+        status, headers, body = shared.get("profile?seconds=1")
         assert status == 503 and 0 < int(headers["Retry-After"]) <= 60 and "one profile at a time" in str(body)
-        assert one.get("threads")[0] == one.get("cmdline")[0] == one.running.get("/v1.0/alive")[0] == 200
+        assert shared.get("threads")[0] == shared.get("cmdline")[0] == shared.running.get("/v1.0/alive")[0] == 200
         first.shutdown(socket.SHUT_RDWR)
     started = time.monotonic()
-    eventually(lambda: one.get("profile?seconds=1")[0] == 200, "free again, as the first one has left")
+    eventually(lambda: shared.get("profile?seconds=1")[0] == 200, "the first client has left")
     assert time.monotonic() - started < 30
 
 
-def test_a_client_that_leaves_with_something_unread_is_noticed_too(one: Profiled) -> None:
-    with closing(one.begin(60)) as first:
+def test_client_that_leaves_with_unread_requests_ends_its_profile(shared: ProfiledServer) -> None:
+    with closing(shared.begin(60)) as first:
         first.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3)
     started = time.monotonic()
-    eventually(lambda: not one.busy(), deadline=20)
+    eventually(lambda: not shared.is_sampling(), deadline=20)
     assert time.monotonic() - started < 30
 
 
-def test_requests_on_one_connection_are_answered_in_turn(one: Profiled) -> None:
-    """What comes while it samples does not end it, and is answered after it."""
-    with closing(one.begin(1)) as sock:
+def test_pipelined_requests_are_answered_in_order(shared: ProfiledServer) -> None:
+    """A request that arrives during the sampling does not end it, and is answered next."""
+    with closing(shared.begin(1)) as sock:
         sock.sendall(f"GET {BASE}cmdline HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         answers = b""
         while data := sock.recv(65536):
@@ -402,29 +398,32 @@ def test_requests_on_one_connection_are_answered_in_turn(one: Profiled) -> None:
     assert rest[size:].startswith(b"HTTP/1.1 200 ") and rest.endswith(b"-H\x00127.0.0.1")
 
 
-def test_a_profile_may_take_longer_than_a_request(tmp_path: Path) -> None:
-    with profiled(tmp_path, patch="web.handler.REQUEST_TIMEOUT = 0.5") as found:
-        connection = http.client.HTTPConnection("localhost", found.port, timeout=DEADLINE)
+def test_profile_may_take_longer_than_request_timeout(tmp_path: Path) -> None:
+    with profiled(tmp_path, patch="web.handler.REQUEST_TIMEOUT = 0.5") as profiler:
+        connection = http.client.HTTPConnection("localhost", profiler.port, timeout=DEADLINE)
         connection.request("GET", f"{BASE}profile?seconds=1")
-        answer = connection.getresponse()
-        assert answer.status == 200 and read_profile(answer.read()).samples
+        response = connection.getresponse()
+        assert response.status == 200 and read_profile(response.read()).samples
         connection.request("GET", f"{BASE}cmdline")
         assert connection.getresponse().status == 200, "on the same connection"
         connection.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_profile(tmp_path: Path, number: int) -> None:
-    with profiled(tmp_path) as found, closing(found.begin(60)) as waiting:
+def test_signal_ends_a_profile(tmp_path: Path, number: int) -> None:
+    with profiled(tmp_path) as profiler, closing(profiler.begin(60)) as waiting:
         started = time.monotonic()
-        assert found.running.stop(number) == 0
+        assert profiler.running.stop(number) == 0
         assert time.monotonic() - started < 20
-        answer = waiting.recv(65536)
-        assert answer.startswith(b"HTTP/1.1 503 ") and found.running.tally == "ringoexp: stopped, 0 stored, 0 unstored"
-        assert not re.search("level=(warning|error)", found.running.errors.read_text())
+        response = waiting.recv(65536)
+        assert (
+            response.startswith(b"HTTP/1.1 503 ")
+            and profiler.running.tally == "ringoexp: stopped, 0 stored, 0 unstored"
+        )
+        assert not re.search("level=(warning|error)", profiler.running.errors.read_text())
 
 
-def test_a_server_that_does_not_stop_can_still_be_looked_at(tmp_path: Path) -> None:
+def test_profiler_answers_while_the_server_drains(tmp_path: Path) -> None:
     port, consumer = free_port(), free_port()
     flags = ["-p", "0", "-T", str(consumer), "-L", str(port)]
     with (
@@ -435,110 +434,117 @@ def test_a_server_that_does_not_stop_can_still_be_looked_at(tmp_path: Path) -> N
         eventually(lambda: running.stats()["ringDepth"] == 1)
         running.send_signal(signal.SIGTERM)
         eventually(lambda: "draining" in running.errors.read_text())
-        text = eventually(lambda: Profiled(running, port).get("threads")[2]).decode()
+        text = eventually(lambda: ProfiledServer(running, port).get("threads")[2]).decode()
         assert "in stop" in text and "join" in text or "wait" in text
 
 
-def test_a_thousand_threads(tmp_path: Path) -> None:
-    with profiled(tmp_path, "-n", "0") as found, ExitStack() as stack:
+def test_profile_of_a_thousand_threads(tmp_path: Path) -> None:
+    with profiled(tmp_path, "-n", "0") as profiler, ExitStack() as stack:
         for _ in range(1000):
-            sock = stack.enter_context(socket.create_connection(("127.0.0.1", found.running.port), DEADLINE))
-            sock.sendall(b"GET / HTTP/1.1\r\n")  # and no more
-        eventually(lambda: len(found.threads()) > 1000)
-        read = found.profile(1)
-        conns = {each.labels["thread"]: each for each in read.samples if str(each.labels["thread"]).startswith("conn-")}
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", profiler.running.port), DEADLINE))
+            sock.sendall(b"GET / HTTP/1.1\r\n")  # an unfinished request
+        eventually(lambda: profiler.thread_count() > 1000)
+        read = profiler.profile(1)
+        conns = {
+            sample.labels["thread"]: sample
+            for sample in read.samples
+            if str(sample.labels["thread"]).startswith("conn-")
+        }
         assert len(conns) == 1000
-        counts = [each.values[0] for each in read.samples if each.labels["thread"] == "MainThread"]
-        assert sum(counts) > 5, "samples, in a second; how many: bench/profile_cost.py"
-        text = found.get("threads")[2]
+        counts = [sample.values[0] for sample in read.samples if sample.labels["thread"] == "MainThread"]
+        assert sum(counts) > 5, "samples in one second; bench/profile_cost.py measures how many"
+        text = profiler.get("threads")[2]
         assert re.search(rb"^1000 threads$", text, re.M) and len(text) < 100_000
 
 
 @LINUX
-def test_its_connections_are_limited_and_the_next_ones_wait(tmp_path: Path) -> None:
-    """Or they would take the threads that --threads leaves to others."""
-    with profiled(tmp_path) as found, ExitStack() as stack:
+def test_connection_beyond_the_limit_waits_to_be_accepted(tmp_path: Path) -> None:
+    """More connections would use threads that --threads reserves for others."""
+    with profiled(tmp_path) as profiler, ExitStack() as stack:
         socks = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", found.port), DEADLINE)) for _ in range(32 + 1)
+            stack.enter_context(socket.create_connection(("127.0.0.1", profiler.port), DEADLINE)) for _ in range(32 + 1)
         ]
         for sock in socks:
             sock.sendall(f"GET {BASE}cmdline HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         for sock in socks[:-1]:
             assert sock.recv(65536).startswith(b"HTTP/1.1 200")
-        assert not select.select([socks[-1]], [], [], 0.2)[0] and len(found.threads()) < 32 + 16
+        assert not select.select([socks[-1]], [], [], 0.2)[0] and profiler.thread_count() < 32 + 16
         socks[0].close()
         assert socks[-1].recv(65536).startswith(b"HTTP/1.1 200")
-        assert found.running.stop() == 0
+        assert profiler.running.stop() == 0
 
 
 # Memory.
 
 
-def test_memory_is_traced_when_asked(tmp_path: Path) -> None:
-    with profiled(tmp_path) as found:
-        answer = found.get("heap")
-        assert answer[0] == 409 and "heap?start=1" in refusal(answer)
-        assert b"not tracing" in found.get("heap?stop=1")[2], "does no harm"
-        status, headers, body = found.get("heap?start=1&frames=20")
+def test_heap_shows_memory_traced_since_start(tmp_path: Path) -> None:
+    with profiled(tmp_path) as profiler:
+        response = profiler.get("heap")
+        assert response[0] == 409 and "heap?start=1" in error_of(response)
+        assert b"not tracing" in profiler.get("heap?stop=1")[2], "stop without start changes nothing"
+        status, headers, body = profiler.get("heap?start=1&frames=20")
         assert status == 200 and b"20 calls" in body
-        with RawClient(found.running.port) as client:
+        with RawClient(profiler.running.port) as client:
             client.send(frame(2, bytes(4)))
             client.acked(1)
-            status, headers, body = found.get("heap")
-            text = found.get("heap?format=text")[2].decode()
+            status, headers, body = profiler.get("heap")
+            text = profiler.get("heap?format=text")[2].decode()
         assert (status, headers["Content-Type"]) == (200, "application/octet-stream")
         read = read_profile(body)
         assert read.types == [("inuse_objects", "count"), ("inuse_space", "bytes")]
         assert read.default == "inuse_space" and read.period[0] == ("space", "bytes")
-        traced = [each for each in read.samples if any(call.file.endswith("websocket.py") for call in each.calls)]
-        assert traced and all(each.values[0] > 0 and each.values[1] > 0 for each in traced)
-        ends = [(Path(each.calls[0].file).name, Path(each.calls[-1].file).name) for each in traced]
+        traced = [sample for sample in read.samples if any(call.file.endswith("websocket.py") for call in sample.calls)]
+        assert traced and all(sample.values[0] > 0 and sample.values[1] > 0 for sample in traced)
+        ends = [(Path(sample.calls[0].file).name, Path(sample.calls[-1].file).name) for sample in traced]
         assert ("websocket.py", "threading.py") in ends, "innermost first"
-        assert max(len(each.calls) for each in read.samples) <= 20
+        assert max(len(sample.calls) for sample in read.samples) <= 20
         first, *rest = text.splitlines()
-        assert re.fullmatch(r"\d+ bytes now, \d+ at the peak, since the tracing began", first)
+        assert re.fullmatch(r"\d+ bytes now, \d+ at the peak, since tracing started", first)
         sizes = [int(re.fullmatch(r" *(\d+) bytes +\d+ objects  \S.*:\d+", line)[1]) for line in rest]  # type: ignore[index]
         assert sizes == sorted(sizes, reverse=True) and len(sizes) > 10
-        again = found.get("heap?start=1&frames=5")
-        assert again[0] == 200 and b"20 calls" in again[2], "it goes on as it was begun"
-        assert found.get("heap?stop=1")[0] == 200
-        assert found.get("heap")[0] == 409
-        assert b"5 calls" in found.get("heap?start=1&frames=5")[2]
+        again = profiler.get("heap?start=1&frames=5")
+        assert again[0] == 200 and b"20 calls" in again[2], "the running trace keeps its number of frames"
+        assert profiler.get("heap?stop=1")[0] == 200
+        assert profiler.get("heap")[0] == 409
+        assert b"5 calls" in profiler.get("heap?start=1&frames=5")[2]
 
 
-def test_asking_while_another_stops_the_tracing(tmp_path: Path) -> None:
-    with profiled(tmp_path) as found:
+def test_heap_requests_race_with_start_and_stop(tmp_path: Path) -> None:
+    with profiled(tmp_path) as profiler:
         over = time.monotonic() + 1
 
         def ask(path: str) -> set[int]:
             statuses = set()
             while time.monotonic() < over:
-                statuses.add(found.get(path)[0])
+                statuses.add(profiler.get(path)[0])
             return statuses
 
-        asked = [Blocked(lambda path=path: ask(path)) for path in ("heap?start=1", "heap?stop=1", "heap", "heap")]  # type: ignore[misc]
-        assert set().union(*(each.result() for each in asked)) <= {200, 409}
-        assert "connection_error" not in found.running.errors.read_text()
+        pending = [Blocked(lambda path=path: ask(path)) for path in ("heap?start=1", "heap?stop=1", "heap", "heap")]  # type: ignore[misc]
+        assert set().union(*(sample.result() for sample in pending)) <= {200, 409}
+        assert "connection_error" not in profiler.running.errors.read_text()
 
 
 # Secrets.
 
 
-def test_what_was_sent_is_not_shown_in_any_format(tmp_path: Path) -> None:
-    """Names and places of code, not what is in variables."""
+def test_no_page_shows_data_of_clients(tmp_path: Path) -> None:
+    """Profiles and stacks contain names and positions of code, but no values of variables."""
     secret = "s3cr3t"
-    with profiled(tmp_path) as found, closing(socket.create_connection(("localhost", found.running.port))) as sock:
+    with (
+        profiled(tmp_path) as profiler,
+        closing(socket.create_connection(("localhost", profiler.running.port))) as sock,
+    ):
         sock.sendall(f"POST /v1.0/ingest?key={secret} HTTP/1.1\r\nAuthorization: {secret}\r\n".encode())
-        assert found.get("heap?start=1")[0] == 200
-        pages = ("", "threads", "heap?format=text", "profile?seconds=1&format=speedscope", "cmdline")
-        answers = {path: found.get(path) for path in pages}
-        for status, _, body in answers.values():
+        assert profiler.get("heap?start=1")[0] == 200
+        for path in ("", "threads", "heap?format=text", "cmdline"):
+            status, _, body = profiler.get(path)
             assert status == 200 and secret.encode() not in body
-        _, headers, body = answers[pages[3]]
-        assert headers["Content-Type"] == "application/json"
-        assert headers["Content-Disposition"] == 'attachment; filename="profile.speedscope.json"'
-        check_speedscope(json.loads(body))
-        assert found.get(f"profile?seconds=1&{secret}=1")[0] == 400
+        for path, name in ("profile?seconds=1&format=pprof", "profile"), ("heap?format=pprof", "heap"):
+            status, headers, body = profiler.get(path)
+            assert status == 200 and secret.encode() not in gzip.decompress(body)
+            assert headers["Content-Type"] == "application/octet-stream"
+            assert headers["Content-Disposition"] == f'attachment; filename="{name}.pb.gz"'
+        assert profiler.get(f"profile?seconds=1&{secret}=1")[0] == 400
 
 
 # Go's pprof.
@@ -566,13 +572,13 @@ def pprof(tmp_path: Path) -> Iterator[object]:
     yield run
 
 
-def test_go_reads_a_profile(one: Profiled, pprof: "object", tmp_path: Path) -> None:
-    url = f"http://localhost:{one.port}{BASE}profile?seconds=1"
+def test_go_reads_a_profile(shared: ProfiledServer, pprof: "object", tmp_path: Path) -> None:
+    url = f"http://localhost:{shared.port}{BASE}profile?seconds=1"
     assert callable(pprof)
     top = pprof("-top", "-sample_index=wall", url)
     assert re.search(r"^Type: wall$", top, re.M) and re.search(r"^Duration: 1[.0-9]*s", top, re.M)
     assert re.search(r"(?s)flat%.*connections\.\S*serve_forever", top)
-    (file,) = map(str, tmp_path.glob("pprof.*.pb.gz"))  # it keeps what it has got
+    (file,) = map(str, tmp_path.glob("pprof.*.pb.gz"))  # pprof keeps a copy of the profile
     raw = pprof("-raw", file)
     assert "samples/count cpu/nanoseconds[dflt] wall/nanoseconds" in raw and "PeriodType: cpu nanoseconds" in raw
     assert "thread:[MainThread]" in raw and re.search(r"thread id:\[\d+", raw)
@@ -581,20 +587,20 @@ def test_go_reads_a_profile(one: Profiled, pprof: "object", tmp_path: Path) -> N
     assert re.search(r"(?s)thread: Total .*MainThread", tags)
 
 
-def test_go_reads_memory(tmp_path: Path, pprof: "object") -> None:
-    with profiled(tmp_path) as found:
+def test_go_reads_a_heap_profile(tmp_path: Path, pprof: "object") -> None:
+    with profiled(tmp_path) as profiler:
         assert callable(pprof)
-        found.get("heap?start=1")
-        assert found.running.get("/v1.0/stats")[0] == 200
-        top = pprof("-top", f"http://localhost:{found.port}{BASE}heap")
+        profiler.get("heap?start=1")
+        assert profiler.running.get("/v1.0/stats")[0] == 200
+        top = pprof("-top", f"http://localhost:{profiler.port}{BASE}heap")
         assert re.search(r"^Type: inuse_space$", top, re.M) and re.search(r"flat%", top)
-        raw = pprof("-raw", f"http://localhost:{found.port}{BASE}heap")
+        raw = pprof("-raw", f"http://localhost:{profiler.port}{BASE}heap")
         assert "inuse_objects/count inuse_space/bytes[dflt]" in raw
 
 
-def test_the_database_is_whole_after_all_this(one: Profiled) -> None:
-    """The server was profiled for the whole of this file."""
-    assert one.running.get("/v1.0/alive")[0] == 200
-    assert not re.search("level=(warning|error)", one.running.errors.read_text())
-    with closing(sqlite3.connect(one.running.errors.parent / "ringoexp.db")) as database:
+def test_database_is_intact_after_profiling(shared: ProfiledServer) -> None:
+    """All tests above profiled this server."""
+    assert shared.running.get("/v1.0/alive")[0] == 200
+    assert not re.search("level=(warning|error)", shared.running.errors.read_text())
+    with closing(sqlite3.connect(shared.running.errors.parent / "ringoexp.db")) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)

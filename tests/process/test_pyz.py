@@ -116,7 +116,7 @@ def test_one_file_is_the_whole_program(pyz: Path, alone: list[str], tmp_path: Pa
         assert b"ringoexp_records_stored_total 1002" in running.get("/metrics")[2]
         status, _, threads = request(profiler, "GET", "/debug/pprof/threads")
         assert status == 200 and b"accept" in threads
-        assert request(profiler, "GET", "/debug/pprof/profile?seconds=1&format=collapsed")[0] == 200
+        assert request(profiler, "GET", "/debug/pprof/profile?seconds=1")[0] == 200
         taken = run([*alone, *program, "-p", str(running.port)], work)
         assert (taken.returncode, taken.stderr.count("\n")) == (1, 1) and "cannot listen" in taken.stderr
         assert running.stop(signal.SIGTERM) == 0

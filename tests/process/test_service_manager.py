@@ -1,4 +1,4 @@
-"""What a service manager is told of a server, and when: sd_notify(3), with a socket of ours in the manager's place."""
+"""Notifications to a service manager, sd_notify(3): a socket of the test takes the manager's place."""
 
 import itertools
 import os
@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +28,11 @@ from support.harness import (
 )
 
 import ringoexp
-from ringolib.status import systemd as notify
+from ringolib.status import systemd
 
 
 class Manager:
-    """The socket that a service manager listens on: its `name`, as in the variable, and what comes."""
+    """A service manager's socket. `name` is its address, as in `$NOTIFY_SOCKET`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -46,13 +47,13 @@ class Manager:
         self._socket.close()
 
     def next(self, timeout: float = DEADLINE) -> dict[str, str]:
-        """The fields of the next message. Raises TimeoutError."""
+        """Return the fields of the next message. Raises TimeoutError."""
         self._socket.settimeout(timeout)
         lines = self._socket.recv(65536).decode().split("\n")
         return dict(line.split("=", 1) for line in lines)
 
     def until(self, field: str) -> dict[str, str]:
-        """The next message with this field; the others on the way are left out."""
+        """Return the next message with this field, and skip others."""
         while field not in (message := self.next()):
             pass
         return message
@@ -60,13 +61,15 @@ class Manager:
 
 @pytest.fixture
 def manager(tmp_path: Path) -> Iterator[Manager]:
-    with Manager(str(tmp_path / "notify")) as made:
-        yield made
+    with Manager(str(tmp_path / "notify")) as manager:
+        yield manager
 
 
 @contextmanager
-def told(directory: Path, manager: Manager, *flags: str, period: float = 0, patch: str = "") -> Iterator[ServerProcess]:
-    """A server that tells the manager, and has a watchdog of so many seconds."""
+def managed_server(
+    directory: Path, manager: Manager, *flags: str, period: float = 0, patch: str = ""
+) -> Iterator[ServerProcess]:
+    """Run a server that notifies the manager; `period` is the watchdog's, in seconds."""
     env = {"NOTIFY_SOCKET": manager.name}
     if period:
         env["WATCHDOG_USEC"] = str(round(period * 1e6))
@@ -75,7 +78,7 @@ def told(directory: Path, manager: Manager, *flags: str, period: float = 0, patc
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
-def test_ready_comes_when_connections_are_accepted_and_stopping_before_the_end(tmp_path: Path, kind: str) -> None:
+def test_ready_is_sent_when_accepting_and_stopping_before_the_end(tmp_path: Path, kind: str) -> None:
     name = str(tmp_path / "notify") if kind == "path" else f"@ringoexp-test-{os.getpid()}-{time.monotonic_ns()}"
     port = free_port()
     with Manager(name) as manager:
@@ -93,11 +96,9 @@ def test_ready_comes_when_connections_are_accepted_and_stopping_before_the_end(t
             manager.next(timeout=0.01)
 
 
-def test_stopping_comes_before_the_ring_is_drained_and_the_watchdog_goes_on_until_the_end(
-    tmp_path: Path, manager: Manager
-) -> None:
+def test_stopping_is_sent_before_the_drain_and_watchdog_continues(tmp_path: Path, manager: Manager) -> None:
     flags = "-p", "0", "-U", "localhost", "-T", str(free_port())
-    with told(tmp_path, manager, *flags, period=0.4) as running, RawClient(running.port) as client:
+    with managed_server(tmp_path, manager, *flags, period=0.4) as running, RawClient(running.port) as client:
         assert "READY" in manager.until("READY")
         client.send(frame(2, bytes(4)))
         eventually(lambda: running.stats()["recordsReceived"] == 1)
@@ -108,19 +109,19 @@ def test_stopping_comes_before_the_ring_is_drained_and_the_watchdog_goes_on_unti
             manager.until("WATCHDOG")
 
 
-def test_the_watchdog_is_told_at_half_its_period_and_by_a_thread_of_its_name(tmp_path: Path, manager: Manager) -> None:
-    with told(tmp_path, manager, "-p", "0", "-T", "0", period=0.8):
+def test_watchdog_notifies_twice_per_period(tmp_path: Path, manager: Manager) -> None:
+    with managed_server(tmp_path, manager, "-p", "0", "-T", "0", period=0.8):
         manager.until("WATCHDOG")
         times = []
         for _ in range(6):
             manager.until("WATCHDOG")
             times.append(time.monotonic())
         gaps = [after - before for before, after in itertools.pairwise(times)]
-        assert 0.3 < sum(gaps) / len(gaps) < 0.6, gaps  # neither a quarter nor the whole; busy machines are late
+        assert 0.3 < sum(gaps) / len(gaps) < 0.6, gaps  # not a quarter and not the whole; busy machines are late
 
 
 @pytest.mark.parametrize(
-    ("env", "told"),
+    ("env", "runs"),
     [
         ({}, False),
         ({"WATCHDOG_USEC": "0"}, False),
@@ -131,40 +132,40 @@ def test_the_watchdog_is_told_at_half_its_period_and_by_a_thread_of_its_name(tmp
         ({"WATCHDOG_USEC": "100000"}, True),
     ],
 )
-def test_a_watchdog_is_for_the_process_it_is_meant_for(
-    manager: Manager, monkeypatch: pytest.MonkeyPatch, env: dict[str, str], told: bool
+def test_watchdog_runs_only_if_meant_for_this_process(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch, env: dict[str, str], runs: bool
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", manager.name)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    with notify.watchdog(lambda: True):
-        if told:
+    with systemd.watchdog(lambda: True):
+        if runs:
             assert manager.next() == {"WATCHDOG": "1"}
         else:
             with pytest.raises(TimeoutError):
                 manager.next(timeout=0.2)
 
 
-@pytest.mark.parametrize("why", ["says no", "fails"])
-def test_who_is_not_alive_is_not_vouched_for_until_it_is_again(
-    manager: Manager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str
+@pytest.mark.parametrize("failure", ["returns False", "raises"])
+def test_watchdog_is_silent_while_the_server_is_not_alive(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failure: str
 ) -> None:
-    """It is logged once."""
+    """The failure is logged once, and notifications resume when the server is alive again."""
     monkeypatch.setenv("NOTIFY_SOCKET", manager.name)
     monkeypatch.setenv("WATCHDOG_USEC", "20000")
     answers = iter([True, False, False, False])
-    asked = []
+    returned = []
 
     def alive() -> bool:
-        asked.append(next(answers, True))
-        if not asked[-1] and why == "fails":
+        returned.append(next(answers, True))
+        if not returned[-1] and failure == "raises":
             raise MemoryError("no more")
-        return asked[-1]
+        return returned[-1]
 
-    with notify.watchdog(alive):
+    with systemd.watchdog(alive):
         manager.next()
         manager.next()
-    assert asked[:5] == [True, False, False, False, True]
+    assert returned[:5] == [True, False, False, False, True]
     assert [record.msg for record in caplog.records if record.levelname == "ERROR"] == ["not_alive"]
 
 
@@ -179,13 +180,13 @@ def test_who_is_not_alive_is_not_vouched_for_until_it_is_again(
         ("p.forwarder._lock", ("-T", "0")),
     ],
 )
-def test_a_server_with_a_lock_that_is_never_given_back_is_not_vouched_for(
+def test_watchdog_is_silent_if_a_lock_is_never_released(
     tmp_path: Path, manager: Manager, stuck: str, flags: tuple[str, ...]
 ) -> None:
-    """SIGUSR1 makes the main thread take it, and keep it."""
+    """SIGUSR1 makes the main thread acquire the lock and keep it."""
     hang = f"ringoexp.signal.signal({signal.SIGUSR1:d}, lambda *unused: {stuck}.acquire())"
     patch = f"ringoexp._greeting = lambda p: ({hang}, f'x:{{p.server.port}}, x')[1]"
-    with told(tmp_path, manager, "-p", "0", *flags, period=0.4, patch=patch) as running:
+    with managed_server(tmp_path, manager, "-p", "0", *flags, period=0.4, patch=patch) as running:
         manager.until("WATCHDOG")
         running.send_signal(signal.SIGUSR1)
 
@@ -199,10 +200,10 @@ def test_a_server_with_a_lock_that_is_never_given_back_is_not_vouched_for(
         eventually(silent)
 
 
-def test_a_disk_that_hangs_is_no_reason_for_a_restart(tmp_path: Path, manager: Manager) -> None:
-    """A restart would not mend it, nor a consumer that is away: it goes on to be vouched for."""
+def test_watchdog_continues_while_the_disk_hangs(tmp_path: Path, manager: Manager) -> None:
+    """A restart does not repair a disk."""
     patch = "store.Store._write = lambda self, group: store.time.sleep(600)"
-    with told(tmp_path, manager, "-p", "0", "-T", "0", period=0.4, patch=patch) as running:
+    with managed_server(tmp_path, manager, "-p", "0", "-T", "0", period=0.4, patch=patch) as running:
         with RawClient(running.port) as client:
             client.send(frame(2, bytes(4)))
             eventually(lambda: running.stats()["ringInFlight"] == 1)
@@ -211,9 +212,9 @@ def test_a_disk_that_hangs_is_no_reason_for_a_restart(tmp_path: Path, manager: M
                 assert manager.next() == {"WATCHDOG": "1"}
 
 
-def test_a_server_whose_acceptor_has_ended_is_not_vouched_for(tmp_path: Path, manager: Manager) -> None:
+def test_watchdog_is_silent_after_the_acceptor_has_ended(tmp_path: Path, manager: Manager) -> None:
     patch = "web.connections.Connections._crowded = lambda self: 1 / 0; web.connections.threading.excepthook = print"
-    with told(tmp_path, manager, "-p", "0", "-T", "0", period=0.4, patch=patch) as running:
+    with managed_server(tmp_path, manager, "-p", "0", "-T", "0", period=0.4, patch=patch) as running:
         manager.until("WATCHDOG")
         socket.create_connection(("localhost", running.port)).close()
         eventually(lambda: "event=not_alive" in running.errors.read_text())
@@ -222,58 +223,70 @@ def test_a_server_whose_acceptor_has_ended_is_not_vouched_for(tmp_path: Path, ma
                 manager.next(timeout=1.0)
 
 
-@pytest.mark.parametrize(
-    "name", ["/nowhere/at/all", "@nobody-listens-here", "vsock:2:1234", "relative", "/" + "x" * 200]
-)
-def test_a_manager_that_cannot_be_reached_is_a_line_for_debugging_and_no_more(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "@no-such-socket", "vsock:2:1234", "relative", "/" + "x" * 200])
+def test_unreachable_manager_is_logged_at_debug_level_only(tmp_path: Path, name: str) -> None:
     env = {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "50000"}
     with server(tmp_path, "-p", "0", "-T", "0", "-d", env=env) as running:
         eventually(lambda: running.errors.read_text().count("event=not_notified") > 2)
         assert running.stop() == 0
-        said = running.errors.read_text()
-        assert set(re.findall(r"level=(\w+) event=not_notified", said)) == {"debug"}
+        log = running.errors.read_text()
+        assert set(re.findall(r"level=(\w+) event=not_notified", log)) == {"debug"}
 
 
-def test_a_manager_that_does_not_read_stops_nobody(tmp_path: Path, manager: Manager) -> None:
-    """Its queue is full after a few messages."""
-    with told(tmp_path, manager, "-p", "0", "-T", "0", "-d", period=0.002) as running:
+def test_manager_that_does_not_read_does_not_block_the_server(tmp_path: Path, manager: Manager) -> None:
+    """The socket's queue is full after a few messages."""
+    with managed_server(tmp_path, manager, "-p", "0", "-T", "0", "-d", period=0.002) as running:
         eventually(lambda: "event=not_notified" in running.errors.read_text())
         assert running.get("/v1.0/alive")[0] == 200
         assert running.stop() == 0
 
 
-def test_without_a_manager_there_is_no_thread_and_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_manager_no_thread_runs_and_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     monkeypatch.delenv("WATCHDOG_USEC", raising=False)
-    monkeypatch.setattr(socket, "socket", lambda *unused: pytest.fail("a socket was made"))
-    monkeypatch.setattr(notify.threading, "Thread", lambda *unused, **more: pytest.fail("a thread was made"))
-    with notify.watchdog(lambda: pytest.fail("asked")):
-        notify.ready("there")
-        notify.stopping("gone")
+    monkeypatch.setattr(socket, "socket", lambda *unused: pytest.fail("created a socket"))
+    monkeypatch.setattr(threading, "Thread", lambda *unused, **more: pytest.fail("created a thread"))
+    with systemd.watchdog(lambda: pytest.fail("called alive")):
+        systemd.ready("there")
+        systemd.stopping("gone")
 
 
-def test_a_reload_is_told_with_the_monotonic_time_and_ready_follows(
-    manager: Manager, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_watchdog_without_a_thread_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The server runs on without a watchdog thread if the system has no thread left."""
+    monkeypatch.setenv("WATCHDOG_USEC", "20000")
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    entered = False
+    with systemd.watchdog(lambda: pytest.fail("called alive")):
+        entered = True
+    assert entered
+    (record,) = [record for record in caplog.records if record.msg == "no_thread"]
+    assert record.levelname == "ERROR" and "can't start new thread" in str(record.args)
+
+
+def test_reloading_is_sent_with_monotonic_time_before_ready(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", manager.name)
     before = time.monotonic_ns() // 1000
-    notify.reloading()
+    systemd.reloading()
     message = manager.next()
     assert message["RELOADING"] == "1" and before <= int(message["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
-    notify.ready("again")
+    systemd.ready("again")
     assert manager.next() == {"READY": "1", "STATUS": "again"}
 
 
-def test_what_a_status_says_is_no_field(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A database may have any name."""
+def test_line_breaks_in_a_status_add_no_fields(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A status contains the name of the database, which is arbitrary text."""
     monkeypatch.setenv("NOTIFY_SOCKET", manager.name)
-    notify.stopping("storing in a\nMAINPID=1\r\nWATCHDOG=trigger\u2028\udcff")
+    systemd.stopping("storing in a\nMAINPID=1\r\nWATCHDOG=trigger\u2028\udcff")
     assert manager.next() == {"STOPPING": "1", "STATUS": "storing in a MAINPID=1 WATCHDOG=trigger \\udcff"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_as_a_containers_first_process_a_second_signal_ends_it(tmp_path: Path, number: signal.Signals) -> None:
-    """For which no signal has a default effect."""
+def test_second_signal_ends_the_first_process_of_a_container(tmp_path: Path, number: signal.Signals) -> None:
+    """For the first process of a PID namespace, signals have no default action."""
     under = first_process()
     with server(tmp_path, "-p", "0", "-T", str(free_port()), under=under) as running:
         (pid,) = map(int, Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split())
@@ -287,14 +300,14 @@ def test_as_a_containers_first_process_a_second_signal_ends_it(tmp_path: Path, n
             assert running.wait() == 128 + number
 
 
-def test_as_a_containers_first_process_a_signal_while_it_starts_ends_it(tmp_path: Path) -> None:
-    """It would be ignored until the server's own handlers are there."""
-    slow = "import sys, time; print('there', flush=True); time.sleep(600)"
-    (tmp_path / "simple_websocket.py").write_text(slow)  # what is imported after the handlers are set
+def test_signal_during_start_ends_the_first_process_of_a_container(tmp_path: Path) -> None:
+    """Without a handler the signal would be ignored."""
+    slow = "import sys, time; print('importing', flush=True); time.sleep(600)"
+    (tmp_path / "simple_websocket.py").write_text(slow)  # imported after the signal handlers are set
     command = [*first_process(), sys.executable, str(ROOT / "ringoexp.py"), "-p", "0", "-T", "0"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout and process.stdout.readline() == "there\n"
+        assert process.stdout and process.stdout.readline() == "importing\n"
         (pid,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
         os.kill(pid, signal.SIGTERM)
         try:
@@ -304,15 +317,15 @@ def test_as_a_containers_first_process_a_signal_while_it_starts_ends_it(tmp_path
 
 
 def first_process() -> list[str]:
-    """A command that runs another as the first process of its own PID namespace. Skips where there may be none."""
+    """Return a command that runs another one as the first process of a PID namespace. Skips if that is forbidden."""
     command = ["unshare", "--pid", "--fork", "--kill-child"]
     if subprocess.run([*command, "true"], capture_output=True).returncode:
-        pytest.skip("no namespaces are to be had")
+        pytest.skip("needs the right to create namespaces")
     return command
 
 
-def test_a_stop_that_hangs_gives_up_after_the_drain_and_a_little(tmp_path: Path) -> None:
-    """As on a disk that never answers: those who wait for the end kill it not much later."""
+def test_stop_that_hangs_ends_soon_after_the_drain_timeout(tmp_path: Path) -> None:
+    """For example on a disk that hangs: a service manager kills the server only a little later."""
     patch = "store.Store.close = lambda self: store.time.sleep(600);"
     patch += "app.DRAIN_SECONDS = 0.2; ringoexp.GIVE_UP_SECONDS = 0.8"
     with server(tmp_path, "-p", "0", "-T", "0", patch=patch) as running:

@@ -1,5 +1,7 @@
-"""A real systemd that runs our units: the first process of namespaces of its own, with directories of its own where it
-reads and writes. It sees this machine's programs, and nothing of its services; nor do they see it. Takes root.
+"""Boot a real systemd that runs the project's units, as the first process of its own namespaces. Needs root.
+
+It has its own directories wherever it reads or writes. It uses the host's programs, but does not see the host's
+services, and the host does not see its services.
 """
 
 import os
@@ -15,27 +17,21 @@ import pytest
 from support.harness import DEADLINE, ROOT, eventually
 
 SYSTEMD = Path("/lib/systemd/systemd")
-SHARED = Path("/lib/systemd/system")
+HOST_UNITS = Path("/lib/systemd/system")
+COMMAND_TIMEOUT_SECONDS = 120
 TARGETS = (
-    "sysinit",
-    "basic",
-    "shutdown",
-    "sockets",
-    "timers",
-    "paths",
-    "slices",
-    "local-fs",
-    "swap",
-    "umount",
-    "final",
+    *("sysinit", "basic", "multi-user", "shutdown", "final", "umount"),
+    *("sockets", "timers", "paths", "slices", "local-fs", "swap"),
+    *("network", "network-online", "nss-lookup"),
 )
-TARGETS += ("network", "network-online", "nss-lookup", "multi-user")
-START = """
+"""The host's targets that the machine gets: the boot needs them, or the units name them."""
+NAMESPACES = ("unshare", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--mount-proc", "--kill-child")
+BOOT = """
 set -e
 mount --make-rprivate /
-for each in units:/lib/systemd/system etc:/etc/systemd/system lib:/var/lib opt:/opt default:/etc/default; do
-    mkdir -p "${each#*:}"
-    mount --bind "$1/${each%%:*}" "$(realpath "${each#*:}")"
+for pair in units:/lib/systemd/system etc:/etc/systemd/system lib:/var/lib opt:/opt default:/etc/default; do
+    mkdir -p "${pair#*:}"
+    mount --bind "$1/${pair%%:*}" "$(realpath "${pair#*:}")"
 done
 mount -t tmpfs tmpfs /run
 mount -t cgroup2 cgroup2 "$1/cgroup"
@@ -45,7 +41,8 @@ umount "$1/cgroup"
 exec unshare --cgroup sh -c 'mount -t cgroup2 cgroup2 /sys/fs/cgroup && mount --make-rshared / && exec "$@"' sh \
     /lib/systemd/systemd --system --unit=basic.target --log-target=console --show-status=no
 """
-END = """
+"""Shell script with the arguments DIRECTORY and CGROUP, run inside the namespaces."""
+REMOVE_CGROUP = """
 mount -t cgroup2 cgroup2 "$1/cgroup"
 find "$1/cgroup/$2" -depth -type d -exec rmdir {} ";"
 test ! -d "$1/cgroup/$2"
@@ -53,7 +50,7 @@ test ! -d "$1/cgroup/$2"
 
 
 class Machine:
-    """What there is of it: the directories it uses for its own, and commands that run in it."""
+    """A booted machine: its directories are in `directory`, and `run` runs commands in it."""
 
     def __init__(self, directory: Path, pid: int) -> None:
         self.directory = directory
@@ -61,55 +58,37 @@ class Machine:
         self._log = directory / "log"
 
     def run(self, *command: str, check: bool = True) -> str:
-        """What a command in it prints, to stderr too."""
+        """Run a command inside the machine and return its output, stderr included."""
         inside = ["nsenter", "-t", str(self._pid), "-m", "-p", "-n", "-i", "-u", "-C", *command]
-        done = subprocess.run(inside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+        done = subprocess.run(
+            inside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=COMMAND_TIMEOUT_SECONDS
+        )
         assert done.returncode == 0 or not check, f"{command}: {done.stdout}\n{self.log()}"
         return done.stdout
 
-    def python(self, script: str) -> str:
-        """What a Python script prints that runs in it."""
-        return self.run(sys.executable, "-c", script)
-
     def show(self, unit: str, *properties: str) -> list[str]:
-        """The values of a unit's properties."""
+        """Return the values of a unit's properties."""
         shown = self.run("systemctl", "show", unit, f"--property={','.join(properties)}")
         values = dict(line.split("=", 1) for line in shown.splitlines())
         return [values[name] for name in properties]
 
     def log(self) -> str:
-        """What systemd said, and the services."""
+        """Return the log of systemd."""
         return self._log.read_text(errors="replace")
 
 
 @contextmanager
 def machine(directory: Path) -> Iterator[Machine]:
-    """It runs, with our units and `ringoexp.pyz` installed as docs/deploy.md says. Skips where that cannot be."""
+    """Boot a machine with the units and `ringoexp.pyz` installed as in docs/deploy.md. Skips if that is impossible."""
     if os.getuid() or not SYSTEMD.exists() or not shutil.which("unshare"):
-        pytest.skip("takes root, systemd and unshare")
+        pytest.skip("needs root, systemd and unshare")
     if not (ROOT / "tools" / "build_pyz.py").exists():
-        pytest.skip("takes tools/build_pyz.py")
-    for name in ("units", "etc", "lib", "opt/ringoexp", "default", "cgroup"):
-        (directory / name).mkdir(parents=True)
-    for target in TARGETS:
-        shutil.copy(SHARED / f"{target}.target", directory / "units")
-    for unit in (ROOT / "deploy").glob("*.service"):
-        text = unit.read_text()  # there is no journal
-        assert "Type=notify\n" in text
-        (directory / "etc" / unit.name).write_text(
-            text.replace("Type=notify\n", f"Type=notify\nStandardOutput=append:/var/lib/{unit.stem}.log\n")
-        )
-    subprocess.run(
-        [sys.executable, "tools/build_pyz.py", str(directory / "opt/ringoexp/ringoexp.pyz")], cwd=ROOT, check=True
-    )
-    # The tests' directories are for their owner alone, and the service's user reads what is under /opt.
-    (directory / "opt").chmod(0o755)
-
+        pytest.skip("needs tools/build_pyz.py")
+    _install(directory)
     cgroup = f"ringoexp-test-{os.getpid()}"
-    spaces = ["unshare", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--mount-proc", "--kill-child"]
     with open(directory / "log", "wb") as log:
         starter = subprocess.Popen(
-            [*spaces, "sh", "-c", START, "sh", str(directory), cgroup],
+            [*NAMESPACES, "sh", "-c", BOOT, "sh", str(directory), cgroup],
             env={"PATH": os.environ["PATH"], "container": "unshare"},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -117,21 +96,49 @@ def machine(directory: Path) -> Iterator[Machine]:
             start_new_session=True,
         )
     try:
-        children = Path(f"/proc/{starter.pid}/task/{starter.pid}/children")
-        first = eventually(lambda: starter.poll() is not None or children.read_text().split())
-        if first is True:
-            pytest.skip(f"no systemd in namespaces: {(directory / 'log').read_text()}")
-        made = Machine(directory, int(first[0]))
-
-        def runs() -> bool:
-            if starter.poll() is not None:
-                pytest.skip(f"no systemd in namespaces: {made.log()}")
-            return "running" in made.run("systemctl", "is-system-running", check=False)
-
-        eventually(runs, made.log)
-        yield made
+        yield _wait_booted(directory, starter)
     finally:
-        starter.kill()  # and with it the first process, and all others in there
+        starter.kill()  # this kills the first process, and so all processes of the namespaces
         starter.wait(DEADLINE)
-        end = ["unshare", "--mount", "sh", "-c", END, "sh", str(directory), cgroup]
-        eventually(lambda: subprocess.run(end, capture_output=True).returncode == 0)
+        remove = ["unshare", "--mount", "sh", "-c", REMOVE_CGROUP, "sh", str(directory), cgroup]
+        eventually(lambda: subprocess.run(remove, capture_output=True).returncode == 0)
+
+
+def _install(directory: Path) -> None:
+    """Create the machine's directories with targets, units and the program."""
+    for name in ("units", "etc", "lib", "opt/ringoexp", "default", "cgroup"):
+        (directory / name).mkdir(parents=True)
+    for target in TARGETS:
+        shutil.copy(HOST_UNITS / f"{target}.target", directory / "units")
+    for unit in (ROOT / "deploy").glob("*.service"):
+        text = unit.read_text()
+        assert "Type=notify\n" in text
+        # The machine has no journal.
+        output = f"Type=notify\nStandardOutput=append:/var/lib/{unit.stem}.log\n"
+        (directory / "etc" / unit.name).write_text(text.replace("Type=notify\n", output))
+    build = [sys.executable, "tools/build_pyz.py", str(directory / "opt/ringoexp/ringoexp.pyz")]
+    subprocess.run(build, cwd=ROOT, check=True)
+    # A test's directories are for their owner only, but the service's user must read /opt.
+    (directory / "opt").chmod(0o755)
+
+
+def _wait_booted(directory: Path, starter: subprocess.Popen[bytes]) -> Machine:
+    """Return the machine when systemd runs. Skips if it cannot run in namespaces."""
+    children = Path(f"/proc/{starter.pid}/task/{starter.pid}/children")
+
+    def skip_if_ended() -> None:
+        if starter.poll() is not None:
+            pytest.skip(f"no systemd in namespaces: {(directory / 'log').read_text(errors='replace')}")
+
+    def first_process() -> list[str]:
+        skip_if_ended()
+        return children.read_text().split()
+
+    booted = Machine(directory, int(eventually(first_process)[0]))
+
+    def is_running() -> bool:
+        skip_if_ended()
+        return "running" in booted.run("systemctl", "is-system-running", check=False)
+
+    eventually(is_running, "systemd has booted")
+    return booted

@@ -21,8 +21,7 @@ import pytest
 
 from ringolib import timing
 from ringolib.client import producer
-from ringolib.net import sockets
-from ringolib.net import websocket as websock
+from ringolib.net import sockets, websocket_client
 from support.harness import DEADLINE, Blocked, ServerProcess, eventually, free_port
 from support.proxy import Proxy
 
@@ -30,7 +29,7 @@ TIMEOUT = 0.5
 """Seconds after which either end gives up a silent link, where SHORT_TIMES and `short_times` apply."""
 SHORT_TIMES = (
     f"forward.link.ACK_TIMEOUT = {TIMEOUT}; forward.spool.PATIENCE = {TIMEOUT}; timing.BACKOFF_MAX_SECONDS = 0.2;"
-    f"net.websocket.CONNECT_TIMEOUT = {TIMEOUT}; net.sockets.CLOSE_TIMEOUT = {TIMEOUT}"
+    f"net.websocket_client.CONNECT_TIMEOUT = {TIMEOUT}; net.sockets.CLOSE_TIMEOUT = {TIMEOUT}"
 )
 """The servers' patch."""
 
@@ -40,7 +39,7 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(producer, "STALL_TIMEOUT", TIMEOUT)
     monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.2)
     monkeypatch.setattr(producer, "MAX_UNACKED", 20_000)
-    monkeypatch.setattr(websock, "CONNECT_TIMEOUT", TIMEOUT)
+    monkeypatch.setattr(websocket_client, "CONNECT_TIMEOUT", TIMEOUT)
     monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", TIMEOUT)
 
 

@@ -1,4 +1,4 @@
-"""nginx for the tests: it runs deploy/nginx.conf, changed in nothing but paths, ports and times, in the foreground."""
+"""nginx for the tests: it runs deploy/nginx.conf with other paths, ports and times, as a child process."""
 
 import grp
 import os
@@ -16,12 +16,12 @@ from support.harness import ROOT, connected, eventually, free_port
 
 CONFIG = ROOT / "deploy" / "nginx.conf"
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
-"""Debian has it where only root looks."""
+"""The path of nginx. Debian installs it in a directory that only root has in its PATH."""
 
 
 @contextmanager
-def room() -> Iterator[Path]:
-    """A directory for a Unix socket that nginx reaches, made as the example says: nginx has a user of its own."""
+def socket_directory() -> Iterator[Path]:
+    """Make a directory for a Unix socket as deploy/nginx.conf describes, so that the user of nginx can connect."""
     with tempfile.TemporaryDirectory(prefix="ringoexp-") as name:
         if not os.getuid():
             os.chown(name, -1, grp.getgrnam("www-data").gr_gid)
@@ -30,19 +30,22 @@ def room() -> Iterator[Path]:
 
 
 @contextmanager
-def nginx(directory: Path, at: int | Path, *changes: tuple[str, str], certificate: Path | None = None) -> Iterator[int]:
-    """nginx before what listens `at` a Unix socket or a port: its own port, that of TLS with a `certificate`.
+def nginx(
+    directory: Path, server_at: int | Path, *changes: tuple[str, str], certificate: Path | None = None
+) -> Iterator[int]:
+    """Run nginx in front of the server at a Unix socket or a port, and yield the port of nginx.
 
-    Its files go into `directory`. `changes` are more (old, new) texts of the configuration. Skips without nginx.
+    With a `certificate` it is the port for TLS. The files of nginx are in `directory`. `changes` are more replacements
+    (old, new) in the configuration. Skips the test without nginx.
     """
     if not NGINX:
         pytest.skip("no nginx (Debian: nginx-light)")
-    port, other = free_port(), free_port()
+    port, tls_port = free_port(), free_port()
     text = CONFIG.read_text()
     if certificate:
         begin = text.index("    #server {\n")
         text = text[:begin] + text[begin:].replace("    #", "    ")
-    upstream = f"unix:{at.absolute()}" if isinstance(at, Path) else f"127.0.0.1:{at}"
+    upstream = f"unix:{server_at.absolute()}" if isinstance(server_at, Path) else f"127.0.0.1:{server_at}"
     temporary = "".join(
         f"    {kind}_temp_path {directory}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
@@ -55,7 +58,7 @@ def nginx(directory: Path, at: int | Path, *changes: tuple[str, str], certificat
         ("    server unix:/run/ringoexp/ringoexp.sock;", f"    server {upstream};"),
         ("listen 80;", f"listen 127.0.0.1:{port};"),
         ("listen [::]:80;", ""),
-        ("listen 443 ssl;", f"listen 127.0.0.1:{other} ssl;"),
+        ("listen 443 ssl;", f"listen 127.0.0.1:{tls_port} ssl;"),
         ("listen [::]:443 ssl;", ""),
         ("/etc/ssl/ringoexp.crt", str(certificate)),
         ("/etc/ssl/ringoexp.key", str(certificate)),
@@ -67,10 +70,10 @@ def nginx(directory: Path, at: int | Path, *changes: tuple[str, str], certificat
     config.write_text(text)
     errors = directory / "error.log"
     command = [NGINX, "-p", str(directory), "-c", str(config), "-e", str(errors), "-g", "daemon off;"]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def listens() -> bool:
-        assert running.poll() is None, errors.read_text()
+        assert process.poll() is None, errors.read_text()
         try:
             connected(port).close()
         except ConnectionRefusedError:
@@ -79,8 +82,8 @@ def nginx(directory: Path, at: int | Path, *changes: tuple[str, str], certificat
 
     try:
         eventually(listens, "nginx listens")
-        yield other if certificate else port
+        yield tls_port if certificate else port
     finally:
-        running.terminate()
-        running.wait()
+        process.terminate()
+        process.wait()
     assert not re.search(r"\[(alert|emerg)\]", errors.read_text()), errors.read_text()

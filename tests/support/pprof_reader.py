@@ -1,4 +1,4 @@
-"""Reads a gzipped profile.proto, by the format's definition and not by what wrote it."""
+"""Read pprof files (gzipped profile.proto) by the format's definition, independently of the encoder."""
 
 import gzip
 from collections import defaultdict
@@ -18,7 +18,7 @@ class Sample(NamedTuple):
     labels: dict[str, str | int]
 
 
-class Read(NamedTuple):
+class DecodedProfile(NamedTuple):
     types: list[tuple[str, str]]
     samples: list[Sample]
     mappings: list[str]
@@ -28,108 +28,105 @@ class Read(NamedTuple):
     default: str
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes, offset: int) -> tuple[int, int]:
     number = shift = 0
     while True:
-        byte = data[at]
+        byte = data[offset]
         number |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
+        offset, shift = offset + 1, shift + 7
         if byte < 128:
             assert shift <= 70
-            return number, at
+            return number, offset
 
 
 def _fields(data: bytes) -> dict[int, list[Any]]:
-    """Field number -> values; only the two wire types that the format uses."""
-    found: dict[int, list[Any]] = defaultdict(list)
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
+    """Return the values of each field number. Only two wire types are allowed, as the format uses no others."""
+    fields: dict[int, list[Any]] = defaultdict(list)
+    offset = 0
+    while offset < len(data):
+        key, offset = _varint(data, offset)
         assert key & 7 in (0, 2), "a varint or bytes"
-        value, at = _varint(data, at)
+        value, offset = _varint(data, offset)
         if key & 7 == 2:
-            assert at + value <= len(data)
-            found[key >> 3].append(data[at : at + value])
-            at += value
+            assert offset + value <= len(data)
+            fields[key >> 3].append(data[offset : offset + value])
+            offset += value
         else:
-            found[key >> 3].append(value)
-    return found
+            fields[key >> 3].append(value)
+    return fields
 
 
 def _packed(values: list[Any]) -> tuple[int, ...]:
+    """Return the numbers of a repeated field, packed or not."""
     numbers = []
     for value in values:
         if isinstance(value, int):
             numbers.append(value)
             continue
-        at = 0
-        while at < len(value):
-            number, at = _varint(value, at)
+        offset = 0
+        while offset < len(value):
+            number, offset = _varint(value, offset)
             numbers.append(number)
     return tuple(numbers)
 
 
-def read_profile(content: bytes) -> Read:
-    """The profile; fails where ids or indices lead nowhere."""
+def _single(fields: dict[int, list[Any]], field: int) -> Any:
+    """Return the value of a field that occurs at most once; 0 if it is missing."""
+    (value,) = fields.get(field) or [0]
+    return value
+
+
+def read_profile(content: bytes) -> DecodedProfile:
+    """Return the profile. Fails if an id or an index refers to nothing."""
     top = _fields(gzip.decompress(content))
     assert top.keys() <= set(range(1, 15))
     strings = [text.decode() for text in top[6]]
     assert strings[0] == "" and len(set(strings)) == len(strings)
 
-    def one(message: dict[int, list[Any]], field: int) -> Any:
-        (value,) = message.get(field) or [0]
-        return value
-
-    def kind(message: bytes) -> tuple[str, str]:
+    def value_type(message: bytes) -> tuple[str, str]:
         fields = _fields(message)
-        return strings[one(fields, 1)], strings[one(fields, 2)]
+        return strings[_single(fields, 1)], strings[_single(fields, 2)]
 
     mappings = {}
     for message in top[3]:
         fields = _fields(message)
-        mappings[one(fields, 1)] = strings[one(fields, 5)]
-        assert [one(fields, each) for each in (7, 8, 9)] == [1, 1, 1], "it has functions, files and lines"
+        mappings[_single(fields, 1)] = strings[_single(fields, 5)]
+        assert [_single(fields, flag) for flag in (7, 8, 9)] == [1, 1, 1], "has functions, files and lines"
     functions = {}
     for message in top[5]:
         fields = _fields(message)
-        assert one(fields, 1) not in functions and one(fields, 1) != 0
-        functions[one(fields, 1)] = (strings[one(fields, 2)], strings[one(fields, 4)], one(fields, 5))
+        assert _single(fields, 1) not in functions and _single(fields, 1) != 0
+        functions[_single(fields, 1)] = (strings[_single(fields, 2)], strings[_single(fields, 4)], _single(fields, 5))
     locations = {}
     for message in top[4]:
         fields = _fields(message)
-        assert one(fields, 1) not in locations and one(fields, 1) != 0 and one(fields, 2) in mappings
-        line = _fields(one(fields, 4))
-        name, file, start = functions[one(line, 1)]
-        locations[one(fields, 1)] = Call(name, file, one(line, 2), start)
-    types = [kind(message) for message in top[1]]
+        assert _single(fields, 1) not in locations and _single(fields, 1) != 0 and _single(fields, 2) in mappings
+        line = _fields(_single(fields, 4))
+        name, file, start = functions[_single(line, 1)]
+        locations[_single(fields, 1)] = Call(name, file, _single(line, 2), start)
+    types = [value_type(message) for message in top[1]]
     samples = []
     for message in top[2]:
         fields = _fields(message)
-        labels: dict[str, str | int] = {}
-        for each in fields.get(3, []):
-            label = _fields(each)
-            assert (2 in label) != (3 in label), "a label is a text or a number"
-            labels[strings[one(label, 1)]] = strings[one(label, 2)] if 2 in label else one(label, 3)
         values = _packed(fields[2])
         assert len(values) == len(types)
-        samples.append(Sample(tuple(locations[n] for n in _packed(fields[1])), values, labels))
-    period = kind(one(top, 11)), one(top, 12)
-    return Read(types, samples, list(mappings.values()), one(top, 9), one(top, 10), period, strings[one(top, 14)])
+        calls = tuple(locations[number] for number in _packed(fields[1]))
+        samples.append(Sample(calls, values, _labels(fields.get(3, []), strings)))
+    return DecodedProfile(
+        types,
+        samples,
+        list(mappings.values()),
+        time_ns=_single(top, 9),
+        duration_ns=_single(top, 10),
+        period=(value_type(_single(top, 11)), _single(top, 12)),
+        default=strings[_single(top, 14)],
+    )
 
 
-def check_speedscope(file: dict[str, object]) -> None:
-    """Fails where https://www.speedscope.app/file-format-schema.json, or what it says in words, is not kept."""
-    assert file.keys() <= {"$schema", "shared", "profiles", "name", "activeProfileIndex", "exporter"}
-    assert file["$schema"] == "https://www.speedscope.app/file-format-schema.json"
-    assert isinstance(file["shared"], dict) and isinstance(file["profiles"], list)
-    assert file["activeProfileIndex"] in range(len(file["profiles"]))
-    frames = file["shared"]["frames"]
-    for frame in frames:
-        assert isinstance(frame["name"], str) and frame.keys() <= {"name", "file", "line", "col"}
-        assert isinstance(frame.get("file", ""), str) and isinstance(frame.get("line", 1), int)
-    for profile in file["profiles"]:
-        assert profile.keys() == {"type", "name", "unit", "startValue", "endValue", "samples", "weights"}
-        assert profile["type"] == "sampled" and profile["unit"] == "nanoseconds" and profile["startValue"] == 0
-        assert len(profile["samples"]) == len(profile["weights"]) and profile["endValue"] == sum(profile["weights"])
-        assert all(n in range(len(frames)) for stack in profile["samples"] for n in stack)
-        assert all(weight > 0 for weight in profile["weights"])
+def _labels(messages: list[bytes], strings: list[str]) -> dict[str, str | int]:
+    labels: dict[str, str | int] = {}
+    for message in messages:
+        label = _fields(message)
+        assert (2 in label) != (3 in label), "a label is a text or a number"
+        labels[strings[_single(label, 1)]] = strings[_single(label, 2)] if 2 in label else _single(label, 3)
+    return labels

@@ -1,10 +1,9 @@
-"""A TCP proxy that fails when it is told to: what the fault tests put between the two ends of a link.
+"""A TCP proxy between the two ends of a link, for faults: delays, black holes, cuts and resets.
 
-One thread, `proxy`, owns every socket. What another thread asks for is done by it, in its turn, and the asking
-thread waits for that. The directions are UP, from the end that connects to the one that listens, and DOWN, back.
+One thread, `proxy`, owns every socket. Methods of `Proxy` pass a call to that thread and wait until it is done. The
+directions are UP, from the end that connects to the end that listens, and DOWN, back.
 
-A stream never has a hole, as it never has with TCP: what is held back comes later, and where something was thrown
-away nothing comes any more.
+As in TCP, a stream has no gaps: bytes that are held back arrive later, and after discarded bytes no more bytes arrive.
 """
 
 import select
@@ -19,55 +18,55 @@ from support.harness import DEADLINE
 
 UP, DOWN = 0, 1
 MAX_PIECES = 16
-"""Reads that a direction keeps; then it reads no more, so that the sender is held up as by a full network."""
+"""Pieces that a direction keeps, at most. Then it reads no more: the sender is blocked as by a full network."""
 
 
 class _Flow:
-    """One direction of a link. An empty piece stands for the end of the stream."""
+    """One direction of a link. An empty piece is the end of the stream."""
 
     def __init__(self, direction: int, source: socket.socket, target: socket.socket) -> None:
         self.direction = direction
         self.source = source
         self.target = target
-        self.pieces: deque[tuple[float, bytes]] = deque()  # when to pass it on, and what
-        self.swallows = False  # from now on nothing is passed on but the end
-        self.read_all = False
-        self.passed_all = False
+        self.pieces: deque[tuple[float, bytes]] = deque()  # monotonic seconds when to forward, and the bytes
+        self.discards = False  # True: only the end of the stream is forwarded
+        self.read_all = False  # True: the source has ended its stream
+        self.ended = False  # True: the end is forwarded
 
     def end(self) -> None:
-        """Passes on the end."""
-        self.passed_all = True
+        """Forward the end of the stream."""
+        self.ended = True
         try:
             self.target.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # gone
+            pass  # the target is closed
 
-    def swallow(self) -> None:
-        """Throws away what there is and all that comes."""
-        self.swallows = True
+    def discard(self) -> None:
+        """Discard the pieces that are not forwarded yet, and all further bytes."""
+        self.discards = True
         self.pieces.clear()
         if self.read_all:
             self.end()
 
 
 class Proxy:
-    """Listens on `port`, any free one of this machine's own, and forwards to `target`."""
+    """Listens on `port`, a free port of 127.0.0.1, and forwards to the port `target`."""
 
     def __init__(self, target: int) -> None:
         self.target = target
-        self.links = 0  # taken, ever
-        self.cuts = 0  # links cut, ever
+        self.links = 0  # accepted so far
+        self.cuts = 0  # links cut so far
 
-        # The thread's.
+        # Only the thread uses these.
         self._links: list[tuple[_Flow, _Flow]] = []
         self._delays = [0.0, 0.0]
         self._held = [False, False]
-        self._left: list[int | None] = [None, None]  # bytes to pass before the link they pass on is cut
-        self._reset = False  # and how
+        self._left: list[int | None] = [None, None]  # bytes until the next cut
+        self._reset = False  # whether that cut is a reset
         self._closing = False
 
         self._calls: deque[Callable[[], None]] = deque()
-        self._waked, self._wake = socket.socketpair()
+        self._wake_receiver, self._wake_sender = socket.socketpair()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self._thread = threading.Thread(target=self._run, name="proxy")
@@ -80,7 +79,7 @@ class Proxy:
         self.close()
 
     def close(self) -> None:
-        """Ends all links, and the thread."""
+        """End all links and the thread."""
 
         def close() -> None:
             self._closing = True
@@ -90,7 +89,7 @@ class Proxy:
         assert not self._thread.is_alive()
 
     def delay(self, up: float = 0.0, down: float = 0.0) -> None:
-        """What comes from now on takes so many seconds more."""
+        """Delay bytes that arrive from now on, in seconds for each direction."""
 
         def delay() -> None:
             self._delays = [up, down]
@@ -98,7 +97,7 @@ class Proxy:
         self._do(delay)
 
     def hold(self, *directions: int) -> None:
-        """A black hole: links are taken and the system takes bytes, but nothing passes, not even the end."""
+        """Become a black hole: accept links and bytes, but forward nothing, not even the end of a stream."""
 
         def hold() -> None:
             for direction in directions:
@@ -107,7 +106,7 @@ class Proxy:
         self._do(hold)
 
     def heal(self) -> None:
-        """No more delays and no black hole: what it held passes on."""
+        """End delays and the black hole, and forward the bytes that were held."""
 
         def heal() -> None:
             self._delays = [0.0, 0.0]
@@ -116,7 +115,7 @@ class Proxy:
         self._do(heal)
 
     def cut(self, reset: bool) -> None:
-        """Cuts all links there are, with a reset or with the end of both streams; what was under way is lost."""
+        """Cut all links, with a reset or with the end of both streams. Bytes in flight are lost."""
 
         def cut() -> None:
             for link in self._links[:]:
@@ -125,7 +124,7 @@ class Proxy:
         self._do(cut)
 
     def cut_after(self, size: int, direction: int, reset: bool) -> None:
-        """Once that many more bytes have passed in a direction, cuts the link that they pass on: mid-message, say."""
+        """Cut a link after `size` more bytes in this direction: in the middle of a message, for example."""
 
         def cut_after() -> None:
             self._left[direction] = size
@@ -133,46 +132,47 @@ class Proxy:
 
         self._do(cut_after)
 
-    def swallow(self, direction: int = DOWN) -> None:
-        """Throws away what comes in a direction of the links there are; the other goes on, and so do new links."""
+    def discard(self, direction: int = DOWN) -> None:
+        """Discard all bytes in one direction of the open links. The other direction and new links are not affected."""
 
-        def swallow() -> None:
+        def discard() -> None:
             for link in self._links:
-                link[direction].swallow()
+                link[direction].discard()
 
-        self._do(swallow)
+        self._do(discard)
 
-    # The thread.
+    # In the thread, except `_do`.
 
     def _do(self, call: Callable[[], None]) -> None:
+        """Run `call` in the thread, and wait until it is done."""
         done = threading.Event()
         self._calls.append(lambda: (call(), done.set())[1])  # type: ignore[func-returns-value]
-        self._wake.send(b"x")
+        self._wake_sender.send(b"x")
         assert done.wait(DEADLINE), "the proxy's thread has died"
 
     def _run(self) -> None:
         while not self._closing:
-            self._turn()
+            self._step()
         for link in self._links[:]:
             self._drop(link, reset=True)
-        for sock in (self._listener, self._waked, self._wake):
+        for sock in (self._listener, self._wake_receiver, self._wake_sender):
             sock.close()
 
-    def _turn(self) -> None:
-        """Waits until there is something to do, and does it."""
+    def _step(self) -> None:
+        """Wait until a socket is ready, a piece is due or a call is queued, and handle it."""
         now = monotonic()
         flows = [flow for link in self._links for flow in link]
-        reading = {flow for flow in flows if self._reads(flow)}
-        passing = {flow for flow in flows if flow.pieces and not self._held[flow.direction]}
-        due = {flow for flow in passing if flow.pieces[0][0] <= now}
-        wait = min((flow.pieces[0][0] - now for flow in passing - due), default=None)
+        reading = {flow for flow in flows if self._can_read(flow)}
+        forwarding = {flow for flow in flows if flow.pieces and not self._held[flow.direction]}
+        due = {flow for flow in forwarding if flow.pieces[0][0] <= now}
+        wait = min((flow.pieces[0][0] - now for flow in forwarding - due), default=None)
         sources = [flow.source for flow in reading]
-        ready = select.select([self._waked, self._listener, *sources], [flow.target for flow in due], [], wait)
-        if self._waked in ready[0]:
-            self._waked.recv(4096)
+        ready = select.select([self._wake_receiver, self._listener, *sources], [flow.target for flow in due], [], wait)
+        if self._wake_receiver in ready[0]:
+            self._wake_receiver.recv(4096)
             while self._calls:
                 self._calls.popleft()()
-            return  # it may be another picture now
+            return  # the calls may have changed the links
         if self._listener in ready[0]:
             self._accept()
         for link in self._links[:]:
@@ -180,17 +180,17 @@ class Proxy:
                 for flow in link:
                     if flow in reading and flow.source in ready[0]:
                         self._read(flow)
-                    if flow in due and flow.target in ready[1] and self._pass_on(flow):
+                    if flow in due and flow.target in ready[1] and self._forward(flow):
                         self._cut(link, self._reset)
                         break
-            except OSError:  # one end was reset, and so is the other
+            except OSError:  # one end was reset: reset the other, too
                 self._drop(link, reset=True)
-            if link in self._links and all(flow.read_all and flow.passed_all for flow in link):
+            if link in self._links and all(flow.read_all and flow.ended for flow in link):
                 self._drop(link, reset=False)
 
-    def _reads(self, flow: _Flow) -> bool:
+    def _can_read(self, flow: _Flow) -> bool:
         held = self._held[flow.direction] or len(flow.pieces) >= MAX_PIECES
-        return not flow.read_all and (flow.swallows or not held)
+        return not flow.read_all and (flow.discards or not held)
 
     def _accept(self) -> None:
         client, _ = self._listener.accept()
@@ -208,13 +208,13 @@ class Proxy:
     def _read(self, flow: _Flow) -> None:
         data = flow.source.recv(65536)
         flow.read_all = not data
-        if not flow.swallows:
+        if not flow.discards:
             flow.pieces.append((monotonic() + self._delays[flow.direction], data))
         elif not data:
             flow.end()
 
-    def _pass_on(self, flow: _Flow) -> bool:
-        """Passes on the oldest piece, or a part of it; True when the link is to be cut then."""
+    def _forward(self, flow: _Flow) -> bool:
+        """Forward the oldest piece or a part of it. Return True if the link must be cut then."""
         due, data = flow.pieces.popleft()
         if not data:
             flow.end()
@@ -223,7 +223,7 @@ class Proxy:
         try:
             sent = flow.target.send(data[:left])
         except (BrokenPipeError, ConnectionResetError):
-            flow.swallow()  # whether the other end hears of it is for the other direction to say
+            flow.discard()  # the other direction decides whether the other end notices
             return False
         if sent < len(data):
             flow.pieces.appendleft((due, data[sent:]))
@@ -236,9 +236,9 @@ class Proxy:
         self.cuts += 1
         if reset:
             self._drop(link, reset=True)
-        else:  # and stays until both ends have closed
+        else:  # the link stays until both ends have closed
             for flow in link:
-                flow.swallow()
+                flow.discard()
                 flow.end()
 
     def _drop(self, link: tuple[_Flow, _Flow], reset: bool) -> None:
@@ -248,6 +248,6 @@ class Proxy:
 
 
 def _abort(sock: socket.socket) -> None:
-    """Closes with a reset."""
+    """Close with a reset."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()

@@ -371,7 +371,7 @@ def test_a_consumer_that_takes_and_never_answers_is_away_too(tmp_path: Path) -> 
         with server(
             tmp_path,
             *flags,
-            patch="forward.spool.PATIENCE = 0.5; net.websocket.CONNECT_TIMEOUT = 0.5",
+            patch="forward.spool.PATIENCE = 0.5; net.websocket_client.CONNECT_TIMEOUT = 0.5",
         ) as publisher:
             with Producer(publisher.url) as sender:
                 sender.send(range(1000))

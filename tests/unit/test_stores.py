@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.clickhouses import ClickHouseServer, NewClickHouse, need_chdb, program
+from support.clickhouses import ChdbServer, ClickHouseServer, need_chdb, need_clickhouse
 from support.harness import Blocked, eventually, rows, seeded
 
-from ringolib.storage.clickhouse import http as clickhouse_http
 from ringolib.storage.clickhouse import store as clickhouse
 from ringolib.storage.clickhouse.store import ClickHouse
+from ringolib.storage.clickhouse.url import parse_url
 from ringolib.storage.interface import Storage, StoreError
 from ringolib.wire import Run
 from store import Store
@@ -41,17 +41,17 @@ class Kind:
 @pytest.fixture(scope="module", params=["sqlite", "clickhouse 18.16", "clickhouse of today"])
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ClickHouseServer | NewClickHouse | None]:
+) -> Iterator[ClickHouseServer | ChdbServer | None]:
     if request.param == "sqlite":
         yield None
         return
-    made: ClickHouseServer | NewClickHouse
+    made: ClickHouseServer | ChdbServer
     if request.param == "clickhouse 18.16":
-        program()
+        need_clickhouse()
         made = ClickHouseServer(tmp_path_factory.mktemp("clickhouse"))
     else:
         need_chdb()
-        made = NewClickHouse(tmp_path_factory.mktemp("chdb"))
+        made = ChdbServer(tmp_path_factory.mktemp("chdb"))
     try:
         yield made
     finally:
@@ -60,12 +60,12 @@ def server(
 
 @pytest.fixture
 def kind(
-    server: ClickHouseServer | NewClickHouse | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: ClickHouseServer | ChdbServer | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Kind]:
-    monkeypatch.setattr(clickhouse, "INTERVAL", 0.0)
+    monkeypatch.setattr(clickhouse, "INSERT_INTERVAL_SECONDS", 0.0)
     if server:
-        database = server.database()
-        target = clickhouse_http.parse(server.url(database))
+        database = server.create_database()
+        target = parse_url(server.url(database))
         made = Kind("clickhouse", lambda: ClickHouse(target), lambda: server.records(database))
     else:
         path = tmp_path / "numbers.db"
@@ -180,7 +180,7 @@ def test_a_closed_store_takes_nothing_and_says_so(kind: Kind) -> None:
 
 
 def test_who_waits_when_it_is_closed_is_stored(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clickhouse, "INTERVAL", 30.0)
+    monkeypatch.setattr(clickhouse, "INSERT_INTERVAL_SECONDS", 30.0)
     kind.store.append(*block(A, 0, 1))
     waiting = [Blocked(lambda n=n: kind.store.append(*block(A, n, n + 1))) for n in (1, 2, 3)]
     if isinstance(kind.store, ClickHouse):
@@ -209,7 +209,7 @@ def test_identity_is_the_databases_own(kind: Kind, tmp_path: Path) -> None:
 def test_a_check_stores_nothing(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     kind.store.append(*block(A, 0, 5))
     kind.store.check()
-    monkeypatch.setattr(clickhouse, "TRUST_SECONDS", 0.0)
+    monkeypatch.setattr(clickhouse, "SUCCESS_VALID_SECONDS", 0.0)
     monkeypatch.setattr("store.TRUST_SECONDS", 0.0)
     before = kind.store.stats()
     kind.store.check()

@@ -1,4 +1,4 @@
-"""The formats, byte by byte, and what is refused."""
+"""The message formats, byte by byte, and the errors of malformed messages."""
 
 import random
 import struct
@@ -24,7 +24,7 @@ from ringolib.wire import (
 )
 
 UUID = bytes.fromhex("00112233445566778899aabbccddeeff")
-# The example of docs/protocol.md.
+# The example in docs/protocol.md.
 BATCH = bytes.fromhex(
     "00000001 00112233445566778899aabbccddeeff 0000000000000000 00000002 0000000000000007 ffffffffffffffff"
 )
@@ -44,7 +44,7 @@ BATCH = bytes.fromhex(
         ("0000000000000001ffffffffffffffff0000000000000002", [1, -1, 2]),
     ],
 )
-def test_plain_messages(payload: str, values: list[int]) -> None:
+def test_decode_plain_returns_signed_integers(payload: str, values: list[int]) -> None:
     for kind in (bytes, bytearray):
         decoded = decode_plain(kind(bytes.fromhex(payload)))
         assert (decoded.typecode, list(decoded)) == ("q", values)
@@ -53,14 +53,14 @@ def test_plain_messages(payload: str, values: list[int]) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 7, 9, 12, 15, 20])
-def test_a_plain_message_of_another_length_is_refused(size: int) -> None:
+def test_plain_message_of_other_length_is_refused(size: int) -> None:
     with pytest.raises(WireError, match=f"^{size} bytes") as refused:
         decode_plain(bytes(size))
     assert (refused.value.close_code, refused.value.status) == (1007, 400)
 
 
 def grouped(messages: list[bytes], rng: random.Random | None = None) -> list[Messages]:
-    """Messages as a connection gives them: those of one size together, or, at random, only some of them."""
+    """Group messages of one size as a connection does, with `rng` only some of them."""
     groups: list[Messages] = []
     for message in messages:
         size = len(message)
@@ -71,7 +71,7 @@ def grouped(messages: list[bytes], rng: random.Random | None = None) -> list[Mes
     return groups
 
 
-def test_plain_messages_of_all_kinds_decode_as_they_do_one_by_one() -> None:
+def test_grouped_plain_messages_decode_as_single_ones() -> None:
     seed = seeded()
     rng = random.Random(seed)
     for sizes in ([4], [8], [8, 16, 800], [4, 8, 24]):
@@ -82,22 +82,22 @@ def test_plain_messages_of_all_kinds_decode_as_they_do_one_by_one() -> None:
             assert (list(values), values.typecode, error) == (expected, "q", None)
 
 
-@pytest.mark.parametrize("good", [[bytes(4)], [bytes(8)] * 2, [bytes(4), bytes(8)]])
-def test_plain_messages_before_a_bad_one_count(good: list[bytes]) -> None:
-    for bad in (b"", bytes(12)):
-        values, error = decode_plain_messages(grouped([*good, bad, bytes(4)]))
-        assert len(values) == len(good)
+@pytest.mark.parametrize("valid", [[bytes(4)], [bytes(8)] * 2, [bytes(4), bytes(8)]])
+def test_plain_messages_before_a_malformed_one_count(valid: list[bytes]) -> None:
+    for malformed in (b"", bytes(12)):
+        values, error = decode_plain_messages(grouped([*valid, malformed, bytes(4)]))
+        assert len(values) == len(valid)
         assert error and error.close_code == 1007
 
 
-def test_a_batch_message_is_the_documents_example() -> None:
+def test_batch_message_is_the_example_of_the_document() -> None:
     values = array("q", [7, -1])
     assert encode_batch([Run(UUID, 0, 2)], values) == BATCH
-    assert list(values) == [7, -1], "encoding leaves the values as they were"
+    assert list(values) == [7, -1], "encoding does not change the values"
     assert decode_batch(BATCH) == Block([Run(UUID, 0, 2)], values)
 
 
-def test_batches_round_trip() -> None:
+def test_batch_messages_round_trip() -> None:
     seed = seeded()
     rng = random.Random(seed)
     for _ in range(100):
@@ -106,7 +106,7 @@ def test_batches_round_trip() -> None:
         assert decode_batch(encode_batch(runs, values)) == (runs, values)
 
 
-def test_a_run_may_end_where_sequences_end() -> None:
+def test_run_may_end_at_the_last_sequence() -> None:
     last = Run(UUID, 2**63 - 2, 1)
     assert decode_batch(encode_batch([last], array("q", [5]))).runs == [last]
 
@@ -117,26 +117,26 @@ def test_a_run_may_end_where_sequences_end() -> None:
         pytest.param(b"", "begins with", id="empty"),
         pytest.param(b"\0\0\0", "begins with", id="count cut"),
         pytest.param(bytes(4), "0 runs", id="no runs"),
-        pytest.param(struct.pack(">I", 2) + BATCH[4:], "named?|needs?", id="one run more, taken from the values"),
+        pytest.param(struct.pack(">I", 2) + BATCH[4:], "runs need", id="one run more, taken from the values"),
         pytest.param(b"\xff" * 4 + BATCH[4:], "runs need", id="most runs"),
         pytest.param(BATCH[:20], "runs need", id="run cut"),
         pytest.param(BATCH[:-1], "not 16", id="values cut"),
-        pytest.param(BATCH + b"\0", "not 16", id="a byte more"),
-        pytest.param(BATCH + bytes(8), "not 16", id="a value more"),
+        pytest.param(BATCH + b"\0", "not 16", id="one byte more"),
+        pytest.param(BATCH + bytes(8), "not 16", id="one value more"),
         pytest.param(BATCH[:28] + b"\xff" * 4 + BATCH[32:], "values of 8 bytes", id="most records"),
         pytest.param(BATCH[:28] + bytes(4), "no records", id="no records"),
         pytest.param(encode_batch([Run(UUID, 2**63 - 2, 2)], array("q", [1, 2])), "2\\*\\*63", id="one too far"),
         pytest.param(encode_batch([Run(UUID, 2**64 - 1, 2)], array("q", [1, 2])), "2\\*\\*63", id="beyond 64 bits"),
     ],
 )
-def test_a_malformed_batch_is_refused(payload: bytes, reason: str) -> None:
+def test_malformed_batch_is_refused(payload: bytes, reason: str) -> None:
     with pytest.raises(WireError, match=reason) as refused:
         decode_batch(payload)
     assert refused.value.close_code == 1007
-    assert len(str(refused.value)) <= 123, "it fits a Close frame"
+    assert len(str(refused.value)) <= 123, "the reason fits into a Close frame"
 
 
-def test_a_batch_has_a_bounded_number_of_runs() -> None:
+def test_batch_has_a_limited_number_of_runs() -> None:
     runs = [Run(UUID, n, 1) for n in range(MAX_RUNS + 1)]
     values = array("q", range(MAX_RUNS + 1))
     assert len(decode_batch(encode_batch(runs[:-1], values[:-1])).runs) == MAX_RUNS
@@ -144,7 +144,7 @@ def test_a_batch_has_a_bounded_number_of_runs() -> None:
         decode_batch(encode_batch(runs, values))
 
 
-def test_batches_in_a_row_are_one_block_up_to_the_first_bad_one() -> None:
+def test_batches_are_joined_up_to_the_first_malformed_one() -> None:
     one, two = Block([Run(UUID, 0, 1)], array("q", [1])), Block([Run(UUID, 1, 2)], array("q", [2, 3]))
     messages = [encode_batch(*one), encode_batch(*two)]
     assert decode_batch_messages(grouped(messages)) == (Block(one.runs + two.runs, array("q", [1, 2, 3])), None)
@@ -153,7 +153,7 @@ def test_batches_in_a_row_are_one_block_up_to_the_first_bad_one() -> None:
     assert decode_batch_messages(grouped(messages[:1])) == (one, None)
 
 
-def test_what_is_left_of_a_block_after_some_records() -> None:
+def test_block_after_skips_records() -> None:
     block = Block([Run(UUID, 10, 2), Run(bytes(16), 0, 3)], array("q", range(5)))
     assert block.after(0) == block
     assert block.after(1) == ([Run(UUID, 11, 1), Run(bytes(16), 0, 3)], array("q", [1, 2, 3, 4]))
@@ -162,7 +162,7 @@ def test_what_is_left_of_a_block_after_some_records() -> None:
     assert block.after(5) == ([], array("q"))
 
 
-def test_acks() -> None:
+def test_ack_has_eight_bytes() -> None:
     assert encode_ack(3).hex() == "0000000000000003"
     assert decode_ack(b"\xff" * 8) == 2**64 - 1
     for size in (0, 7, 9):
@@ -170,7 +170,7 @@ def test_acks() -> None:
             decode_ack(bytes(size))
 
 
-def test_the_largest_batch_of_a_worker_is_within_the_limit() -> None:
+def test_largest_batch_of_a_worker_fits_into_a_message() -> None:
     from ringolib.forward.workers import BATCH_RECORDS
 
     runs = [Run(UUID, 0, 1)] * BATCH_RECORDS

@@ -1,141 +1,81 @@
-"""ClickHouse's HTTP interface, as little of it as a store needs: addresses, a request and its answer, and what fails.
+"""A client for ClickHouse's HTTP interface: one request, its response, and the errors.
 
-What is found wrong is `RetryableError`, which may pass, or `PermanentError`, which somebody has to mend. A password is in a `Target` and
-in the header of a request, and nowhere else: `redacted` takes it out of whatever a user typed.
-
-A `Server` belongs to one thread at a time. No thread runs here, and nothing is guarded.
+A failed request raises `RetryableError` if a retry may succeed, or `PermanentError` if the configuration or the data
+must be changed first. A `Server` belongs to one thread at a time. No thread runs here, and nothing is locked.
 """
 
 import base64
 import http.client
-import os
 import re
 import ssl
 from collections.abc import Mapping
 from time import monotonic
-from typing import NamedTuple
-from urllib.parse import quote, unquote, urlencode
+from urllib.parse import quote, urlencode
 
 from ringolib.net import tls
+from ringolib.net.addresses import format_address
 from ringolib.net.tls_socket import explain
+from ringolib.storage.clickhouse.url import PASSWORD_VARIABLE, Target
 
-PASSWORD = "RINGOEXP_CLICKHOUSE_PASSWORD"
-"""The variable that a password may be in instead of the address: whoever is on a machine can read command lines."""
-PORT, TLS_PORT = 8123, 8443
 IDLE_SECONDS = 2.0
-"""For how long a connection may rest and be used again: servers close theirs after 3 s or more."""
+"""How long an idle connection is kept for reuse. Servers close idle connections after 3 s or more."""
 CONNECT_TIMEOUT = 5.0
-SCHEMES = ("clickhouse://", "clickhouses://")
+MAX_ERROR_CHARACTERS = 300
 
-# Codes are those of the server's ErrorCodes.cpp. Whatever is not here may pass by itself.
-_FINAL = {
-    16: "the table is of another shape: name another database",
-    27: "the table is of another shape: name another database",
-    33: "the table is of another shape: name another database",
-    47: "the table is of another shape: name another database",
-    53: "the table is of another shape: name another database",
-    60: "a table is missing: start again to have it made",
-    62: "this program and that server do not understand each other",
-    81: "make it with CREATE DATABASE, or name another one",
-    139: "it is not configured for that",
-    164: "the user may not write",
-    170: "see system.clusters there",
-    192: "check the user's name",
-    193: f"check the password, in the address or in {PASSWORD}",
-    194: f"it wants a password, in the address or in {PASSWORD}",
-    195: "the user may not come from this address",
-    291: "the user may not use this database",
-    452: "the user may not change a setting that makes inserts safe",
-    497: "the user needs to be granted that",
-    516: f"check user and password, in the address or in {PASSWORD}",
+_WRONG_SCHEMA = "the table has a different schema: use another database"
+_REMEDIES = {
+    16: _WRONG_SCHEMA,
+    27: _WRONG_SCHEMA,
+    33: _WRONG_SCHEMA,
+    47: _WRONG_SCHEMA,
+    53: _WRONG_SCHEMA,
+    60: "a table is missing: restart to create it",
+    62: "the server does not understand this SQL: use another version of ClickHouse",
+    81: "create it with CREATE DATABASE, or use another one",
+    139: "add it to the server's configuration",
+    164: "the user is read-only: use another user, or change the user's profile",
+    170: "system.clusters on the server lists its clusters",
+    192: "check the user name",
+    193: f"check the password, in the address or in {PASSWORD_VARIABLE}",
+    194: f"a password is required, in the address or in {PASSWORD_VARIABLE}",
+    195: "the user may not connect from this address: change the user's networks",
+    291: "the user may not use this database: grant access to it",
+    452: "the user may not change a setting that makes inserts safe: change the user's profile",
+    497: "grant this privilege to the user",
+    516: f"check the user name and the password, in the address or in {PASSWORD_VARIABLE}",
 }
-_CODE = re.compile(r"^Code: (\d+)[.,] *(?:e\.displayText\(\) = )?(?:DB::(?:NetException|Exception): )?(.*)", re.DOTALL)
-_MAX_SAID = 300
+"""Error codes of the server that are permanent, from its ErrorCodes.cpp, and what to do. All others are retried."""
+_EXCEPTION = re.compile(
+    r"^Code: (\d+)[.,] *(?:e\.displayText\(\) = )?(?:DB::(?:NetException|Exception): )?(.*)", re.DOTALL
+)
+_NOISE = (
+    re.compile(r"[, ]*e\.what\(\) = .*", re.DOTALL),
+    re.compile(r"\. Expected one of: .*|[:. ]*\(version [^)]*\).*|: While executing.*", re.DOTALL),
+)
+"""Parts of the server's error texts that do not help a reader."""
 
 
-class RetryableError(Exception):
-    """Not done, or perhaps: it may be tried again. The text says why. `code` is the server's, 0 without one."""
+class ClickHouseError(Exception):
+    """A request failed. The text names cause and remedy; `code` is the server's error code, or 0 without one."""
 
     def __init__(self, text: str, code: int = 0) -> None:
         super().__init__(text)
         self.code = code
 
 
-class PermanentError(Exception):
-    """Not done, and not to be had until somebody changes something. The text says what."""
-
-    def __init__(self, text: str, code: int = 0) -> None:
-        super().__init__(text)
-        self.code = code
+class RetryableError(ClickHouseError):
+    """The statement may or may not have been executed. A retry may succeed."""
 
 
-class Target(NamedTuple):
-    """What `clickhouse://USER:PASSWORD@HOST:PORT,HOST:PORT/DATABASE` says."""
-
-    tls: bool
-    hosts: tuple[tuple[str, int], ...]
-    user: str
-    password: str
-    database: str
-
-    @property
-    def shown(self) -> str:
-        """The address without the password."""
-        hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
-        user = "" if self.user == "default" else f"{quote(self.user)}@"
-        return f"{SCHEMES[self.tls]}{user}{hosts}/{quote(self.database)}"
-
-
-def is_address(text: str) -> bool:
-    """True when it names a ClickHouse database, well or not, rather than a file."""
-    return text.lower().startswith(SCHEMES)
-
-
-def redacted(text: str) -> str:
-    """`text` without what may be a password in an address in it."""
-    flags = re.DOTALL | re.IGNORECASE
-    text = re.sub(r"(clickhouses?://)(?:([^:@]*):.*@|([^@]*)@)", _user_only, text, flags=flags)
-    return re.sub(r"(clickhouses?://[^?#]*[?#]).*", r"\1***", text, flags=flags)
-
-
-def _user_only(found: "re.Match[str]") -> str:
-    scheme, user, alone = found.groups()
-    return f"{scheme}{alone}@" if user is None else f"{scheme}{user}:***@"
-
-
-def parse(text: str) -> Target:
-    """What an address says; a password it does not have is that of the environment. Raises ValueError, without it."""
-    scheme, _, rest = text.partition("://")
-    secure = scheme.lower() == "clickhouses"
-    before, _, where = rest.rpartition("@")
-    user, colon, password = before.partition(":")
-    hosts, _, database = where.partition("/")
-    if any(mark in where for mark in "?#"):
-        raise ValueError("nothing may follow the database's name")
-    found = [_host(each, TLS_PORT if secure else PORT) for each in hosts.split(",")]
-    if len(set(found)) < len(found):
-        raise ValueError("a host is named twice")
-    user, database = unquote(user) or "default", unquote(database) or "default"
-    if ":" in user:
-        raise ValueError("a user's name must not have a colon")
-    if re.search(r"[\0-\x1f\x7f/]", user + database):
-        raise ValueError("the name of user and database must be plain text, without a slash")
-    return Target(secure, tuple(found), user, unquote(password) if colon else os.environ.get(PASSWORD, ""), database)
-
-
-def _host(text: str, default: int) -> tuple[str, int]:
-    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\[\]:\s]+))(?::(\d{1,5}))?", text)
-    port = int(found[3] or default) if found else 0
-    if not found or not 0 < port < 65536:
-        raise ValueError("hosts are HOST or HOST:PORT, with commas between them")
-    return found[1] or found[2], port
+class PermanentError(ClickHouseError):
+    """The statement was not executed, and a retry fails too until the cause is removed."""
 
 
 class Server:
-    """One host of a target. A connection is made when one is needed, and kept for IDLE_SECONDS."""
+    """One host of a target. It connects on demand, and keeps an idle connection for IDLE_SECONDS."""
 
     def __init__(self, target: Target, host: str, port: int) -> None:
-        self.name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.name = format_address(host, port)
         self._host, self._port = host, port
         self._database = target.database
         credentials = base64.b64encode(f"{target.user}:{target.password}".encode()).decode()
@@ -144,91 +84,104 @@ class Server:
         self._connection: http.client.HTTPConnection | None = None
         self._used_at = 0.0  # monotonic seconds
 
-    def rows(self, sql: str, seconds: float, settings: Mapping[str, str] | None = None) -> list[list[str]]:
-        """What a query answers, as text. Raises as `post` does."""
-        said = self.post(f"{sql} FORMAT TabSeparated", b"", seconds, settings).decode("utf-8", "replace")
-        return [[_unescaped(field) for field in line.split("\t")] for line in said.splitlines()]
+    def query(self, sql: str, timeout: float, settings: Mapping[str, str] | None = None) -> list[list[str]]:
+        """Return the rows of a query as text. Raises the same errors as `post`."""
+        body = self.post(f"{sql} FORMAT TabSeparated", b"", timeout, settings).decode("utf-8", "replace")
+        return [[_unescape(field) for field in line.split("\t")] for line in body.splitlines()]
 
     def post(
-        self, sql: str, body: bytes | memoryview, seconds: float, settings: Mapping[str, str] | None = None
+        self, sql: str, body: bytes | memoryview, timeout: float, settings: Mapping[str, str] | None = None
     ) -> bytes:
-        """The whole answer to a statement with `body` as its data, within `seconds`, more or less: for each wait.
+        """Execute a statement with `body` as its data, and return the whole response body.
 
-        Raises RetryableError or PermanentError.
+        `timeout` is in seconds and limits each wait on the socket. Raises RetryableError or PermanentError.
         """
-        query = {"query": sql, "database": self._database, "wait_end_of_query": "1", **(settings or {})}
+        parameters = {"query": sql, "database": self._database, "wait_end_of_query": "1", **(settings or {})}
         try:
-            connection = self._connected(seconds)
-            connection.request("POST", f"/?{urlencode(query, quote_via=quote)}", body, self._headers)
-            response = connection.getresponse()
-            said = response.read()  # to the end: only then is it known
-        except TimeoutError:
+            response, content = self._exchange(f"/?{urlencode(parameters, quote_via=quote)}", body, timeout)
+        except BaseException as error:
             self.close()
-            raise RetryableError(f"{self.name}: no answer within {seconds:.0f} s") from None
-        except ssl.SSLError as error:
-            self.close()
-            raise RetryableError(f"{self.name}: {explain(error)}") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no host can have such a name
-            self.close()
-            raise RetryableError(f"{self.name}: {_line(str(error)) or type(error).__name__}") from None
-        except BaseException:
-            self.close()
-            raise
+            reason = _connection_failure(error, timeout)
+            if reason is None:
+                raise
+            raise RetryableError(f"{self.name}: {reason}") from None
         self._used_at = monotonic()
         if response.getheader("Connection", "").lower() == "close":
             self.close()
-        told = response.getheader("X-ClickHouse-Exception-Code")
-        if response.status != 200 or told or said.startswith(b"Code: "):
-            raise _refused(self.name, response.status, said.decode("utf-8", "replace"), told)
-        return said
+        code = response.getheader("X-ClickHouse-Exception-Code")
+        if response.status != 200 or code or content.startswith(b"Code: "):
+            raise _server_error(self.name, response.status, content.decode("utf-8", "replace"), code)
+        return content
 
     def close(self) -> None:
-        """Gives up the connection, if there is one."""
+        """Close the connection, if there is one."""
         if self._connection:
             self._connection.close()
             self._connection = None
 
-    def _connected(self, seconds: float) -> http.client.HTTPConnection:
-        """A connection that waits `seconds` at most for each piece."""
+    def _exchange(self, path: str, body: bytes | memoryview, timeout: float) -> tuple[http.client.HTTPResponse, bytes]:
+        connection = self._connect(timeout)
+        connection.request("POST", path, body, self._headers)
+        response = connection.getresponse()
+        return response, response.read()  # an error may follow at the end of the body
+
+    def _connect(self, timeout: float) -> http.client.HTTPConnection:
+        """Return a connection whose operations wait at most `timeout` seconds each."""
         if self._connection and monotonic() - self._used_at > IDLE_SECONDS:
             self.close()
         if not self._connection:
-            patience = min(seconds, CONNECT_TIMEOUT)
+            connect_timeout = min(timeout, CONNECT_TIMEOUT)
             if self._context:
                 self._connection = http.client.HTTPSConnection(
-                    self._host, self._port, timeout=patience, context=self._context
+                    self._host, self._port, timeout=connect_timeout, context=self._context
                 )
             else:
-                self._connection = http.client.HTTPConnection(self._host, self._port, timeout=patience)
+                self._connection = http.client.HTTPConnection(self._host, self._port, timeout=connect_timeout)
             self._connection.connect()
-        self._connection.sock.settimeout(seconds)
+        self._connection.sock.settimeout(timeout)
         return self._connection
 
 
-def _line(text: str) -> str:
-    """What somebody else said, on one line, and not too long."""
-    text = " ".join(text.split())
-    return f"{text[:_MAX_SAID]}..." if len(text) > _MAX_SAID else text
+def _connection_failure(error: BaseException, timeout: float) -> str | None:
+    """Return why no complete response arrived, or None if `error` has another cause than the connection."""
+    if isinstance(error, TimeoutError):
+        return f"no answer within {timeout:.0f} s"
+    if isinstance(error, ssl.SSLError):
+        return explain(error)
+    if isinstance(error, OSError | http.client.HTTPException | ValueError):  # ValueError: an impossible host name
+        return _one_line(str(error)) or type(error).__name__
+    return None
 
 
-def _refused(name: str, status: int, said: str, told: str | None) -> Exception:
-    """The error that an answer stands for."""
-    found = _CODE.match(said)
-    code = int(found[1]) if found else int(told) if told and told.isdigit() else 0
-    text = found[2] if found else said
-    text = re.sub(r"[, ]*e\.what\(\) = .*", "", text, flags=re.DOTALL)
-    text = re.sub(r"\. Expected one of: .*|[:. ]*\(version [^)]*\).*|: While executing.*", "", text, flags=re.DOTALL)
-    text = _line(text)
+def _server_error(name: str, status: int, content: str, code_header: str | None) -> ClickHouseError:
+    """Return the error that a response reports."""
+    match = _EXCEPTION.match(content)
+    text = match[2] if match else content
+    if match:
+        code = int(match[1])
+    else:
+        code = int(code_header) if code_header and code_header.isdigit() else 0
+    for noise in _NOISE:
+        text = noise.sub("", text)
+    text = _one_line(text)
     if not code:
         kind = RetryableError if status >= 500 or status in (408, 429) else PermanentError
         return kind(f"{name}: answered {status}" + (f": {text}" if text else ""))
     text = f"{name}: {text or 'failed'} (code {code})"
-    return PermanentError(f"{text}: {_FINAL[code]}", code) if code in _FINAL else RetryableError(text, code)
+    if code in _REMEDIES:
+        return PermanentError(f"{text}: {_REMEDIES[code]}", code)
+    return RetryableError(text, code)
+
+
+def _one_line(text: str) -> str:
+    """Return text from elsewhere on one line, cut to MAX_ERROR_CHARACTERS."""
+    text = " ".join(text.split())
+    return f"{text[:MAX_ERROR_CHARACTERS]}..." if len(text) > MAX_ERROR_CHARACTERS else text
 
 
 _ESCAPES = {"t": "\t", "n": "\n", "\\": "\\", "'": "'", "0": "\0", "r": "\r", "b": "\b", "f": "\f"}
 
 
-def _unescaped(text: str) -> str:
-    """A field of TabSeparated."""
-    return re.sub(r"\\(.)", lambda found: _ESCAPES.get(found[1], found[1]), text) if "\\" in text else text
+def _unescape(text: str) -> str:
+    """Return the value of a TabSeparated field."""
+    return re.sub(r"\\(.)", lambda match: _ESCAPES.get(match[1], match[1]), text) if "\\" in text else text

@@ -1,14 +1,14 @@
-"""The tables in ClickHouse: made if they are missing, looked at if not, and how to insert into them safely there.
+"""The tables in ClickHouse: how they are created and checked, and how to insert into them safely.
 
-Asks each server what it knows before anything is used of it: an unknown setting is an error, and versions from 18.16
-on have to do. Functions only; no thread runs here.
+An unknown setting is an error in ClickHouse, and all versions from 18.16 on are supported: so each server is first
+asked which settings it knows. The module has functions only. No thread runs here.
 
-A record is a row of `record`, (source, sequence, value, version). `version` is LATEST less the nanosecond it arrived,
-so that ReplacingMergeTree, which keeps the row with the largest, keeps the first to arrive. Merges do that some time;
-the view `records` reads FINAL, as if they had.
+A record is a row of the table `record`: (source, sequence, value, version). `version` is MAX_VERSION minus the time of
+arrival in nanoseconds. ReplacingMergeTree keeps the row with the largest version, which is the first that arrived.
+It removes the others during merges, some time later; the view `records` reads with FINAL, as if they had happened.
 
-The view `ringoexp` has the database's identity in its definition: of two that make it at the same time one wins,
-without a row that both could insert.
+The view `ringoexp` is created last, and has the database's identity in its definition. If two servers create it at
+the same time, one of them wins; rows of a table could come from both.
 """
 
 import re
@@ -19,194 +19,267 @@ from typing import NamedTuple
 from ringolib.storage.clickhouse.http import PermanentError, Server
 
 SCHEMA_VERSION = 1
-LATEST = 2**63 - 1
-DDL_SECONDS = 60.0
-ASK_SECONDS = 5.0
-SPREAD = 1_048_576
-"""Records of a source that go to the same shard, before the next ones may go to another."""
+MAX_VERSION = 2**63 - 1
+DDL_TIMEOUT_SECONDS = 60.0
+QUERY_TIMEOUT_SECONDS = 5.0
+SHARD_CHUNK_RECORDS = 1_048_576
+"""Consecutive records of a source that go to the same shard. The next chunk may go to another shard."""
 _COLUMNS = [["source", "UUID"], ["sequence", "UInt64"], ["value", "Int64"], ["version", "UInt64"]]
-_KEY = "source, sequence"
+_SORTING_KEY = "source, sequence"
+_FSYNC_SETTINGS = ("fsync_after_insert", "fsync_part_directory")
+_INSERT_SETTINGS = {
+    "async_insert": "0",
+    "insert_distributed_sync": "1",
+    "distributed_foreground_insert": "1",  # the new name of insert_distributed_sync
+    # One insert becomes one part: the server reads the whole block before it splits it.
+    "max_insert_block_size": "2097152",
+    "min_insert_block_size_rows": "2097152",
+    "min_insert_block_size_bytes": "536870912",
+}
+_QUORUM_SETTINGS = ("insert_quorum", "insert_quorum_timeout", "insert_quorum_parallel")
+_TOKEN_SETTING = "insert_deduplication_token"
 
 
 class Tables(NamedTuple):
-    """What one server has, and how it is used there."""
+    """The tables of one server, and how to insert into them."""
 
-    identity: str  # a UUID, the database's
-    insert: str  # the statement that the rows follow
-    settings: Mapping[str, str]  # to go with it
-    token: bool  # an insert may have a token by which it is known again
-    shared: bool  # the same records are to be had, and to be inserted, at the other hosts too
-    power_safe: bool  # what is inserted is synced to disk, or on two machines, before it says so
-    expires: str | None  # the table's TTL
+    identity: str  # the UUID of the database
+    insert: str  # the INSERT statement, to be followed by the rows
+    settings: Mapping[str, str]  # for the INSERT
+    accepts_token: bool  # the server recognises a repeated insert by a token
+    is_shared: bool  # every host of the target can read and insert the same records
+    power_safe: bool  # an insert is confirmed after it was synced to disk, or is on two machines
+    ttl: str | None  # the TTL expression of the table
 
 
-def quoted(name: str) -> str:
-    """A name as an identifier."""
+class _Table(NamedTuple):
+    """An existing table, as system.tables lists it."""
+
+    engine: str
+    sorting_key: str
+    definition: str  # engine and settings; ClickHouse 18.16 lists a new table with an empty definition for a moment
+
+
+def quote_identifier(name: str) -> str:
+    """Return `name` as an SQL identifier."""
     return "`" + name.replace("\\", "\\\\").replace("`", "\\`") + "`"
 
 
-def text(value: str) -> str:
-    """A text as a literal."""
+def quote_text(value: str) -> str:
+    """Return `value` as an SQL string literal."""
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def look(server: Server, database: str, cluster: str | None, seconds: float | None = None) -> Tables | None:
-    """What there is; None if there is nothing yet. Waits `seconds` for each answer, or ASK_SECONDS.
+def inspect_tables(server: Server, database: str, cluster: str | None, timeout: float | None = None) -> Tables | None:
+    """Return the existing tables, or None if they must be created or completed.
 
-    Raises RetryableError, or PermanentError, also for tables of another shape.
+    Each query may take `timeout` seconds; None means QUERY_TIMEOUT_SECONDS. Raises RetryableError or PermanentError;
+    the second also if the tables belong to another program, version or setup.
     """
-    seconds = seconds or ASK_SECONDS
-    found = _tables(server, database, seconds)
-    if "ringoexp" not in found:  # the last to be made: perhaps they are being made, or who did it was killed
-        if found and not ("record" in found and _ours(server, database, seconds, *found["record"], begun=True)):
-            taken = sorted(found)[0]
-            raise PermanentError(
-                f"{server.name}: {database} has a table {taken} of another program: name another database"
-            )
+    timeout = timeout or QUERY_TIMEOUT_SECONDS
+    tables = _list_tables(server, database, timeout)
+    if "ringoexp" not in tables:
+        _check_incomplete(server, database, tables, timeout)
         return None
-    inserted = "record_all" if cluster else "record"
-    for name in ("record", inserted, "records"):
-        if name not in found:
-            hint = "it was made without --clickhouse_cluster" if name == "record_all" and "record" in found else ""
-            raise PermanentError(
-                f"{server.name}: {database} has no table {name}: {hint or 'restore it, or name another one'}"
-            )
-    if not cluster and "record_all" in found:
-        raise PermanentError(f"{server.name}: {database} belongs to a cluster: name it with --clickhouse_cluster")
-    engine, key, made = found["record"]
-    if not _ours(server, database, seconds, engine, key, made):
-        raise PermanentError(
-            f"{server.name}: the table record in {database} is of another shape: name another database"
-        )
-    ((identity, schema),) = server.rows(f"SELECT toString(identity), schema FROM {quoted(database)}.ringoexp", seconds)
-    if int(schema) > SCHEMA_VERSION:
-        raise PermanentError(
-            f"{server.name}: {database} has version {schema}, this program knows {SCHEMA_VERSION}: use a newer"
-        )
-    replicated = engine.startswith("Replicated")
-    replicas = _replicas(server, database, cluster, seconds) if replicated else 1
-    settings, token = _settings(server, replicas, seconds)
-    synced = all(re.search(rf"\b{name} = 1\b", made) for name in ("fsync_after_insert", "fsync_part_directory"))
-    expires = re.search(r"\bTTL (.*?)(?: SETTINGS |$)", made)
+    _check_complete(server, database, cluster, tables, timeout)
+    record = tables["record"]
+    replicated = record.engine.startswith("Replicated")
+    ttl = re.search(r"\bTTL (.*?)(?: SETTINGS |$)", record.definition)
+    identity = _read_identity(server, database, timeout)
+    replicas = _count_replicas(server, database, cluster, timeout) if replicated else 1
+    settings, accepts_token = _insert_settings(server, replicas, timeout)
+    synced = all(re.search(rf"\b{name} = 1\b", record.definition) for name in _FSYNC_SETTINGS)
+    target = f"{quote_identifier(database)}.{_insert_table(cluster)}"
     return Tables(
-        identity,
-        f"INSERT INTO {quoted(database)}.{inserted} (source, sequence, value, version) FORMAT RowBinary",
-        settings,
-        token,
-        replicated or bool(cluster),
-        synced or "insert_quorum" in settings,
-        expires[1] if expires else None,
+        identity=identity,
+        insert=f"INSERT INTO {target} (source, sequence, value, version) FORMAT RowBinary",
+        settings=settings,
+        accepts_token=accepts_token,
+        is_shared=replicated or bool(cluster),
+        power_safe=synced or "insert_quorum" in settings,
+        ttl=ttl[1] if ttl else None,
     )
 
 
-def make(server: Server, database: str, cluster: str | None) -> None:
-    """Makes what is missing, on all servers of the cluster, if there is one. Raises RetryableError or PermanentError."""
+def create_tables(server: Server, database: str, cluster: str | None) -> None:
+    """Create the missing tables, on every server of the cluster if there is one.
+
+    Raises RetryableError or PermanentError.
+    """
     if cluster:
-        clusters = {name for (name,) in server.rows("SELECT cluster FROM system.clusters", ASK_SECONDS)}
-        if cluster not in clusters:
-            listed = ", ".join(sorted(clusters)) or "none"
-            raise PermanentError(f"--clickhouse_cluster {cluster}: {server.name} knows no such cluster, but {listed}")
-        macros = {name for (name, _) in server.rows("SELECT macro, substitution FROM system.macros", ASK_SECONDS)}
-        if missing := sorted({"shard", "replica"} - macros):
-            raise PermanentError(
-                f"{server.name}: its configuration has no macro {missing[0]}, which replicated tables need"
-            )
-    on = f" ON CLUSTER {quoted(cluster)}" if cluster else ""
-    within = quoted(database)
-    known = {name for (name,) in server.rows("SELECT name FROM system.merge_tree_settings", ASK_SECONDS)}
-    safe = [f"{name} = 1" for name in ("fsync_after_insert", "fsync_part_directory") if name in known]
-    engine = "ReplacingMergeTree(version)"
-    if cluster:
-        path = text(f"/clickhouse/tables/{{shard}}/{database}/record")
-        engine = f"ReplicatedReplacingMergeTree({path}, '{{replica}}', version)"
-    columns = ", ".join(" ".join(column) for column in _COLUMNS)
-    statements = [
-        f"CREATE TABLE IF NOT EXISTS {within}.record{on} ({columns}) ENGINE = {engine} ORDER BY ({_KEY})"
-        + (f" SETTINGS {', '.join(safe)}" if safe else "")
-    ]
-    if cluster:
-        statements.append(
-            f"CREATE TABLE IF NOT EXISTS {within}.record_all{on} ({columns}) ENGINE = Distributed({quoted(cluster)}, "
-            f"{within}, record, sipHash64(toString(source), intDiv(sequence, {SPREAD})))"
-        )
-    statements += [
-        f"CREATE VIEW IF NOT EXISTS {within}.records{on} AS SELECT source, sequence, value, "
-        f"intDiv({LATEST} - version, 1000000) AS received_at_ms FROM {within}.record{'_all' if cluster else ''} FINAL",
-        # Last: it says that the others are there.
-        f"CREATE VIEW IF NOT EXISTS {within}.ringoexp{on} AS "
-        f"SELECT toUUID('{uuid.uuid4()}') AS identity, {SCHEMA_VERSION} AS schema",
-    ]
-    for statement in statements:
-        server.post(statement, b"", DDL_SECONDS)
+        _check_cluster(server, cluster)
+    settings = {name for (name,) in server.query("SELECT name FROM system.merge_tree_settings", QUERY_TIMEOUT_SECONDS)}
+    for statement in _create_statements(database, cluster, settings):
+        server.post(statement, b"", DDL_TIMEOUT_SECONDS)
 
 
-def expire(server: Server, database: str, cluster: str | None, tables: Tables, days: float) -> None:
-    """Has records deleted that many days after they came, some time. Raises RetryableError or PermanentError."""
-    ((version,),) = server.rows("SELECT version()", ASK_SECONDS)
+def set_retention(server: Server, database: str, cluster: str | None, tables: Tables, days: float) -> None:
+    """Let the server delete records some time after they are `days` old. Raises RetryableError or PermanentError."""
+    ((version,),) = server.query("SELECT version()", QUERY_TIMEOUT_SECONDS)
     numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
     if numbers < [19, 6]:
-        raise PermanentError(f"--retain {days:g}: {server.name} is ClickHouse {version}, it needs 19.6 or newer")
-    ttl = f"toDateTime(intDiv({LATEST} - version, 1000000000)) + toIntervalSecond({round(days * 86400)})"
-    if tables.expires == ttl:
+        raise PermanentError(
+            f"--retain {days:g}: {server.name} is ClickHouse {version}, but 19.6 or newer is required: update it"
+        )
+    arrived = f"toDateTime(intDiv({MAX_VERSION} - version, 1000000000))"
+    ttl = f"{arrived} + toIntervalSecond({round(days * 86400)})"
+    if tables.ttl == ttl:
         return
-    on = f" ON CLUSTER {quoted(cluster)}" if cluster else ""
-    server.post(f"ALTER TABLE {quoted(database)}.record{on} MODIFY TTL {ttl}", b"", DDL_SECONDS)
+    table = f"{quote_identifier(database)}.record{_on_cluster(cluster)}"
+    server.post(f"ALTER TABLE {table} MODIFY TTL {ttl}", b"", DDL_TIMEOUT_SECONDS)
 
 
-def _ours(server: Server, database: str, seconds: float, engine: str, key: str, made: str, begun: bool = False) -> bool:
-    """Whether the table `record` has our shape; with `begun`, so far: 18.16 lists a table before its definition."""
-    columns = server.rows(
-        f"SELECT name, type FROM system.columns WHERE database = {text(database)} AND table = 'record'", seconds
-    )
-    version = re.search(r"ReplacingMergeTree\((?:'[^']*', *'[^']*', *)?version\)", made)
-    begun = begun and engine.endswith("ReplacingMergeTree") and not made
-    return columns == _COLUMNS and key == _KEY and (version is not None or begun)
+def _insert_table(cluster: str | None) -> str:
+    return "record_all" if cluster else "record"
 
 
-def _tables(server: Server, database: str, seconds: float) -> dict[str, tuple[str, str, str]]:
-    """Engine, sorting key and definition of the tables there are, by name. Raises PermanentError when there is no database."""
-    rows = server.rows(
+def _on_cluster(cluster: str | None) -> str:
+    return f" ON CLUSTER {quote_identifier(cluster)}" if cluster else ""
+
+
+def _list_tables(server: Server, database: str, timeout: float) -> dict[str, _Table]:
+    """Return the existing tables by name. Raises PermanentError if the database does not exist."""
+    rows = server.query(
         "SELECT name, engine, sorting_key, engine_full FROM system.tables "
-        f"WHERE database = {text(database)} AND name IN ('ringoexp', 'record', 'record_all', 'records')",
-        seconds,
+        f"WHERE database = {quote_text(database)} AND name IN ('ringoexp', 'record', 'record_all', 'records')",
+        timeout,
     )
-    return {name: (engine, key, made) for name, engine, key, made in rows}
+    return {name: _Table(*columns) for name, *columns in rows}
 
 
-def _replicas(server: Server, database: str, cluster: str | None, seconds: float) -> int:
-    """How many replicas the table is to have, for each shard."""
+def _check_incomplete(server: Server, database: str, tables: Mapping[str, _Table], timeout: float) -> None:
+    """Raise PermanentError if the tables are not the beginning of ours.
+
+    Another server may be creating them at this moment, or may have been killed while it did.
+    """
+    if not tables:
+        return
+    record = tables.get("record")
+    if record:
+        undefined = not record.definition and record.engine.endswith("ReplacingMergeTree")
+        if _has_our_columns(server, database, record, timeout) and (undefined or _keeps_first(record)):
+            return
+    raise PermanentError(
+        f"{server.name}: the table {min(tables)} in {database} belongs to another program: use another database"
+    )
+
+
+def _check_complete(
+    server: Server, database: str, cluster: str | None, tables: Mapping[str, _Table], timeout: float
+) -> None:
+    """Raise PermanentError if a table is missing, of another schema, or belongs to another setup."""
+    for name in ("record", _insert_table(cluster), "records"):
+        if name not in tables:
+            remedy = "restore it, or use another database"
+            if name == "record_all" and "record" in tables:
+                remedy = "it was created without --clickhouse_cluster: omit that, or use another database"
+            raise PermanentError(f"{server.name}: {database} has no table {name}: {remedy}")
+    if not cluster and "record_all" in tables:
+        raise PermanentError(f"{server.name}: {database} belongs to a cluster: set --clickhouse_cluster")
+    record = tables["record"]
+    if not (_has_our_columns(server, database, record, timeout) and _keeps_first(record)):
+        raise PermanentError(
+            f"{server.name}: the table record in {database} has a different schema: use another database"
+        )
+
+
+def _has_our_columns(server: Server, database: str, record: _Table, timeout: float) -> bool:
+    columns = server.query(
+        f"SELECT name, type FROM system.columns WHERE database = {quote_text(database)} AND table = 'record'", timeout
+    )
+    return columns == _COLUMNS and record.sorting_key == _SORTING_KEY
+
+
+def _keeps_first(record: _Table) -> bool:
+    """True if the table keeps the row with the largest version, replicated or not."""
+    return bool(re.search(r"ReplacingMergeTree\((?:'[^']*', *'[^']*', *)?version\)", record.definition))
+
+
+def _read_identity(server: Server, database: str, timeout: float) -> str:
+    """Return the UUID of the database. Raises PermanentError if its schema is newer than this program's."""
+    sql = f"SELECT toString(identity), schema FROM {quote_identifier(database)}.ringoexp"
+    ((identity, version),) = server.query(sql, timeout)
+    if int(version) > SCHEMA_VERSION:
+        raise PermanentError(
+            f"{server.name}: {database} has schema version {version}, and this program supports {SCHEMA_VERSION}: "
+            "use a newer version of the program"
+        )
+    return identity
+
+
+def _count_replicas(server: Server, database: str, cluster: str | None, timeout: float) -> int:
+    """Return the number of replicas that the table has in each shard."""
     if cluster:
-        sql = f"SELECT max(replica_num) FROM system.clusters WHERE cluster = {text(cluster)}"
+        sql = f"SELECT max(replica_num) FROM system.clusters WHERE cluster = {quote_text(cluster)}"
     else:
-        sql = f"SELECT max(total_replicas) FROM system.replicas WHERE database = {text(database)} AND table = 'record'"
-    ((count,),) = server.rows(sql, seconds)
+        sql = (
+            "SELECT max(total_replicas) FROM system.replicas "
+            f"WHERE database = {quote_text(database)} AND table = 'record'"
+        )
+    ((count,),) = server.query(sql, timeout)
     return int(count)
 
 
-def _settings(server: Server, replicas: int, seconds: float) -> tuple[dict[str, str], bool]:
-    """The settings of a safe insert, as far as the server knows them; and whether it knows tokens."""
-    wanted = {
-        "async_insert": "0",
-        "insert_distributed_sync": "1",
-        "distributed_foreground_insert": "1",  # the same, renamed
-        # One insert, one part: a whole block is read before it is cut.
-        "max_insert_block_size": "2097152",
-        "min_insert_block_size_rows": "2097152",
-        "min_insert_block_size_bytes": "536870912",
-    }
-    names = [*wanted, "insert_quorum", "insert_quorum_timeout", "insert_quorum_parallel", "insert_deduplication_token"]
-    listed = ", ".join(text(name) for name in names)
-    known = {name for (name,) in server.rows(f"SELECT name FROM system.settings WHERE name IN ({listed})", seconds)}
-    settings = {name: value for name, value in wanted.items() if name in known}
-    if "distributed_foreground_insert" in known:
+def _insert_settings(server: Server, replicas: int, timeout: float) -> tuple[dict[str, str], bool]:
+    """Return the settings of a safe insert that the server supports, and whether it supports tokens."""
+    names = ", ".join(quote_text(name) for name in (*_INSERT_SETTINGS, *_QUORUM_SETTINGS, _TOKEN_SETTING))
+    rows = server.query(f"SELECT name FROM system.settings WHERE name IN ({names})", timeout)
+    supported = {name for (name,) in rows}
+    settings = {name: value for name, value in _INSERT_SETTINGS.items() if name in supported}
+    if "distributed_foreground_insert" in supported:
         settings.pop("insert_distributed_sync", None)
-    token = "insert_deduplication_token" in known
-    if replicas > 1 and "insert_quorum" in known:
-        # On two, so that the loss of one does no harm.
+    accepts_token = _TOKEN_SETTING in supported
+    if replicas > 1 and "insert_quorum" in supported:
+        # An insert must reach two replicas, so that the loss of one does no harm.
         settings["insert_quorum"] = "2"
-        if "insert_quorum_timeout" in known:
+        if "insert_quorum_timeout" in supported:
             settings["insert_quorum_timeout"] = "10000"  # ms
-        if not token:
-            # Older servers call a block known, and the insert done, without asking for its quorum again.
+        if not accepts_token:
+            # Older servers confirm a block that they already have without checking its quorum again.
             settings["insert_deduplicate"] = "0"
-    return settings, token
+    return settings, accepts_token
+
+
+def _check_cluster(server: Server, cluster: str) -> None:
+    """Raise PermanentError if the server cannot create replicated tables on the cluster."""
+    clusters = {name for (name,) in server.query("SELECT cluster FROM system.clusters", QUERY_TIMEOUT_SECONDS)}
+    if cluster not in clusters:
+        known = ", ".join(sorted(clusters)) or "none"
+        raise PermanentError(
+            f"--clickhouse_cluster {cluster}: {server.name} has no cluster of this name (clusters: {known})"
+        )
+    macros = {name for (name,) in server.query("SELECT macro FROM system.macros", QUERY_TIMEOUT_SECONDS)}
+    if missing := sorted({"shard", "replica"} - macros):
+        raise PermanentError(
+            f"{server.name}: its configuration has no macro {missing[0]}: define it, replicated tables need it"
+        )
+
+
+def _create_statements(database: str, cluster: str | None, merge_tree_settings: set[str]) -> list[str]:
+    """Return the statements that create the tables, in order. None of them changes a table that exists."""
+    name, on_cluster = quote_identifier(database), _on_cluster(cluster)
+    columns = ", ".join(" ".join(column) for column in _COLUMNS)
+    engine = "ReplacingMergeTree(version)"
+    if cluster:
+        path = quote_text(f"/clickhouse/tables/{{shard}}/{database}/record")
+        engine = f"ReplicatedReplacingMergeTree({path}, '{{replica}}', version)"
+    fsync = ", ".join(f"{setting} = 1" for setting in _FSYNC_SETTINGS if setting in merge_tree_settings)
+    statements = [
+        f"CREATE TABLE IF NOT EXISTS {name}.record{on_cluster} ({columns}) ENGINE = {engine} ORDER BY ({_SORTING_KEY})"
+        + (f" SETTINGS {fsync}" if fsync else "")
+    ]
+    if cluster:
+        shard = f"sipHash64(toString(source), intDiv(sequence, {SHARD_CHUNK_RECORDS}))"
+        statements.append(
+            f"CREATE TABLE IF NOT EXISTS {name}.record_all{on_cluster} ({columns}) "
+            f"ENGINE = Distributed({quote_identifier(cluster)}, {name}, record, {shard})"
+        )
+    statements.append(
+        f"CREATE VIEW IF NOT EXISTS {name}.records{on_cluster} AS SELECT source, sequence, value, "
+        f"intDiv({MAX_VERSION} - version, 1000000) AS received_at_ms FROM {name}.{_insert_table(cluster)} FINAL"
+    )
+    statements.append(  # the last one: it marks the others as complete
+        f"CREATE VIEW IF NOT EXISTS {name}.ringoexp{on_cluster} AS "
+        f"SELECT toUUID('{uuid.uuid4()}') AS identity, {SCHEMA_VERSION} AS schema"
+    )
+    return statements

@@ -1,13 +1,13 @@
-"""The store on a ClickHouse server or cluster: the same face as the one on SQLite, over HTTP, with group commit.
+"""The store on a ClickHouse server or cluster, over HTTP, with group commit.
 
-Each (source, sequence) counts once, however often it is inserted: the table forgets the others, and the view never
-shows them. So what is known already is not looked for, and not counted, and to insert again is harmless, with the
-identical bytes above all. What came first stays, by the clocks of the consumers that took it.
+Each (source, sequence) counts once, however often it is inserted: the table drops duplicates when it merges, and the
+view `records` never shows them. So the store does not look for duplicates and does not count them, and a repeated
+insert is harmless. The first value is kept, by the clocks of the consumers that received the records.
 
-Any thread may call any of it; `groupcommit` says who inserts. The leader first waits until MANY records have gathered,
-or a second has passed since the insert before, as servers choke on many small ones. The servers and what is known of
-them belong to the leader, without a lock; `check` asks by connections of its own, and reads no more than which host is
-in use.
+Any thread may call any method. `group_commit` decides which thread inserts: the leader. It first waits until
+FULL_INSERT_RECORDS are queued or INSERT_INTERVAL_SECONDS have passed since the previous insert began, because many
+small inserts overload ClickHouse. The servers and their state belong to the leader, without a lock. `check` opens its
+own connections, and reads only the index of the current host.
 """
 
 import functools
@@ -21,265 +21,295 @@ from struct import Struct
 from time import monotonic, sleep
 
 from ringolib.net import tls
-from ringolib.storage.clickhouse import schema as tables
-from ringolib.storage.clickhouse.http import PermanentError, RetryableError, Server, Target
+from ringolib.storage.clickhouse import schema
+from ringolib.storage.clickhouse.http import ClickHouseError, PermanentError, RetryableError, Server
+from ringolib.storage.clickhouse.url import Target
 from ringolib.storage.group_commit import CommitResult, GroupCommit, PendingBlock
 from ringolib.storage.interface import Sizes, StoreError
 from ringolib.wire import Run
 
 log = logging.getLogger("ringoexp.clickhouse")
 
-INTERVAL = 1.0
-"""Seconds between the beginnings of two inserts, unless there are MANY records."""
-MANY = 100_000
-GIVE_UP_SECONDS = 20.0
-"""How long records wait at most before they are given back to who sent them; a link waits 30 s for its ack."""
-LEAST_OF_IT = 0.4
-"""The part of that for which an insert is tried in any case, if its records have waited for one before that failed."""
-CHECK_SECONDS = 1.5
-"""How long a check waits for each answer."""
-BACKOFF_LEAST, BACKOFF_MAX_SECONDS = 0.1, 2.0
-TRUST_SECONDS = 3.0
-"""For how long an insert that succeeded shows that the next one would."""
-DOUBT_SECONDS = 15.0
-"""For how long one that failed, and is not being tried again, is not made good by a check."""
-SIZES_SECONDS = 10.0
-"""How old the size of the tables, as the stats say it, may be while records come in."""
+INSERT_INTERVAL_SECONDS = 1.0
+"""Between the beginnings of two inserts, unless FULL_INSERT_RECORDS are queued."""
+FULL_INSERT_RECORDS = 100_000
+INSERT_TIMEOUT_SECONDS = 20.0
+"""How long a record waits at most until its insert fails. It is less than the 30 s that a link waits for an ack."""
+MIN_TIMEOUT_SHARE = 0.4
+"""The share of INSERT_TIMEOUT_SECONDS that an insert always has, even if its records have waited for a failed one."""
+CHECK_TIMEOUT_SECONDS = 1.5
+"""For each answer that a check waits for."""
+BACKOFF_FIRST_SECONDS, BACKOFF_MAX_SECONDS = 0.1, 2.0
+SUCCESS_VALID_SECONDS = 3.0
+"""How long a successful insert counts as a successful check."""
+FAILURE_VALID_SECONDS = 15.0
+"""How long the error of a failed insert stays in the stats, although checks succeed."""
+SIZES_CACHE_SECONDS = 10.0
+"""The maximum age of the table sizes in the stats while records arrive."""
 
-WORDS = 5
-"""Of 8 bytes, in a row: two of the source, then sequence, value, version."""
+ROW_WORDS = 5
+"""The 8-byte words of a row: two of the source, then sequence, value and version."""
 _SOURCE = Struct(">qq")
 _BIG_ENDIAN = sys.byteorder == "big"
-_LOW_16_BITS = 2 * 4 + (3 if _BIG_ENDIAN else 0)  # of the sequence, in shorts from the row's beginning
+_LOW_16_BITS = 2 * 4 + (3 if _BIG_ENDIAN else 0)
+"""Position in a row of the sequence's lowest 16 bits, in units of 16 bits."""
 _SHORT_RUN = 4
-"""Records up to which a run is written one by one, which is faster then."""
+"""Runs of up to this many records are written one by one, which is faster for them."""
 
 
 @functools.cache
-def _ramp() -> "array[int]":
-    """All shorts, in order."""
+def _all_shorts() -> "array[int]":
+    """Return all unsigned 16-bit numbers, in order."""
     return array("H", range(1 << 16))
 
 
 def encode(blocks: Iterable[tuple[Sequence[Run], "array[int]"]], arrived_ns: int) -> "array[int]":
-    """The rows of blocks as RowBinary, `arrived_ns` being when the first run came, and each other one a ns later.
+    """Return the rows of blocks as RowBinary.
 
-    By strides, not record by record. A row is (UUID, UInt64, Int64, UInt64), little-endian, and ClickHouse's UUID is
-    two of 64 bits, the first half first.
+    The first run arrived at `arrived_ns`, a Unix time in nanoseconds; each following run counts as 1 ns later. A row is
+    (UUID, UInt64, Int64, UInt64), little-endian, and ClickHouse's UUID is two 64-bit numbers, the first half first.
     """
     rows = array("q")
-    version = tables.LATEST - arrived_ns
+    version = schema.MAX_VERSION - arrived_ns
     for runs, values in blocks:
-        at = 0
+        position = 0
         for run in runs:
-            high, low = _SOURCE.unpack(run.source)
             if run.count <= _SHORT_RUN:
+                high, low = _SOURCE.unpack(run.source)
                 for sequence in range(run.first, run.first + run.count):
-                    rows.extend((high, low, sequence, values[at], version))
-                    at += 1
+                    rows.extend((high, low, sequence, values[position], version))
+                    position += 1
             else:
-                first, end = run.first, run.first + run.count
-                while first < end:
-                    # As far as only the sequence's last 16 bits change.
-                    base = first & ~0xFFFF
-                    count = min(end, base + 0x10000) - first
-                    part = array("q", (high, low, base, 0, version)) * count
-                    part[3::WORDS] = values[at : at + count]
-                    with memoryview(part).cast("B").cast("H") as shorts, memoryview(_ramp()) as ramp:
-                        shorts[_LOW_16_BITS :: 4 * WORDS] = ramp[first - base : first - base + count]
-                    rows += part
-                    first, at = first + count, at + count
+                _append_run(rows, run, values, position, version)
+                position += run.count
             version -= 1
     if _BIG_ENDIAN:
         rows.byteswap()
     return rows
 
 
-class ClickHouse(GroupCommit):
-    """A database on the target's hosts, its tables made if they are missing. Raises StoreError if it cannot be had.
+def _append_run(rows: "array[int]", run: Run, values: "array[int]", position: int, version: int) -> None:
+    """Append the rows of a run, whose values start at `position`.
 
-    `cluster` is where they are made, and over whose shards they are spread. `retain` is after how many days the servers
-    may delete a record.
+    It writes by strides, not record by record: within a piece only the lowest 16 bits of the sequence differ.
+    """
+    high, low = _SOURCE.unpack(run.source)
+    first, end = run.first, run.first + run.count
+    while first < end:
+        base = first & ~0xFFFF
+        count = min(end, base + 0x10000) - first
+        piece = array("q", (high, low, base, 0, version)) * count
+        piece[3::ROW_WORDS] = values[position : position + count]
+        with memoryview(piece).cast("B").cast("H") as shorts, memoryview(_all_shorts()) as numbers:
+            shorts[_LOW_16_BITS :: 4 * ROW_WORDS] = numbers[first - base : first - base + count]
+        rows += piece
+        first, position = first + count, position + count
+
+
+class ClickHouse(GroupCommit):
+    """A database on the hosts of `target`. Its tables are created if they are missing.
+
+    They are created on the servers of `cluster`, and spread over its shards. `retain_days` is the age from which the
+    servers may delete a record. Raises StoreError if the database is not available.
     """
 
     MAX_GROUPED = 500_000
     RUN_COST = 16
     SLOW = 5.0
 
-    def __init__(self, target: Target, cluster: str | None = None, retain: float | None = None) -> None:
-        super().__init__(target.shown)
+    def __init__(self, target: Target, cluster: str | None = None, retain_days: float | None = None) -> None:
+        super().__init__(target.display_url)
         self._target = target
         self._cluster = cluster
 
         # The leader's.
-        self._at = 0  # the host in use
-        self._known: tables.Tables | None = None  # of that host; None after a failure
-        self._records = self._bytes = 0  # what the tables hold, as far as the servers count it without reading them
+        self._current = 0  # the index of the current host; `check` reads it
+        self._tables: schema.Tables | None = None  # of the current host; None after a failure
+        self._records = self._bytes = 0  # the size of the tables, duplicates included
         self._sized_at = float("-inf")  # monotonic seconds
-        self._last_ns = 0  # when the last run came
+        self._last_ns = 0  # the arrival time of the last run
         self._servers: list[Server] = []
         try:
             self._servers = [Server(target, *host) for host in target.hosts]
-            found = self._open(retain)
-        except (RetryableError, PermanentError, tls.CredentialFileError) as error:
+            tables = self._open(retain_days)
+        except (ClickHouseError, tls.CredentialFileError) as error:
             for server in self._servers:
                 server.close()
-            raise self._explained(error) from None
-        self._known = found
-        self.identity = found.identity
-        self.power_safe = found.power_safe
-        self._measure(self._servers[self._at])
+            raise self._store_error(error) from None
+        self._tables = tables
+        self.identity = tables.identity
+        self.power_safe = tables.power_safe
+        self._measure(self._servers[self._current])
         self._held = self._records
-        if not found.power_safe:
-            reason = "neither fsync_after_insert nor replicas are to be had there: a power cut may lose what was acked"
+        if not tables.power_safe:
+            reason = (
+                "the server supports no fsync_after_insert and has no replicas: "
+                "a power failure may lose acknowledged records"
+            )
             log.warning("not_power_safe", {"database": self.path, "reason": reason})
 
     def check(self) -> None:
-        """Returns when an insert of nothing has succeeded, at the host in use or one that may take its place.
+        """Return if an empty insert succeeds at the current host, or at a host that may replace it.
 
-        Raises StoreError when none has. Leaves the error of the stats as it is while the last insert of records failed,
-        and its successor has not succeeded.
+        Raises StoreError if all of them fail. While the last insert of records failed and no later one succeeded, its
+        error stays in the stats.
         """
-        if self._committed_within(TRUST_SECONDS):
+        if self._committed_within(SUCCESS_VALID_SECONDS):
             return
-        at = self._at
-        error: StoreError | None = None
-        for turn in range(len(self._servers)):
-            server = Server(self._target, *self._target.hosts[(at + turn) % len(self._servers)])
-            try:
-                found = tables.look(server, self._target.database, self._cluster, CHECK_SECONDS)
-                if not found or found.identity != self.identity:
-                    raise PermanentError(f"{server.name}: the tables are gone, or others: start again")
-                server.post(found.insert, b"", CHECK_SECONDS, found.settings)
-                error = None
-                break
-            except (RetryableError, PermanentError) as failed:
-                error = error or self._explained(failed)
-            finally:
-                server.close()
+        error = self._check_hosts()
         with self._lock:
-            # As long as records are on their way, it is they that show whether it goes on.
-            doubt = self._leading or monotonic() - self._failed_at < DOUBT_SECONDS
-            if error or not doubt:
+            # While records are being inserted, only they show whether inserts succeed.
+            doubtful = self._leading or monotonic() - self._failed_at < FAILURE_VALID_SECONDS
+            if error or not doubtful:
                 self._error = str(error) if error else None
         if error:
             raise error
 
     def sizes(self) -> Sizes:
-        """What the tables took on the servers' disks a while ago; nothing is known of the room that is left there."""
+        """Return the size of the tables on the servers' disks, a while ago. The free space there is unknown."""
         return Sizes(self._bytes, 0, None)
 
     def close(self) -> None:
-        """Has what waits inserted, waits for that, and gives up the connections. Does nothing the second time."""
+        """Insert the queued records, then close the connections. Does nothing the second time."""
         if self._close():
             for server in self._servers:
                 server.close()
 
-    def _open(self, retain: float | None) -> tables.Tables:
-        """Finds a host that answers, and makes there what is missing. Raises RetryableError or PermanentError."""
-        failed: RetryableError | None = None
-        for at, server in enumerate(self._servers):
+    def _open(self, retain_days: float | None) -> schema.Tables:
+        """Find a host that answers, and create the missing tables. Raises RetryableError or PermanentError."""
+        first_error: RetryableError | None = None
+        for index, server in enumerate(self._servers):
             try:
-                found = tables.look(server, self._target.database, self._cluster)
-                if not found:
-                    tables.make(server, self._target.database, self._cluster)
-                    found = tables.look(server, self._target.database, self._cluster)
-                    if not found:
-                        raise PermanentError(f"{server.name}: the tables were made, and are not there")
-                if len(self._servers) > 1 and not found.shared:
-                    raise PermanentError(
-                        "several hosts need --clickhouse_cluster, or replicated tables: each has its own now"
-                    )
-                if retain:
-                    tables.expire(server, self._target.database, self._cluster, found, retain)
-                self._at = at
-                return found
+                tables = self._open_host(server)
+                if retain_days:
+                    schema.set_retention(server, self._target.database, self._cluster, tables, retain_days)
+                self._current = index
+                return tables
             except RetryableError as error:
-                failed = failed or error
-        assert failed
-        raise failed
+                first_error = first_error or error
+        assert first_error
+        raise first_error
+
+    def _open_host(self, server: Server) -> schema.Tables:
+        """Return the tables of a host, and create the missing ones. Raises RetryableError or PermanentError."""
+        database = self._target.database
+        tables = schema.inspect_tables(server, database, self._cluster)
+        if not tables:
+            schema.create_tables(server, database, self._cluster)
+            tables = schema.inspect_tables(server, database, self._cluster)
+        if not tables:
+            raise PermanentError(f"{server.name}: the tables were created, but do not exist: check the server's log")
+        if len(self._servers) > 1 and not tables.is_shared:
+            raise PermanentError(
+                "several hosts require --clickhouse_cluster or replicated tables: these have separate tables"
+            )
+        return tables
+
+    def _check_hosts(self) -> StoreError | None:
+        """Try an empty insert at each host, from the current one on. Return the first error if all of them fail."""
+        first_error: StoreError | None = None
+        current = self._current
+        for turn in range(len(self._servers)):
+            server = Server(self._target, *self._target.hosts[(current + turn) % len(self._servers)])
+            try:
+                tables = self._inspect_same(server, CHECK_TIMEOUT_SECONDS)
+                server.post(tables.insert, b"", CHECK_TIMEOUT_SECONDS, tables.settings)
+                return None
+            except ClickHouseError as error:
+                first_error = first_error or self._store_error(error)
+            finally:
+                server.close()
+        return first_error
 
     def _pace(self) -> float:
         assert self._lock.locked()
-        return 0.0 if self._queued >= MANY else self._began_at + INTERVAL - monotonic()
+        return 0.0 if self._queued >= FULL_INSERT_RECORDS else self._began_at + INSERT_INTERVAL_SECONDS - monotonic()
 
     def _write(self, group: list[PendingBlock]) -> CommitResult:
-        """Inserts `group`; what is known already counts as stored."""
+        """Insert `group`. Duplicates count as stored."""
         started = monotonic()
-        # A block that comes later never has an earlier time, whatever becomes of the clock meanwhile.
+        # A later block never gets an earlier time, even if the clock goes back.
         arrived_ns = max(time.time_ns(), self._last_ns + 1)
-        self._last_ns = arrived_ns + sum(len(waiting.runs) for waiting in group)
-        deadline = max(group[0].since + GIVE_UP_SECONDS, started + GIVE_UP_SECONDS * LEAST_OF_IT)
-        self._insert(encode(((waiting.runs, waiting.values) for waiting in group), arrived_ns), deadline)
-        return CommitResult(sum(len(waiting.values) for waiting in group), 0, self._records)
+        self._last_ns = arrived_ns + sum(len(block.runs) for block in group)
+        deadline = max(group[0].since + INSERT_TIMEOUT_SECONDS, started + INSERT_TIMEOUT_SECONDS * MIN_TIMEOUT_SHARE)
+        self._insert(encode(((block.runs, block.values) for block in group), arrived_ns), deadline)
+        return CommitResult(sum(len(block.values) for block in group), 0, self._records)
 
     def _insert(self, rows: "array[int]", deadline: float) -> None:
-        """Returns when the rows are in the database. Raises RetryableError if they may not be, soon after `deadline`, or PermanentError.
+        """Insert the rows, with retries until shortly after `deadline`.
 
-        The identical bytes, by the same token, are tried at the same host, a second time at once, and elsewhere only
-        where the same records are to be had too.
+        All attempts send identical bytes and the same token. The second attempt follows at once at the same host;
+        later ones go to the next host, which has the same tables. Raises PermanentError, or RetryableError if the rows
+        may or may not be stored.
         """
         token = str(uuid.uuid4())
-        pause, turn = 0.0, 0
+        pause, failures = 0.0, 0
         with memoryview(rows).cast("B") as body:
             while True:
-                server = self._servers[self._at]
+                server = self._servers[self._current]
                 try:
-                    known = self._known = self._known or self._look_again(server)
-                    settings = (
-                        {**known.settings, "insert_deduplication_token": token} if known.token else known.settings
-                    )
-                    left = max(1.0, deadline - monotonic())
-                    if len(self._servers) > 1:  # a host that hangs is to leave time for the next
-                        left = min(left, GIVE_UP_SECONDS / 3)
-                    said = server.post(known.insert, body, left, settings)
-                    if said:
-                        raise RetryableError(f"{server.name}: answered an insert with {said[:100]!r}")
-                    if monotonic() - self._sized_at > SIZES_SECONDS or not self._records:
-                        self._measure(server)
+                    self._insert_once(server, body, token, deadline)
                     return
-                except (RetryableError, PermanentError) as error:
-                    self._known = None  # it may be another server by now
-                    turn += 1
-                    if turn > 1:  # all have the same tables, or else they were refused at the start
-                        self._at = (self._at + 1) % len(self._servers)
-                    final = isinstance(error, PermanentError) and (len(self._servers) == 1 or turn > len(self._servers))
-                    if final or deadline - monotonic() <= pause:
+                except ClickHouseError as error:
+                    self._tables = None  # another server may answer at this address by now
+                    failures += 1
+                    if failures > 1:
+                        self._current = (self._current + 1) % len(self._servers)
+                    hosts = len(self._servers)
+                    permanent = isinstance(error, PermanentError) and (hosts == 1 or failures > hosts)
+                    if permanent or deadline - monotonic() <= pause:
                         raise
                     log.debug("insert_again", {"host": server.name, "reason": str(error)})
-                    if turn > 1:  # so that it is known now, not when it is given up
+                    if failures > 1:  # the stats report the error while the retries go on
                         with self._lock:
-                            self._error = str(self._explained(error))
-                    sleep(pause)
-                    pause = min(BACKOFF_MAX_SECONDS, max(BACKOFF_LEAST, 2 * pause))
+                            self._error = str(self._store_error(error))
+                sleep(pause)
+                pause = min(BACKOFF_MAX_SECONDS, max(BACKOFF_FIRST_SECONDS, 2 * pause))
 
-    def _look_again(self, server: Server) -> tables.Tables:
-        """What a server has and knows, after something failed. Raises RetryableError, or PermanentError, also for another database."""
-        found = tables.look(server, self._target.database, self._cluster)
-        if not found or found.identity != self.identity:
-            raise PermanentError(f"{server.name}: the tables are gone, or others: start again to make them anew")
-        return found
+    def _insert_once(self, server: Server, body: memoryview, token: str, deadline: float) -> None:
+        """Insert the rows at one host. Raises RetryableError or PermanentError."""
+        tables = self._tables = self._tables or self._inspect_same(server)
+        settings = tables.settings
+        if tables.accepts_token:
+            settings = {**settings, "insert_deduplication_token": token}
+        timeout = max(1.0, deadline - monotonic())
+        if len(self._servers) > 1:  # a host that hangs must leave time for the next one
+            timeout = min(timeout, INSERT_TIMEOUT_SECONDS / 3)
+        response = server.post(tables.insert, body, timeout, settings)
+        if response:
+            raise RetryableError(f"{server.name}: unexpected answer to an insert: {response[:100]!r}")
+        if monotonic() - self._sized_at > SIZES_CACHE_SECONDS or not self._records:
+            self._measure(server)
+
+    def _inspect_same(self, server: Server, timeout: float | None = None) -> schema.Tables:
+        """Return the tables of a host. Raises PermanentError if this store opened other tables, or RetryableError."""
+        tables = schema.inspect_tables(server, self._target.database, self._cluster, timeout)
+        if not tables or tables.identity != self.identity:
+            raise PermanentError(
+                f"{server.name}: the tables were deleted or replaced: restart to create them or to use the new ones"
+            )
+        return tables
 
     def _measure(self, server: Server) -> None:
-        """Asks how much there is; raises nothing, as nothing depends on it."""
-        parts = f"cluster({tables.text(self._cluster)}, system, parts)" if self._cluster else "system.parts"
+        """Read the size of the tables. Raises nothing: an insert must not fail for it."""
+        parts = f"cluster({schema.quote_text(self._cluster)}, system, parts)" if self._cluster else "system.parts"
         sql = (
             f"SELECT sum(rows), sum(bytes_on_disk) FROM {parts} "
-            f"WHERE active AND database = {tables.text(self._target.database)} AND table = 'record'"
+            f"WHERE active AND database = {schema.quote_text(self._target.database)} AND table = 'record'"
         )
         self._sized_at = monotonic()
         try:
-            ((records, size),) = server.rows(sql, CHECK_SECONDS)
+            ((records, size),) = server.query(sql, CHECK_TIMEOUT_SECONDS)
             self._records, self._bytes = int(records), int(size)
-        except (RetryableError, PermanentError, ValueError) as error:
+        except (ClickHouseError, ValueError) as error:
             log.debug("not_measured", {"reason": str(error)})
 
     def _failed(self, cause: BaseException) -> StoreError:
-        return self._explained(cause)
+        return self._store_error(cause)
 
-    def _explained(self, cause: BaseException) -> StoreError:
-        """One line: the database, the host if there are several, and what is wrong."""
-        said = str(cause) or type(cause).__name__
-        if len(self._target.hosts) == 1:
-            said = said.removeprefix(f"{self._servers[0].name}: " if self._servers else "")
-        return StoreError(f"{self.path}: {said}")
+    def _store_error(self, cause: BaseException) -> StoreError:
+        """Return the error as one line: the database, the host if there are several, and the cause."""
+        text = str(cause) or type(cause).__name__
+        if len(self._target.hosts) == 1 and self._servers:
+            text = text.removeprefix(f"{self._servers[0].name}: ")
+        return StoreError(f"{self.path}: {text}")

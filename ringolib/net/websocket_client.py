@@ -1,0 +1,150 @@
+"""The client's end of a WebSocket: connecting, with TLS and a token, sending messages, reading, closing.
+
+A `ClientConnection` belongs to its owner's thread, and nothing here is locked. Only `abort` is for other threads: the
+owner's reads and writes fail then. The protocol is `protocol.Protocol`'s.
+"""
+
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any
+
+from ringolib.net import sockets
+from ringolib.net.addresses import Endpoint, certified_name, host_header
+from ringolib.net.frames import MAX_MESSAGE, Messages
+from ringolib.net.protocol import Protocol
+from ringolib.net.sockets import READ_SIZE, connect, linger, shut_down
+from ringolib.net.tls_socket import TLSSocket
+from ringolib.net.websocket import request_upgrade
+
+CONNECT_TIMEOUT = 5.0
+"""Seconds for each step: the connection, the TLS handshake, each read of the upgrade."""
+MAX_UNSENT = 64 * 1024 + 2 * MAX_MESSAGE
+"""Bytes that may be queued behind the system's buffer before the server is given up: pongs, behind a message of ours."""
+
+
+class ClientConnection:
+    """A connection to `path` at `endpoint`, with this subprotocol. It is connected when the constructor returns.
+
+    The endpoint may be a Unix socket. With `context` the connection is `wss://`. `token` is sent as a bearer token.
+    `on_socket` is called with the socket as soon as it is connected. The socket keeps the timeout CONNECT_TIMEOUT.
+    Raises OSError if the server is unreachable, HandshakeError if it refuses.
+
+    `store` is the identity of the store behind the server, if it tells it. `ending` and `at_fault` are the protocol's.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        path: str,
+        subprotocol: str,
+        context: ssl.SSLContext | None = None,
+        token: str | None = None,
+        on_socket: Callable[[Any], None] = lambda sock: None,
+    ) -> None:
+        self._protocol = Protocol(is_server=False)
+        self._unsent = b""
+        self.sock: Any = connect(endpoint.host, endpoint.port, CONNECT_TIMEOUT)
+        try:
+            on_socket(self.sock)
+            if context:
+                self.sock = TLSSocket(self.sock, context, certified_name(endpoint.name))
+                self.sock.handshake(CONNECT_TIMEOUT)
+            host = host_header(endpoint.name, endpoint.port)
+            accepted = request_upgrade(self.sock, host, path, subprotocol, token)
+        except BaseException:
+            self.sock.close()
+            raise
+        self.store = accepted.store
+        self._rest = accepted.rest  # for the first `parse`
+
+    @property
+    def ending(self) -> tuple[int, str] | None:
+        """See Protocol."""
+        return self._protocol.ending
+
+    @property
+    def at_fault(self) -> bool:
+        """See Protocol."""
+        return self._protocol.at_fault
+
+    @property
+    def unsent(self) -> int:
+        """The number of bytes that `flush` has to send."""
+        return len(self._unsent)
+
+    def read(self, wait: bool = True) -> bytes | None:
+        """Return the bytes that have arrived, at most READ_SIZE; b"" at the end of the stream.
+
+        With `wait` false, return None if no bytes have arrived. Raises OSError if the connection is lost, and
+        TimeoutError if the socket has a timeout.
+        """
+        try:
+            data: bytes = self.sock.recv(READ_SIZE, 0 if wait else socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        return data
+
+    def parse(self, data: bytes) -> list[Messages]:
+        """Return the binary messages that `data` completes, in order. Answer the pings in it; see Protocol."""
+        data, self._rest = self._rest + data, b""
+        messages = self._protocol.receive(data)
+        while self._protocol.has_input:
+            messages += self._protocol.receive(b"")
+        if self._protocol.replies:
+            replies, self._protocol.replies = self._protocol.replies, b""
+            try:
+                self._queue(replies)
+            except OSError as error:  # the messages before the ping still count
+                self._protocol.end(1006, f"connection lost: {error}")
+        return messages
+
+    def send_bytes(self, payload: bytes) -> None:
+        """Send one whole binary message. Raises OSError if the connection is lost, or at the socket's timeout."""
+        self.sock.sendall(self._unsent + self._protocol.message_frame(payload))
+        self._unsent = b""
+
+    def begin_bytes(self, payload: bytes) -> None:
+        """Queue one binary message. `flush` sends it piece by piece, so that the caller can read at the same time."""
+        self._unsent += self._protocol.message_frame(payload)
+
+    def ping(self) -> None:
+        """Send a ping. Raises OSError if the connection is lost, or the server does not read."""
+        self._queue(self._protocol.ping_frame())
+
+    def flush(self) -> bool:
+        """Send the unsent bytes that the socket takes. Return True if none are left.
+
+        Raises OSError if the connection is lost.
+        """
+        if self._unsent:
+            try:
+                self._unsent = self._unsent[self.sock.send(self._unsent, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                pass
+        return not self._unsent
+
+    def finish(self, code: int, reason: str) -> None:
+        """Send our Close frame, wait at most sockets.CLOSE_TIMEOUT for the server's, and close the socket. Never raises.
+
+        If the server has sent a Close frame, ours has the server's code.
+        """
+        try:
+            self.sock.settimeout(sockets.CLOSE_TIMEOUT)
+            self.sock.sendall(self._unsent + self._protocol.close_frame(code, reason))
+        except OSError:
+            pass  # the connection is lost
+        else:
+            linger(self.sock)
+        self.sock.close()
+
+    def abort(self) -> None:
+        """Make the owner's reads and writes fail at once. For other threads."""
+        shut_down(self.sock)
+
+    def _queue(self, frame: bytes) -> None:
+        """Queue a whole frame behind the unsent bytes, and `flush`."""
+        behind = len(self._unsent)
+        self._unsent += frame
+        if not self.flush() and behind > MAX_UNSENT:
+            raise TimeoutError("the peer does not read")

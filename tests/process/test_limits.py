@@ -1,0 +1,93 @@
+"""Limits of HTTP requests and of connections: in total, for each client address, and by threads."""
+
+import http.client
+import json
+import socket
+from pathlib import Path
+
+from support.harness import DEADLINE, RawClient, eventually, not_ready, server
+
+
+def test_request_head_has_a_total_limit(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        for head, status in (
+            (b"GET /v1.0/alive HTTP/1.1\r\n" + b"".join(b"X-%d: %b\r\n" % (n, b"y" * 900) for n in range(50)), b"431"),
+            (b"GET /v1.0/alive HTTP/1.1\r\nX: " + b"y" * 40_000 + b"\r\n", b"431"),
+            (b"GET /" + b"y" * 40_000 + b" HTTP/1.1\r\n", b"414"),
+            (b"GET /v1.0/alive HTTP/1.1\r\n" + b"X: y\r\n" * 101, b"431"),
+            (b"GET /v1.0/alive HTTP/1.1\r\n" + b"".join(b"X-%d: %b\r\n" % (n, b"y" * 300) for n in range(90)), b"200"),
+        ):
+            with socket.create_connection(("localhost", running.port), DEADLINE) as sock:
+                sock.sendall(head + b"\r\n")
+                assert sock.recv(65536).split()[1] == status
+        with socket.create_connection(("localhost", running.port), DEADLINE) as sock:
+            for _ in range(10):  # the limit is for each request
+                sock.sendall(b"GET /v1.0/alive HTTP/1.1\r\nX: " + b"y" * 20_000 + b"\r\n\r\n")
+                assert sock.recv(65536).split()[1] == b"200"
+
+
+def test_connections_per_address_are_limited(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0", "-H", "0.0.0.0", "--per_address", "2") as running:
+        held = [RawClient(running.port) for _ in range(2)]
+        assert running.get("/v1.0/alive")[0] == 200, "requests that store no records are answered"
+        with RawClient(running.port) as refused:
+            assert refused.status == 503 and "Retry-After: 1" in refused.head
+            assert b"2 from one address" in refused.sock.recv(65536) + refused._buffer
+        answer = running.get("/v1.0/ready")[2].decode()
+        assert "all 2 connections of this address (--per_address) are taken" in answer, "the limit is not the total one"
+        stats = running.stats()
+        assert stats["refusedConnections"] == 1 and stats["connections"] == 2
+        with socket.create_connection(("127.0.0.1", running.port), source_address=("127.0.0.2", 0)) as other:
+            other.sendall(b"GET /v1.0/ingest HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert other.recv(65536).startswith(b"HTTP/1.1 426"), "each address has its own limit"
+        held.pop().sock.close()
+
+        def is_admitted() -> bool:
+            with RawClient(running.port) as client:
+                return client.status == 101
+
+        eventually(is_admitted)
+        for client in held:
+            client.sock.close()
+        assert running.stop() == 0
+
+
+def test_flood_from_one_address_does_not_block_others(tmp_path: Path) -> None:
+    patch = "web.connections.MAX_REFUSED = 5; web.handler.REFUSED_TIMEOUT = 600"
+    with server(tmp_path, "-p", "0", "-T", "0", "-H", "0.0.0.0", "--per_address", "1", patch=patch) as running:
+        flood = [socket.create_connection(("127.0.0.1", running.port), DEADLINE) for _ in range(50)]
+        with socket.create_connection(("127.0.0.1", running.port), DEADLINE, ("127.0.0.2", 0)) as other:
+            other.sendall(b"GET /v1.0/alive HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert other.recv(65536).startswith(b"HTTP/1.1 200")
+            other.sendall(b"GET /v1.0/stats HTTP/1.1\r\nHost: x\r\n\r\n")
+            body = b""
+            while not body.endswith(b"}\n"):
+                body += other.recv(65536)
+            stats = json.loads(body.partition(b"\r\n\r\n")[2])["stats"]
+            assert stats["refusedConnections"] == 50 - 1 - 5 and stats["connections"] == 2
+        for sock in flood:
+            sock.close()
+
+        def is_ready() -> bool:
+            try:
+                return not_ready(running) == []
+            except (
+                http.client.RemoteDisconnected,
+                ConnectionError,
+            ):  # the server has not noticed the closed connections yet
+                return False
+
+        eventually(is_ready)
+        assert running.stop() == 0
+
+
+def test_connections_are_limited_by_threads(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-I", "false", "--threads", "512") as running:
+        clients = [RawClient(running.port) for _ in range(512 - 128)]
+        assert all(client.status == 101 for client in clients)
+        with RawClient(running.port) as refused:
+            assert refused.status == 503
+        assert json.loads(running.get("/v1.0/stats")[2])["memStats"]["threads"] <= 512
+        for client in clients:
+            client.sock.close()
+        assert running.stop() == 0
