@@ -1,0 +1,1 @@
+"""Everything a server reports about itself: stats, metrics, readiness, logs, profiles, and systemd messages."""

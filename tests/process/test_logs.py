@@ -293,7 +293,7 @@ def test_a_link_is_logged_once_per_change(tmp_path: Path) -> None:
 
 def test_refusals_are_limited_and_debug_tells_each(tmp_path: Path) -> None:
     for flags, expected in (([], {"404": 1}), (["-d"], {"404": 50})):
-        with server(tmp_path, "-p", "0", "-T", "0", *flags, patch="status.logs.LIMIT_SECONDS = 600") as running:
+        with server(tmp_path, "-p", "0", "-T", "0", *flags, patch="status.logs.RATE_LIMIT_SECONDS = 600") as running:
             for _ in range(50):
                 assert request(running.port, "GET", "/nothing")[0] == 404
             told = of(running, "refused")

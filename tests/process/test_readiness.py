@@ -27,7 +27,7 @@ from ringolib.net.credentials import CredentialSet
 from ringolib.status import probe, readiness
 from ringolib.status.probe import Reason, _Question
 
-QUICK = "status.probe.FRESH = 0.05; status.probe.PATIENCE = 0.5; status.readiness.STUCK = 0.1"
+QUICK = "status.probe.CACHE_SECONDS = 0.05; status.probe.ANSWER_TIMEOUT_SECONDS = 0.5; status.readiness_rules.RING_STUCK_SECONDS = 0.1"
 
 
 def reasons(running: ServerProcess) -> list[dict[str, Any]]:
