@@ -60,5 +60,5 @@ def back_to(process: ServerProcess, base: Usage, deadline: float = DEADLINE) -> 
 def complaints(process: ServerProcess) -> str:
     """Return the lines of the log that must not be there: errors and tracebacks."""
     lines = process.errors.read_text(errors="replace").splitlines()
-    bad = ("level=ERROR", "level=CRITICAL", "Traceback", "Exception")
+    bad = ("level=error", "level=critical", "Traceback", "Exception")
     return "\n".join(line for line in lines if any(word in line for word in bad))
