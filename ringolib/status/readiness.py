@@ -62,7 +62,7 @@ class Readiness:
     def reasons(self, wait: bool = True) -> list[Reason]:
         """Return the reasons why a record sent now would not be stored now; an empty list if it would.
 
-        If `wait` is false, do not try a commit, and take the last answers of the consumers.
+        If `wait` is false, try a commit only if the last one failed, and take the last answers of the consumers.
         """
         known = self._known(wait)
         return rules.not_ready(known, self._ring.stats() if self._ring else None)
@@ -100,10 +100,7 @@ class Readiness:
 
     def _consumer_reasons(self, destinations: Sequence[Destination], wait: bool) -> list[Reason | None]:
         """Return why each consumer does not store. Stops with None at the first one that does."""
-        if any(
-            destination.link and not destination.link.down and destination.link.stats().quiet < rules.ACK_FRESH_SECONDS
-            for destination in destinations
-        ):
+        if any(map(_has_fresh_ack, destinations)):
             return [None]
         self._refresh(destinations)
         deadline = answer_deadline(wait)
@@ -189,3 +186,9 @@ class Readiness:
             return "store_failing", str(error)
         failing = self._disk.stats().error  # of a commit of records, which needs more space than the test
         return ("store_failing", failing) if failing else None
+
+
+def _has_fresh_ack(destination: Destination) -> bool:
+    """True if a recent ack shows that the consumer stores, so that nothing has to be asked."""
+    link = destination.link
+    return link is not None and not link.down and link.stats().quiet < rules.ACK_FRESH_SECONDS

@@ -213,7 +213,7 @@ def test_consumer_is_up_if_one_link_fails_and_another_stores(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("role", ["consumer", "publisher"])
 def test_ready_answers_and_server_stops_if_a_probe_hangs(tmp_path: Path, role: str) -> None:
-    """The consumer's disk hangs. The publisher's consumer sends a byte now and then, and never completes an answer."""
+    """The consumer's disk hangs. The publisher's consumer sends single bytes, and never completes an answer."""
     patch = f"{QUICK}; app.DRAIN_SECONDS = 1"
     with socket.create_server(("localhost", 0)) as listener:
         if role == "consumer":
