@@ -19,8 +19,8 @@ from ringolib.net.frames import MAX_MESSAGE
 from ringolib.net.listeners import Listeners
 from ringolib.net.websocket import STORE_HEADER, HandshakeError
 from ringolib.net.websocket_server import ServerConnection
-from ringolib.status.probe import THEIR_LIMIT, Reason
 from ringolib.status.prometheus import CONTENT_TYPE as METRICS
+from ringolib.status.readiness_rules import CONNECTIONS_FULL, Reason
 from ringolib.storage.interface import StoreError
 from ringolib.timing import format_ago
 from ringolib.web import handler as web
@@ -143,7 +143,7 @@ class Handler(WebHandler):
             most = f"{self.server.limit} connections (-n, --threads)"
             if self.server.crowding():
                 most = f"{self.server.per_address} connections of this address (--per_address)"
-            reasons.append(Reason(THEIR_LIMIT, f"all {most} are taken"))
+            reasons.append(Reason(CONNECTIONS_FULL, f"all {most} are in use"))
         trusted = self.has_token()  # details have addresses and paths in them
         # For a publisher, whose links will be asked for it.
         told: dict[str, Any] = {"authorized": trusted} if self.server.credentials.current.token else {}
@@ -155,7 +155,7 @@ class Handler(WebHandler):
         named = [
             {
                 "code": reason.code,
-                "detail": reason.detail if trusted else "for who shows the token",
+                "detail": reason.detail if trusted else "details require the access token",
                 "since": None if reason.seconds is None else format_ago(reason.seconds),
             }
             for reason in reasons

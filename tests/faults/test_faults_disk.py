@@ -262,7 +262,7 @@ def test_ready_finds_out_that_the_disk_fails_and_that_it_works_again_without_any
 ) -> None:
     """Nobody sends anything: no client is sent to a server that is not ready."""
     database = place / "numbers.db"
-    quick = "status.probe.FRESH = 0.05"
+    quick = "status.probe.CACHE_SECONDS = 0.05"
     with ExitStack() as stack:
         consumer = stack.enter_context(server(tmp_path, "-I", "false", "-p", "0", "-D", str(database), patch=quick))
         front = stack.enter_context(server(tmp_path, "-p", "0", "-T", str(consumer.port), patch=quick))

@@ -34,12 +34,12 @@ from ringolib.client.producer import Producer
 from ringolib.net.frames import MAX_MESSAGE
 
 SHORT = {
-    "ringolib.web.handler.REQUEST_TIMEOUT": 0.4,
-    "ringolib.net.sockets.CLOSE_TIMEOUT": 0.4,
-    "ringolib.net.websocket.PING_AFTER": 0.3,
-    "ringolib.net.websocket.PING_TIMEOUT": 0.3,
-    "ringolib.net.websocket.STALL_TIMEOUT": 0.4,
-    "ringolib.net.websocket.MESSAGE_TIMEOUT": 0.5,
+    "web.handler.REQUEST_TIMEOUT": 0.4,
+    "net.sockets.CLOSE_TIMEOUT": 0.4,
+    "net.websocket.PING_AFTER": 0.3,
+    "net.websocket.PING_TIMEOUT": 0.3,
+    "net.websocket.STALL_TIMEOUT": 0.4,
+    "net.websocket.MESSAGE_TIMEOUT": 0.5,
 }
 """The server's patience, shortened."""
 ENOUGH = 10.0
@@ -55,7 +55,7 @@ SMALL_BUFFERS = (
 
 def patched(timeouts: dict[str, float]) -> str:
     """The patch that makes a server so impatient, and its idle workers and probes too."""
-    more = {"ringolib.forward.workers.IDLE_SECONDS": 0.3, "ringolib.timing.BACKOFF_MAX_SECONDS": 0.2}
+    more = {"forward.workers.IDLE_SECONDS": 0.3, "ringolib.timing.BACKOFF_MAX_SECONDS": 0.2}
     return "; ".join([*(f"{name} = {seconds}" for name, seconds in {**timeouts, **more}.items()), SMALL_BUFFERS])
 
 
@@ -220,7 +220,7 @@ KINDS: dict[Callable[[socket.socket], Steps], tuple[str, ...]] = {
 
 def patience(kind: Callable[[socket.socket], Steps], timeouts: dict[str, float]) -> float:
     """Seconds after which a hostile client of this kind should be gone."""
-    short = {name.split(".")[1].removesuffix("_TIMEOUT"): seconds for name, seconds in timeouts.items()}
+    short = {name.rsplit(".", 1)[1].removesuffix("_TIMEOUT"): seconds for name, seconds in timeouts.items()}
     return sum(short[name] for name in KINDS[kind])
 
 

@@ -122,6 +122,6 @@ def test_a_question_that_cannot_be_asked_is_a_reason(tmp_path: Path, refuse: Cal
         ready = Readiness(None, store, None, None, Credentials())
         refuse("ask-")
         (reason,) = ready.reasons()
-        assert reason.detail == f"no thread to be had: {NONE_LEFT}"
+        assert reason.detail == f"cannot start a thread: {NONE_LEFT} (ulimit -u limits threads)"
     finally:
         store.close()

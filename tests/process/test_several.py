@@ -37,7 +37,10 @@ from ringolib.client import producer
 from ringolib.storage.interface import Storage
 from ringolib.wire import decode_batch, encode_ack, encode_plain
 
-QUICK = f"{SHORT_TIMES}; status.probe.FRESH = 0.05; status.probe.PATIENCE = 0.5; status.readiness.STUCK = 0.1"
+QUICK = (
+    f"{SHORT_TIMES}; status.probe.CACHE_SECONDS = 0.05; status.probe.ANSWER_TIMEOUT_SECONDS = 0.5; "
+    "status.readiness_rules.RING_STUCK_SECONDS = 0.1"
+)
 
 
 class Fleet:

@@ -463,7 +463,7 @@ def test_one_that_is_back_with_nothing_to_try_it_with_is_asked_whether_it_is_rea
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Or else a publisher that gets nothing while it is not ready never is again."""
-    monkeypatch.setattr(readiness, "_check_consumer", lambda *unused: None)
+    monkeypatch.setattr(readiness, "check_consumer", lambda *unused: None)
     ring, back, same = Ring(8), Consumer("back", "x"), Consumer("same", "x")
     back.destination.place, same.destination.place = Endpoint("back", 1, "back"), Endpoint("same", 1, "same")
     back.deaf = same.away = True
