@@ -147,14 +147,18 @@ class Link:
 def answer_handshake(
     sock: socket.socket, subprotocol: str | None = "ringoexp.batch.v1", store: str | None = None
 ) -> None:
-    """Read the client's handshake, and accept it."""
+    """Read the client's handshake, and accept it. Any other request gets status 426, and LinkClosed is raised."""
     head = b""
     while b"\r\n\r\n" not in head:
         data = sock.recv(65536)
         if not data:
             raise LinkClosed
         head += data
-    (key,) = re.findall(rb"Sec-WebSocket-Key: (\S+)", head)
+    keys = re.findall(rb"Sec-WebSocket-Key: (\S+)", head)
+    if not keys:  # a publisher asks its consumers for /v1.0/ready, too
+        sock.sendall(b"HTTP/1.1 426 Upgrade Required\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        raise LinkClosed
+    (key,) = keys
     lines = [
         "HTTP/1.1 101 Switching Protocols",
         "Upgrade: websocket",
