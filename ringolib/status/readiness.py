@@ -89,7 +89,7 @@ class Readiness:
         deadline = monotonic() + BRIEFLY
         doubts = self._doubts()
         return [
-            ConsumerStats(str(each.place), self._known(each, deadline), each.workers, doubts.get(each, 0))
+            ConsumerStats(str(each.endpoint), self._known(each, deadline), each.workers, doubts.get(each, 0))
             for each in destinations
         ]
 
@@ -139,10 +139,10 @@ class Readiness:
         return destination not in self._doubts() and self._forwarder.linked(destination)
 
     def _question(self, destination: Destination) -> _Question:
-        assert self._forwarder and destination.place
+        assert self._forwarder and destination.endpoint
         with self._lock:
             if destination not in self._ask_consumer:
-                place, linked = destination.place, self._forwarder.linked
+                place, linked = destination.endpoint, self._forwarder.linked
                 self._ask_consumer = {
                     each: self._ask_consumer[each]
                     for each in self._forwarder.destinations

@@ -179,7 +179,7 @@ def test_with_a_spool_a_publisher_is_ready_until_that_is_full(tmp_path: Path) ->
 
 def test_a_spool_leaves_room_on_its_disk_and_ready_knows(tmp_path: Path) -> None:
     flags = ["-S", "s.spool"]
-    patch = f"{QUICK}; forward.spool.ROOM = 2**62"
+    patch = f"{QUICK}; forward.spool.MIN_FREE_BYTES = 2**62"
     with server(tmp_path, "-p", "0", "-T", str(free_port()), *flags, patch=patch) as publisher:
         assert not_ready(publisher) == ["consumer_unreachable", "spool_full"]
 

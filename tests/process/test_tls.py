@@ -41,7 +41,7 @@ from websockets.sync.client import connect
 
 from ringolib.client.producer import Producer, ProducerError
 from ringolib.forward.link import LinkSink
-from ringolib.forward.sink import SinkError
+from ringolib.forward.sink import NotStored
 from ringolib.net import tls as room
 from ringolib.net.credentials import CredentialFiles, Credentials
 from ringolib.net.tls import client_context, server_context
@@ -509,7 +509,7 @@ def test_a_link_over_tls_to_itself_is_noticed(authority: Authority, pair: Pair) 
         link = LinkSink("localhost", port, is_own=lambda address: address[1][1] == port, credentials=credentials)
         block = Block([Run(uuid.uuid4().bytes, 0, 1)], array("q", [1]))
         for _ in range(2):  # nor is it used the next time
-            with pytest.raises(SinkError, match="that is this server itself"):
+            with pytest.raises(NotStored, match="that is this server itself"):
                 link.store(block)
             serving.result()
             serving = Blocked(serve)

@@ -38,7 +38,7 @@ from support.harness import (
 
 from ringolib.client.producer import Producer
 from ringolib.forward.link import LinkSink
-from ringolib.forward.sink import SinkError
+from ringolib.forward.sink import NotStored
 from ringolib.net import addresses
 from ringolib.net import listeners as listeners_module
 from ringolib.net.addresses import AddressError, certified_name, resolve
@@ -214,7 +214,7 @@ def test_no_link_leads_to_the_server_itself_whatever_the_address(through: str) -
     (sock,) = listeners.sockets
     sock.setblocking(True)
     answer = Blocked(lambda: raw_link(sock))
-    with pytest.raises(SinkError, match="this server itself"):
+    with pytest.raises(NotStored, match="this server itself"):
         LinkSink(through, listeners.port, is_own=listeners.is_own).store(a_block())
     answer.result().close()
     listeners.close()
@@ -546,7 +546,7 @@ def test_no_link_leads_to_the_servers_own_unix_socket_whatever_the_path(place: P
     listeners.sockets[0].setblocking(True)
     for name in ("x.sock", "link.sock"):
         answer = Blocked(lambda: raw_link(listeners.sockets[0]))
-        with pytest.raises(SinkError, match="this server itself"):
+        with pytest.raises(NotStored, match="this server itself"):
             LinkSink(f"unix:{place}/{name}", 0, is_own=listeners.is_own).store(a_block())
         answer.result().close()
     assert not listeners.is_own((socket.AF_UNIX, f"{place}/y.sock"))
