@@ -50,8 +50,8 @@ class Forwarder:
     """Workers that drain `ring` into `destinations`, in batches of at most `max_records`. They start at once.
 
     There are at most `max_workers`, but at least one for each destination. A worker starts another one only when it
-    takes a batch. Values that arrive while the only worker waits for its sink have to wait, too. They could not be
-    acked before its batch anyway.
+    takes a batch. Values that arrive while the only worker waits for its sink must wait. They could not be acked
+    before its batch anyway.
     """
 
     def __init__(
@@ -146,12 +146,13 @@ class Forwarder:
         if link_first and not sink.ready:
             if destination.breaker.probed_by_another:
                 return not self._retire(destination)
-            if error := self._connect(destination, sink):
+            error = self._connect(destination, sink)
+            if error is not None:
                 return self._fail(destination, error)
         return self._forward_batch(destination, sink, link_first)
 
     def _connect(self, destination: Destination, sink: Sink) -> Exception | None:
-        """Make a link, and report that the destination is up unless it failed to take the last batch."""
+        """Make a link, or return the error. If the last batch did not fail, report that the destination is up."""
         try:
             sink.connect()
         except Exception as error:
@@ -163,7 +164,7 @@ class Forwarder:
         return None
 
     def _forward_batch(self, destination: Destination, sink: Sink, link_first: bool) -> bool:
-        """Take a batch, store it, and commit it. With `link_first`, links are made before batches are taken."""
+        """Take a batch, store it, and commit it. If `link_first`, the link was made before."""
         accepts = None if destination.only else _filter_of(destination, sink)
         try:
             batch = self._ring.reserve(self._max_batch, IDLE_SECONDS, accepts)
@@ -175,10 +176,12 @@ class Forwarder:
             # It came into doubt during this turn. The next turn makes a link first, to see which store is there.
             self._ring.requeue(batch)
             return True
+        # While another worker probes, only a worker whose own link may still work goes on.
         if destination.breaker.probed_by_another and (not sink.ready or (link_first and destination.last_send_failed)):
             self._ring.requeue(batch)
             return not self._retire(destination)
-        if error := self._store(destination, sink, batch):
+        error = self._store(destination, sink, batch)
+        if error is not None:
             return self._fail(destination, error)
         self._commit(destination, batch)
         return not (link_first and self._has_too_many(destination) and self._retire(destination))
@@ -191,7 +194,7 @@ class Forwarder:
         return True
 
     def _store(self, destination: Destination, sink: Sink, batch: Batch) -> Exception | None:
-        """Store `batch`, after starting another worker if one is wanted. If storing fails, requeue the batch."""
+        """Start another worker if one is wanted, and store `batch`. If that fails, requeue it and return the error."""
         try:
             self._start_another()
             sink.store(Block(batch.runs, batch.values))

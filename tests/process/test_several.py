@@ -114,16 +114,15 @@ def test_failing_consumers_store_each_record_in_one_database_once(tmp_path: Path
             load.goes_on()
             Event().wait(rng.uniform(0, 0.1))  # a random moment; nothing depends on it
             victims = rng.choice(([0], [1], [0, 1]))
-            for each in victims:
-                number = signal.SIGKILL if fault == "kill" else signal.SIGSTOP
-                fleet.consumers[each].send_signal(number)
+            for number in victims:
+                fleet.consumers[number].send_signal(signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
             Event().wait(rng.uniform(0, 3 * TIMEOUT))
-            for each in victims:
+            for number in victims:
                 if fault == "kill":
-                    fleet.consumers[each].kill()
-                    fleet.start(each)
+                    fleet.consumers[number].kill()
+                    fleet.start(number)
                 else:
-                    fleet.consumers[each].send_signal(signal.SIGCONT)
+                    fleet.consumers[number].send_signal(signal.SIGCONT)
         load.goes_on()
         load.finish()
         eventually(lambda: fleet.states() == ["up", "up"])
@@ -250,8 +249,8 @@ def test_publisher_stops_in_time_in_every_state(tmp_path: Path, state: str) -> N
     with Fleet(tmp_path, patch=f"{QUICK}; app.DRAIN_SECONDS = 1") as fleet:
         for value in range(10):
             assert post(fleet.publisher, value) == 200
-        for each in {"one": [0], "both": [0, 1]}.get(state.split()[0], []):
-            fleet.consumers[each].send_signal(signal.SIGSTOP if "hang" in state else signal.SIGKILL)
+        for number in {"one": [0], "both": [0, 1]}.get(state.split()[0], []):
+            fleet.consumers[number].send_signal(signal.SIGSTOP if "hang" in state else signal.SIGKILL)
         if state != "up":
             eventually(lambda: "down" in fleet.states())
         with RawClient(fleet.publisher.port) as client:

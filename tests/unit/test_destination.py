@@ -104,7 +104,7 @@ def no_quiet_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def forwarding(ring: Ring, *consumers: Consumer, max_workers: int = 8, records: int = 65536) -> Iterator[Forwarder]:
-    running = Forwarder(ring, [each.destination for each in consumers], max_workers, records)
+    running = Forwarder(ring, [consumer.destination for consumer in consumers], max_workers, records)
     try:
         yield running
     finally:
@@ -120,16 +120,16 @@ def put(ring: Ring, *values: int) -> int:
 
 def test_pin_is_accepted_by_same_store_or_same_consumer() -> None:
     """Any destination with the same store accepts it. If the identity is unknown, only the same consumer does."""
-    there, other = Destination(lambda connected: Link(Consumer(""))), Destination(lambda connected: Link(Consumer("")))
+    fixed, other = Destination(lambda connected: Link(Consumer(""))), Destination(lambda connected: Link(Consumer("")))
     address = Destination(lambda connected: Link(Consumer("")), fixed=False)
     for destination, mark, store, accepts in [
-        (there, Pin(there, None), None, True),
-        (there, Pin(there, None), "x", True),
-        (other, Pin(there, None), "x", False),
-        (other, Pin(there, "x"), None, False),
-        (other, Pin(there, "x"), "y", False),
-        (other, Pin(there, "x"), "x", True),
-        (there, Pin(there, "x"), "y", True),  # a fixed address is always this consumer
+        (fixed, Pin(fixed, None), None, True),
+        (fixed, Pin(fixed, None), "x", True),
+        (other, Pin(fixed, None), "x", False),
+        (other, Pin(fixed, "x"), None, False),
+        (other, Pin(fixed, "x"), "y", False),
+        (other, Pin(fixed, "x"), "x", True),
+        (fixed, Pin(fixed, "x"), "y", True),  # a fixed address is always this consumer
         (address, Pin(address, "x"), "y", False),  # an address of a name may become another consumer's
         (address, Pin(address, "x"), "x", True),
         (address, Pin(address, "x"), None, True),
@@ -139,17 +139,17 @@ def test_pin_is_accepted_by_same_store_or_same_consumer() -> None:
 
 def test_each_destination_starts_with_a_worker_and_gets_a_fair_share() -> None:
     ring, consumers = Ring(64), [Consumer(name) for name in "abc"]
-    for each in consumers:
-        each.gate.clear()
+    for consumer in consumers:
+        consumer.gate.clear()
     with forwarding(ring, *consumers, max_workers=9, records=1) as running:
         assert running.stats().workers == 3
         put(ring, *range(64))
-        eventually(lambda: [each.busy for each in consumers] == [3, 3, 3])
-        assert [each.destination.workers for each in consumers] == [3, 3, 3] and running.stats().workers == 9
-        for each in consumers:
-            each.gate.set()
+        eventually(lambda: [consumer.busy for consumer in consumers] == [3, 3, 3])
+        assert [consumer.destination.workers for consumer in consumers] == [3, 3, 3] and running.stats().workers == 9
+        for consumer in consumers:
+            consumer.gate.set()
         assert ring.wait_committed(64, 20)
-        assert sorted(value for each in consumers for value in each.stored) == list(range(64))
+        assert sorted(value for consumer in consumers for value in consumer.stored) == list(range(64))
 
 
 def test_fast_destination_takes_the_work_of_a_slow_one() -> None:
@@ -237,22 +237,22 @@ def test_unexpected_error_leaves_batch_in_doubt() -> None:
 
 def test_unexpected_error_keeps_the_store_of_a_pin() -> None:
     """Otherwise a batch in doubt there would go to the next store at this address."""
-    ring, there = Ring(8), Consumer("there", "the one")
-    there.destination.fixed, there.buggy = False, True
+    ring, consumer = Ring(8), Consumer("there", "the one")
+    consumer.destination.fixed, consumer.buggy = False, True
     put(ring, 1)
-    ring.requeue(ring.reserve(1), there.destination.pin("the one"))
-    assert Forwarder(ring, [], 8).step(there.destination, Link(there))
-    assert ring.marks() == [(Pin(there.destination, "the one"), 1)]
+    ring.requeue(ring.reserve(1), consumer.destination.pin("the one"))
+    assert Forwarder(ring, [], 8).step(consumer.destination, Link(consumer))
+    assert ring.marks() == [(Pin(consumer.destination, "the one"), 1)]
 
 
 def test_store_without_identity_keeps_the_store_of_a_pin() -> None:
     """The batch was sent to a named store, then, at the same address, to one without identity. It may be the same."""
-    ring, there = Ring(8), Consumer("there")
-    there.destination.fixed, there.mute = False, True
+    ring, consumer = Ring(8), Consumer("there")
+    consumer.destination.fixed, consumer.mute = False, True
     put(ring, 1)
-    ring.requeue(ring.reserve(1), there.destination.pin("the one"))
-    assert Forwarder(ring, [], 8).step(there.destination, Link(there)) and there.stored == [1]
-    assert ring.marks() == [(Pin(there.destination, "the one"), 1)]
+    ring.requeue(ring.reserve(1), consumer.destination.pin("the one"))
+    assert Forwarder(ring, [], 8).step(consumer.destination, Link(consumer)) and consumer.stored == [1]
+    assert ring.marks() == [(Pin(consumer.destination, "the one"), 1)]
 
 
 def test_destination_that_never_acks_gets_no_further_batches() -> None:
@@ -298,20 +298,20 @@ def test_recovered_destination_gets_its_share_of_workers() -> None:
 
 def test_dropped_destination_ends_once_nothing_is_in_doubt_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers_module, "IDLE_SECONDS", 0.05)
-    ring, here, gone, new = Ring(8), Consumer("here"), Consumer("gone"), Consumer("new")
-    here.down = gone.mute = True
-    with forwarding(ring, here, gone) as running:
+    ring, here, old, new = Ring(8), Consumer("here"), Consumer("old"), Consumer("new")
+    here.down = old.mute = True
+    with forwarding(ring, here, old) as running:
         end = put(ring, 1)
         eventually(lambda: ring.marks())
-        running.change([new.destination], [gone.destination])
+        running.change([new.destination], [old.destination])
         since = ring.cursor
         assert ring.wait_committed(put(ring, 2), 20, since) and new.stored == [2]
-        assert gone.destination in running.destinations and running.keep(gone.destination)
-        running.change([], [gone.destination])
-        gone.mute = gone.down = False
+        assert old.destination in running.destinations and running.keep(old.destination)
+        running.change([], [old.destination])
+        old.mute = old.down = False
         assert ring.wait_committed(end, 20)
-        eventually(lambda: gone.destination not in running.destinations)
-        assert gone.destination.workers == 0 and not running.keep(gone.destination)
+        eventually(lambda: old.destination not in running.destinations)
+        assert old.destination.workers == 0 and not running.keep(old.destination)
         assert ring.wait_committed(put(ring, 3), 20)
 
 
@@ -374,29 +374,29 @@ def test_retries_pause_while_all_destinations_are_down(monkeypatch: pytest.Monke
     monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 30)
     monkeypatch.setattr("random.uniform", lambda low, high: high)
     ring, consumers = Ring(8), [Consumer(name) for name in "ab"]
-    for each in consumers:
-        each.down = True
+    for consumer in consumers:
+        consumer.down = True
     with forwarding(ring, *consumers):
         put(ring, 1)
-        eventually(lambda: all(each.connects >= 5 for each in consumers))
-        assert all(each.connects < 20 for each in consumers)
+        eventually(lambda: all(consumer.connects >= 5 for consumer in consumers))
+        assert all(consumer.connects < 20 for consumer in consumers)
 
 
 def test_batch_in_doubt_waits_though_one_other_consumer_is_left() -> None:
-    ring, here, gone = Ring(8), Consumer("here", "x"), Consumer("gone", "y")
-    gone.destination = Destination(lambda connected: Link(gone), gone.state, fixed=False, only=False)
-    here.down = gone.mute = True
-    with forwarding(ring, here, gone) as running:
+    ring, here, old = Ring(8), Consumer("here", "x"), Consumer("old", "y")
+    old.destination = Destination(lambda connected: Link(old), old.state, fixed=False, only=False)
+    here.down = old.mute = True
+    with forwarding(ring, here, old) as running:
         end = put(ring, 1)
         eventually(lambda: ring.marks())
-        gone.identity, gone.mute, gone.down = "z", False, False  # another consumer has its address now
-        running.change([], [gone.destination])
-        eventually(lambda: put(ring, 2) and gone.destination not in running.destinations)
+        old.identity, old.mute, old.down = "z", False, False  # another consumer has its address now
+        running.change([], [old.destination])
+        eventually(lambda: put(ring, 2) and old.destination not in running.destinations)
         here.down = False
         for _ in range(20):
             since = ring.cursor
             assert ring.wait_committed(put(ring, 3), 20, since)
-        assert not ring.is_stored(end) and 1 not in here.stored and gone.stored[0] == 1 not in gone.stored[1:]
+        assert not ring.is_stored(end) and 1 not in here.stored and old.stored[0] == 1 not in old.stored[1:]
         back = Consumer("back", "y")
         running.change([back.destination], [])
         assert ring.wait_committed(end, 20) and 1 in back.stored
@@ -407,19 +407,19 @@ def test_worker_without_link_sends_no_batch_that_came_into_doubt(
 ) -> None:
     """It looked for batches in doubt before there was one. Without a link it does not know which store it reaches."""
     monkeypatch.setattr(workers_module, "IDLE_SECONDS", 0.01)
-    ring, there = Ring(8), Consumer("there", "another")
-    there.destination.fixed = False  # a name with one address
-    link = Link(there)
+    ring, consumer = Ring(8), Consumer("there", "another")
+    consumer.destination.fixed = False  # a name with one address
+    link = Link(consumer)
     put(ring, 1)
-    ring.requeue(ring.reserve(1), there.destination.pin("the one"))
+    ring.requeue(ring.reserve(1), consumer.destination.pin("the one"))
     running = Forwarder(ring, [], 8)
     with monkeypatch.context() as earlier:
         earlier.setattr(Ring, "has_marked", False)
-        assert running.step(there.destination, link)
-    assert running.step(there.destination, link) and link.ready
-    assert not there.stored and len(ring.marks()) == 1
-    there.identity = "the one"
-    assert running.step(there.destination, Link(there)) and there.stored == [1]
+        assert running.step(consumer.destination, link)
+    assert running.step(consumer.destination, link) and link.ready
+    assert not consumer.stored and len(ring.marks()) == 1
+    consumer.identity = "the one"
+    assert running.step(consumer.destination, Link(consumer)) and consumer.stored == [1]
 
 
 def test_name_with_other_addresses_is_no_longer_the_same_consumer() -> None:
@@ -440,23 +440,21 @@ def test_kept_destination_has_worker_if_keep_races_with_leaving(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(workers_module, "IDLE_SECONDS", 0.05)
-    ring, here, gone = Ring(8), Consumer("here"), Consumer("gone")
+    ring, here, old = Ring(8), Consumer("here"), Consumer("old")
     looking: list[Blocked] = []
 
     def has_marked_for(accepts: object) -> bool:
         if not looking:
-            looking.append(Blocked(lambda: running.keep(gone.destination)))
+            looking.append(Blocked(lambda: running.keep(old.destination)))
             looking[0].still()
         return False
 
-    with forwarding(ring, here, gone) as running:
+    with forwarding(ring, here, old) as running:
         monkeypatch.setattr(ring, "has_marked_for", has_marked_for)
-        running.change([], [gone.destination])
+        running.change([], [old.destination])
         eventually(lambda: looking)
         kept = looking[0].result()
-        eventually(
-            lambda: bool(gone.destination.workers) is kept and (gone.destination in running.destinations) is kept
-        )
+        eventually(lambda: bool(old.destination.workers) is kept and (old.destination in running.destinations) is kept)
         assert ring.wait_committed(put(ring, 1), 20)
 
 

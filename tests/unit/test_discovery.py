@@ -101,10 +101,10 @@ def fake_names(monkeypatch: pytest.MonkeyPatch, names: dict[str, Sequence[str]])
         if host not in names:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return [
-            (socket.AF_INET6, socket.SOCK_STREAM, 6, "", (each, port, 0, 0))
-            if ":" in each
-            else (socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, port))
-            for each in names[host]
+            (socket.AF_INET6, socket.SOCK_STREAM, 6, "", (address, port, 0, 0))
+            if ":" in address
+            else (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
+            for address in names[host]
         ]
 
     monkeypatch.setattr(addresses.socket, "getaddrinfo", getaddrinfo)
@@ -125,7 +125,7 @@ def test_each_address_of_a_name_is_a_consumer(
     known: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_names(monkeypatch, {"name": known, "localhost": ["127.0.0.1", "127.0.0.2"]})
-    assert resolve_endpoints("name", 7) == [Endpoint(each, 7, "name") for each in expected]
+    assert resolve_endpoints("name", 7) == [Endpoint(address, 7, "name") for address in expected]
     for host in ("localhost", "127.0.0.1", "::1", "unix:x"):
         assert resolve_endpoints(host, 7) == [Endpoint(host, 7, host)], "one consumer, without a query"
     with pytest.raises(AddressError, match="cannot be resolved"):
@@ -165,7 +165,7 @@ def test_names_are_resolved_after_link_failure_and_regularly(
         {"reason": "-U later:7: the host's name cannot be resolved ([Errno -2] Name or service not known)"}
     ]
     forwarder = FakeForwarder()
-    forwarder.now = [str(each.endpoint) for each in running.destinations]
+    forwarder.now = [str(destination.endpoint) for destination in running.destinations]
     assert forwarder.now == ["10.0.0.1:7", "10.0.0.2:7", "127.0.0.1:7"]
     running.start(forwarder)
     try:
@@ -207,7 +207,7 @@ def test_no_resolvable_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
 def test_name_is_one_consumer_with_a_spool(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_names(monkeypatch, {"name": ["10.0.0.1", "10.0.0.2"]})
     running = Consumers([("name", 7)], make, by_name=True)
-    assert [each.endpoint for each in running.destinations] == [Endpoint("name", 7, "name")]
+    assert [destination.endpoint for destination in running.destinations] == [Endpoint("name", 7, "name")]
     running.start(FakeForwarder())
     assert "resolve" not in [thread.name for thread in threading.enumerate()]
 
@@ -245,5 +245,6 @@ def test_single_consumer_may_be_the_publisher_itself(tmp_path: Path) -> None:
 
 def test_address_shared_by_two_names_is_one_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_names(monkeypatch, {"a": ["10.0.0.1", "10.0.0.2"], "b": ["10.0.0.2", "10.0.0.3"]})
-    expected = [str(each.endpoint) for each in Consumers([("a", 1), ("b", 1)], make).destinations]
-    assert expected == ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"]
+    running = Consumers([("a", 1), ("b", 1)], make)
+    endpoints = [str(destination.endpoint) for destination in running.destinations]
+    assert endpoints == ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"]

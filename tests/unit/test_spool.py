@@ -221,7 +221,7 @@ def test_unreadable_spool_does_not_make_the_consumer_down(tmp_path: Path, monkey
     with spooling(tmp_path / "s", replay) as running:
         oldest = running.store.oldest
         monkeypatch.setattr(
-            running.store, "oldest", lambda most: (_ for _ in ()).throw(StoreError("s: disk I/O error"))
+            running.store, "oldest", lambda limit: (_ for _ in ()).throw(StoreError("s: disk I/O error"))
         )
         sink = SpoolSink(link, running)  # type: ignore[arg-type]
         sink.store(a_block(0, 5))

@@ -205,17 +205,17 @@ def test_workers_with_links_go_on_while_another_is_refused() -> None:
     ring, good, bad = Ring(4), FakeSink(), FakeSink()
     bad.error, bad.ready = NotStored("refused with HTTP status 503"), False
     good.gate.clear()
-    made: list[FakeSink] = []
+    sinks: list[FakeSink] = []
 
     def make(connected: object) -> FakeSink:
-        made.append(bad if made else good)
-        return made[-1]
+        sinks.append(bad if sinks else good)
+        return sinks[-1]
 
     running = Forwarder(ring, [Destination(make)], 8)
     try:
         put(ring, 1, 2, 3, 4)
         eventually(lambda: bad.calls > 3, "a second worker starts, and fails repeatedly")
-        assert len(made) == 2, "no third worker starts"
+        assert len(sinks) == 2, "no third worker starts"
         good.gate.set()
         for turn in range(50):
             assert ring.wait_committed(put(ring, turn, turn, turn), 20)
@@ -287,13 +287,13 @@ def a_block(*values: int) -> Block:
 
 
 def test_link_sends_batches_and_waits_for_cumulative_acks() -> None:
-    got, links = [], []
+    received, links = [], []
 
     def answer(peer: Link) -> None:
         total = 0
         for message in peer:
             block = decode_batch(message)  # type: ignore[arg-type]
-            got.append((block.runs, list(block.values)))
+            received.append((block.runs, list(block.values)))
             peer.ping()  # the link answers a ping between a message and its ack
             for _ in block.values:
                 total += 1
@@ -304,7 +304,7 @@ def test_link_sends_batches_and_waits_for_cumulative_acks() -> None:
         sink.store(a_block(1, 2, 3))
         sink.store(a_block(-1))
         sink.close()
-    assert got == [([Run(SOURCE, 0, 3)], [1, 2, 3]), ([Run(SOURCE, 0, 1)], [-1])]
+    assert received == [([Run(SOURCE, 0, 3)], [1, 2, 3]), ([Run(SOURCE, 0, 1)], [-1])]
     assert links == [1]
 
 
