@@ -11,8 +11,9 @@ never reused. The value with sequence `s` is in slot `s % capacity`. Three seque
         |  handed to workers  |  not reserved yet  |        free         |
 
 - *cursor* is the sequence of the next value: how many values were ever put. Producers copy their values to the slots
-  from here on, then move the cursor. Both happen under the lock, so there are no claimed and unpublished slots.
-- *reserved* is how many values were ever handed to workers.
+  from here on, then move the cursor. Both happen under the lock, so no slot is ever claimed and not yet published.
+- *reserved* is how many values were ever handed to workers. A batch behind it is in flight, which means that a worker
+  has it, or requeued, or finished.
 - *committed* is the gating sequence: every value before it has left the ring. Producers must not overtake it by more
   than one round. Batches finish in any order. If a batch finishes before an older one, the ring remembers it, and frees
   the slots of both when the older one finishes.
@@ -29,9 +30,9 @@ One lock guards everything. Three conditions share it:
 
 - `_not_full`: producers wait in `put` for free slots. When slots become free, one producer is notified, and it notifies
   the next one if it leaves some. Waking all of them would cause a thundering herd. `close` notifies all.
-- `_not_empty`: workers wait in `reserve`. If any worker may have the new batch, one is notified, and it notifies the
-  next one if it leaves something. All are notified of a marked batch, because only some accept it, and at the end, when
-  the ring is closed and everything is stored.
+- `_not_empty`: workers wait in `reserve`. If there are values that any worker may have, one worker is notified, and it
+  notifies the next one if it leaves some. All are notified of a marked batch, because only some accept it, and at the
+  end, when the ring is closed and everything is stored.
 - `_stored`: callers of `wait_committed` and `join` wait for values to be stored. All are notified when `committed`
   grows, when a batch that was set aside is stored, and by `abort`.
 

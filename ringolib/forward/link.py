@@ -18,11 +18,10 @@ from ringolib.net.credentials import Credentials
 from ringolib.net.sockets import peer
 from ringolib.net.websocket import ClientConnection, HandshakeError
 from ringolib.timing import deadline_after, remaining
-from ringolib.wire import SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
+from ringolib.wire import INGEST_PATH, SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
 
 log = logging.getLogger("ringoexp.link")
 
-INGEST_PATH = "/v1.0/ingest"
 ACK_TIMEOUT_SECONDS = 30.0
 """How long a consumer may take to receive a batch, and again to ack it, before the link is dropped."""
 CHECK_AFTER_SECONDS = 0.02

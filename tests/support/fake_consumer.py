@@ -147,7 +147,7 @@ class Link:
 def answer_handshake(
     sock: socket.socket, subprotocol: str | None = "ringoexp.batch.v1", store: str | None = None
 ) -> None:
-    """Read the client's handshake, and accept it. Any other request gets status 426, and LinkClosed is raised."""
+    """Read the client's handshake, and accept it."""
     head = b""
     while b"\r\n\r\n" not in head:
         data = sock.recv(65536)
@@ -155,8 +155,8 @@ def answer_handshake(
             raise LinkClosed
         head += data
     keys = re.findall(rb"Sec-WebSocket-Key: (\S+)", head)
-    if not keys:  # a publisher asks its consumers for /v1.0/ready, too
-        sock.sendall(b"HTTP/1.1 426 Upgrade Required\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    if not keys:  # `GET /v1.0/ready` of a publisher that asks
+        sock.sendall(b"HTTP/1.1 426 Upgrade Required\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
         raise LinkClosed
     (key,) = keys
     lines = [
