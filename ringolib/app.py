@@ -268,9 +268,9 @@ class App:
         return destination
 
     def _make_link(self, destination: Destination, connected: Callable[[], None]) -> LinkSink:
-        assert destination.place
-        host, port, name = destination.place
-        patience = spool.PATIENCE if self.settings.spool else None
+        assert destination.endpoint
+        host, port, name = destination.endpoint
+        patience = spool.ACK_TIMEOUT_SECONDS if self.settings.spool else None
         is_own = self.server.listeners.is_own
         return LinkSink(host, port, connected, patience, is_own, self.credentials, name)
 

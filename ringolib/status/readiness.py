@@ -77,7 +77,7 @@ class Readiness:
         in_doubt = self._in_doubt()
         return [
             ConsumerStats(
-                str(destination.place),
+                str(destination.endpoint),
                 self._reported_link(destination, deadline),
                 destination.workers,
                 in_doubt.get(destination, 0),
@@ -146,10 +146,10 @@ class Readiness:
 
     def _probe(self, destination: Destination) -> Probe:
         """Return the probe of a consumer. To create one, also drop the probes of former consumers."""
-        assert self._forwarder and destination.place
+        assert self._forwarder and destination.endpoint
         with self._lock:
             if destination not in self._consumer_probes:
-                endpoint, linked = destination.place, self._forwarder.linked
+                endpoint, linked = destination.endpoint, self._forwarder.linked
                 self._consumer_probes = {
                     current: self._consumer_probes[current]
                     for current in self._forwarder.destinations

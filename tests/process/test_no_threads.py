@@ -100,7 +100,8 @@ def test_workers_that_run_do_the_work_of_those_that_cannot_start(
         assert ring.wait_committed(49, DEADLINE)
         eventually(lambda: "no_thread" in [record.msg for record in caplog.records])
         (said, *_) = [record for record in caplog.records if record.msg == "no_thread"]
-        assert said.levelno == logging.ERROR and said.args == {"error": NONE_LEFT, "workers": 1}
+        error = f"cannot start a thread: {NONE_LEFT} (ulimit -u limits threads)"
+        assert said.levelno == logging.ERROR and said.args == {"error": error, "workers": 1}
     finally:
         ring.close()
         forwarder.stop(DEADLINE)

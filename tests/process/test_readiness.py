@@ -188,7 +188,7 @@ def test_publisher_with_a_spool_is_ready_until_it_is_full(tmp_path: Path) -> Non
 
 def test_spool_on_a_nearly_full_disk_is_a_reason(tmp_path: Path) -> None:
     flags = ["-S", "s.spool"]
-    patch = f"{QUICK}; forward.spool.ROOM = 2**62"
+    patch = f"{QUICK}; forward.spool.MIN_FREE_BYTES = 2**62"
     with server(tmp_path, "-p", "0", "-T", str(free_port()), *flags, patch=patch) as publisher:
         assert not_ready(publisher) == ["consumer_unreachable", "spool_full"]
 

@@ -28,7 +28,8 @@ from support.proxy import Proxy
 TIMEOUT = 0.5
 """Seconds after which either end gives up a silent link, where SHORT_TIMES and `short_times` apply."""
 SHORT_TIMES = (
-    f"forward.link.ACK_TIMEOUT = {TIMEOUT}; forward.spool.PATIENCE = {TIMEOUT}; timing.BACKOFF_MAX_SECONDS = 0.2;"
+    f"forward.link.ACK_TIMEOUT_SECONDS = {TIMEOUT}; forward.spool.ACK_TIMEOUT_SECONDS = {TIMEOUT};"
+    "timing.BACKOFF_MAX_SECONDS = 0.2;"
     f"net.websocket_client.CONNECT_TIMEOUT = {TIMEOUT}; net.sockets.CLOSE_TIMEOUT = {TIMEOUT}"
 )
 """The servers' patch."""
