@@ -14,6 +14,8 @@ Buffer = bytes | bytearray
 Messages = tuple[Buffer, int]
 """One or more messages of one size in bytes, end to end: the payloads, and that size."""
 
+INGEST_PATH = "/v1.0/ingest"
+READY_PATH = "/v1.0/ready"
 SUBPROTOCOL = "ringoexp.batch.v1"
 PLAIN_SUBPROTOCOL = "ringoexp.plain.v1"
 """Plain messages, as without a subprotocol: for clients that have to offer one, to offer their token beside it."""

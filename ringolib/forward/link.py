@@ -17,7 +17,7 @@ from ringolib.net.addresses import Address, format_address
 from ringolib.net.credentials import Credentials
 from ringolib.net.sockets import peer
 from ringolib.net.websocket import ClientConnection, HandshakeError
-from ringolib.wire import SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
+from ringolib.wire import INGEST_PATH, SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
 
 log = logging.getLogger("ringoexp.link")
 
@@ -151,7 +151,7 @@ class LinkSink:
 
     def _connect(self) -> None:
         keys = self._credentials.current
-        where = self._host, self._port, "/v1.0/ingest", SUBPROTOCOL
+        where = self._host, self._port, INGEST_PATH, SUBPROTOCOL
         try:
             self._link = ClientConnection(*where, keys.client, keys.token, self._name, self._opened)
         finally:

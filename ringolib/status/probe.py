@@ -14,6 +14,7 @@ from ringolib.net.credentials import CredentialSet
 from ringolib.net.sockets import connect
 from ringolib.net.tls_socket import explain
 from ringolib.net.websocket import hint
+from ringolib.wire import READY_PATH
 
 log = logging.getLogger("ringoexp.ready")
 
@@ -138,7 +139,7 @@ def _check_consumer(place: Endpoint, keys: CredentialSet, linked: bool) -> Answe
         headers = {"Host": host_header(name, port), "Accept": "application/json", "Connection": "close"}
         if keys.token:
             headers["Authorization"] = f"Bearer {keys.token}"
-        connection.request("GET", "/v1.0/ready", headers=headers)
+        connection.request("GET", READY_PATH, headers=headers)
         response = connection.getresponse()
         status, body = response.status, response.read(65536)
     except TimeoutError:

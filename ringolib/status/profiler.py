@@ -23,8 +23,9 @@ from ringolib.net.credentials import Credentials
 from ringolib.net.listeners import Listeners
 from ringolib.status import profile_formats
 from ringolib.status import sampler as sampling
-from ringolib.web.connections import Connections
-from ringolib.web.handler import GET_OR_HEAD, Refusal, Routes, WebHandler
+from ringolib.web.connections import Connections, Limits
+from ringolib.web.handler import GET_OR_HEAD, Routes, WebHandler
+from ringolib.web.headers import Refusal
 
 MAX_CONNECTIONS = 32
 """At once; the next ones wait to be accepted. --threads leaves that many."""
@@ -56,17 +57,14 @@ PAGES = {
 class Profiler(Connections):
     """Listens from the beginning, as `host`, and answers from `start` on. Owns `listeners`."""
 
+    acceptor_name = connection_name = "profiler"
+
     def __init__(self, listeners: Listeners, host: str, name: str, credentials: Credentials) -> None:
-        super().__init__(listeners, Handler, name, credentials=credentials, thread="profiler", connection="profiler")
+        super().__init__(listeners, Handler, name, Limits(MAX_CONNECTIONS, refused=0), credentials)
         self.busy = threading.Lock()
         self.busy_until = 0.0  # monotonic seconds; the holder of `busy` writes it
         self.hosts = {host.lower()}
         self.loopback = listeners.loopback
-
-    def _crowded(self) -> bool:
-        """True while the next connection would be one too many."""
-        assert self._lock.locked()
-        return len(self._entries) >= MAX_CONNECTIONS and not self._closing
 
 
 class Handler(WebHandler):

@@ -487,7 +487,7 @@ def check_claims(claims: list[Claim], stored: dict[str, list[tuple[int, int]]]) 
 
 @pytest.mark.parametrize(("seconds", "least"), [(2.0, 8000), pytest.param(30, 100_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("role", ["publisher", "consumer"])
-def test_whatever_comes_in_the_server_stays_up_keeps_nothing_and_serves_good_clients(
+def test_server_survives_random_input_and_serves_good_clients(
     tmp_path: Path, role: str, seconds: float, least: int
 ) -> None:
     seed = seeded()
@@ -561,7 +561,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", ["a wrong length, posted", "a malformed batch", *REFUSED])
-def test_nothing_of_a_large_message_that_was_refused_is_kept(tmp_path: Path, what: str) -> None:
+def test_refused_large_message_is_freed(tmp_path: Path, what: str) -> None:
     """Not even until Python's collector of cycles comes by, which is seldom in a server with little to do."""
     with server(tmp_path, "-p", "0", "-T", "0", env=RETURNING) as running:
         batch = {"Sec-WebSocket-Protocol": SUBPROTOCOL} if "batch" in what else {}

@@ -442,7 +442,7 @@ def test_connections_per_address(tmp_path: Path) -> None:
             assert refused.status == 503 and "Retry-After: 1" in refused.head
             assert b"2 from one address" in refused.sock.recv(65536) + refused._buffer
         said = running.get("/v1.0/ready")[2].decode()
-        assert "all 2 connections of this address (--per_address) are taken" in said, "not all there may be"
+        assert "all 2 connections of this address are in use (--per_address)" in said, "not all there may be"
         stats = running.stats()
         assert stats["refusedConnections"] == 1 and stats["connections"] == 2
         with socket.create_connection(("127.0.0.1", running.port), source_address=("127.0.0.2", 0)) as other:
@@ -461,7 +461,7 @@ def test_connections_per_address(tmp_path: Path) -> None:
 
 
 def test_one_address_that_floods_does_not_keep_others_out(tmp_path: Path) -> None:
-    patch = "web.connections.MAX_REFUSED = 5; web.handler.REFUSED_TIMEOUT = 600"
+    patch = "web.connections.MAX_REFUSED = 5; web.handler.REFUSED_TIMEOUT_SECONDS = 600"
     with server(tmp_path, "-p", "0", "-T", "0", "-H", "0.0.0.0", "--per_address", "1", patch=patch) as running:
         flood = [socket.create_connection(("127.0.0.1", running.port), DEADLINE) for _ in range(50)]
         with socket.create_connection(("127.0.0.1", running.port), DEADLINE, ("127.0.0.2", 0)) as other:

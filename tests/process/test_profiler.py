@@ -403,7 +403,7 @@ def test_requests_on_one_connection_are_answered_in_turn(one: Profiled) -> None:
 
 
 def test_a_profile_may_take_longer_than_a_request(tmp_path: Path) -> None:
-    with profiled(tmp_path, patch="web.handler.REQUEST_TIMEOUT = 0.5") as found:
+    with profiled(tmp_path, patch="web.handler.REQUEST_TIMEOUT_SECONDS = 0.5") as found:
         connection = http.client.HTTPConnection("localhost", found.port, timeout=DEADLINE)
         connection.request("GET", f"{BASE}profile?seconds=1")
         answer = connection.getresponse()

@@ -73,7 +73,7 @@ def integers(texts: list[str]) -> list[int]:
 
 
 @each("plain")
-def test_plain_messages_mean_what_the_vectors_say(vector: dict[str, Any]) -> None:
+def test_decoder_agrees_with_the_plain_vectors(vector: dict[str, Any]) -> None:
     payload = bytes.fromhex(vector["payload"])
     if "close" in vector:
         with pytest.raises(WireError) as refused:
@@ -87,7 +87,7 @@ def test_plain_messages_mean_what_the_vectors_say(vector: dict[str, Any]) -> Non
 
 
 @each("batch")
-def test_batch_messages_mean_what_the_vectors_say(vector: dict[str, Any]) -> None:
+def test_decoder_agrees_with_the_batch_vectors(vector: dict[str, Any]) -> None:
     payload = bytes.fromhex(vector["payload"])
     if "close" in vector:
         with pytest.raises(WireError) as refused:
@@ -101,7 +101,7 @@ def test_batch_messages_mean_what_the_vectors_say(vector: dict[str, Any]) -> Non
 
 
 @each("acks")
-def test_acks_mean_what_the_vectors_say(vector: dict[str, str]) -> None:
+def test_decoder_agrees_with_the_ack_vectors(vector: dict[str, str]) -> None:
     assert decode_ack(bytes.fromhex(vector["payload"])) == int(vector["count"])
     assert encode_ack(int(vector["count"])).hex() == vector["payload"]
 
@@ -183,7 +183,7 @@ def as_stored(subprotocol: str | None, vector: dict[str, Any]) -> Stored:
 
 
 @pytest.mark.parametrize(("subprotocol", "vector"), MESSAGES, ids=[vector["name"] for _, vector in MESSAGES])
-def test_a_server_takes_and_refuses_messages_as_the_vectors_say(
+def test_server_answers_messages_as_the_vectors_say(
     target: Target, subprotocol: str | None, vector: dict[str, Any]
 ) -> None:
     with RawClient(target.port, headers(subprotocol)) as client:
@@ -196,7 +196,7 @@ def test_a_server_takes_and_refuses_messages_as_the_vectors_say(
 
 
 @each("plain")
-def test_a_post_is_answered_as_the_vectors_say(target: Target, vector: dict[str, Any]) -> None:
+def test_server_answers_posts_as_the_vectors_say(target: Target, vector: dict[str, Any]) -> None:
     status, _, body = request(target.port, "POST", "/v1.0/ingest", bytes.fromhex(vector["payload"]))
     assert status == vector.get("status", 200)
     if status == 200:
@@ -251,7 +251,9 @@ def stops(vector: dict[str, Any]) -> bool:
 
 
 @each("conversations")
-def test_conversations_go_as_the_vectors_say(target: Target, vector: dict[str, Any], tmp_path: Path) -> None:
+def test_server_answers_conversations_as_the_vectors_say(
+    target: Target, vector: dict[str, Any], tmp_path: Path
+) -> None:
     with ExitStack() as stack:
         if stops(vector):
             target = Target(tmp_path, *ROLES["publisher"])
@@ -273,7 +275,7 @@ def ask(port: int, data: bytes) -> tuple[http.client.HTTPResponse, bytes]:
 
 
 @each("handshakes")
-def test_handshakes_are_answered_as_the_vectors_say(target: Target, guarded: Target, vector: dict[str, Any]) -> None:
+def test_server_answers_handshakes_as_the_vectors_say(target: Target, guarded: Target, vector: dict[str, Any]) -> None:
     target = guarded if "token" in vector else target
     response, body = ask(target.port, "\r\n".join([*vector["request"], "", ""]).encode())
     assert response.status == vector["status"]
@@ -284,7 +286,7 @@ def test_handshakes_are_answered_as_the_vectors_say(target: Target, guarded: Tar
 
 
 @each("requests")
-def test_requests_are_answered_as_the_vectors_say(target: Target, guarded: Target, vector: dict[str, Any]) -> None:
+def test_server_answers_requests_as_the_vectors_say(target: Target, guarded: Target, vector: dict[str, Any]) -> None:
     target = guarded if "token" in vector else target
     data = "\r\n".join([*vector["request"], "", ""]).encode() + bytes.fromhex(vector["body"])
     response, body = ask(target.port, data)
@@ -302,7 +304,7 @@ def test_requests_are_answered_as_the_vectors_say(target: Target, guarded: Targe
 # What a vector cannot show.
 
 
-def test_what_cannot_be_stored_is_answered_1011_and_503_and_may_be_sent_again(tmp_path: Path) -> None:
+def test_failed_write_is_answered_1011_and_503(tmp_path: Path) -> None:
     """A consumer whose files may not grow: what came before is acked, and is there."""
     limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "x"]
     source, block = uuid.uuid4(), 1000
@@ -324,8 +326,8 @@ def test_what_cannot_be_stored_is_answered_1011_and_503_and_may_be_sent_again(tm
     assert acked > 0
 
 
-def test_a_body_that_does_not_come_in_time_is_answered_408(tmp_path: Path) -> None:
-    with server(tmp_path, *ROLES["consumer"], patch="web.handler.REQUEST_TIMEOUT = 0.2") as consumer:
+def test_late_body_is_answered_408(tmp_path: Path) -> None:
+    with server(tmp_path, *ROLES["consumer"], patch="web.handler.REQUEST_TIMEOUT_SECONDS = 0.2") as consumer:
         head = "POST /v1.0/ingest HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\n\r\n"
         with socket.create_connection(("localhost", consumer.port), DEADLINE) as sock:
             sock.sendall(head.encode() + bytes(7))
@@ -343,7 +345,7 @@ def outcome(vector: dict[str, Any]) -> dict[str, int]:
     return {"close": vector["close"]} if "close" in vector else {"acked": len(vector["values"])}
 
 
-def test_the_websockets_package_sends_the_vectors(tmp_path: Path) -> None:
+def test_websockets_package_sends_the_vectors(tmp_path: Path) -> None:
     target = Target(tmp_path, *ROLES["publisher"])
     with ExitStack() as stack:
         stack.callback(target.kill)
@@ -386,7 +388,7 @@ const send = (vector, protocols) => new Promise((resolve) => {
 """
 
 
-def test_the_node_ws_client_sends_the_vectors(tmp_path: Path) -> None:
+def test_node_ws_package_sends_the_vectors(tmp_path: Path) -> None:
     modules = os.environ.get("RINGOEXP_NODE_MODULES")
     if not (modules and shutil.which("node")):
         pytest.skip("needs node, and RINGOEXP_NODE_MODULES: a node_modules directory with ws in it")
@@ -405,15 +407,15 @@ def test_the_node_ws_client_sends_the_vectors(tmp_path: Path) -> None:
 # The vectors are complete, and the document says what to do about each code.
 
 ELSEWHERE = {
-    ("WebSocket", 1011): "test_what_cannot_be_stored_is_answered_1011_and_503_and_may_be_sent_again",
-    ("WebSocket", 503): "test_beyond_the_limit_there_is_503_but_alive_and_stats_answer",
-    ("HTTP", 503): "test_a_post_that_is_not_stored_in_time_says_how_much_was_accepted",
+    ("WebSocket", 1011): "test_failed_write_is_answered_1011_and_503",
+    ("WebSocket", 503): "test_connection_beyond_the_limit_gets_503_but_alive_and_stats",
+    ("HTTP", 503): "test_post_not_stored_in_time_reports_the_accepted_records",
     **{
         (kind, status): "test_a_requests_head_is_limited_in_all"
         for kind in ("HTTP", "WebSocket")
         for status in (414, 431)
     },
-    ("HTTP", 408): "test_a_body_that_does_not_come_in_time_is_answered_408",
+    ("HTTP", 408): "test_late_body_is_answered_408",
 }
 """What the README's table of refused input has, and a vector cannot show: the test that does."""
 
@@ -441,7 +443,7 @@ def shown() -> set[tuple[str, int]]:
     return found
 
 
-def test_every_code_and_status_of_the_readme_is_in_a_vector_or_has_its_own_test() -> None:
+def test_every_code_of_the_readme_has_a_vector_or_a_test() -> None:
     assert len(refused_input()) > 15, "it can find them"
     assert refused_input() - shown() == set(ELSEWHERE)
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
@@ -449,14 +451,14 @@ def test_every_code_and_status_of_the_readme_is_in_a_vector_or_has_its_own_test(
         assert f"def {test}(" in tests
 
 
-def test_the_document_says_what_to_do_about_every_code_and_status() -> None:
+def test_document_explains_every_code_and_status() -> None:
     for kind, code in refused_input() | shown() - {("WebSocket", 4321)}:  # that is a client's own
         table = "what it means for a client" if code < 1000 else "what the client does"
         (found,) = re.findall(rf"^\| [^\n]*{table} \|.*?\n\n", DOCUMENT, re.MULTILINE | re.DOTALL)
         assert re.search(rf"^\|[^|]*\b{code}\b", found, re.MULTILINE), (kind, code)
 
 
-def test_the_document_describes_every_field_of_the_vectors() -> None:
+def test_document_describes_every_field_of_the_vectors() -> None:
     def fields(value: Any) -> set[str]:
         if isinstance(value, dict):
             return set(value).union(*(fields(each) for name, each in value.items() if name not in ("headers", "json")))
@@ -470,7 +472,7 @@ def test_the_document_describes_every_field_of_the_vectors() -> None:
 # The examples.
 
 
-def test_the_documents_python_client_runs_as_it_stands(tmp_path: Path) -> None:
+def test_python_client_of_the_document_runs_unchanged(tmp_path: Path) -> None:
     (program,) = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
     with server(tmp_path, *ROLES["publisher"]) as publisher:
         program = program.replace("6660", str(publisher.port))
@@ -480,9 +482,7 @@ def test_the_documents_python_client_runs_as_it_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_client_written_from_the_document_stores_exactly_once_while_the_server_is_killed(
-    tmp_path: Path, role: str
-) -> None:
+def test_example_client_keeps_exactly_once_while_server_is_killed(tmp_path: Path, role: str) -> None:
     """In Node, without packages. What is acked is in the killed server's files; in the end all is there, once."""
     if not shutil.which("node"):
         pytest.skip("needs node")
@@ -530,7 +530,7 @@ def test_a_client_written_from_the_document_stores_exactly_once_while_the_server
     ("answer", "said"),
     [("frame", "closed with 1007"), ("status", "refused: HTTP/1.1 404")],
 )
-def test_that_client_gives_up_when_it_is_refused_for_good(tmp_path: Path, answer: str, said: str) -> None:
+def test_example_client_stops_at_a_permanent_error(tmp_path: Path, answer: str, said: str) -> None:
     if not shutil.which("node"):
         pytest.skip("needs node")
     with server(tmp_path, *ROLES["consumer"]) as consumer:

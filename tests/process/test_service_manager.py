@@ -212,7 +212,7 @@ def test_a_disk_that_hangs_is_no_reason_for_a_restart(tmp_path: Path, manager: M
 
 
 def test_a_server_whose_acceptor_has_ended_is_not_vouched_for(tmp_path: Path, manager: Manager) -> None:
-    patch = "web.connections.Connections._crowded = lambda self: 1 / 0; web.connections.threading.excepthook = print"
+    patch = "web.connections.Connections._is_full = lambda self: 1 / 0; web.connections.threading.excepthook = print"
     with told(tmp_path, manager, "-p", "0", "-T", "0", period=0.4, patch=patch) as running:
         manager.until("WATCHDOG")
         socket.create_connection(("localhost", running.port)).close()

@@ -440,7 +440,7 @@ def test_tls_to_a_port_without_is_told_so_on_both_sides(authority: Authority, tm
         assert producer.trouble == "it does not speak TLS on this port"
         producer.close()
         assert not_ready(running) == []
-        eventually(lambda: "a client speaks TLS where none is spoken" in log_of(running))
+        eventually(lambda: "a client sent TLS to a port without TLS" in log_of(running))
 
 
 def test_stop_during_traffic_over_tls_loses_nothing_acked(authority: Authority, pair: Pair, tmp_path: Path) -> None:

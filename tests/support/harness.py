@@ -93,7 +93,7 @@ def program_files(root: Path = ROOT) -> list[Path]:
 class ServerProcess:
     """`python ringoexp.py` with these flags, in `directory`, from its first line of output to its exit.
 
-    `patch` are statements that change something first: `web.handler.REQUEST_TIMEOUT = 1`, for example.
+    `patch` are statements that change something first: `web.handler.REQUEST_TIMEOUT_SECONDS = 1`, for example.
     `under` is a command that runs it, `strace` with its flags, say; `env` is added to the environment. `program`
     runs in its place, another build of it, say.
     """
@@ -273,6 +273,9 @@ def rows(database: Path) -> list[tuple[str, int, int]]:
     reader.close()
     return found
 
+
+ROLES = {"publisher": ["-p", "0", "-T", "0"], "consumer": ["-I", "false", "-p", "0"]}
+"""The options of a server on a free port: a publisher with its own database, and a consumer."""
 
 HANDSHAKE = {
     "Host": "localhost",

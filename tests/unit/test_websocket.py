@@ -227,7 +227,7 @@ def test_a_client_that_ends_its_side_still_gets_its_acks() -> None:
 
 
 def test_who_says_goodbye_and_ends_its_side_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest, "PATIENCE", 0.01)
+    monkeypatch.setattr(ingest, "WAIT_SECONDS", 0.01)
     ring = Ring(10)
     with connected(ServerConnection) as (connection, theirs):
         run = Blocked(lambda: Session(connection, RingIntake(ring), Totals(), threading.Event()).run(b""))
@@ -432,7 +432,7 @@ def test_messages_before_a_ping_that_cannot_be_answered_count() -> None:
 
 
 def test_the_first_of_two_records_is_acked_while_the_second_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest, "PATIENCE", 600.0)
+    monkeypatch.setattr(ingest, "WAIT_SECONDS", 600.0)
     ring = Ring(10)
     pieces = iter([frame(2, bytes(4)), frame(2, bytes(4))])
 
