@@ -105,7 +105,7 @@ class Handler(WebHandler):
         return Refusal(503, f"too many connections: the limit is {limit}; retry later", {"Retry-After": "1"})
 
     def refuse_unauthorized(self, path: str) -> None:
-        """Answer a request without the token. The live page is sent all the same: it asks the user for the token."""
+        """Answer a request without the token. The live page is sent as the body: it asks the user for the token."""
         if path == PAGE_PATH and self.command in GET_OR_HEAD and (live_page := page()):
             challenge = {"WWW-Authenticate": CHALLENGE, "Cache-Control": "no-store"}
             self.reply(401, live_page.content, HTML, {**live_page.headers, **challenge})
@@ -215,7 +215,7 @@ class Handler(WebHandler):
         self._serve_websocket(connection, frames)
 
     def _serve_websocket(self, connection: ServerConnection, frames: bytes) -> None:
-        """Run the session of a WebSocket to its end, and log it. `frames` is what has been read already."""
+        """Run the session of a WebSocket to its end, and log it. `frames` are bytes that came with the handshake."""
         batches = connection.subprotocol == SUBPROTOCOL
         client = {"client": peer_name(self.client_address), "kind": "batches" if batches else "plain"}
         log.info("connected", client)

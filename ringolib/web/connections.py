@@ -11,9 +11,9 @@ leaves the table, and when the server begins to stop or to close. The acceptor w
 Shutdown has these steps. The main thread calls them, in this order:
 
 1. `stop()`: The server admits no more connections. Open connections receive no more requests: HTTP sockets are shut
-   down for reading, and WebSocket sessions see `stop_sign`. A connection finishes what it has read, and ends. The
-   acceptor continues: connections that come after `stop` are *late*. They are not admitted, but the handler may still
-   answer, for example with statistics while the ring drains.
+   down for reading, and WebSocket sessions see `stop_sign`. A connection finishes the requests it has read, and ends.
+   The acceptor continues: connections that come after `stop` are *late*. They are not admitted, but the handler may
+   still answer, for example with statistics while the ring drains.
 2. `wait_ended(timeout)`: The caller waits for all connections except the late ones. They may be waiting for room in the
    ring, or for a commit: a caller that runs out of time ends these waits (`Ring.abort`), and waits again.
 3. `abort()`, only if some connections have not ended by then: all reads and writes on their sockets fail from now on.
@@ -89,7 +89,7 @@ class _Entry(NamedTuple):
 class Connections(ThreadingHTTPServer):
     """Accepts connections from `listeners`, which it owns, once `start` is called. Each one is served by `handler`.
 
-    Connections beyond `limits`, and all connections after `stop`, are not admitted: the handler decides what they get.
+    Connections beyond `limits`, and all connections after `stop`, are not admitted: the handler chooses their response.
     If `credentials` have a certificate, all connections use TLS.
     """
 
@@ -159,7 +159,7 @@ class Connections(ThreadingHTTPServer):
     # Shutdown: the module's docstring explains the order.
 
     def stop(self) -> None:
-        """Admit no more connections, and let the open ones finish what they have read. Idempotent."""
+        """Admit no more connections, and let the open ones finish the requests they have read. Idempotent."""
         with self._lock:
             if self.stopping.is_set():
                 return

@@ -21,7 +21,7 @@ class Ticket(NamedTuple):
 
 
 class Intake(Protocol):
-    """Takes blocks of records, and reports when they are stored. A ticket stands for the records of one `put`."""
+    """Takes blocks of records, and reports when they are stored. A ticket identifies the records of one `put`."""
 
     @property
     def closed(self) -> bool:

@@ -41,7 +41,7 @@ class _Mark(NamedTuple):
 class Session:
     """One WebSocket client. Call `run` once.
 
-    When `stopping` is set, the session reads no more, finishes what it has read, and closes with 1001.
+    When `stopping` is set, the session reads no more, waits until its records are stored, and closes with 1001.
     """
 
     def __init__(self, connection: ServerConnection, intake: Intake, totals: Totals, stopping: Event) -> None:
