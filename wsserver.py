@@ -1,7 +1,8 @@
 """The routes of the HTTP server, and the upgrade of `/v1.0/ingest` to a WebSocket.
 
 A `Handler` is one connection and belongs to its thread. `Connections`, the base class of `Server`, owns the threads and
-documents the shutdown. Threads share only the intake, the monitor and the totals, which have their own locks.
+documents the shutdown. Threads share the table of connections, the intake, the monitor and the totals, which have their
+own locks.
 """
 
 import logging
@@ -19,12 +20,13 @@ from ringolib.status.prometheus import CONTENT_TYPE as METRICS_TYPE
 from ringolib.storage.interface import StoreError
 from ringolib.timing import deadline_after, format_ago, remaining
 from ringolib.web import handler, headers
-from ringolib.web.connections import Connections, Limits
+from ringolib.web.connections import Connections
 from ringolib.web.handler import CHALLENGE, GET_OR_HEAD, JSON, Routes, WebHandler, new_request_id, peer_name
 from ringolib.web.headers import Refusal
 from ringolib.web.intake import Intake, plain_block
 from ringolib.web.page import HTML, page
 from ringolib.web.session import LOST, Session
+from ringolib.web.table import Limits
 from ringolib.wire import INGEST_PATH, READY_PATH, SUBPROTOCOL, WireError, decode_plain
 
 log = logging.getLogger("ringoexp.http")
@@ -97,10 +99,10 @@ class Handler(WebHandler):
         """Return the error for a connection that was not admitted: a limit is reached, or the server is stopping."""
         if self.server.stopping.is_set():
             return super().admission_refusal()
-        self.server.count_refused()
-        limits = self.server.limits
+        self.server.table.count_refused()
+        limits = self.server.table.limits
         limit = f"{limits.admitted} at once"
-        if self.server.is_address_full():
+        if self.server.table.is_address_full():
             limit = f"{limits.per_address} from one address"
         return Refusal(503, f"too many connections: the limit is {limit}; retry later", {"Retry-After": "1"})
 
@@ -153,10 +155,10 @@ class Handler(WebHandler):
         if self.server.stopping.is_set():  # the stop may already have closed the parts that the monitor asks
             return [Reason("draining", "the server is stopping")]
         reasons = self.server.monitor.reasons()
-        if not self.server.is_admitted():
-            limits = self.server.limits
+        if not self.server.table.is_admitted():
+            limits = self.server.table.limits
             limit = f"all {limits.admitted} connections are in use (-n, --threads)"
-            if self.server.is_address_full():
+            if self.server.table.is_address_full():
                 limit = f"all {limits.per_address} connections of this address are in use (--per_address)"
             reasons.append(Reason(THEIR_LIMIT, limit))
         return reasons
@@ -204,7 +206,7 @@ class Handler(WebHandler):
         frames = self._take_buffered()
         self.connection.settimeout(None)
         self.close_connection = True
-        self.server.mark_websocket()
+        self.server.table.mark_websocket()
         extra = {"X-Request-Id": new_request_id(), "Server": self.server.name}
         if identity := self.server.monitor.identity():
             extra[STORE_HEADER] = identity
@@ -218,7 +220,7 @@ class Handler(WebHandler):
         """Run the session of a WebSocket to its end, and log it. `frames` are bytes that came with the handshake."""
         batches = connection.subprotocol == SUBPROTOCOL
         client = {"client": peer_name(self.client_address), "kind": "batches" if batches else "plain"}
-        log.info("connected", client)
+        log.info("connected", {**client})
         self.server.totals.client_opened(batches)
         started = monotonic()
         session = Session(connection, self.server.intake, self.server.totals, self.server.stopping)

@@ -38,8 +38,8 @@ from ringolib.storage.clickhouse import http as clickhouse_http
 from ringolib.storage.clickhouse.store import ClickHouse
 from ringolib.storage.interface import Storage
 from ringolib.storage.retention import Retention
-from ringolib.web.connections import Limits
 from ringolib.web.intake import Intake, RingIntake, StoreIntake
+from ringolib.web.table import Limits
 from store import Store
 from wsserver import Server
 

@@ -23,9 +23,10 @@ from ringolib.net.credentials import Credentials
 from ringolib.net.listeners import Listeners
 from ringolib.status import profile_formats
 from ringolib.status import sampler as sampling
-from ringolib.web.connections import Connections, Limits
+from ringolib.web.connections import Connections
 from ringolib.web.handler import GET_OR_HEAD, Routes, WebHandler
 from ringolib.web.headers import Refusal
+from ringolib.web.table import Limits
 
 MAX_CONNECTIONS = 32
 """At once; the next ones wait to be accepted. --threads leaves that many."""

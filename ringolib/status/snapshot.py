@@ -9,7 +9,7 @@ from ringolib.forward.workers import ForwarderStats
 from ringolib.status.readiness import ConsumerStats
 from ringolib.storage.interface import Sizes, StoreStats
 from ringolib.storage.retention import RetentionStats
-from ringolib.web.connections import ConnectionStats
+from ringolib.web.table import ConnectionStats
 
 
 class Snapshot(NamedTuple):

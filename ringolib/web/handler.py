@@ -138,7 +138,7 @@ class WebHandler(BaseHTTPRequestHandler):
 
     def refuse_unauthorized(self, path: str) -> None:
         """Answer a request that lacks the server's token. Raises Refusal."""
-        self.server.count_unauthorized()
+        self.server.table.count_unauthorized()
         if "Authorization" not in self.headers:
             raise Refusal(
                 401, "this server requires a token: send Authorization: Bearer TOKEN", {"WWW-Authenticate": CHALLENGE}
@@ -155,7 +155,7 @@ class WebHandler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Read and answer one request. Limit the time and the size of its head."""
-        timeout = REQUEST_TIMEOUT_SECONDS if self.server.is_admitted() else REFUSED_TIMEOUT_SECONDS
+        timeout = REQUEST_TIMEOUT_SECONDS if self.server.table.is_admitted() else REFUSED_TIMEOUT_SECONDS
         self.reader.deadline = deadline_after(timeout)
         self.reader.limit = MAX_HEAD
         # A response to a malformed request must not use the values of the previous request.
@@ -268,7 +268,7 @@ class WebHandler(BaseHTTPRequestHandler):
             self.close_connection = True
         if has_body(self.headers):  # a route that reads the body resets this
             self.close_connection = self.lingering = True
-        if not self.server.is_admitted():
+        if not self.server.table.is_admitted():
             self.close_connection = True
             if path not in self.paths_beyond_limit:
                 raise self.admission_refusal()

@@ -461,7 +461,7 @@ def test_connections_per_address(tmp_path: Path) -> None:
 
 
 def test_one_address_that_floods_does_not_keep_others_out(tmp_path: Path) -> None:
-    patch = "web.connections.MAX_REFUSED = 5; web.handler.REFUSED_TIMEOUT_SECONDS = 600"
+    patch = "web.table.MAX_REFUSED = 5; web.handler.REFUSED_TIMEOUT_SECONDS = 600"
     with server(tmp_path, "-p", "0", "-T", "0", "-H", "0.0.0.0", "--per_address", "1", patch=patch) as running:
         flood = [socket.create_connection(("127.0.0.1", running.port), DEADLINE) for _ in range(50)]
         with socket.create_connection(("127.0.0.1", running.port), DEADLINE, ("127.0.0.2", 0)) as other:

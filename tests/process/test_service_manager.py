@@ -174,7 +174,7 @@ def test_who_is_not_alive_is_not_vouched_for_until_it_is_again(
         ("p.ring._lock", ("-T", "0")),
         ("p.store._lock", ("-T", "0")),
         ("p.store._lock", ("-I", "false")),
-        ("p.server._lock", ("-T", "0")),
+        ("p.server.table._lock", ("-T", "0")),
         ("p.totals._lock", ("-I", "false")),
         ("p.forwarder._lock", ("-T", "0")),
     ],
@@ -212,7 +212,7 @@ def test_a_disk_that_hangs_is_no_reason_for_a_restart(tmp_path: Path, manager: M
 
 
 def test_a_server_whose_acceptor_has_ended_is_not_vouched_for(tmp_path: Path, manager: Manager) -> None:
-    patch = "web.connections.Connections._is_full = lambda self: 1 / 0; web.connections.threading.excepthook = print"
+    patch = "web.table.ConnectionTable._is_full = lambda self: 1 / 0; web.connections.threading.excepthook = print"
     with told(tmp_path, manager, "-p", "0", "-T", "0", period=0.4, patch=patch) as running:
         manager.until("WATCHDOG")
         socket.create_connection(("localhost", running.port)).close()

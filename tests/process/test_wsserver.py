@@ -345,7 +345,7 @@ def test_refused_connections_are_bounded_and_time_out_soon(tmp_path: Path) -> No
         *ROLES["publisher"],
         "-n",
         "1",
-        patch="web.connections.MAX_REFUSED = 5; web.handler.REFUSED_TIMEOUT_SECONDS = 0.2",
+        patch="web.table.MAX_REFUSED = 5; web.handler.REFUSED_TIMEOUT_SECONDS = 0.2",
     ) as running:
         with RawClient(running.port), ExitStack() as idle:
             for _ in range(50):
