@@ -119,7 +119,9 @@ class Handler(WebHandler):
     def _page(self) -> None:
         live_page = page()
         if not live_page:
-            raise Refusal(404, "the live page is not installed: dashboard.html is missing from the program's files")
+            raise Refusal(
+                404, "the live page is missing: dashboard.html was not installed with the program; reinstall it"
+            )
         cached = live_page.headers["ETag"] in self.headers.get("If-None-Match", "")
         self.reply(304 if cached else 200, live_page.content, HTML, live_page.headers)
 
@@ -152,7 +154,7 @@ class Handler(WebHandler):
 
     def _not_ready_reasons(self) -> list[Reason]:
         """Return why a record that a new client sends now would not be stored now."""
-        if self.server.stopping.is_set():  # the stop may already have closed the parts that the monitor asks
+        if self.server.stopping.is_set():  # reason enough: the monitor is not asked during a stop
             return [Reason("draining", "the server is stopping")]
         reasons = self.server.monitor.reasons()
         if not self.server.table.is_admitted():
@@ -259,7 +261,9 @@ class Handler(WebHandler):
             if self.server.stopping.is_set():  # which ends the reading side of connections
                 raise _not_stored("the server is stopping", 0)
             self.server.totals.add_refused()
-            raise Refusal(400, f"Content-Length is {length}, but the body ended after {len(body)} bytes")
+            raise Refusal(
+                400, f"the body ended after {len(body)} bytes, but Content-Length is {length}: send all of it"
+            )
         return body
 
     def _take_buffered(self) -> bytes:

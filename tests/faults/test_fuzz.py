@@ -21,7 +21,19 @@ from typing import NamedTuple
 
 import pytest
 from support.gauges import RETURNING, back_to, complaints, settled
-from support.harness import HANDSHAKE, ROLES, Blocked, RawClient, ServerProcess, frame, request, rows, seeded, server
+from support.harness import (
+    HANDSHAKE_LINES,
+    ROLES,
+    UPGRADE,
+    Blocked,
+    RawClient,
+    ServerProcess,
+    frame,
+    request,
+    rows,
+    seeded,
+    server,
+)
 
 from ringolib.client.producer import Producer
 from ringolib.net.frames import MAX_MESSAGE
@@ -226,13 +238,12 @@ HEADERS: list[tuple[bytes, list[bytes]]] = [
     (b"X\0", [b"\0"]),
     (b"X-Bare", [b"a\rb", b"a\nb", b"a\n\tb"]),
 ]
-UPGRADE = "".join(f"{name}: {value}\r\n" for name, value in HANDSHAKE.items()).encode()
 
 
 def http_request(rng: random.Random) -> bytes:
     """Return a request: valid, invalid, or nearly valid."""
     if rng.randrange(12) == 0:
-        return mutated(rng, b"GET /v1.0/ingest HTTP/1.1\r\n" + UPGRADE + b"\r\n")
+        return mutated(rng, UPGRADE)
     line = rng.choice(METHODS) + b" " + rng.choice(PATHS) + rng.choice(VERSIONS)
     kinds = rng.choices(HEADERS[:-7] if rng.randrange(3) else HEADERS, k=rng.choice([0, 1, 1, 2, 3, 6]))
     fields = [name + rng.choice([b": ", b": ", b":", b" : "]) + rng.choice(values) for name, values in kinds]
@@ -372,7 +383,7 @@ class Fuzz:
 
     def _websocket(self, rng: random.Random, inputs: list[Input], protocol: str, source: str = "") -> None:
         """Send a handshake and `inputs`, check the response, and keep the acks as claims."""
-        start = b"GET /v1.0/ingest HTTP/1.1\r\n" + UPGRADE + f"{protocol}\r\n".encode()
+        start = b"GET /v1.0/ingest HTTP/1.1\r\n" + HANDSHAKE_LINES + f"{protocol}\r\n".encode()
         answer = talk(rng, self.running.port, start, inputs)
         if answer is not None:
             head, _, sent = answer.partition(b"\r\n\r\n")

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from support.gauges import RETURNING, Usage, back_to, complaints, settled, usage
 from support.harness import (
-    HANDSHAKE,
     ROLES,
+    UPGRADE,
     Blocked,
     RawClient,
     ServerProcess,
@@ -61,8 +61,6 @@ def patched(timeouts: dict[str, float]) -> str:
 # The behaviour of hostile clients: generators, whose steps are about 20 ms apart.
 
 Steps = Iterator[None]
-UPGRADE = "".join(f"{name}: {value}\r\n" for name, value in HANDSHAKE.items()).encode()
-UPGRADE = b"GET /v1.0/ingest HTTP/1.1\r\n" + UPGRADE + b"\r\n"
 
 
 def push(sock: socket.socket, data: bytes) -> None:

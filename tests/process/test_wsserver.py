@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from support.harness import (
     DEADLINE,
-    HANDSHAKE,
     ROLES,
+    UPGRADE,
     Blocked,
     RawClient,
     ServerProcess,
@@ -306,8 +306,7 @@ def test_valid_handshake_is_answered_101(running: ServerProcess) -> None:
 
 
 def test_handshake_in_http_1_0_is_refused(running: ServerProcess) -> None:
-    lines = "".join(f"{name}: {value}\r\n" for name, value in HANDSHAKE.items())
-    assert status(raw(running.port, f"GET /v1.0/ingest HTTP/1.0\r\n{lines}\r\n".encode())) == 400
+    assert status(raw(running.port, UPGRADE.replace(b"HTTP/1.1", b"HTTP/1.0"))) == 400
 
 
 def test_connection_beyond_the_limit_gets_503_but_alive_and_stats(tmp_path: Path) -> None:

@@ -286,6 +286,11 @@ HANDSHAKE = {
 }
 
 
+HANDSHAKE_LINES = "".join(f"{name}: {value}\r\n" for name, value in HANDSHAKE.items()).encode()
+UPGRADE = b"GET /v1.0/ingest HTTP/1.1\r\n" + HANDSHAKE_LINES + b"\r\n"
+"""A whole upgrade request."""
+
+
 def frame(
     opcode: int, payload: bytes, fin: bool = True, mask: bytes | None = b"\x01\x02\x03\x04", rsv: int = 0
 ) -> bytes:
