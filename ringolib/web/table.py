@@ -21,7 +21,7 @@ MAX_REFUSED = 64
 class Limits(NamedTuple):
     """How many connections may be open at once. 0 means any number."""
 
-    admitted: int = 0  # all in all
+    admitted: int = 0  # in total
     per_address: int = 0  # admitted from one client address; not applied to Unix sockets
     refused: int | None = None  # open without being admitted; None: MAX_REFUSED
 
@@ -46,7 +46,7 @@ class _Entry(NamedTuple):
 
 
 class ConnectionTable:
-    """The connections of a server by their threads. A connection is admitted within `limits`, and before the stop."""
+    """The open connections of a server, by their threads. Decides which of them are admitted: see `add`."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -200,7 +200,7 @@ class ConnectionTable:
             return wait_until(self._changed, ended, deadline_after(timeout))
 
     def shut_down_sockets(self, how: int, websockets: bool) -> None:
-        """Shut down the sockets of all connections; those of WebSockets only if `websockets` is true."""
+        """Shut down the sockets of all connections. Leave out WebSockets unless `websockets` is true."""
         with self._lock:
             for entry in self._entries.values():
                 if entry.websocket and not websockets:
