@@ -39,6 +39,7 @@ from ringolib.storage.clickhouse.url import is_clickhouse_url, parse_url, redact
 from ringolib.storage.interface import Storage
 from ringolib.storage.retention import Retention
 from ringolib.web.intake import Intake, RingIntake, StoreIntake
+from ringolib.web.table import Limits
 from store import Store
 from wsserver import Server
 
@@ -142,8 +143,8 @@ class App:
                     hint = "is one running already? -H and -p name another address; a complete system there needs -T "
                     hint += "too, the same as -p"
                 raise StartupError(str(error) if unix_path(settings.hostname) else f"{error} ({hint})") from error
-            limits = settings.max_connections, settings.per_address
-            self.server = Server(listeners, settings.name, *limits, self.credentials, self.totals)
+            limits = Limits(settings.max_connections, settings.per_address)
+            self.server = Server(listeners, settings.name, limits, self.credentials, self.totals)
             undo.callback(self.server.close)
             self.profiler = self._open_profiler()
             if self.profiler:

@@ -28,10 +28,9 @@ from ringolib.net.tls_socket import TLSError
 from ringolib.net.websocket import HandshakeError
 from ringolib.net.websocket_client import ClientConnection
 from ringolib.timing import backoff
-from ringolib.wire import MAX_SEQUENCE, SUBPROTOCOL, Run, WireError, decode_ack, encode_batch
+from ringolib.wire import INGEST_PATH, MAX_SEQUENCE, SUBPROTOCOL, Run, WireError, decode_ack, encode_batch
 
-PATH = "/v1.0/ingest"
-URL = f"ws://localhost:6660{PATH}"
+URL = f"ws://localhost:6660{INGEST_PATH}"
 CHUNK_RECORDS = 16_384
 """Most records in a message."""
 MAX_UNACKED = 1_048_576
@@ -91,7 +90,7 @@ class Producer:
         self.url = url
         self.source = source or uuid.uuid4()
         self.first = first
-        self._host, self._port, self._path = host, port, PATH if path in ("", "/") else path
+        self._host, self._port, self._path = host, port, INGEST_PATH if path in ("", "/") else path
         self._token = token
         self._context = (context or client_context(None)) if secure else None
 

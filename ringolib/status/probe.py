@@ -20,6 +20,7 @@ from ringolib.net.tls_socket import explain
 from ringolib.net.websocket_client import explain_status
 from ringolib.status.readiness_rules import CONNECTIONS_FULL, Reason
 from ringolib.timing import ThreadError, deadline_after, log_unexpected, start_thread, wait_until
+from ringolib.wire import READY_PATH
 
 log = logging.getLogger("ringoexp.ready")
 
@@ -165,7 +166,7 @@ def _get_ready(endpoint: Endpoint, credentials: CredentialSet) -> tuple[int, byt
         headers = {"Host": host_header(name, port), "Accept": "application/json", "Connection": "close"}
         if credentials.token:
             headers["Authorization"] = f"Bearer {credentials.token}"
-        connection.request("GET", "/v1.0/ready", headers=headers)
+        connection.request("GET", READY_PATH, headers=headers)
         response = connection.getresponse()
         return response.status, response.read(MAX_BODY_BYTES)
     finally:

@@ -13,7 +13,7 @@ from ringolib.status.process import MemoryStats
 from ringolib.status.readiness import ConsumerStats
 from ringolib.storage.interface import Sizes, StoreStats
 from ringolib.storage.retention import RetentionStats
-from ringolib.web.connections import ConnectionStats
+from ringolib.web.table import ConnectionStats
 
 
 class Snapshot(NamedTuple):

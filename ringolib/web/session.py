@@ -1,8 +1,7 @@
-"""From what a client sends to the ack it gets: the job behind `/v1.0/ingest`, without HTTP.
+"""One WebSocket client of `/v1.0/ingest`: decode its messages, put the records into the intake, and send acks.
 
-An *intake* is where records go: a publisher's ring, or straight to a consumer's store. A `Session`
-is one WebSocket client, run by its connection's own thread from the first byte to the last.
-Nothing here is shared between threads but the intake and the totals, which lock for themselves.
+A `Session` runs in the thread of its connection from the first byte to the last. Threads share only the intake and the
+totals, which have their own locks.
 """
 
 import uuid
@@ -18,28 +17,31 @@ from ringolib.storage.interface import StoreError
 from ringolib.web.intake import Intake, Ticket, plain_block
 from ringolib.wire import SUBPROTOCOL, Block, decode_batch_messages, decode_plain_messages, encode_ack
 
-PATIENCE = 1.0
-"""Seconds a session waits, for the ring or the disk, before it looks at its socket again."""
+WAIT_SECONDS = 1.0
+"""How long a session waits for the ring or the disk before it checks its socket again."""
 MAX_MARKS = 1024
-"""Reads whose acks are kept apart, for a client whose records are long in being stored."""
-GOING_AWAY = (1001, "the server is stopping")
-UNSTORED = (1011, "not stored before the server stopped")
-LOST = (1006, "connection lost")
+"""Reads that are acked separately. If a client has more reads in flight, the last ones share a mark."""
+
+Ending = tuple[int, str]
+"""Close code and reason (RFC 6455 section 7.4)."""
+GOING_AWAY: Ending = (1001, "the server is stopping")
+UNSTORED: Ending = (1011, "not stored before the server stopped")
+LOST: Ending = (1006, "connection lost")
 NOTHING = Block([], array("q"))
 
 
 class _Mark(NamedTuple):
-    """When what `ticket` stands for is stored, as that of all marks before, the connection's first `records` are."""
+    """One read of the connection: if the tickets of this mark and all earlier ones are stored, `records` are stored."""
 
     ticket: Ticket
-    records: int
+    records: int  # of the connection, counted from its beginning
     read_at: float  # monotonic seconds
 
 
 class Session:
-    """One WebSocket client: reads, decodes, puts, waits for stored, acks. `run` it once.
+    """One WebSocket client. Call `run` once.
 
-    `stopping` makes it read no more, finish what it has read, and close with 1001.
+    When `stopping` is set, the session reads no more, waits until its records are stored, and closes with 1001.
     """
 
     def __init__(self, connection: ServerConnection, intake: Intake, totals: Totals, stopping: Event) -> None:
@@ -49,59 +51,64 @@ class Session:
         self._stopping = stopping
         self._batches = connection.subprotocol == SUBPROTOCOL
         self._source = uuid.uuid4().bytes  # of plain messages
-        # Records of this connection:
+        # Counts of this connection's records: received >= _put >= _stored >= acked.
         self.received = 0
-        self._put = 0  # of those, put into the intake
-        self._stored = 0  # of those, stored
-        self.acked = 0  # and of those, acked
-        self._marks: deque[_Mark] = deque()
-        self._block = NOTHING  # decoded, and not in the intake yet
+        self._put = 0  # put into the intake
+        self._stored = 0
+        self.acked = 0
+        self._marks: deque[_Mark] = deque()  # reads that are put and not stored yet, the oldest first
+        self._block = NOTHING  # decoded, and not yet put
 
-    def run(self, rest: bytes) -> tuple[int, str]:
-        """Serves the client until either side ends, closes, and returns the code and reason.
+    def run(self, received: bytes) -> Ending:
+        """Serve the client until either side ends the connection. Return the close code and reason.
 
-        `rest` is what came right behind the handshake. What was read is put and acked before the
-        close, unless the client leaves while there is no room for it; one that ends its side without a
-        Close frame gets the acks of the next PATIENCE. Never raises OSError: a lost connection ends with 1006.
+        `received` are the bytes that came with the handshake. All records read are put and acked before the close, with
+        two exceptions: the client leaves while there is no room for them, or it ends its side without a Close frame and
+        they are not stored within WAIT_SECONDS. Never raises OSError: a lost connection ends with 1006.
         """
-        ending = None
-        data: bytes | None = rest
-        rest = b""
         try:
-            while ending is None:
-                if data:
-                    read_at = monotonic()
-                    ending = self._decode(data)
-                    data = None  # a thread that waits for room, or a client, holds no more than _block
-                    ending = self._put_all(read_at) or ending
-                self._ack()
-                if ending is None and self._stopping.is_set():
-                    ending = GOING_AWAY
-                if ending is None:
-                    data = self._connection.read(wait=False)
-                    if data == b"":
-                        ending = LOST
-                    elif data is None and self._marks:
-                        self._intake.wait(self._marks[0].ticket, PATIENCE)
-                    elif data is None:
-                        self._connection.wait()
+            ending = self._serve(received)
             self._settle(patient=ending[0] != LOST[0])
             if self._batches and self._marks and ending == GOING_AWAY:
-                ending = UNSTORED  # it may be stored yet: 1001 says to a publisher's link that it will not be
+                ending = UNSTORED  # 1001 tells a publisher's link that these records will not be stored; they may be
         except OSError as error:
             ending = (LOST[0], f"{LOST[1]}: {error}")
-        if ending[0] == LOST[0]:
+        lost = ending[0] == LOST[0]
+        if lost:
             self._connection.abort()
-        last = b""
-        if self._stored > self.acked and ending[0] != LOST[0]:  # the client has not read the acks before it
-            last = encode_ack(self._stored)
+        last_ack = b""
+        if self._stored > self.acked and not lost:  # the client has not read the earlier acks
+            last_ack = encode_ack(self._stored)
             self._totals.add_acked(self._stored - self.acked)
             self.acked = self._stored
-        self._connection.finish(*ending, last)
+        self._connection.finish(*ending, last_ack)
         return ending
 
-    def _decode(self, data: bytes) -> tuple[int, str] | None:
-        """Makes a block of `data`; the code and reason to close with after it, if that is the end."""
+    def _serve(self, received: bytes) -> Ending:
+        """Read, put and ack until the connection ends. Raises OSError if it is lost."""
+        data: bytes | None = received
+        while True:
+            ending = None
+            if data:
+                read_at = monotonic()
+                ending = self._decode(data)
+                data = None  # while the thread waits for room or for the client, it keeps only _block
+                ending = self._put_all(read_at) or ending
+            self._ack()
+            if ending:
+                return ending
+            if self._stopping.is_set():
+                return GOING_AWAY
+            data = self._connection.read(wait=False)
+            if data == b"":
+                return LOST
+            if data is None and self._marks:
+                self._intake.wait(self._marks[0].ticket, WAIT_SECONDS)
+            elif data is None:
+                self._connection.wait()
+
+    def _decode(self, data: bytes) -> Ending | None:
+        """Decode `data` into `_block`. Return the code and reason if the connection ends after it."""
         self._totals.add_bytes(len(data))
         messages = self._connection.parse(data)
         ending = self._connection.ending
@@ -119,20 +126,17 @@ class Session:
             self._totals.add_records(len(self._block.values))
         return ending
 
-    def _put_all(self, read_at: float) -> tuple[int, str] | None:
-        """Puts the block, however long there is no room for it; the code and reason to close with, if not all is in."""
+    def _put_all(self, read_at: float) -> Ending | None:
+        """Put the block, however long this takes. Return the code and reason to close with if a part is not put."""
         while self._block.values:
             try:
-                accepted, ticket = self._intake.put(self._block, PATIENCE)
+                accepted, ticket = self._intake.put(self._block, WAIT_SECONDS)
             except StoreError as error:
                 self._totals.add_refused(len(self._block.values))
                 return 1011, f"not stored: {error}"
             if accepted:
                 self._put += accepted
-                if len(self._marks) >= MAX_MARKS:  # its latency counts from the older one's read
-                    last = self._marks.pop()
-                    ticket, read_at = Ticket(last.ticket.since, ticket.end), last.read_at
-                self._marks.append(_Mark(ticket, self._put, read_at))
+                self._add_mark(ticket, read_at)
             if accepted == len(self._block.values):
                 break
             self._block = self._block.after(accepted)
@@ -143,8 +147,15 @@ class Session:
         self._block = NOTHING
         return None
 
+    def _add_mark(self, ticket: Ticket, read_at: float) -> None:
+        """Add a mark for the records put so far. Beyond MAX_MARKS, extend the last mark instead."""
+        if len(self._marks) >= MAX_MARKS:
+            last = self._marks.pop()
+            ticket, read_at = Ticket(last.ticket.since, ticket.end), last.read_at
+        self._marks.append(_Mark(ticket, self._put, read_at))
+
     def _ack(self) -> None:
-        """Tells the client how many of its records are stored, if more are than it knows."""
+        """Send the number of stored records to the client, if it has grown."""
         now = monotonic()
         latencies = []
         while self._marks and self._intake.stored(self._marks[0].ticket):
@@ -158,12 +169,14 @@ class Session:
             self.acked = self._stored
 
     def _settle(self, patient: bool) -> None:
-        """Waits until all that was put is stored, and acks it; gives up when the client is gone, when nothing will
-        be stored any more, or, if not `patient`, after PATIENCE.
+        """Wait until all records put are stored, and ack them.
+
+        Give up if the client is gone, or if nothing will be stored any more, or after WAIT_SECONDS unless `patient`.
         """
         while self._marks:
-            stored = self._intake.wait(Ticket(self._marks[0].ticket.since, self._marks[-1].ticket.end), PATIENCE)
+            ticket = Ticket(self._marks[0].ticket.since, self._marks[-1].ticket.end)
+            stored = self._intake.wait(ticket, WAIT_SECONDS)
             self._ack()
-            over = self._stopping.is_set() and self._intake.closed
-            if stored or over or not patient or self._connection.is_gone():
+            aborted = self._stopping.is_set() and self._intake.closed
+            if stored or aborted or not patient or self._connection.is_gone():
                 return

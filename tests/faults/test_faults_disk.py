@@ -33,8 +33,8 @@ MEBIBYTE = 1024 * 1024
 ENDS = "SELECT (SELECT max(id) FROM record), (SELECT first_id + count - 1 FROM batch ORDER BY first_id DESC LIMIT 1)"
 COUNTS = "SELECT (SELECT count(*) FROM record), (SELECT sum(count) FROM batch)"
 QUICK = (
-    "timing.BACKOFF_MAX_SECONDS = 0.2; web.session.PATIENCE = 0.1; "
-    "wsserver.INGEST_TIMEOUT = 0.3; forward.workers.QUIET_SECONDS = 0"
+    "timing.BACKOFF_MAX_SECONDS = 0.2; web.session.WAIT_SECONDS = 0.1; "
+    "wsserver.INGEST_TIMEOUT_SECONDS = 0.3; forward.workers.QUIET_SECONDS = 0"
 )
 ROLES = ["consumer behind a publisher", "single process"]
 

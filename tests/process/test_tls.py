@@ -177,7 +177,7 @@ def test_tls_to_port_without_tls_is_reported_on_both_sides(authority: Authority,
         assert producer.trouble == "it does not speak TLS on this port"
         producer.close()
         assert not_ready(running) == []
-        eventually(lambda: "a client speaks TLS where none is spoken" in running.errors.read_text())
+        eventually(lambda: "a client sent TLS to a port without TLS" in running.errors.read_text())
 
 
 def test_stop_during_tls_traffic_loses_no_acked_records(authority: Authority, pair: Pair, tmp_path: Path) -> None:
