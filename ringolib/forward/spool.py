@@ -22,13 +22,13 @@ from ringolib.storage.interface import StoreError
 from ringolib.storage.sqlite_file import SPOOL_APPLICATION_ID
 from ringolib.timing import backoff
 from ringolib.wire import Block
-from store import WAL_LARGE, Store
+from store import LARGE_WAL_BYTES, Store
 
 log = logging.getLogger("ringoexp.spool")
 
 PATIENCE = 5.0
 """Seconds a consumer has to take a block, and as many again to ack it, before the spool does: less than without one."""
-ROOM = 2 * WAL_LARGE
+ROOM = 2 * LARGE_WAL_BYTES
 """Bytes of disk that the spool leaves free: it needs some to delete what was forwarded."""
 
 

@@ -1,0 +1,1 @@
+"""Stores: their interface, group commit, the SQLite file, retention, and ClickHouse."""

@@ -31,7 +31,7 @@ from ringolib.storage.clickhouse import schema as clickhouse_tables
 from ringolib.storage.clickhouse import store as clickhouse
 from ringolib.storage.clickhouse.http import PermanentError, RetryableError, parse, redacted
 from ringolib.storage.clickhouse.store import ClickHouse
-from ringolib.storage.group_commit import PendingBlock
+from ringolib.storage.group_commit import PendingBlock, Turn
 from ringolib.storage.interface import StoreError
 from ringolib.wire import Run
 
@@ -350,12 +350,12 @@ def test_enough_records_do_not_wait(
 
 
 def test_a_group_is_bounded(opened: ClickHouse, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ClickHouse, "MAX_GROUPED", 1000)
+    monkeypatch.setattr(ClickHouse, "MAX_GROUP_COST", 1000)
     waiting = [PendingBlock(*block(n, n + 600), 16) for n in range(5)]
     with opened._lock:
-        opened._queue, opened._queued = list(waiting), 3000
+        opened._queue, opened._queued_cost = list(waiting), 3000
         assert [len(opened._next_group()) for _ in range(3)] == [2, 2, 1]
-        assert opened._queued == 0 and opened._queue == []
+        assert opened._queued_cost == 0 and opened._queue == []
 
 
 def test_a_large_block_is_one_part(opened: ClickHouse, house: ClickHouseServer, database: str) -> None:
@@ -507,9 +507,9 @@ def test_records_that_waited_for_an_insert_that_failed_are_tried_for_less(
     for waited in (0, 10, 20):
         opened.append(*block(0, 5))
         waiting = PendingBlock(*block(0, 5), 16)
-        waiting.since -= waited
+        waiting.arrived_at -= waited
         with opened._lock:
-            opened._leading = True
+            opened._turn = Turn.COMMIT
         opened._commit([waiting, PendingBlock(*block(5, 10), 16)])
     assert [round(each) for each in left] == [20, 20, 20, 10, 20, 8]
 

@@ -205,7 +205,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         *(pytest.param(*each, 5, marks=pytest.mark.long) for each in product(ROLES, (Full, TooLarge, NoSync, NoWrite))),
     ],
 )
-def test_a_disk_that_fails_for_a_while_loses_nothing_and_goes_on_by_itself(
+def test_failing_disk_loses_nothing_and_recovers(
     tmp_path: Path, place: Path, role: str, fault: type[Fault], outages: int
 ) -> None:
     """Meanwhile the ring is full, clients wait, the servers are alive, and the log says it once and not every time."""
@@ -257,7 +257,7 @@ def test_a_disk_that_fails_for_a_while_loses_nothing_and_goes_on_by_itself(
 
 
 @pytest.mark.parametrize("fault", [Full, NoSync])
-def test_ready_finds_out_that_the_disk_fails_and_that_it_works_again_without_any_record(
+def test_ready_detects_disk_failure_and_recovery_without_records(
     tmp_path: Path, place: Path, fault: type[Fault]
 ) -> None:
     """Nobody sends anything: no client is sent to a server that is not ready."""
@@ -295,7 +295,7 @@ def test_ready_finds_out_that_the_disk_fails_and_that_it_works_again_without_any
         pytest.param("fdatasync", "", 400_000, marks=pytest.mark.long),
     ],
 )
-def test_commits_that_fail_now_and_then_fail_alone(
+def test_intermittent_io_errors_fail_only_their_commits(
     tmp_path: Path, call: str, file: str, records: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each connection's thread has an I/O error every few calls; clients come again, and everything is stored once.
@@ -314,7 +314,7 @@ def test_commits_that_fail_now_and_then_fail_alone(
     Store(str(database)).close()  # so that the server has nothing to write when it opens it, and it starts
     under = strace.command(log, f"-P{database}{file}", "-e", f"inject={call}:error=EIO:when={first}+{step}")
     flags = ["-I", "false", "-p", "0", "-D", str(database)]
-    patch = "net.websocket.READ_SIZE = 4096; store.WAL_LARGE = 200_000"
+    patch = "net.websocket.READ_SIZE = 4096; store.LARGE_WAL_BYTES = 200_000"
     with server(tmp_path, *flags, under=under, patch=patch) as running, ExitStack() as stack:
         producers = [stack.enter_context(closing(Producer(running.url))) for _ in range(4)]
         for producer in producers:
@@ -338,7 +338,7 @@ def test_commits_that_fail_now_and_then_fail_alone(
     assert query(database, "PRAGMA integrity_check") == [("ok",)]
 
 
-def test_an_ack_waits_for_a_slow_sync_and_one_sync_serves_all_who_wait(tmp_path: Path) -> None:
+def test_acks_wait_for_slow_sync_and_share_it(tmp_path: Path) -> None:
     """While the disk takes 0.1 s for each sync, alive and stats answer at once."""
     strace.needed()
     database, log = tmp_path / "numbers.db", tmp_path / "strace.log"
@@ -413,14 +413,14 @@ class Module:
 
 
 @pytest.mark.parametrize("records", [500_000, pytest.param(5_000_000, marks=pytest.mark.long)])
-def test_a_long_reader_stops_nothing_and_the_wal_shrinks_when_it_ends(tmp_path: Path, records: int) -> None:
+def test_long_reader_blocks_nothing_and_wal_shrinks_afterwards(tmp_path: Path, records: int) -> None:
     """It sees what there was when it began; the log says once that the WAL is large."""
     readers = [Module, Shell] if shutil.which("sqlite3") else [Module]
     database, large = tmp_path / "numbers.db", 4 * MEBIBYTE
     wal = tmp_path / "numbers.db-wal"
     with ExitStack() as stack:
         running = stack.enter_context(
-            server(tmp_path, "-I", "false", "-p", "0", "-D", str(database), patch=f"store.WAL_LARGE = {large}")
+            server(tmp_path, "-I", "false", "-p", "0", "-D", str(database), patch=f"store.LARGE_WAL_BYTES = {large}")
         )
         producer = stack.enter_context(Producer(running.url))
         send(producer, 10_000)
@@ -457,7 +457,7 @@ def test_a_long_reader_stops_nothing_and_the_wal_shrinks_when_it_ends(tmp_path: 
 
 
 @pytest.mark.parametrize("records", [300_000, pytest.param(5_000_000, marks=pytest.mark.long)])
-def test_readers_that_overlap_all_the_time_do_not_make_the_wal_grow_without_bound(tmp_path: Path, records: int) -> None:
+def test_overlapping_readers_do_not_grow_wal_without_bound(tmp_path: Path, records: int) -> None:
     """There is never a moment without one; and each sees every batch with all its records, or not at all."""
     database, large = tmp_path / "numbers.db", MEBIBYTE // 4
     wal = tmp_path / "numbers.db-wal"
@@ -487,7 +487,7 @@ def test_readers_that_overlap_all_the_time_do_not_make_the_wal_grow_without_boun
             looks += 1
 
     with (
-        server(tmp_path, "-I", "false", "-p", "0", "-D", str(database), patch=f"store.WAL_LARGE = {large}") as running,
+        server(tmp_path, "-I", "false", "-p", "0", "-D", str(database), patch=f"store.LARGE_WAL_BYTES = {large}") as running,
         Producer(running.url) as producer,
     ):
         send(producer, 1000)

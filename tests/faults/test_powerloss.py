@@ -46,7 +46,7 @@ SMALL_WAL = (
     "store.connect = (lambda real: lambda *args:"
     " [db := real(*args), db.execute('PRAGMA wal_autocheckpoint = 20')][0])(store.connect)"
 )
-CUT_WAL = "store.WAL_LARGE = 100_000"
+CUT_WAL = "store.LARGE_WAL_BYTES = 100_000"
 UNSYNCED = SMALL_WAL.replace("wal_autocheckpoint = 20", "synchronous = {}")
 EARLY = (
     "web.intake.StoreIntake.put = lambda self, block, timeout: (__import__('threading').Thread("
@@ -399,7 +399,7 @@ def seed() -> int:
     ],
 )
 @pytest.mark.parametrize("cuts", [40, pytest.param(1000, marks=pytest.mark.long)])
-def test_what_is_acked_is_synced_before_and_survives_a_power_cut(
+def test_acked_records_are_synced_first_and_survive_power_cuts(
     tmp_path: Path, seed: int, role: str, patch: str, cuts: int
 ) -> None:
     """Whatever the disk had of what was not synced; and what is sent again afterwards is stored once."""
@@ -414,7 +414,7 @@ def test_what_is_acked_is_synced_before_and_survives_a_power_cut(
     assert power_cuts(run, tmp_path, random.Random(seed), cuts) == {}
 
 
-def test_a_first_page_torn_by_a_power_cut_is_recovered_from_the_wal(tmp_path: Path) -> None:
+def test_torn_first_page_is_recovered_from_wal(tmp_path: Path) -> None:
     """It is written again at a checkpoint, from the WAL, which is kept until that is synced."""
     running, cut = tmp_path / "running.db", tmp_path / "cut.db"
     with closing(store.Store(str(running))) as opened:
@@ -427,7 +427,7 @@ def test_a_first_page_torn_by_a_power_cut_is_recovered_from_the_wal(tmp_path: Pa
         assert opened.stats().held == 1000
 
 
-def test_a_first_page_torn_while_the_file_is_made_is_undone_by_the_journal(tmp_path: Path) -> None:
+def test_first_page_torn_at_creation_is_rolled_back_by_journal(tmp_path: Path) -> None:
     """The journal that SQLite keeps until then says that there was nothing before; so there is an empty database."""
     path = tmp_path / "numbers.db"
     path.write_bytes(random.Random(1).randbytes(SECTOR) + bytes(4096 - SECTOR))
@@ -439,7 +439,7 @@ def test_a_first_page_torn_while_the_file_is_made_is_undone_by_the_journal(tmp_p
         assert opened.stats().held == 3
 
 
-def test_whatever_page_is_damaged_the_store_opens_or_refuses_in_one_line(tmp_path: Path) -> None:
+def test_damaged_page_is_harmless_or_refused_in_one_line(tmp_path: Path) -> None:
     """No other exception, and nothing left open: the lock is free afterwards."""
     path = tmp_path / "numbers.db"
     with closing(store.Store(str(path))) as opened:
@@ -457,7 +457,7 @@ def test_whatever_page_is_damaged_the_store_opens_or_refuses_in_one_line(tmp_pat
 
 
 @pytest.mark.parametrize("file", ["database", "-wal", "directory"])
-def test_a_sync_that_did_not_happen_is_missed(tmp_path: Path, seed: int, file: str) -> None:
+def test_power_cuts_detect_missing_syncs(tmp_path: Path, seed: int, file: str) -> None:
     """The log of a good run, but for one file's syncs, or its directory's: the cuts must report it."""
     run = record(tmp_path, "consumer", SMALL_WAL, seed, 8000)
     path = {"directory": str(tmp_path), "database": str(run.database), "-wal": f"{run.database}-wal"}[file]
@@ -479,7 +479,7 @@ def test_a_sync_that_did_not_happen_is_missed(tmp_path: Path, seed: int, file: s
         pytest.param("single process", "", ["-A", "ring"], id="single process, acks in the ring"),
     ],
 )
-def test_a_server_that_breaks_the_promise_is_found_out(
+def test_checks_detect_server_that_acks_too_early(
     tmp_path: Path, seed: int, role: str, patch: str, flags: list[str]
 ) -> None:
     """The two checks above, on servers that do not sync, or ack before they commit: both must report it."""

@@ -4,7 +4,7 @@ Each (source, sequence) counts once, however often it is inserted: the table for
 shows them. So what is known already is not looked for, and not counted, and to insert again is harmless, with the
 identical bytes above all. What came first stays, by the clocks of the consumers that took it.
 
-Any thread may call any of it; `groupcommit` says who inserts. The leader first waits until MANY records have gathered,
+Any thread may call any of it; `group_commit` says who inserts. The leader first waits until MANY records have gathered,
 or a second has passed since the insert before, as servers choke on many small ones. The servers and what is known of
 them belong to the leader, without a lock; `check` asks by connections of its own, and reads no more than which host is
 in use.
@@ -23,7 +23,7 @@ from time import monotonic, sleep
 from ringolib.net import tls
 from ringolib.storage.clickhouse import schema as tables
 from ringolib.storage.clickhouse.http import PermanentError, RetryableError, Server, Target
-from ringolib.storage.group_commit import CommitResult, GroupCommit, PendingBlock
+from ringolib.storage.group_commit import CommitResult, GroupCommit, PendingBlock, Turn
 from ringolib.storage.interface import Sizes, StoreError
 from ringolib.wire import Run
 
@@ -102,9 +102,9 @@ class ClickHouse(GroupCommit):
     may delete a record.
     """
 
-    MAX_GROUPED = 500_000
+    MAX_GROUP_COST = 500_000
     RUN_COST = 16
-    SLOW = 5.0
+    SLOW_COMMIT_SECONDS = 5.0
 
     def __init__(self, target: Target, cluster: str | None = None, retain: float | None = None) -> None:
         super().__init__(target.shown)
@@ -159,7 +159,7 @@ class ClickHouse(GroupCommit):
                 server.close()
         with self._lock:
             # As long as records are on their way, it is they that show whether it goes on.
-            doubt = self._leading or monotonic() - self._failed_at < DOUBT_SECONDS
+            doubt = self._turn is Turn.COMMIT or monotonic() - self._failed_at < DOUBT_SECONDS
             if error or not doubt:
                 self._error = str(error) if error else None
         if error:
@@ -199,9 +199,9 @@ class ClickHouse(GroupCommit):
         assert failed
         raise failed
 
-    def _pace(self) -> float:
+    def _gather_seconds(self) -> float:
         assert self._lock.locked()
-        return 0.0 if self._queued >= MANY else self._began_at + INTERVAL - monotonic()
+        return 0.0 if self._queued_cost >= MANY else self._started_at + INTERVAL - monotonic()
 
     def _write(self, group: list[PendingBlock]) -> CommitResult:
         """Inserts `group`; what is known already counts as stored."""
@@ -209,7 +209,7 @@ class ClickHouse(GroupCommit):
         # A block that comes later never has an earlier time, whatever becomes of the clock meanwhile.
         arrived_ns = max(time.time_ns(), self._last_ns + 1)
         self._last_ns = arrived_ns + sum(len(waiting.runs) for waiting in group)
-        deadline = max(group[0].since + GIVE_UP_SECONDS, started + GIVE_UP_SECONDS * LEAST_OF_IT)
+        deadline = max(group[0].arrived_at + GIVE_UP_SECONDS, started + GIVE_UP_SECONDS * LEAST_OF_IT)
         self._insert(encode(((waiting.runs, waiting.values) for waiting in group), arrived_ns), deadline)
         return CommitResult(sum(len(waiting.values) for waiting in group), 0, self._records)
 
@@ -274,7 +274,7 @@ class ClickHouse(GroupCommit):
         except (RetryableError, PermanentError, ValueError) as error:
             log.debug("not_measured", {"reason": str(error)})
 
-    def _failed(self, cause: BaseException) -> StoreError:
+    def _describe_failure(self, cause: BaseException) -> StoreError:
         return self._explained(cause)
 
     def _explained(self, cause: BaseException) -> StoreError:
