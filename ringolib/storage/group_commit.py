@@ -1,30 +1,29 @@
-"""Group commit: blocks that arrive during a commit are committed together by the next one. The base of every store.
+"""Group commit: blocks that arrive during a commit are committed together by the next one.
 
-There is no writer thread. Any thread may call `append`, which queues its block. The first caller becomes the leader: it
-commits the queued blocks in one transaction and wakes their callers. Other work on the database, for example a
-deletion, needs an exclusive turn. The turn is in one of four states (`Turn`):
+Every store builds on this. There is no writer thread: any thread may call `append`, which queues its block. The first
+caller becomes the leader: it commits the queued blocks in one transaction and wakes their callers. Other work on the
+database, for example a deletion, needs an exclusive turn. The turn is in one of four states (`Turn`):
 
-                    append                                   commit ends, and
-             +------------------> COMMIT ------------------- exclusive callers wait
-             |                       |                                |
-             |    commit ends, and   |                                v
-           FREE <--------------------+                            RESERVED
-             |    no exclusive caller waits                           |
-             |                                                        | an exclusive
-             |    _exclusive, and the queue is empty                  | caller takes it
-             +-----------------------------------> EXCLUSIVE <--------+
-             ^                                         |
-             |          exclusive work ends            |
-             +-----------------------------------------+
+            append: the caller            commit ends, and
+            becomes the leader            an exclusive caller waits
+      +----------------------> COMMIT ------------------------+
+      |                          |                            |
+      |   commit ends, and       |                            v
+    FREE <--- none waits --------+                        RESERVED
+     ^|                                                       |
+     ||   _exclusive, if the queue                            | an exclusive caller
+     ||   is empty                                            | takes the turn
+     |+----------------------> EXCLUSIVE <--------------------+
+     |                           |
+     +------ work ends ----------+
 
-So commits and exclusive work alternate while both wait, and neither can starve the other. RESERVED keeps new leaders
-out until one exclusive caller has taken the turn. When that turn ends, queued blocks go first, because an exclusive
-caller takes a FREE turn only if the queue is empty.
+RESERVED keeps new leaders out until an exclusive caller has taken the turn. After an exclusive turn, queued blocks go
+first. So commits and exclusive work alternate while both wait, and neither starves the other.
 
 `_lock` guards the queue, the turn and the totals. Two conditions share it:
 
-- `_turn_changed` is notified whenever a turn ends. Callers of `append` wait on it for the turn or for the commit of
-  their block, callers of `_exclusive` for the turn, and `_close` for the last turn to end.
+- `_turn_ended` is notified at the end of each turn and wakes all its waiters: callers of `append`, which wait for the
+  turn or for the commit of their block; callers of `_exclusive`, which wait for the turn; and `_close`.
 - `_group_ready` is notified when the queue is large enough to commit, and on close. Only the leader waits on it.
 
 The database connection belongs to the thread that holds the turn, and needs no lock.
@@ -96,7 +95,7 @@ class GroupCommit(ABC):
         self.path = path
 
         self._lock = threading.Lock()
-        self._turn_changed = threading.Condition(self._lock)
+        self._turn_ended = threading.Condition(self._lock)
         self._group_ready = threading.Condition(self._lock)
         # Guarded by _lock.
         self._queue: list[PendingBlock] = []
@@ -196,7 +195,7 @@ class GroupCommit(ABC):
             first, self._closed = not self._closed, True
             self._group_ready.notify_all()
             while self._turn in (Turn.COMMIT, Turn.EXCLUSIVE) or self._queue:
-                self._turn_changed.wait()
+                self._turn_ended.wait()
         return first
 
     @contextmanager
@@ -205,7 +204,7 @@ class GroupCommit(ABC):
         with self._lock:
             self._exclusive_waiting += 1
             while not (self._turn is Turn.RESERVED or self._turn is Turn.FREE and not self._queue):
-                self._turn_changed.wait()
+                self._turn_ended.wait()
             self._exclusive_waiting -= 1
             if self._closed:
                 self._end_turn()  # it may have been reserved, and queued blocks are still committed
@@ -226,7 +225,7 @@ class GroupCommit(ABC):
         """
         with self._lock:
             while self._turn is not Turn.FREE and not block.done:
-                self._turn_changed.wait()
+                self._turn_ended.wait()
             if block.done:
                 return []
             self._turn = Turn.COMMIT
@@ -257,7 +256,7 @@ class GroupCommit(ABC):
         """End the turn and wake all waiting callers: their blocks may be done, or they may get the turn."""
         assert self._lock.locked()
         self._turn = successor
-        self._turn_changed.notify_all()
+        self._turn_ended.notify_all()
 
     # Commits.
 

@@ -629,6 +629,59 @@ def test_commits_and_exclusive_work_do_not_starve_each_other(opened: Store, crow
             thread.join()
 
 
+def test_exclusive_caller_gets_turn_before_queued_blocks(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, order, write = threading.Event(), [], opened._write
+
+    def slow(group: list[PendingBlock]) -> CommitResult:
+        order.append("commit")
+        assert gate.wait(30)
+        return write(group)
+
+    monkeypatch.setattr(opened, "_write", slow)
+    calls = [Blocked(lambda: opened.append(*block(A, 0, 1)))]
+    eventually(lambda: order == ["commit"])
+    calls += [Blocked(lambda: opened.append(*block(A, 1, 2)))]
+    eventually(lambda: len(opened._queue) == 1)
+
+    def exclusive() -> None:
+        with opened._exclusive():
+            order.append("exclusive")
+
+    calls += [Blocked(exclusive)]
+    eventually(lambda: opened._exclusive_waiting == 1)
+    gate.set()
+    for call in calls:
+        call.result()
+    assert order == ["commit", "exclusive", "commit"]
+    assert opened._turn is Turn.FREE
+
+
+def test_close_stores_queued_blocks_and_refuses_exclusive_callers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, gate = Store(str(path)), threading.Event()
+    write, started = opened._write, threading.Event()
+
+    def slow(group: list[PendingBlock]) -> CommitResult:
+        started.set()
+        assert gate.wait(30)
+        return write(group)
+
+    monkeypatch.setattr(opened, "_write", slow)
+    appends = [Blocked(lambda: opened.append(*block(A, 0, 1)))]
+    assert started.wait(30)
+    appends += [Blocked(lambda: opened.append(*block(A, 1, 2)))]
+    eventually(lambda: len(opened._queue) == 1)
+    expire = Blocked(lambda: opened.expire(0, 0, 0))
+    eventually(lambda: opened._exclusive_waiting == 1)
+    close = Blocked(opened.close)
+    eventually(lambda: opened._closed)
+    gate.set()
+    for call in (*appends, close):
+        call.result()
+    with pytest.raises(StoreError, match="is closed"):
+        expire.result()
+    assert len(stored_values(path)) == 2
+
+
 def test_close_waits_for_running_commit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, gate = Store(str(path)), threading.Event()
     write, started = opened._write, threading.Event()
