@@ -8,43 +8,21 @@ import subprocess
 import sys
 import threading
 import time
-from array import array
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from support.databases import A, B, query
+from support.databases import A, append, check_file, query
 from support.harness import DEADLINE, ROOT, ServerProcess, eventually, rows, server
 
 from ringolib.client.producer import Producer
-from ringolib.storage import oldest, retention
-from ringolib.storage.interface import StoreError
-from ringolib.storage.oldest import RECORDS_PER_SLICE, ExpireResult
+from ringolib.storage import retention
+from ringolib.storage.oldest import ExpireResult
 from ringolib.storage.retention import DAY_SECONDS, Clock, Retention
-from ringolib.wire import Run
 from store import Store
 
-FAR = 2**62
-"""A time in milliseconds after the arrival of every record."""
 WEEK = 7 * DAY_SECONDS
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "numbers.db"
-
-
-@pytest.fixture
-def opened(path: Path) -> Iterator[Store]:
-    opened = Store(str(path))
-    yield opened
-    opened.close()
-
-
-def append(store: Store, source: bytes, first: int, end: int) -> None:
-    """Append the records `first` to `end - 1` of a source; each value equals its sequence."""
-    store.append([Run(source, first, end - first)], array("q", range(first, end)))
 
 
 def date(path: Path, days: float, where: str = "1") -> None:
@@ -54,29 +32,6 @@ def date(path: Path, days: float, where: str = "1") -> None:
         writer.execute(f"UPDATE batch SET received_at_ms = {at} WHERE {where}")
 
 
-def check_file(path: Path) -> None:
-    """Fail unless the file is intact, ids have no gaps, and the view has every record once and unchanged."""
-    assert query(path, "PRAGMA integrity_check") == [("ok",)]
-    ((count, low, high),) = query(path, "SELECT count(*), min(id), max(id) FROM record")
-    assert count == high - low + 1, "ids have no gaps"
-    assert query(path, "SELECT max(first_id + count - 1) FROM batch") == [(high,)]
-    viewed = query(path, "SELECT count(*), count(DISTINCT id), sum(value != sequence), min(id) FROM records")
-    assert viewed == [(count, count, 0, low)]
-    assert query(path, "SELECT count(*) FROM batch LEFT JOIN source ON source.id = source_id WHERE uuid IS NULL") == [
-        (0,)
-    ]
-
-
-def expire_all(store: Store, before_ms: int, forget_ms: int = 0) -> tuple[int, int]:
-    """Call `expire` until no more is to delete. Return the numbers of deleted records and batches."""
-    records = batches = 0
-    while True:
-        result = store.expire(before_ms, forget_ms, 0.001)
-        records, batches = records + result.records, batches + result.batches
-        if not result.more:
-            return records, batches
-
-
 @contextmanager
 def retaining(store: Store, days: float) -> Iterator[Retention]:
     retention = Retention(store, days)
@@ -84,123 +39,6 @@ def retaining(store: Store, days: float) -> Iterator[Retention]:
         yield retention
     finally:
         assert retention.stop(DEADLINE)
-
-
-# Deletion in the store.
-
-
-def test_records_expire_in_order_of_ids_and_newest_stays(opened: Store, path: Path) -> None:
-    append(opened, A, 0, 10)
-    append(opened, B, 0, 10)
-    assert expire_all(opened, FAR) == (19, 0)
-    assert opened.stats().held == 1
-    append(opened, A, 10, 12)
-    assert query(path, "SELECT id, sequence FROM records ORDER BY id") == [(20, 9), (21, 10), (22, 11)]
-    check_file(path)
-    assert expire_all(opened, FAR, FAR) == (2, 2)
-    append(opened, A, 12, 13)
-    assert query(path, "SELECT id FROM records ORDER BY id") == [(22,), (23,)]
-
-
-def test_records_at_or_behind_the_age_limit_stay(opened: Store, path: Path) -> None:
-    """A batch never arrived before an earlier one, whatever the clock said."""
-    for n, received_at_ms in enumerate([100, 200, 300, 50, 400]):
-        append(opened, A, n, n + 1)
-        with closing(sqlite3.connect(path)) as writer, writer:
-            writer.execute("UPDATE batch SET received_at_ms = ? WHERE sequence = ?", (received_at_ms, n))
-    assert expire_all(opened, 100) == (0, 0)
-    assert expire_all(opened, 300) == (2, 0)
-    assert expire_all(opened, 301, 301) == (2, 4)
-    result = opened.expire(0, 0, 0)
-    assert (result.records, result.oldest_ms, result.newest_ms, result.more) == (0, 400, 400, False)
-
-
-def test_empty_store_expires_nothing(opened: Store) -> None:
-    result = opened.expire(FAR, FAR, 1)
-    assert (result.records, result.batches, result.more, result.oldest_ms, result.newest_ms) == (
-        0,
-        0,
-        False,
-        None,
-        None,
-    )
-
-
-def test_large_batch_expires_in_slices(opened: Store, path: Path) -> None:
-    append(opened, A, 0, 3 * RECORDS_PER_SLICE)
-    append(opened, A, 3 * RECORDS_PER_SLICE, 3 * RECORDS_PER_SLICE + 1)
-    result = opened.expire(FAR, FAR, 0)
-    assert (result.records, result.more) == (0, False), "with 0 seconds, nothing is deleted"
-    seen = set()
-    while opened.expire(FAR, FAR, 1e-9).more:
-        check_file(path)
-        seen.add(opened.stats().held)
-        assert opened.stats().held == query(path, "SELECT count(*) FROM record")[0][0]
-    assert seen >= {2 * RECORDS_PER_SLICE + 1, RECORDS_PER_SLICE + 1, 1}
-    assert rows(path) == [("61616161-6161-6161-6161-616161616161", 3 * RECORDS_PER_SLICE, 3 * RECORDS_PER_SLICE)]
-
-
-def test_deleted_records_stay_known_until_their_batch_is_deleted(opened: Store, path: Path) -> None:
-    append(opened, A, 0, 10)
-    append(opened, B, 0, 1)
-    expire_all(opened, FAR)
-    append(opened, A, 0, 12)
-    assert opened.stats().duplicates == 10
-    assert [sequence for _, sequence, _ in rows(path)] == [0, 10, 11]
-    assert expire_all(opened, FAR, FAR) == (2, 2)
-    append(opened, A, 0, 12)
-    assert opened.stats().duplicates == 12, "the newest batch stays, because its record is there"
-    assert [sequence for _, sequence, _ in rows(path)] == [11, *range(10)]
-    check_file(path)
-
-
-def test_cache_forgets_source_whose_id_is_reused(opened: Store, path: Path) -> None:
-    """The store deletes a source without batches, and SQLite gives its id to another source."""
-    append(opened, A, 0, 1)
-    append(opened, B, 0, 1)
-    append(opened, A, 1, 2)
-    assert expire_all(opened, FAR, FAR) == (2, 2)
-    assert query(path, "SELECT id FROM source") == [(1,)]
-    append(opened, b"c" * 16, 0, 1)
-    append(opened, B, 0, 1)
-    append(opened, A, 0, 1)
-    assert [(source[:2], sequence) for source, sequence, _ in rows(path)] == [
-        ("61", 1),
-        ("63", 0),
-        ("62", 0),
-        ("61", 0),
-    ]
-    check_file(path)
-
-
-def test_file_with_expired_records_reopens(opened: Store, path: Path) -> None:
-    append(opened, A, 0, 5000)
-    append(opened, A, 5000, 5001)
-    expire_all(opened, FAR)
-    opened.close()
-    with closing(Store(str(path))) as again:
-        assert again.stats().held == 1
-        append(again, A, 0, 5002)
-        assert again.stats().stored == 1
-    check_file(path)
-
-
-def test_failed_expire_changes_nothing_and_can_be_retried(
-    opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    append(opened, A, 0, 10)
-    append(opened, B, 0, 1)
-
-    def fails(db: sqlite3.Connection, before_ms: int) -> int:
-        raise sqlite3.OperationalError("database or disk is full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(oldest, "delete_batches", fails)
-        with pytest.raises(StoreError, match="make room"):
-            opened.expire(FAR, FAR, 1)
-    assert opened.stats().held == len(rows(path)) == 11
-    append(opened, A, 10, 11)
-    assert expire_all(opened, FAR) == (11, 0)
 
 
 # The clock.
@@ -360,7 +198,7 @@ def test_failed_deletion_is_logged_once_and_retried(
         raise sqlite3.OperationalError("database or disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(oldest, "delete_records", fails)
+        patch.setattr("ringolib.storage.oldest.delete_records", fails)
         running = Retention(opened, 1)
         eventually(lambda: len(attempts) > 3)
         append(opened, A, 11, 12)
