@@ -2,7 +2,7 @@
 
 One connection does all writes and checkpoints: SQLite before 3.51.3 can corrupt a database if two connections reset
 the WAL at the same time (https://www.sqlite.org/wal.html#walresetbug). An advisory lock on `PATH-lock` keeps a second
-server off the file. Readers, for example the `sqlite3` shell, need no permission and do not block commits.
+server off the file. Readers, for example the `sqlite3` shell, need no lock and do not delay commits.
 
 Any thread may call any method. `storage.group_commit` gives turns: only the thread that holds the turn uses the
 connection and the cache of sources, so they need no lock. `storage.oldest` reads and deletes the oldest records.
@@ -58,8 +58,8 @@ READER_WAIT_MS = 100
 SUCCESS_VALID_SECONDS = 1.0
 """A commit of records that succeeded this recently proves that the next one would: no check is needed."""
 FAILURE_VALID_SECONDS = 15.0
-"""The error of a failed commit stays for this long even if a check succeeds, because a check needs less room. Clients
-retry the commit within this time.
+"""The error of a failed commit stays for this long, even if a check succeeds: a check needs less room than records.
+Clients retry within this time.
 """
 
 
@@ -71,6 +71,58 @@ class _Source:
     def __init__(self, id: int, end: int) -> None:
         self.id = id
         self.end = end
+
+
+class _Wal:
+    """The write-ahead log of a database: empties it when it is large, and logs if a reader prevents that.
+
+    SQLite itself restarts the WAL only if a commit finds no reader, which may never happen:
+    https://www.sqlite.org/wal.html#avoiding_excessively_large_wal_files. Any thread may call `size`; everything else
+    belongs to the thread that holds the turn.
+    """
+
+    def __init__(self, db: sqlite3.Connection, path: str) -> None:
+        self.path = path
+        self.limit = LARGE_WAL_BYTES  # the size at which the WAL is emptied the next time
+        self._db = db
+        self._held_by_reader = False  # this is logged
+
+    def size(self) -> int:
+        """Return the size of the WAL file: commits that are not yet in the database file, and reusable space."""
+        try:
+            return os.stat(self.path).st_size
+        except OSError:
+            return 0
+
+    def empty_if_large(self) -> None:
+        """Empty a large WAL. If a reader still needs it, let it grow by LARGE_WAL_BYTES before the next attempt."""
+        size = self.size()
+        if self._held_by_reader and size <= LARGE_WAL_BYTES:
+            self.limit, self._held_by_reader = LARGE_WAL_BYTES, False
+            log.info("wal_cut", {"bytes": size})
+        if size < self.limit:
+            return
+        needed = self.empty()
+        self.limit = self.size() + LARGE_WAL_BYTES
+        if needed and not self._held_by_reader and size > LARGE_WAL_BYTES:
+            self._held_by_reader = True
+            reason = "a reader holds a transaction open: the WAL grows until it ends"
+            log.warning("wal_large", {"bytes": size, "reason": reason})
+
+    def empty(self) -> bool:
+        """Copy the WAL into the database file and truncate it. True if a reader still needs it after READER_WAIT_MS.
+
+        https://www.sqlite.org/pragma.html#pragma_wal_checkpoint
+        """
+        self._db.execute(f"PRAGMA busy_timeout = {READER_WAIT_MS}")
+        try:
+            (busy, _, _) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            return bool(busy)
+        except sqlite3.Error as error:  # no record is lost: the WAL still has them, and the commit reports the cause
+            log.debug("wal_not_cut", {"reason": str(error)})
+            return False
+        finally:
+            self._db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
 
 
 class Store(GroupCommit):
@@ -88,10 +140,7 @@ class Store(GroupCommit):
 
         # Used only by the thread that holds the turn.
         self._sources: dict[bytes, _Source] = {}
-        self._wal_limit = LARGE_WAL_BYTES  # the size at which the WAL is emptied the next time
-        self._wal_held_by_reader = False  # and logged
         self._real_path = os.path.realpath(path)  # so that all symbolic links lead to the same lock file
-        self._wal_path = f"{self._real_path}-wal"
         with ExitStack() as undo:
             is_new_lock = not os.path.exists(f"{self._real_path}-lock")
             self._lock_file = undo.enter_context(lock_file(self._real_path))
@@ -99,6 +148,7 @@ class Store(GroupCommit):
                 undo.callback(os.unlink, self._lock_file.name)
             check_file(path, self._real_path)
             self._db = undo.enter_context(closing(connect(path, application_id, LARGE_WAL_BYTES)))
+            self._wal = _Wal(self._db, f"{self._real_path}-wal")
             status = os.stat(self._real_path)
             self._inode = status.st_dev, status.st_ino
             with store_errors(path):
@@ -121,7 +171,7 @@ class Store(GroupCommit):
         Raises StoreError if the deletion may not have happened.
         """
         with self._exclusive(), store_errors(self.path):
-            self._limit_wal()
+            self._wal.empty_if_large()
             with self._transaction():
                 if not delete_oldest(self._db, oldest):
                     return
@@ -141,7 +191,7 @@ class Store(GroupCommit):
         records, batches, more = 0, 0, False
         with self._exclusive(), store_errors(self.path):
             started = monotonic()
-            self._limit_wal()
+            self._wal.empty_if_large()
             with self._transaction():
                 if seconds > 0:
                     records, batches, gone, more = delete_expired(self._db, before_ms, forget_ms, started + seconds)
@@ -152,20 +202,13 @@ class Store(GroupCommit):
             self._set_held(held)
             return ExpireResult(records, batches, more, oldest_ms, newest_ms, monotonic() - started)
 
-    def wal_bytes(self) -> int:
-        """Return the size of the WAL file: commits that are not yet in the database file, and reusable space."""
-        try:
-            return os.stat(self._wal_path).st_size
-        except OSError:
-            return 0
-
     def sizes(self) -> Sizes:
         """Return the sizes of the files and the free space on their disk."""
         try:
             disk = os.statvfs(os.path.dirname(self._real_path))
-            return Sizes(os.stat(self._real_path).st_size, self.wal_bytes(), disk.f_bavail * disk.f_frsize)
+            return Sizes(os.stat(self._real_path).st_size, self._wal.size(), disk.f_bavail * disk.f_frsize)
         except OSError:
-            return Sizes(0, self.wal_bytes(), None)
+            return Sizes(0, self._wal.size(), None)
 
     def check(self) -> None:
         """Return once a commit that changes nothing is on disk, or at once after a recent commit of records.
@@ -177,7 +220,7 @@ class Store(GroupCommit):
         error = None
         with self._exclusive():
             try:
-                self._limit_wal()
+                self._wal.empty_if_large()
                 with self._transaction():
                     self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             except BaseException as cause:
@@ -205,7 +248,7 @@ class Store(GroupCommit):
         The last id and the number of records are read again each time: a commit may have happened although it reported
         an error.
         """
-        self._limit_wal()
+        self._wal.empty_if_large()
         new = array("q")
         arrived = 0
         now = time.time_ns() // 1_000_000
@@ -230,11 +273,11 @@ class Store(GroupCommit):
 
     def _describe_failure(self, cause: BaseException) -> StoreError:
         self._sources.clear()  # the cache may be wrong, whether the commit happened or not
-        self._wal_limit = 0  # empty the WAL before the next commit: it may be the WAL that fills the disk
+        self._wal.limit = 0  # empty the WAL before the next commit: it may be the WAL that fills the disk
         return StoreError(explain(self.path, cause))
 
     def _slow_commit_details(self) -> dict[str, object]:
-        return {"wal_bytes": self.wal_bytes()}
+        return {"wal_bytes": self._wal.size()}
 
     def _insert_records(self, values: "array[int]") -> None:
         """Insert records in order; they get the next ids."""
@@ -310,7 +353,7 @@ class Store(GroupCommit):
         """Raise StoreError if the file or its WAL was moved or removed: then the records of this commit are lost."""
         try:
             status = os.stat(self._real_path)
-            os.stat(self._wal_path)
+            os.stat(self._wal.path)
             in_place = (status.st_dev, status.st_ino) == self._inode
         except FileNotFoundError:
             in_place = False
@@ -319,42 +362,6 @@ class Store(GroupCommit):
                 f"{self.path}: the file or its -wal file was removed or replaced while it was in use: "
                 "put it back, or stop this server before you replace it"
             )
-
-    # The size of the files.
-
-    def _limit_wal(self) -> None:
-        """Empty a large WAL. If a reader still needs it, let it grow by LARGE_WAL_BYTES before the next attempt.
-
-        SQLite itself restarts the WAL only if a commit finds no reader, which may never happen:
-        https://www.sqlite.org/wal.html#avoiding_excessively_large_wal_files
-        """
-        size = self.wal_bytes()
-        if self._wal_held_by_reader and size <= LARGE_WAL_BYTES:
-            self._wal_limit, self._wal_held_by_reader = LARGE_WAL_BYTES, False
-            log.info("wal_cut", {"bytes": size})
-        if size < self._wal_limit:
-            return
-        is_held = self._empty_wal()
-        self._wal_limit = self.wal_bytes() + LARGE_WAL_BYTES
-        if is_held and not self._wal_held_by_reader and size > LARGE_WAL_BYTES:
-            self._wal_held_by_reader = True
-            reason = "a reader holds a transaction open: the WAL grows until it ends"
-            log.warning("wal_large", {"bytes": size, "reason": reason})
-
-    def _empty_wal(self) -> bool:
-        """Copy the WAL into the database file and truncate it. True if a reader still needs it after READER_WAIT_MS.
-
-        https://www.sqlite.org/pragma.html#pragma_wal_checkpoint
-        """
-        self._db.execute(f"PRAGMA busy_timeout = {READER_WAIT_MS}")
-        try:
-            (busy, _, _) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            return bool(busy)
-        except sqlite3.Error as error:  # no record is lost: the WAL still has them, and the commit reports the cause
-            log.debug("wal_not_cut", {"reason": str(error)})
-            return False
-        finally:
-            self._db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
 
     def _shrink_empty_file(self) -> None:
         """Shrink the file if it has no records and much free space. Errors are logged: the deletion itself succeeded.
@@ -366,6 +373,6 @@ class Store(GroupCommit):
             (page_size,) = self._db.execute("PRAGMA page_size").fetchone()
             if free_pages * page_size > LARGE_WAL_BYTES:
                 self._db.execute("VACUUM")
-                self._empty_wal()
+                self._wal.empty()
         except sqlite3.Error as error:  # the next deletion that empties the file tries again
             log.warning("spool_not_shrunk", {"reason": str(error)})

@@ -18,6 +18,28 @@ from ringolib.wire import Run
 from store import Store
 
 
+class GatedCommits:
+    """Makes the commits of a store wait until `open`. `groups` has the group of each commit that has begun."""
+
+    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.groups: list[list[PendingBlock]] = []
+        self._gate = threading.Event()
+        self._write = store._write
+        monkeypatch.setattr(store, "_write", self._wait_and_write)
+
+    def _wait_and_write(self, group: list[PendingBlock]) -> CommitResult:
+        self.groups.append(group)
+        assert self._gate.wait(30)
+        return self._write(group)
+
+    def open(self) -> None:
+        self._gate.set()
+
+    def wait_for_first(self) -> None:
+        """Wait until the first commit has begun."""
+        eventually(lambda: len(self.groups) == 1, "the first commit has begun")
+
+
 def test_runs_count_toward_group_limit(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Store, "MAX_GROUP_COST", 1000)
     many = [Run(bytes([n]) * 16, 0, 1) for n in range(20)]
@@ -31,46 +53,33 @@ def test_runs_count_toward_group_limit(opened: Store, monkeypatch: pytest.Monkey
 def test_blocks_that_arrive_during_commit_share_next_commit(
     opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, groups, write = threading.Event(), [], opened._write
-
-    def slow(group: list[PendingBlock]) -> CommitResult:
-        groups.append(len(group))
-        assert gate.wait(30)
-        return write(group)
-
-    monkeypatch.setattr(opened, "_write", slow)
+    commits = GatedCommits(opened, monkeypatch)
     calls = [Blocked(lambda: opened.append(*block(A, 0, 1)))]
-    eventually(lambda: groups == [1])
+    commits.wait_for_first()
     calls += [Blocked(lambda n=n: opened.append(*block(A, n, n + 2))) for n in range(5)]
     eventually(lambda: len(opened._queue) == 5)
     assert all(call.still(0.01) for call in calls)
-    gate.set()
+    commits.open()
     for call in calls:
         call.result()
-    assert groups == [1, 5]
+    assert [len(group) for group in commits.groups] == [1, 5]
     assert opened.stats()[:3] == (6, 5, 2)
     assert len(stored_values(path)) == 6
 
 
 def test_commit_group_has_bounded_number_of_records(opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, groups, write = threading.Event(), [], opened._write
-
-    def slow(group: list[PendingBlock]) -> CommitResult:
-        groups.append([len(block.values) for block in group])
-        assert gate.wait(30)
-        return write(group)
-
-    monkeypatch.setattr(opened, "_write", slow)
+    commits = GatedCommits(opened, monkeypatch)
     monkeypatch.setattr(Store, "MAX_GROUP_COST", 4)
     calls = [Blocked(lambda: opened.append(*block(A, 0, 1)))]
-    eventually(lambda: groups == [[1]])
+    commits.wait_for_first()
     for start, size in ((1, 3), (4, 2), (6, 9), (15, 1)):
         calls.append(Blocked(lambda start=start, size=size: opened.append(*block(A, start, start + size))))
         eventually(lambda: len(opened._queue) == len(calls) - 1)
-    gate.set()
+    commits.open()
     for call in calls:
         call.result()
-    assert groups == [[1], [3, 2], [9], [1]]
+    sizes = [[len(pending.values) for pending in group] for group in commits.groups]
+    assert sizes == [[1], [3, 2], [9], [1]]
     assert len(stored_values(path)) == 16
 
 
@@ -251,51 +260,38 @@ def test_commits_and_exclusive_work_do_not_starve_each_other(opened: Store, crow
 
 
 def test_exclusive_caller_gets_turn_before_queued_blocks(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, order, write = threading.Event(), [], opened._write
-
-    def slow(group: list[PendingBlock]) -> CommitResult:
-        order.append("commit")
-        assert gate.wait(30)
-        return write(group)
-
-    monkeypatch.setattr(opened, "_write", slow)
+    commits = GatedCommits(opened, monkeypatch)
     calls = [Blocked(lambda: opened.append(*block(A, 0, 1)))]
-    eventually(lambda: order == ["commit"])
+    commits.wait_for_first()
     calls += [Blocked(lambda: opened.append(*block(A, 1, 2)))]
     eventually(lambda: len(opened._queue) == 1)
+    commits_before = []
 
     def exclusive() -> None:
         with opened._exclusive():
-            order.append("exclusive")
+            commits_before.append(len(commits.groups))
 
     calls += [Blocked(exclusive)]
     eventually(lambda: opened._exclusive_waiting == 1)
-    gate.set()
+    commits.open()
     for call in calls:
         call.result()
-    assert order == ["commit", "exclusive", "commit"]
+    assert (commits_before, len(commits.groups)) == ([1], 2)
     assert opened._turn is Turn.FREE
 
 
 def test_close_stores_queued_blocks_and_refuses_exclusive_callers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, gate = Store(str(path)), threading.Event()
-    write, started = opened._write, threading.Event()
-
-    def slow(group: list[PendingBlock]) -> CommitResult:
-        started.set()
-        assert gate.wait(30)
-        return write(group)
-
-    monkeypatch.setattr(opened, "_write", slow)
+    opened = Store(str(path))
+    commits = GatedCommits(opened, monkeypatch)
     appends = [Blocked(lambda: opened.append(*block(A, 0, 1)))]
-    assert started.wait(30)
+    commits.wait_for_first()
     appends += [Blocked(lambda: opened.append(*block(A, 1, 2)))]
     eventually(lambda: len(opened._queue) == 1)
     expire = Blocked(lambda: opened.expire(0, 0, 0))
     eventually(lambda: opened._exclusive_waiting == 1)
     close = Blocked(opened.close)
     eventually(lambda: opened._closed)
-    gate.set()
+    commits.open()
     for call in (*appends, close):
         call.result()
     with pytest.raises(StoreError, match="is closed"):
@@ -304,22 +300,15 @@ def test_close_stores_queued_blocks_and_refuses_exclusive_callers(path: Path, mo
 
 
 def test_close_waits_for_running_commit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, gate = Store(str(path)), threading.Event()
-    write, started = opened._write, threading.Event()
-
-    def slow(group: list[PendingBlock]) -> CommitResult:
-        started.set()
-        assert gate.wait(30)
-        return write(group)
-
-    monkeypatch.setattr(opened, "_write", slow)
-    call = Blocked(lambda: opened.append(*block(A, 0, 3)))
-    assert started.wait(30)
-    closing_call = Blocked(opened.close)
-    assert closing_call.still()
-    gate.set()
-    call.result()
-    closing_call.result()
+    opened = Store(str(path))
+    commits = GatedCommits(opened, monkeypatch)
+    append = Blocked(lambda: opened.append(*block(A, 0, 3)))
+    commits.wait_for_first()
+    close = Blocked(opened.close)
+    assert close.still()
+    commits.open()
+    append.result()
+    close.result()
     opened.close()
     with pytest.raises(StoreError, match="closed"):
         opened.append(*block(A, 3, 4))

@@ -123,7 +123,7 @@ def test_large_file_shrinks_once_it_is_empty(path: Path, monkeypatch: pytest.Mon
     spool.delete(spool.oldest(100_000))
     assert path.stat().st_size > 500_000
     spool.delete(spool.oldest(10))
-    assert path.stat().st_size + spool.wal_bytes() < 50_000
+    assert path.stat().st_size + spool.sizes().wal < 50_000
     spool.append(*block(B, 0, 10))
     spool.close()
     assert len(stored_values(path)) == 10

@@ -141,9 +141,9 @@ def test_full_disk_fails_commit_until_there_is_room(opened: Store, path: Path) -
 def test_check_commits_but_is_not_counted(opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "SUCCESS_VALID_SECONDS", 0)
     opened.append(*block(A, 0, 5))
-    before, size = opened.stats(), opened.wal_bytes()
+    before, size = opened.stats(), opened.sizes().wal
     opened.check()
-    assert opened.wal_bytes() > size, "the check has written to the WAL"
+    assert opened.sizes().wal > size, "the check has written to the WAL"
     assert opened.stats() == before and len(stored_values(path)) == 5
 
 
@@ -192,9 +192,9 @@ def test_successful_check_keeps_error_of_recent_failed_commit(
 
 def test_check_after_recent_commit_writes_nothing(opened: Store) -> None:
     opened.append(*block(A, 0, 5))
-    size = opened.wal_bytes()
+    size = opened.sizes().wal
     opened.check()
-    assert opened.wal_bytes() == size
+    assert opened.sizes().wal == size
 
 
 def test_sizes_match_files_and_disk(opened: Store, path: Path) -> None:
@@ -217,14 +217,14 @@ def test_wal_grows_under_reader_and_is_truncated_after_it(
     large = 1024 * 1024
     monkeypatch.setattr(store, "LARGE_WAL_BYTES", large)
     monkeypatch.setattr(store, "READER_WAIT_MS", 1)
-    opened._wal_limit = large
+    opened._wal.limit = large
     opened._db.execute(f"PRAGMA journal_size_limit = {large}")
     opened.append(*block(A, 0, 100))
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         assert reader.execute("SELECT count(*) FROM record").fetchone() == (100,)
         at = 100
-        while opened.wal_bytes() < 4 * large:
+        while opened.sizes().wal < 4 * large:
             opened.append(*block(A, at, at + 10_000))
             at += 10_000
         assert reader.execute("SELECT count(*) FROM record").fetchone() == (100,)
@@ -232,7 +232,7 @@ def test_wal_grows_under_reader_and_is_truncated_after_it(
         for _ in range(200):
             opened.append(*block(A, at, at + 1000))
             at += 1000
-    assert opened.wal_bytes() <= 2 * large
+    assert opened.sizes().wal <= 2 * large
     events = [record.getMessage().split()[0] for record in caplog.records]
     assert events == ["wal_large", "wal_cut"]
     assert len(stored_values(path)) == at
