@@ -21,13 +21,13 @@ from ringolib.storage.interface import StoreError
 from ringolib.storage.sqlite_file import SPOOL_APPLICATION_ID
 from ringolib.timing import ThreadError, backoff, deadline_after, start_thread, wait_until
 from ringolib.wire import Block
-from store import WAL_LARGE, Store
+from store import LARGE_WAL_BYTES, Store
 
 log = logging.getLogger("ringoexp.spool")
 
 ACK_TIMEOUT_SECONDS = 5.0
 """As in `link`, for a publisher with a spool: shorter, because the spool stores the block meanwhile."""
-MIN_FREE_BYTES = 2 * WAL_LARGE
+MIN_FREE_BYTES = 2 * LARGE_WAL_BYTES
 """The spool leaves this much of its disk free: deleting records needs some space, too."""
 
 
