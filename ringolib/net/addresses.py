@@ -49,12 +49,17 @@ def parse_hosts(text: str, port: int) -> list[tuple[str, int]]:
     return found
 
 
+def parse_host(text: str) -> str:
+    """Return a host without the brackets of an IPv6 address. Raises ValueError for `unix:` without a path."""
+    if text.startswith(UNIX) and not text.removeprefix(UNIX).strip():
+        raise ValueError("unix:PATH, the path of a Unix socket")
+    return text[1:-1] if text.startswith("[") and text.endswith("]") and ":" in text else text
+
+
 def _host_port(text: str, port: int) -> tuple[str, int]:
     host, colon, number = text.rpartition(":")
     if text.startswith(UNIX):
-        if not text.removeprefix(UNIX).strip():
-            raise ValueError("unix:PATH, the path of a Unix socket")
-        return text, 0
+        return parse_host(text), 0
     if text.startswith("[") and text.endswith("]"):
         host, colon = text, ""
     elif text.count(":") != 1 and not text.startswith("["):  # none, or an IPv6 address
@@ -63,8 +68,7 @@ def _host_port(text: str, port: int) -> tuple[str, int]:
         if not (number.isascii() and number.isdigit() and len(number) < 6 and 0 < int(number) < 65536):
             raise ValueError(f"the port {number!r} of {text!r}: 1 to 65535")
         port = int(number)
-    if host.startswith("[") and host.endswith("]") and ":" in host:
-        host = host[1:-1]
+    host = parse_host(host)
     if not host.strip() or "[" in host or "]" in host:
         raise ValueError(f"{text!r}: HOST, HOST:PORT, [IPv6]:PORT or unix:PATH")
     return host, port

@@ -95,7 +95,7 @@ def test_all_the_server_can_do_works_there(running: Machine) -> None:
 
 
 def test_its_memory_is_never_to_be_written_and_executed_and_it_has_one_heap_all_the_same(running: Machine) -> None:
-    """What `_share_one_heap` calls through ctypes."""
+    """What `_use_one_malloc_arena` calls through ctypes."""
     (running.directory / "opt" / "call.py").write_text(
         "import ctypes, mmap\nprint('set', ctypes.CDLL(None).mallopt(-8, 1))\nmmap.mmap(-1, 4096, prot=7)\n"
     )

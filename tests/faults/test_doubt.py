@@ -25,7 +25,7 @@ from support.turns import Turns
 
 import ringbuffer
 from ringbuffer import Closed, Full, Ring
-from ringolib import app as assembly
+from ringolib.app import make_destination
 from ringolib.forward import destination as destinations
 from ringolib.forward import discovery as consumers
 from ringolib.forward import link as sinks
@@ -393,16 +393,12 @@ class World:
     # The publisher.
 
     def _make_destination(self, place: Endpoint, lost: Callable[[], None]) -> Destination:
-        parts: Any = SimpleNamespace(
-            settings=SimpleNamespace(consumers=[(host, 1) for host in self.hosts], spool=None), spool=None
-        )
+        settings: Any = SimpleNamespace(consumers=[(host, 1) for host in self.hosts])
 
-        def make_link(destination: Destination, connected: Callable[[], None]) -> LinkSink:
-            assert destination.place
-            return Link(self, destination.place, connected)
+        def make_link(endpoint: Endpoint, connected: Callable[[], None]) -> LinkSink:
+            return Link(self, endpoint, connected)
 
-        parts._make_link = make_link
-        return assembly.App._make_destination(parts, place, lost)
+        return make_destination(settings, None, make_link, place, lost)
 
     def produce(self, number: int, most: int) -> None:
         """A client: sends, and often waits until that is stored."""

@@ -7,6 +7,7 @@ import threading
 from array import array
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.harness import DEADLINE, RawClient, eventually, frame, free_port, request, server
@@ -66,11 +67,26 @@ def test_a_server_that_cannot_begin_says_so_and_leaves_nothing_open(
     parts = App(read_arguments(flags), flags)
     try:
         refuse(thread)
-        with pytest.raises(StartupError, match=f"^no thread to be had: {NONE_LEFT} "):
+        with pytest.raises(StartupError, match=f"^cannot start a thread: {NONE_LEFT} "):
             parts.start()
     finally:
         parts.stop()
     Store(str(tmp_path / "d")).close()
+
+
+def test_failed_start_ends_the_workers(monkeypatch: pytest.MonkeyPatch, refuse: Callable[[str], None]) -> None:
+    """The thread that resolves names is the last to start, after the workers."""
+    getaddrinfo = socket.getaddrinfo
+
+    def resolve(host: str, *rest: Any, **options: Any) -> Any:
+        return getaddrinfo("127.0.0.1" if host == "consumer.test" else host, *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    flags = ["-p", "0", "-U", f"consumer.test:{free_port()}"]
+    refuse("resolve")
+    with pytest.raises(StartupError, match=NONE_LEFT):
+        App(read_arguments(flags), flags)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("forward-")]
 
 
 def test_a_stop_needs_no_more_threads(tmp_path: Path) -> None:
@@ -86,7 +102,7 @@ def test_a_stop_needs_no_more_threads(tmp_path: Path) -> None:
         assert running.stop() == 0
         assert running.tally == "ringoexp: stopped, 1 stored, 0 unstored"
         said = running.errors.read_text()
-        assert f'event=no_thread error="{NONE_LEFT}"' in said and "Traceback" not in said
+        assert f'event=no_thread error="cannot start a thread: {NONE_LEFT} ' in said and "Traceback" not in said
 
 
 def test_workers_that_run_do_the_work_of_those_that_cannot_start(

@@ -282,7 +282,7 @@ def test_as_a_containers_first_process_a_second_signal_ends_it(tmp_path: Path, n
             eventually(lambda: running.stats()["recordsReceived"] == 1)
             os.kill(pid, number)
             eventually(lambda: "event=draining" in running.errors.read_text())
-            assert Blocked(running.process.wait).still(ringoexp.SAME_SIGNAL)
+            assert Blocked(running.process.wait).still(ringoexp.SAME_SIGNAL_SECONDS)
             os.kill(pid, number)
             assert running.wait() == 128 + number
 

@@ -93,7 +93,7 @@ def test_the_readmes_three_lines(tmp_path: Path) -> None:
 
 def test_the_readme_lists_the_flags() -> None:
     text = (ROOT / "README.md").read_text()
-    for action in command.parser()._actions:
+    for action in command.make_parser()._actions:
         for flag in action.option_strings:
             written = "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag  # or with hyphens
             assert f"`{written}`" in text or flag in ("-h", "--help")
@@ -116,7 +116,7 @@ def test_a_bad_line_is_named_and_what_came_before_is_stored(shared: ServerProces
     assert done.returncode == 2
     assert "line 4 is not a whole number" in said and (bad in said or "\\" in said)
     assert rest.endswith(
-        f"2 of 2 acked; send what follows the first 2 integers with --source {summary['source']} --first 2"
+        f"2 of 2 acked; send the integers after the first 2 with --source {summary['source']} --first 2"
     )
     assert in_order(shared.database, json.loads(done.stdout)["source"]) == [7, -8]
 
@@ -141,7 +141,8 @@ def test_a_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
         (["--url", "ws://localhost:6660/\xe9"], "ws://HOST:PORT"),
         (["--url", "ws://localhost:6660/?a=1"], "ws://HOST:PORT"),
         (["--url", "ws://me:secret@localhost:6660/"], "a name or a password in it is not accepted"),
-        (["--key", "key.pem"], "is of no use without --cert"),
+        (["--url", "ws://me:secret@localhost:99999/"], "a name or a password in it is not accepted"),
+        (["--key", "key.pem"], "requires --cert"),
         (["--url", "ws+unix::/v1.0/ingest"], "ws+unix:PATH:/v1.0/ingest"),
         (["--url", "ws+unix:///tmp/x.sock:/a b"], "ws+unix:PATH:/v1.0/ingest"),
         (["--first", "-1"], "a whole number from 0"),

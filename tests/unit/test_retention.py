@@ -459,7 +459,7 @@ def test_a_publisher_that_forwards_has_nothing_to_retain(tmp_path: Path) -> None
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "ringoexp: error: --retain 7: this publisher has no database, it forwards to localhost:6660 "
-        "(--retain is that consumer's)\n"
+        "(give --retain to that consumer)\n"
     )
     assert os.listdir(tmp_path) == []
 
