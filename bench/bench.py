@@ -239,7 +239,7 @@ def memory(sizes: Sizes, ring: int) -> tuple[list[int], list[int], float]:
                 raise SystemExit("the load generator ended too early")
             with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as reader:
                 (newest,) = reader.execute(
-                    "SELECT max(id) FROM record"
+                    "SELECT coalesce(max(id), 0) FROM record"
                 ).fetchone()  # ids are dense, and counting takes long
             rate = newest / sizes.memory_seconds
         finally:

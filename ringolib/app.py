@@ -78,34 +78,18 @@ class App:
         self.credentials = _read_credentials(settings)
         if conflict := find_conflict(settings, role):
             raise StartupError(conflict)
-        # Each part needs only parts that are built before it. If one fails, the others are closed in reverse order.
+        stores = role is Role.STORES
+        # Each part needs only parts that are built before it. If one fails, `undo` closes the others in reverse order.
         with ExitStack() as undo, _startup_errors():
-            self.server = _open_server(settings, listening, self.credentials, self.totals)
-            undo.callback(self.server.close)
-            self.profiler = _open_profiler(settings, self.credentials)
-            if self.profiler:
-                undo.callback(self.profiler.close)
-            self.store: Storage | None = None
-            self.retention: Retention | None = None
-            if role is Role.STORES and target:
-                self.store = ClickHouse(target, settings.clickhouse_cluster, settings.retain)
-                undo.callback(self.store.close)
-            elif role is Role.STORES:
-                self.store = store = Store(settings.database)
-                undo.callback(self.store.close)
-                if settings.retain:
-                    self.retention = Retention(store, settings.retain)
-                    undo.callback(self.retention.stop, JOIN_SECONDS)
+            self.server = _open_server(settings, listening, self.credentials, self.totals, undo)
+            self.profiler = _open_profiler(settings, self.credentials, undo) if settings.profiler_port else None
+            self.store: Storage | None
+            self.retention: Retention | None
+            self.store, self.retention = _open_store(settings, target, undo) if stores else (None, None)
             self.ring = _allocate_ring(settings.ring_size) if settings.is_publisher else None
             make_link = partial(_make_link, settings, self.credentials, self.server.listeners.is_own)
-            self.spool = _open_spool(settings, make_link) if settings.spool else None
-            if self.spool:
-                undo.callback(self.spool.stop, JOIN_SECONDS)
-            self.consumers: Consumers | None = None
-            if role is Role.FORWARDS:
-                make = partial(make_destination, settings, self.spool, make_link)
-                self.consumers = Consumers(settings.consumers, make, by_name=bool(settings.spool))
-                undo.callback(self.consumers.stop, RESOLVER_JOIN_SECONDS)
+            self.spool = _open_spool(settings, make_link, undo) if settings.spool else None
+            self.consumers = None if stores else _resolve_consumers(settings, self.spool, make_link, undo)
             self.forwarder = self._start_forwarder(self.ring, undo) if self.ring else None
             undo.pop_all()
         self._report = Report(
@@ -119,7 +103,7 @@ class App:
                 store=self.store,
                 spool=self.spool,
                 forwarder=self.forwarder,
-                forwards=role is Role.FORWARDS,
+                forwards=not stores,
                 retention=self.retention,
             )
         )
@@ -325,7 +309,9 @@ def _read_credentials(settings: Settings) -> Credentials:
         raise StartupError(str(error)) from error
 
 
-def _open_server(settings: Settings, listening: Sequence[Address], credentials: Credentials, totals: Totals) -> Server:
+def _open_server(
+    settings: Settings, listening: Sequence[Address], credentials: Credentials, totals: Totals, undo: ExitStack
+) -> Server:
     """Return a server that listens, and accepts connections once it serves. Raises StartupError."""
     try:
         listeners = Listeners(format_address(settings.hostname, settings.port), listening)
@@ -339,19 +325,39 @@ def _open_server(settings: Settings, listening: Sequence[Address], credentials: 
                 "-T, with the same port as -p"
             )
         raise StartupError(f"{error} ({hint})") from error
-    return Server(listeners, settings.name, settings.max_connections, settings.per_address, credentials, totals)
+    limits = settings.max_connections, settings.per_address
+    server = Server(listeners, settings.name, *limits, credentials, totals)
+    undo.callback(server.close)
+    return server
 
 
-def _open_profiler(settings: Settings, credentials: Credentials) -> Profiler | None:
-    """Return the profiler, which listens, or None if it is off. Raises StartupError."""
-    if not settings.profiler_port:
-        return None
+def _open_profiler(settings: Settings, credentials: Credentials, undo: ExitStack) -> Profiler:
+    """Return the profiler, which listens. Raises StartupError."""
     host, port = settings.profiler_host, settings.profiler_port
     listening = resolve_option("--profiler_host", host, port)
     try:
-        return Profiler(Listeners(format_address(host, port), listening), host, settings.name, credentials)
+        profiler = Profiler(Listeners(format_address(host, port), listening), host, settings.name, credentials)
     except AddressError as error:
         raise StartupError(f"-L: {error} (-L and --profiler_host name another address)") from error
+    undo.callback(profiler.close)
+    return profiler
+
+
+def _open_store(
+    settings: Settings, target: clickhouse_http.Target | None, undo: ExitStack
+) -> tuple[Storage, Retention | None]:
+    """Return the store, and what deletes its old records; ClickHouse does that itself. Raises StoreError."""
+    if target:
+        clickhouse = ClickHouse(target, settings.clickhouse_cluster, settings.retain)
+        undo.callback(clickhouse.close)
+        return clickhouse, None
+    store = Store(settings.database)
+    undo.callback(store.close)
+    if not settings.retain:
+        return store, None
+    retention = Retention(store, settings.retain)
+    undo.callback(retention.stop, JOIN_SECONDS)
+    return store, retention
 
 
 def _allocate_ring(size: int) -> Ring:
@@ -373,13 +379,23 @@ def _make_link(
     return LinkSink(endpoint.host, endpoint.port, on_connected, patience, is_own, credentials, endpoint.name)
 
 
-def _open_spool(settings: Settings, make_link: LinkMaker) -> Spool:
+def _open_spool(settings: Settings, make_link: LinkMaker, undo: ExitStack) -> Spool:
     """Return the spool, with its own link to the only consumer."""
     assert settings.spool
     ((host, port),) = settings.consumers
     endpoint = Endpoint(host, port, host)
     link = make_link(endpoint, lambda: None)
-    return Spool(settings.spool, settings.spool_max, link, LinkState(str(endpoint)))
+    spool = Spool(settings.spool, settings.spool_max, link, LinkState(str(endpoint)))
+    undo.callback(spool.stop, JOIN_SECONDS)
+    return spool
+
+
+def _resolve_consumers(settings: Settings, spool: Spool | None, make_link: LinkMaker, undo: ExitStack) -> Consumers:
+    """Return the consumers, with a destination for each. Raises AddressError if none of the names resolves."""
+    make = partial(make_destination, settings, spool, make_link)
+    consumers = Consumers(settings.consumers, make, by_name=spool is not None)
+    undo.callback(consumers.stop, RESOLVER_JOIN_SECONDS)
+    return consumers
 
 
 def make_destination(
