@@ -158,7 +158,7 @@ class App:
     def _log_credential_warnings(self) -> None:
         """Warn if other machines can connect without a token, and if the certificate is expired or nearly so."""
         if not self.credentials.current.token and not self.server.listeners.loopback and not self.settings.client_ca:
-            hint = "every client that can connect may read and write: require a token with --token_file"
+            hint = "any client that can connect may send records and read statistics; --token_file requires a token"
             log.warning("no_token", {"address": self.address, "hint": hint})
         if trouble := self.credentials.trouble():
             log.warning("certificate", {"file": self.settings.tls_cert, "reason": trouble})

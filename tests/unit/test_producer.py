@@ -36,7 +36,7 @@ from support.harness import (
 from ringolib import timing
 from ringolib.client import producer
 from ringolib.client import send as command
-from ringolib.client.producer import Producer, ProducerError
+from ringolib.client.producer import Producer, ProducerError, Target, parse_url
 from ringolib.net import sockets
 from ringolib.wire import decode_batch, encode_ack
 
@@ -495,7 +495,7 @@ def test_permanent_refusal_reaches_send_and_flush() -> None:
         sender.close()
 
 
-def test_misuse_raises_value_error() -> None:
+def test_producer_refuses_misuse() -> None:
     with pytest.raises(ValueError, match="ws://"):
         Producer("localhost:6660")
     with pytest.raises(ValueError, match="first"):
@@ -512,6 +512,20 @@ def test_misuse_raises_value_error() -> None:
         other.send([1])
         raise RuntimeError("mine")  # the block ends without a flush
     assert not [thread for thread in threading.enumerate() if thread.name == "producer"]
+
+
+@pytest.mark.parametrize(
+    ("url", "target"),
+    [
+        ("ws://host", Target("host", 80, "/v1.0/ingest", False)),
+        ("wss://HOST/", Target("host", 443, "/v1.0/ingest", True)),
+        ("ws://[::1]:6660/a@b", Target("::1", 6660, "/a@b", False)),
+        ("ws+unix:/tmp/me@x.sock:/v1.0/ingest", Target("unix:/tmp/me@x.sock", 80, "/v1.0/ingest", False)),
+        ("ws+unix:///tmp/x.sock", Target("unix:/tmp/x.sock", 80, "/v1.0/ingest", False)),
+    ],
+)
+def test_parse_url_returns_the_parts(url: str, target: Target) -> None:
+    assert parse_url(url) == target
 
 
 @pytest.mark.parametrize("path", ["", "/", "/v1.0/ingest"])
