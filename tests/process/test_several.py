@@ -347,7 +347,7 @@ def test_each_address_of_a_name_is_a_consumer_and_a_new_one_is_found(tmp_path: P
     find = f"[net.addresses.Endpoint(each, port, host) for each in open({str(names)!r}).read().split()]"
     patch = (
         f"{QUICK}; forward.discovery.SOON = 0.1; forward.discovery.resolve_endpoints = lambda host, port: {find};"
-        " app.find = lambda host, port: [(2, ('127.0.0.1' if host == 'localhost' else '127.0.0.9', port))];"
+        " app.resolve = lambda host, port: [(2, ('127.0.0.1' if host == 'localhost' else '127.0.0.9', port))];"
         " forward.workers.IDLE_SECONDS = 0.2; net.addresses.x = 1"
     )
     ends: ServerProcess | None = None
