@@ -54,7 +54,7 @@ SAME_SIGNAL_SECONDS = 0.5
 STUCK_SECONDS = 0.5
 """How long the main thread has to handle a signal before it counts as hanging."""
 OTHER_DESCRIPTORS = 256
-"""Open files beside those of connections and workers."""
+"""Number of files that the server opens besides the sockets of connections and workers."""
 M_ARENA_MAX = -8  # malloc.h
 EXIT_OK, EXIT_FAILED, EXIT_UNSTORED = 0, 1, 3  # and options.EXIT_USAGE
 

@@ -232,7 +232,7 @@ class App:
 
 
 def resolve_option(flag: str, host: str, port: int) -> list[Address]:
-    """Return the addresses of a host given with `flag`, IPv4 first. Raises StartupError if there is none."""
+    """Return the addresses of a host given with `flag`, IPv4 first. Raises StartupError if it does not resolve."""
     try:
         return resolve(host, port)
     except AddressError as error:
@@ -346,7 +346,7 @@ def _open_profiler(settings: Settings, credentials: Credentials, undo: ExitStack
 def _open_store(
     settings: Settings, target: clickhouse_http.Target | None, undo: ExitStack
 ) -> tuple[Storage, Retention | None]:
-    """Return the store, and what deletes its old records; ClickHouse does that itself. Raises StoreError."""
+    """Return the store and its retention. ClickHouse deletes old records itself. Raises StoreError."""
     if target:
         clickhouse = ClickHouse(target, settings.clickhouse_cluster, settings.retain)
         undo.callback(clickhouse.close)

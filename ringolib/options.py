@@ -20,7 +20,7 @@ MAX_RING_SIZE = 2**31
 DEFAULT_DATABASE = "ringoexp.db"
 DEFAULT_THREADS = 10_000
 OTHER_THREADS = 128
-"""Threads beside those of admitted connections and workers: the server's own, and threads that refuse connections."""
+"""Threads that do not serve an admitted connection or a worker, for example to refuse other connections."""
 EXIT_USAGE = 2
 NO_PORT = -1
 """Default port that tells a host without a port from a host with one."""

@@ -342,7 +342,7 @@ class Producer:
                 progress_at = monotonic()
 
     def _next_chunk(self, link: ClientConnection) -> "tuple[int, array[int]] | None":
-        """Take the next chunk to send; None if there is none, or a message is still being sent."""
+        """Take the next chunk to send; None if all are sent, or a message is still being sent."""
         assert self._lock.locked()
         if not self._unsent or link.unsent:
             return None
