@@ -27,7 +27,8 @@ from support.turns import Turns
 
 import ringbuffer
 from ringbuffer import Closed, Full, Ring
-from ringolib import app, timing
+from ringolib import timing
+from ringolib.app import make_destination
 from ringolib.forward import destination as destination_module
 from ringolib.forward import discovery, workers
 from ringolib.forward import link as link_module
@@ -395,16 +396,12 @@ class World:
     # The publisher.
 
     def _make_destination(self, endpoint: Endpoint, on_link_lost: Callable[[], None]) -> Destination:
-        parts: Any = SimpleNamespace(
-            settings=SimpleNamespace(consumers=[(host, 1) for host in self.hosts], spool=None), spool=None
-        )
+        settings: Any = SimpleNamespace(consumers=[(host, 1) for host in self.hosts])
 
-        def make_link(destination: Destination, connected: Callable[[], None]) -> LinkSink:
-            assert destination.endpoint
-            return WatchedLink(self, destination.endpoint, connected)
+        def make_link(endpoint: Endpoint, connected: Callable[[], None]) -> LinkSink:
+            return WatchedLink(self, endpoint, connected)
 
-        parts._make_link = make_link
-        return app.App._make_destination(parts, endpoint, on_link_lost)
+        return make_destination(settings, None, make_link, endpoint, on_link_lost)
 
     def produce(self, number: int, blocks: int) -> None:
         """A client: it sends blocks, and often waits until they are stored."""

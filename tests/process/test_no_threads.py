@@ -8,6 +8,7 @@ import threading
 from array import array
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.harness import DEADLINE, RawClient, eventually, frame, free_port, request, server
@@ -77,6 +78,25 @@ def test_failed_start_names_the_cause_and_leaves_nothing_open(
 
 def test_stop_needs_no_new_thread(tmp_path: Path) -> None:
     """A server must be able to stop when the threads are used up: that is when an operator stops it."""
+
+
+def test_failed_start_ends_the_workers(monkeypatch: pytest.MonkeyPatch, refuse: Callable[[str], None]) -> None:
+    """The thread that resolves names is the last to start, after the workers."""
+    getaddrinfo = socket.getaddrinfo
+
+    def resolve(host: str, *rest: Any, **options: Any) -> Any:
+        return getaddrinfo("127.0.0.1" if host == "consumer.test" else host, *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    flags = ["-p", "0", "-U", f"consumer.test:{free_port()}"]
+    refuse("resolve")
+    with pytest.raises(StartupError, match=NONE_LEFT):
+        App(read_arguments(flags), flags)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("forward-")]
+
+
+def test_a_stop_needs_no_more_threads(tmp_path: Path) -> None:
+    """It is the one thing that has to work when they are used up."""
     patch = f"""threading.begin = threading.Thread.start; threading.error = RuntimeError({NONE_LEFT!r});
         threading.no = lambda self: (nothing for nothing in ()).throw(threading.error);
         threading.Thread.start = lambda self: (threading.no if self.name == "signals" else threading.begin)(self)"""

@@ -295,7 +295,7 @@ def test_second_signal_ends_the_first_process_of_a_container(tmp_path: Path, num
             eventually(lambda: running.stats()["recordsReceived"] == 1)
             os.kill(pid, number)
             eventually(lambda: "event=draining" in running.errors.read_text())
-            assert Blocked(running.process.wait).still(ringoexp.SAME_SIGNAL)
+            assert Blocked(running.process.wait).still(ringoexp.SAME_SIGNAL_SECONDS)
             os.kill(pid, number)
             assert running.wait() == 128 + number
 

@@ -350,7 +350,7 @@ def test_new_address_of_a_name_becomes_a_consumer(tmp_path: Path) -> None:
     patch = (
         f"{QUICK}; forward.discovery.MIN_RESOLVE_INTERVAL_SECONDS = 0.1;"
         f" forward.discovery.resolve_endpoints = lambda host, port: {find};"
-        " app.find = lambda host, port: [(2, ('127.0.0.1' if host == 'localhost' else '127.0.0.9', port))];"
+        " app.resolve = lambda host, port: [(2, ('127.0.0.1' if host == 'localhost' else '127.0.0.9', port))];"
         " forward.workers.IDLE_SECONDS = 0.2; net.addresses.x = 1"
     )
     ends: ServerProcess | None = None

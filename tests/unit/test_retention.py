@@ -299,7 +299,7 @@ def test_forwarding_publisher_refuses_retain(tmp_path: Path) -> None:
     assert (process.returncode, process.stdout) == (1, "")
     assert process.stderr == (
         "ringoexp: error: --retain 7: this publisher has no database, it forwards to localhost:6660 "
-        "(--retain is that consumer's)\n"
+        "(give --retain to that consumer)\n"
     )
     assert os.listdir(tmp_path) == []
 

@@ -223,7 +223,11 @@ class ClickHouse(GroupCommit):
 
     def _gather_seconds(self) -> float:
         assert self._lock.locked()
-        return 0.0 if self._queued_cost >= FULL_INSERT_RECORDS else self._started_at + INSERT_INTERVAL_SECONDS - monotonic()
+        return (
+            0.0
+            if self._queued_cost >= FULL_INSERT_RECORDS
+            else self._started_at + INSERT_INTERVAL_SECONDS - monotonic()
+        )
 
     def _write(self, group: list[PendingBlock]) -> CommitResult:
         """Insert `group`. Duplicates count as stored."""
@@ -231,7 +235,9 @@ class ClickHouse(GroupCommit):
         # A later block never gets an earlier time, even if the clock goes back.
         arrived_ns = max(time.time_ns(), self._last_ns + 1)
         self._last_ns = arrived_ns + sum(len(block.runs) for block in group)
-        deadline = max(group[0].arrived_at + INSERT_TIMEOUT_SECONDS, started + INSERT_TIMEOUT_SECONDS * MIN_TIMEOUT_SHARE)
+        deadline = max(
+            group[0].arrived_at + INSERT_TIMEOUT_SECONDS, started + INSERT_TIMEOUT_SECONDS * MIN_TIMEOUT_SHARE
+        )
         self._insert(encode(((block.runs, block.values) for block in group), arrived_ns), deadline)
         return CommitResult(sum(len(block.values) for block in group), 0, self._records)
 
