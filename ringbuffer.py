@@ -1,31 +1,42 @@
 """The ring: a bounded buffer of 64-bit integers between many producers and many workers.
 
-It lives in one `array('q')` and knows nothing of sockets or databases. Producers (connection
-threads) `put`, workers `reserve` a batch, store it elsewhere and `commit` it, or `requeue` it.
-A reserved slot is not free until it is committed: the ring is its own retry buffer.
+Producers `put` values. A worker reserves a batch with `reserve`, stores it elsewhere, and calls `commit`; if the batch
+could not be stored, it calls `requeue`. A slot stays taken until its value is committed, so the ring is its own retry
+buffer. The values are in one `array('q')`. The ring knows nothing of sockets, databases or destinations.
 
-Vocabulary (LMAX Disruptor, Linux kfifo): a *sequence* numbers what was ever put, from 0, and is
-never reused; its *slot* is `sequence % capacity`; *cursor* counts what was ever put, *reserved*
-what was ever handed out, and everything before *committed* is stored. At every release of the lock
+The vocabulary is the LMAX Disruptor's. A *sequence* numbers the values in the order of their arrival, from 0, and is
+never reused. The value with sequence `s` is in slot `s % capacity`. Three sequences divide the ring:
 
-    committed <= reserved <= cursor <= committed + capacity
+    committed             reserved             cursor             committed + capacity
+        |  handed to workers  |  not reserved yet  |        free         |
 
-A requeued batch may be *marked*, for good: then only workers that take its mark get it. What a mark is only they
-know. As it may have to wait for long it is *set aside*: it has its own copy of its values, so its slots are free as
-if it were stored, but nobody is told that it is, until it is. What is set aside is at most another `capacity` values;
-a marked batch beyond that stays in its slots until there is room. So, precisely: everything before *committed* is
-stored or set aside.
+- *cursor* is the sequence of the next value: how many values were ever put. Producers copy their values to the slots
+  from here on, then move the cursor. Both happen under the lock, so no slot is ever claimed and not yet published.
+- *reserved* is how many values were ever handed to workers. A batch behind it is in flight, which means that a worker
+  has it, or requeued, or finished.
+- *committed* is the gating sequence: every value before it has left the ring. Producers must not overtake it by more
+  than one round. Batches finish in any order. If a batch finishes before an older one, the ring remembers it, and frees
+  the slots of both when the older one finishes.
 
-One `Lock` guards everything; three conditions share it, one for each kind of waiter:
+Whenever the lock is free, `committed <= reserved <= cursor <= committed + capacity`.
 
-- `_not_full`, producers in `put`: one is notified when slots are freed, and passes on what it leaves; all on close.
-- `_not_empty`, workers in `reserve`: one is notified when there is something that any of them may have, and passes on
-  what it leaves; all when it is marked, as one may not be the right one; all when there never will be anything
-  (closed and drained).
-- `_advanced`, in `wait_committed` and `join`: notified when `committed` grows, when what was set aside is stored, and
-  on abort.
+A worker may requeue a batch with a *mark*, which the batch keeps. From then on only workers that accept the mark get
+the batch. The ring itself does not interpret marks. A marked batch may have to wait for a long time, so the ring *sets
+it aside*: the batch has a copy of its values, and its slots become free as if it were stored. It does not count as
+stored until a worker commits it. At most `capacity` values are set aside. A marked batch that finds no room there stays
+in its slots until there is room. So every value before *committed* is either stored or set aside.
 
-No thread runs here and nothing is done under the lock but copying.
+One lock guards everything. Three conditions share it:
+
+- `_not_full`: producers wait in `put` for free slots. When slots become free, one producer is notified, and it notifies
+  the next one if it leaves some. Waking all of them would cause a thundering herd. `close` notifies all.
+- `_not_empty`: workers wait in `reserve`. If there are values that any worker may have, one worker is notified, and it
+  notifies the next one if it leaves some. All are notified of a marked batch, because only some accept it, and at the
+  end, when the ring is closed and everything is stored.
+- `_stored`: callers of `wait_committed` and `join` wait for values to be stored. All are notified when `committed`
+  grows, when a batch that was set aside is stored, and by `abort`.
+
+The ring runs no thread. Nothing but bookkeeping and copying is done under the lock.
 """
 
 import bisect
@@ -36,15 +47,18 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import NamedTuple, TypeAlias
 
+from ringolib.timing import deadline_after, wait_until
 from ringolib.wire import Block, Run
 
 Values: TypeAlias = "array[int] | memoryview[int]"
+Accepts: TypeAlias = Callable[[object], bool]
+"""True if a worker may have the batches with this mark."""
 
 
 class Closed(Exception):
-    """The ring takes no more values, or (`reserve`) has no more to give.
+    """The ring is closed: it takes no more values, or `reserve` has no more to give.
 
-    `accepted` is how many values of a `put` are in the ring all the same.
+    `accepted` is how many values of a `put` are in the ring nevertheless.
     """
 
     def __init__(self, accepted: int = 0) -> None:
@@ -52,8 +66,8 @@ class Closed(Exception):
         self.accepted = accepted
 
 
-class Full(TimeoutError):
-    """The ring stayed full until `put`'s timeout. `accepted` values are in, and stay in."""
+class Full(Exception):
+    """The ring was full until the timeout of `put`. The first `accepted` values are in the ring, and stay there."""
 
     def __init__(self, accepted: int) -> None:
         super().__init__(f"the ring is full; {accepted} values were accepted")
@@ -61,10 +75,10 @@ class Full(TimeoutError):
 
 
 class Batch:
-    """One worker's contiguous range of the ring, `[start, end)`: a token, compared by identity.
+    """The values `[start, end)` of the ring, in the hands of one worker. Batches are compared by identity.
 
-    `values` is a copy, so it outlives the slots; `runs` says whose the values are, in order. `mark` says which workers
-    may have it, once it was requeued with one.
+    `values` is a copy, so it stays valid when the slots are reused. `runs` names the sources of the values, in order.
+    `mark` is the mark of a batch that was requeued with one, else None.
     """
 
     __slots__ = ("start", "end", "runs", "values", "reserved_at", "mark")
@@ -74,7 +88,7 @@ class Batch:
         self.end = end
         self.runs = runs
         self.values = array("q")
-        self.reserved_at = reserved_at  # the first time, monotonic seconds
+        self.reserved_at = reserved_at  # monotonic seconds, the first time
         self.mark: object = None
 
     def __len__(self) -> int:
@@ -82,34 +96,34 @@ class Batch:
 
 
 class RingStats(NamedTuple):
-    """A snapshot under one hold of the lock, so that its numbers agree. Counts are of values."""
+    """A snapshot of the ring. All numbers are from one moment, and count values."""
 
     capacity: int
     cursor: int  # ever put
-    reserved: int  # ever handed out
-    committed: int  # everything before it is stored, or set aside
-    stored: int  # ever stored, those beyond a gap among them
+    reserved: int  # ever handed to workers
+    committed: int  # all before it are stored or set aside
+    stored: int  # ever stored, including those after a gap
     depth: int  # slots taken: cursor - committed
-    backlog: int  # could be reserved now, but for what is set aside, as the following
-    in_flight: int  # reserved, neither committed nor requeued
+    backlog: int  # in slots, and waiting for a worker
+    in_flight: int  # in slots, and in the hands of a worker
     high_water: int  # the largest depth ever
     times_full: int  # how often a put found no free slot
-    oldest_in_flight: float  # seconds since the oldest batch that is not stored was first reserved, 0 if none
+    oldest_in_flight: float  # seconds since the oldest reserved batch still in its slots was first reserved, or 0
 
 
 class RingLayout(NamedTuple):
-    """Where in the ring what is, at one moment: ranges `[start, end)` of sequences, merged and in order."""
+    """The use of the slots at one moment. Ranges are `[start, end)` of sequences, merged and in order."""
 
     capacity: int
     committed: int
     reserved: int
     cursor: int
     in_flight: list[tuple[int, int]]
-    finished: list[tuple[int, int]]  # stored or set aside, and not free yet: older ones are neither
+    finished: list[tuple[int, int]]  # stored or set aside; not free yet, because an older batch is unfinished
 
 
 class Ring:
-    """A ring of `capacity` slots. Raises ValueError when `capacity` is below 1."""
+    """A ring of `capacity` slots. Raises ValueError if `capacity` is below 1."""
 
     def __init__(self, capacity: int) -> None:
         if capacity < 1:
@@ -119,21 +133,21 @@ class Ring:
         self._lock = threading.Lock()
         self._not_full = threading.Condition(self._lock)
         self._not_empty = threading.Condition(self._lock)
-        self._advanced = threading.Condition(self._lock)
+        self._stored = threading.Condition(self._lock)
 
         # All below is guarded by _lock.
         self._slots = array("q", [0]) * capacity
         self._cursor = 0
         self._reserved = 0
         self._committed = 0
-        self._runs: deque[Run] = deque()  # who owns [reserved, cursor)
-        self._in_flight: dict[Batch, None] = {}  # oldest first
-        self._requeued: list[Batch] = []  # for any worker, ordered by start
-        self._marked: list[Batch] = []  # requeued with a mark, ordered by start
-        self._aside: dict[Batch, None] = {}  # marked, waiting or in flight, and not in their slots any more
-        self._aside_size = 0  # their values
-        self._finished: dict[int, int] = {}  # start -> end of ranges committed, or set aside, beyond a gap
-        self._idle = 0  # workers waiting in reserve
+        self._runs: deque[Run] = deque()  # the sources of [reserved, cursor)
+        self._in_flight: dict[Batch, None] = {}  # in the hands of workers; oldest first
+        self._requeued: list[Batch] = []  # waiting for any worker, ordered by start
+        self._marked: list[Batch] = []  # waiting for a worker that accepts the mark, ordered by start
+        self._aside: dict[Batch, None] = {}  # marked, waiting or in flight, and no longer in their slots
+        self._aside_size = 0  # how many values these have
+        self._finished: dict[int, int] = {}  # start -> end of ranges stored or set aside, after a gap
+        self._idle_workers = 0  # waiting in reserve
         self._closed = False
         self._aborted = False
         self._high_water = 0
@@ -141,13 +155,13 @@ class Ring:
         self._listener: Callable[[], None] = lambda: None  # set once, before there is traffic
 
     def put(self, values: Values, source: bytes, first: int, timeout: float | None = None) -> int:
-        """Copies `values` in, as records `first`, ... of `source`, and returns the sequence after the last.
+        """Copy `values` into the ring, as records `first`, ... of `source`. Return the cursor.
 
-        Blocks while the ring is full; more values than fit go in piece by piece, so that pieces of
-        other producers may come between. Raises Full after `timeout` seconds and Closed once the ring
-        is closed; both carry how many values are in.
+        If the ring is full, wait up to `timeout` seconds. If the values do not fit at once, they go in piece by piece,
+        and values of other producers may come between the pieces. Raises Full after the timeout, and Closed if the
+        ring is closed. Both report how many values are in the ring.
         """
-        deadline = _deadline(timeout)
+        deadline = deadline_after(timeout)
         total, done = len(values), 0
         with memoryview(values) as view, self._lock:
             while True:
@@ -156,7 +170,7 @@ class Ring:
                 piece = min(self._free(), total - done)
                 if piece:
                     self._write(view[done : done + piece])
-                    self._own(Run(source, first + done, piece))
+                    _append_run(self._runs, Run(source, first + done, piece))
                     self._not_empty.notify()
                 done += piece
                 if done == total:
@@ -164,14 +178,14 @@ class Ring:
                         self._not_full.notify()
                     return self._cursor
                 self._times_full += 1
-                if not _wait_until(self._not_full, lambda: self._closed or self._free() > 0, deadline):
+                if not wait_until(self._not_full, lambda: self._closed or self._free() > 0, deadline):
                     raise Full(done)
 
     def try_put(self, blocks: Sequence[Block]) -> tuple[int, int]:
-        """Copy in what fits of `blocks`, in order, the last of them perhaps in part. Never blocks.
+        """Copy in as much of `blocks` as fits, in order; the last block may be cut. Never blocks.
 
-        Return how many records are in, and the sequence of the first one: they lie together. Raises Closed once the
-        ring is closed.
+        Return the number of records that are in, and the sequence of the first one: they are contiguous. Raises Closed
+        once the ring is closed.
         """
         with self._lock:
             if self._closed:
@@ -185,101 +199,103 @@ class Ring:
                     if free:
                         with memoryview(block.values) as view:
                             self._write(view[:free])
-                        self._own_all(block.runs, free)
+                        _append_runs(self._runs, block.runs, free)
                     break
                 self._write(block.values)
-                self._own_all(block.runs, size)
+                _append_runs(self._runs, block.runs, size)
             if self._cursor > first:
                 self._not_empty.notify()
             return self._cursor - first, first
 
     def on_advance(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called after each commit, without the lock, by the thread that commits."""
+        """Have `listener` called after each commit, close and abort, without the lock. Call it once, before any put."""
         self._listener = listener
 
-    def reserve(self, limit: int, timeout: float | None = None, takes: Callable[[object], bool] | None = None) -> Batch:
-        """Hands out the oldest requeued batch, unchanged, or else up to `limit` of the next values.
+    def reserve(self, limit: int, timeout: float | None = None, accepts: Accepts | None = None) -> Batch:
+        """Return the oldest requeued batch, unchanged, or else a batch of up to `limit` of the next values.
 
-        Marked ones only if it `takes` their mark; without it, all. That is called under the lock; what it says must not
-        change from no to yes while the call blocks: nobody would wake it.
+        If `accepts` is given, it is called with the mark of each marked batch, and the caller gets only those batches
+        for which it returns True. It runs under the lock. While the call waits, its answer for a mark must not change
+        from False to True, because nothing would wake the caller.
 
-        Blocks while there is nothing. Raises TimeoutError after `timeout` seconds, and Closed when the
-        ring is closed and everything is committed: until then a batch in flight may come back.
+        If there is nothing to reserve, wait. Raises TimeoutError after `timeout` seconds. Raises Closed if the ring is
+        closed and everything is stored; until then a batch in flight may be requeued. Raises Closed after `abort`.
         """
-        deadline = _deadline(timeout)
+        deadline = deadline_after(timeout)
         with self._lock:
-            self._idle += 1
+            self._idle_workers += 1
             try:
-                if not _wait_until(self._not_empty, lambda: self._reservable_or_over(takes), deadline):
+                if not wait_until(self._not_empty, lambda: self._is_reservable_or_over(accepts), deadline):
                     raise TimeoutError("nothing to reserve")
             finally:
-                self._idle -= 1
+                self._idle_workers -= 1
             if self._aborted:
                 raise Closed
             now = monotonic()
-            requeued = self._requeued[:1] + self._first_marked(takes)
+            requeued = self._requeued[:1] + self._oldest_marked(accepts)
             if requeued:
-                batch = min(requeued, key=lambda each: each.start)
+                batch = min(requeued, key=_start_of)
                 (self._marked if batch.mark is not None else self._requeued).remove(batch)
             elif self._cursor == self._reserved:
                 raise Closed
             else:
                 end = min(self._cursor, self._reserved + limit)
-                batch = Batch(self._reserved, end, self._disown(end - self._reserved), now)
+                batch = Batch(self._reserved, end, _take_runs(self._runs, end - self._reserved), now)
                 self._reserved = end
             self._in_flight[batch] = None
-            if self._open():
+            if self._open_to_all():
                 self._not_empty.notify()
-            if batch.values:  # requeued: it has its copy
+            if batch.values:  # a requeued batch has its copy already
                 return batch
-        # Not under the lock: nobody writes these slots before this batch is committed.
+        # Copied without the lock: producers do not write to these slots before this batch is committed.
         try:
             batch.values = self._read(batch.start, batch.end)
-        except BaseException:  # no memory: whoever has it next reads again
+        except BaseException:  # out of memory: the next worker to get this batch copies it again
             self.requeue(batch)
             raise
         return batch
 
     def commit(self, batch: Batch) -> None:
-        """`batch` is stored. Frees the slots of the gapless prefix that is stored now, and wakes who waits for it.
+        """Record that `batch` is stored. Free the slots of the gapless prefix, and wake the threads that wait for it.
 
-        Raises ValueError unless `batch` is in flight (committed twice, or requeued).
+        Raises ValueError unless `batch` is in flight. A batch that was committed or requeued is not.
         """
         with self._lock:
-            self._land(batch)
+            self._remove_in_flight(batch)
             if batch in self._aside:
                 del self._aside[batch]
                 self._aside_size -= len(batch)
                 for waiting in self._marked_in_slots():
                     self._set_aside(waiting)
-                self._advanced.notify_all()
+                self._stored.notify_all()
             else:
                 self._finish(batch)
-            if self._drained():
+            if self._is_drained():
                 self._not_empty.notify_all()
         self._listener()
 
     def requeue(self, batch: Batch, mark: object = None) -> None:
-        """`batch` is not stored: hands it out again, before newer ones, with a mark to who takes that.
+        """Give `batch` back, to be handed out again before newer values. With `mark`, only to workers that accept it.
 
-        It keeps a mark that it has. Raises ValueError as `commit` does.
+        A batch that has a mark already keeps it if `mark` is None. Raises ValueError as `commit` does.
         """
         with self._lock:
-            self._land(batch)
+            self._remove_in_flight(batch)
             if mark is not None:
                 batch.mark = mark
             if batch.mark is None:
-                bisect.insort(self._requeued, batch, key=lambda other: other.start)
+                bisect.insort(self._requeued, batch, key=_start_of)
                 self._not_empty.notify()
             else:
-                bisect.insort(self._marked, batch, key=lambda other: other.start)
+                bisect.insort(self._marked, batch, key=_start_of)
                 self._not_empty.notify_all()
                 if batch not in self._aside:
                     self._set_aside(batch)
 
     def is_stored(self, sequence: int, since: int = 0) -> bool:
-        """True when everything before `sequence`, from `since` on, is stored."""
-        if self._committed < sequence:  # one read of each: no lock needed, as nothing is set aside after it is passed
+        """True if all values from `since` up to, and without, `sequence` are stored."""
+        # Without the lock, as each is one read: `_committed` passes a batch only after the batch is in `_aside`.
+        if self._committed < sequence:
             return False
         if not self._aside:
             return True
@@ -287,16 +303,17 @@ class Ring:
             return self._is_stored(sequence, since)
 
     def wait_committed(self, sequence: int, timeout: float | None = None, since: int = 0) -> bool:
-        """True once everything before `sequence`, from `since` on, is stored; False after `timeout` seconds or on
-        abort.
+        """Wait until all values from `since` up to, and without, `sequence` are stored. Return whether they are.
+
+        The wait ends after `timeout` seconds, or if the ring is aborted.
         """
-        deadline = _deadline(timeout)
+        deadline = deadline_after(timeout)
         with self._lock:
-            _wait_until(self._advanced, lambda: self._is_stored(sequence, since) or self._aborted, deadline)
+            wait_until(self._stored, lambda: self._is_stored(sequence, since) or self._aborted, deadline)
             return self._is_stored(sequence, since)
 
     def close(self) -> None:
-        """Takes no more puts; what is in is still handed out, and `reserve` ends when all is committed."""
+        """Take no more values. Those in the ring are still handed out; `reserve` ends when all of them are stored."""
         with self._lock:
             self._closed = True
             self._not_full.notify_all()
@@ -304,24 +321,27 @@ class Ring:
         self._listener()
 
     def abort(self) -> None:
-        """Closes, and ends every wait at once: nobody waits any longer for what is not stored."""
+        """Close the ring and end every wait at once, even if values are not stored."""
         with self._lock:
             self._closed = self._aborted = True
             self._not_full.notify_all()
             self._not_empty.notify_all()
-            self._advanced.notify_all()
+            self._stored.notify_all()
         self._listener()
 
     def join(self, timeout: float | None = None) -> bool:
-        """True once everything put is committed; False after `timeout` seconds or on abort."""
-        deadline = _deadline(timeout)
+        """Wait until all values that were put are stored. Return whether they are.
+
+        The wait ends after `timeout` seconds, or if the ring is aborted.
+        """
+        deadline = deadline_after(timeout)
         with self._lock:
-            _wait_until(self._advanced, lambda: self._all_stored() or self._aborted, deadline)
-            return self._all_stored()
+            wait_until(self._stored, lambda: self._is_all_stored() or self._aborted, deadline)
+            return self._is_all_stored()
 
     @property
     def committed(self) -> int:
-        """Everything before this sequence is stored, or set aside."""
+        """The sequence before which every value is stored or set aside."""
         return self._committed  # one read of an int: no lock needed
 
     @property
@@ -331,85 +351,87 @@ class Ring:
 
     @property
     def closed(self) -> bool:
-        """True when the ring takes no more values."""
+        """True if the ring takes no more values."""
         return self._closed
 
     @property
     def aborted(self) -> bool:
-        """True when nobody shall wait any longer for what is not stored."""
+        """True if every wait has ended."""
         return self._aborted
 
     @property
     def wants_workers(self) -> bool:
-        """True when values could be reserved by any worker, and none is waiting to do it."""
+        """True if any worker could reserve values now, and no worker is waiting for them."""
         with self._lock:
-            return self._open() > 0 and self._idle == 0
+            return self._open_to_all() > 0 and self._idle_workers == 0
 
     @property
     def has_marked(self) -> bool:
-        """True while a marked batch waits."""
+        """True while a marked batch waits for a worker."""
         return bool(self._marked)  # one read: no lock needed
 
-    def has_for(self, takes: Callable[[object], bool]) -> bool:
-        """True while a marked batch waits whose mark this takes."""
+    def has_marked_for(self, accepts: Accepts) -> bool:
+        """True while a marked batch waits whose mark is accepted."""
         with self._lock:
-            return bool(self._first_marked(takes))
+            return bool(self._oldest_marked(accepts))
 
     def marks(self) -> list[tuple[object, int]]:
-        """The mark of each batch that has one and is not stored, waiting or in flight, and its size."""
+        """Return the mark and the size of each marked batch, waiting or in flight."""
         with self._lock:
-            marked = [*self._marked, *self._in_flight]
-            return [(batch.mark, len(batch)) for batch in marked if batch.mark is not None]
+            batches = [*self._marked, *self._in_flight]
+            return [(batch.mark, len(batch)) for batch in batches if batch.mark is not None]
 
     def stats(self) -> RingStats:
-        """What the ring holds now."""
+        """Return a snapshot of the counters."""
         with self._lock:
-            depth = self._cursor - self._committed
-            in_flight = sum(map(len, self._flying()))
-            waiting = [*self._requeued, *self._marked_in_slots()]
-            oldest = min((batch.reserved_at for batch in [*self._flying(), *waiting]), default=None)
+            in_flight = self._in_flight_in_slots()
+            marked = self._marked_in_slots()
+            unfinished = [*in_flight, *self._requeued, *marked]
+            oldest = min((batch.reserved_at for batch in unfinished), default=None)
             return RingStats(
                 capacity=self.capacity,
                 cursor=self._cursor,
                 reserved=self._reserved,
                 committed=self._committed,
                 stored=self._committed - self._aside_size + sum(e - s for s, e in self._finished.items()),
-                depth=depth,
-                backlog=self._open() + sum(map(len, self._marked_in_slots())),
-                in_flight=in_flight,
+                depth=self._cursor - self._committed,
+                backlog=self._open_to_all() + sum(map(len, marked)),
+                in_flight=sum(map(len, in_flight)),
                 high_water=self._high_water,
                 times_full=self._times_full,
                 oldest_in_flight=0.0 if oldest is None else monotonic() - oldest,
             )
 
     def layout(self) -> RingLayout:
-        """Where what is. What is neither free, in flight nor finished waits to be reserved."""
+        """Return the use of the slots. A slot that is not free, in flight or finished waits for a worker."""
         with self._lock:
-            marks = self.capacity, self._committed, self._reserved, self._cursor
-            in_flight = [(batch.start, batch.end) for batch in self._flying()]
+            sequences = self.capacity, self._committed, self._reserved, self._cursor
+            in_flight = [(batch.start, batch.end) for batch in self._in_flight_in_slots()]
             finished = list(self._finished.items())
-        return RingLayout(*marks, _merged(in_flight), _merged(finished))
+        return RingLayout(*sequences, _merge(in_flight), _merge(finished))
 
-    # Helpers. All but _read want the lock held.
+    # Helpers. The caller of each holds the lock; `_read` alone needs none.
 
     def _free(self) -> int:
+        """Return how many slots are free."""
         return self._committed + self.capacity - self._cursor
 
-    def _open(self) -> int:
-        """How many values any worker may have."""
+    def _open_to_all(self) -> int:
+        """Return how many values any worker could reserve."""
         return self._cursor - self._reserved + sum(map(len, self._requeued))
 
-    def _flying(self) -> list[Batch]:
-        """What is in flight, and in its slots; oldest first."""
+    def _in_flight_in_slots(self) -> list[Batch]:
+        """Return the batches that are in flight and in their slots, oldest first."""
         return [batch for batch in self._in_flight if batch not in self._aside]
 
     def _marked_in_slots(self) -> list[Batch]:
+        """Return the marked batches that wait and are in their slots, oldest first."""
         return [batch for batch in self._marked if batch not in self._aside]
 
-    def _first_marked(self, takes: Callable[[object], bool] | None) -> list[Batch]:
-        """The oldest marked batch that is for who takes this, in a list, if there is one."""
+    def _oldest_marked(self, accepts: Accepts | None) -> list[Batch]:
+        """Return a list of the oldest waiting batch whose mark is accepted, or an empty list."""
         for batch in self._marked:
-            if takes is None or takes(batch.mark):
+            if accepts is None or accepts(batch.mark):
                 return [batch]
         return []
 
@@ -418,22 +440,26 @@ class Ring:
             return False
         return not any(batch.start < sequence and since < batch.end for batch in self._aside)
 
-    def _all_stored(self) -> bool:
+    def _is_all_stored(self) -> bool:
         return self._committed == self._cursor and not self._aside
 
-    def _drained(self) -> bool:
-        return self._closed and self._all_stored()
+    def _is_drained(self) -> bool:
+        return self._closed and self._is_all_stored()
+
+    def _is_reservable_or_over(self, accepts: Accepts | None) -> bool:
+        return self._open_to_all() > 0 or bool(self._oldest_marked(accepts)) or self._is_drained() or self._aborted
 
     def _set_aside(self, batch: Batch) -> None:
-        """Frees the slots of a marked batch that waits, if there is room beside the ring."""
+        """Free the slots of a marked batch that waits, unless too many values are set aside already."""
         assert self._lock.locked()
         if self._aside_size + len(batch) <= self.capacity:
-            self._aside[batch] = None  # first: who sees the prefix grow must see this
+            # In this order: a thread that sees the larger `committed` must see the batch in `_aside`.
+            self._aside[batch] = None
             self._aside_size += len(batch)
             self._finish(batch)
 
     def _finish(self, batch: Batch) -> None:
-        """`batch` needs its slots no more: frees those of the gapless prefix, and wakes who waits for it."""
+        """Free the slots of the gapless prefix, now that `batch` needs its slots no more."""
         assert self._lock.locked()
         if batch.start != self._committed:
             self._finished[batch.start] = batch.end
@@ -441,15 +467,11 @@ class Ring:
         self._committed = batch.end
         while self._committed in self._finished:
             self._committed = self._finished.pop(self._committed)
-        # One takes what it needs and passes the rest on: were all woken, most would find nothing.
         self._not_full.notify()
-        self._advanced.notify_all()
-
-    def _reservable_or_over(self, takes: Callable[[object], bool] | None) -> bool:
-        return self._open() > 0 or bool(self._first_marked(takes)) or self._drained() or self._aborted
+        self._stored.notify_all()
 
     def _write(self, values: Values) -> None:
-        """Copies `values`, which fit, to the slots at the cursor and moves it."""
+        """Copy `values` to the slots at the cursor, and move the cursor. They must fit."""
         assert self._lock.locked()
         slot = self._cursor % self.capacity
         size = len(values)
@@ -464,55 +486,60 @@ class Ring:
         self._high_water = max(self._high_water, self._cursor - self._committed)
 
     def _read(self, start: int, end: int) -> "array[int]":
-        """A copy of the values `[start, end)`, which must be reserved and not yet committed."""
+        """Return a copy of the values `[start, end)`. They must be reserved and not committed."""
         slot = start % self.capacity
         head = min(end - start, self.capacity - slot)
         values = self._slots[slot : slot + head]
         values.extend(self._slots[: end - start - head])
         return values
 
-    def _own(self, run: Run) -> None:
-        """Notes whose the newest values are; a run that continues its neighbour becomes one with it."""
-        assert self._lock.locked()
-        if self._runs:
-            last = self._runs[-1]
-            if last.source == run.source and last.first + last.count == run.first:
-                self._runs[-1] = last._replace(count=last.count + run.count)
-                return
-        self._runs.append(run)
-
-    def _own_all(self, runs: Sequence[Run], count: int) -> None:
-        """Note whose the newest `count` values are, by the first of these runs."""
-        for run in runs:
-            if run.count >= count:
-                self._own(run if run.count == count else run._replace(count=count))
-                return
-            self._own(run)
-            count -= run.count
-
-    def _disown(self, count: int) -> list[Run]:
-        """Takes the runs of the oldest `count` unreserved values, cutting the last one where they end."""
-        assert self._lock.locked()
-        taken = []
-        while count:
-            run = self._runs.popleft()
-            if run.count > count:
-                self._runs.appendleft(Run(run.source, run.first + count, run.count - count))
-                run = run._replace(count=count)
-            taken.append(run)
-            count -= run.count
-        return taken
-
-    def _land(self, batch: Batch) -> None:
-        """Takes `batch` out of flight. Raises ValueError if it is not there."""
+    def _remove_in_flight(self, batch: Batch) -> None:
+        """Remove `batch` from the batches in flight. Raises ValueError if it is not one of them."""
         assert self._lock.locked()
         if batch not in self._in_flight:
             raise ValueError(f"batch {batch.start}..{batch.end} is not in flight")
         del self._in_flight[batch]
 
 
-def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Disjoint ranges in order, neighbours made one."""
+def _start_of(batch: Batch) -> int:
+    return batch.start
+
+
+def _append_run(runs: deque[Run], run: Run) -> None:
+    """Append `run`. If it continues the last run of the same source, the two become one."""
+    if runs:
+        last = runs[-1]
+        if last.source == run.source and last.first + last.count == run.first:
+            runs[-1] = last._replace(count=last.count + run.count)
+            return
+    runs.append(run)
+
+
+def _append_runs(runs: deque[Run], block: Sequence[Run], count: int) -> None:
+    """Append the runs of the first `count` values of a block."""
+    for run in block:
+        if run.count >= count:
+            _append_run(runs, run if run.count == count else run._replace(count=count))
+            return
+        _append_run(runs, run)
+        count -= run.count
+
+
+def _take_runs(runs: deque[Run], count: int) -> list[Run]:
+    """Remove and return the runs of the oldest `count` values. A run that ends later is split."""
+    taken = []
+    while count:
+        run = runs.popleft()
+        if run.count > count:
+            runs.appendleft(Run(run.source, run.first + count, run.count - count))
+            run = run._replace(count=count)
+        taken.append(run)
+        count -= run.count
+    return taken
+
+
+def _merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return disjoint ranges in order, with adjacent ones merged."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(ranges):
         if merged and merged[-1][1] == start:
@@ -520,17 +547,3 @@ def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             merged.append((start, end))
     return merged
-
-
-def _deadline(timeout: float | None) -> float | None:
-    return None if timeout is None else monotonic() + timeout
-
-
-def _wait_until(condition: threading.Condition, predicate: Callable[[], bool], deadline: float | None) -> bool:
-    """Waits on `condition`, whose lock is held, until `predicate()` or the deadline; the predicate's last value."""
-    while not predicate():
-        left = None if deadline is None else deadline - monotonic()
-        if left is not None and left <= 0:
-            return False
-        condition.wait(left)
-    return True

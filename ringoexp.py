@@ -1,67 +1,66 @@
-"""Ringo Exp: integers over WebSocket, through a ring buffer, into SQLite. This room is the command line.
+"""Ringo Exp receives integers over WebSocket, buffers them in a ring and stores them in SQLite: the command line.
 
-It has a server put together as the flags say, and runs it. The main thread only waits for a signal; SIGHUP makes it
-read token and certificates again, SIGINT or SIGTERM starts the ordered stop, which it does itself. A second signal has
-its default effect and ends the process, and so does, in the thread `signals`, a stop that takes too long.
+`main` builds a server from the flags and runs it. The main thread waits for signals: SIGHUP reads the token and the
+certificates again, SIGINT or SIGTERM starts the ordered stop, which the main thread carries out. A second signal ends
+the process at once. If the main thread hangs, the thread `signals` ends the process, at a second signal or after a
+timeout.
 """
 
 import os
 import signal
 import sys
 
-if sys.version_info < (3, 10):  # as far as an older one can read this file
+# Before the other imports, which an older Python cannot read.
+if sys.version_info < (3, 10):
     sys.exit("ringoexp: error: this is Python %d.%d, Python 3.10 or newer is needed" % sys.version_info[:2])
 if __name__ == "__main__" or sys.argv[0].endswith("ringoexp"):  # the program, also by its installed script
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: end, without a traceback
-    if os.getpid() == 1:  # a container's first process, for which no signal has a default effect
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, lambda number, frame: os._exit(128 + number))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
+    if os.getpid() == 1:  # the first process of a container, for which no signal has a default effect
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal_number, lambda number, frame: os._exit(128 + number))
 
 import logging
 import resource
 import socket
-import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from time import monotonic, sleep
 from typing import Any
 
 try:
-    import simple_websocket  # noqa: F401  # only to see that it is there
+    import simple_websocket  # noqa: F401  # to check that it is installed
 except ModuleNotFoundError as missing:
     if __name__ != "__main__":
         raise
     sys.exit(
-        f"ringoexp: error: no package {missing.name}: pip install simple-websocket, in a venv, or use ringoexp.pyz"
+        f"ringoexp: error: the package {missing.name} is missing: pip install simple-websocket, in a venv, "
+        "or use ringoexp.pyz"
     )
 
-from ringolib import __version__
-from ringolib import app as assembly
-from ringolib.app import App, StartupError
+from ringolib import __version__, app
 from ringolib.client import send
-from ringolib.client.send import say
-from ringolib.net.addresses import format_address
+from ringolib.client.send import print_line
 from ringolib.options import Settings, read_arguments
-from ringolib.status import logs
-from ringolib.status import systemd as notify
+from ringolib.status import logs, systemd
 from ringolib.storage.interface import StoreError
+from ringolib.timing import ThreadError, deadline_after, remaining, start_thread
 
 log = logging.getLogger("ringoexp")
 
 GIVE_UP_SECONDS = 10.0
-"""How much longer the whole stop takes at most: who runs the server may kill it 15 s after the drain's end."""
-M_ARENA_MAX = -8  # malloc.h
-OTHER_DESCRIPTORS = 256
-"""Open files that are neither a connection's nor a worker's."""
-SAME_SIGNAL = 0.5
-"""Seconds within which another signal is the same one: a Ctrl-C may come from the terminal and from a wrapper."""
+"""How long the stop may take beyond the drain. Service managers may kill the server 15 s after the drain's end."""
+SAME_SIGNAL_SECONDS = 0.5
+"""Signals within this time count as one: a terminal and a wrapper may both send Ctrl-C."""
 STUCK_SECONDS = 0.5
-"""Seconds that the main thread has to handle a signal."""
+"""How long the main thread has to handle a signal before it counts as hanging."""
+OTHER_DESCRIPTORS = 256
+"""Number of files that the server opens besides the sockets of connections and workers."""
+M_ARENA_MAX = -8  # malloc.h
 EXIT_OK, EXIT_FAILED, EXIT_UNSTORED = 0, 1, 3  # and options.EXIT_USAGE
 
 
 def __getattr__(name: str) -> Any:
-    """`from ringoexp import Producer`, imported on first use: the server does not need it."""
+    """Import Producer on first use, for `from ringoexp import Producer`: the server does not need it."""
     if name == "Producer":
         from ringolib.client.producer import Producer
 
@@ -70,130 +69,142 @@ def __getattr__(name: str) -> Any:
 
 
 def serve(settings: Settings, argv: Sequence[str]) -> int:
-    """Runs a server until a signal comes, and returns the exit status. Raises what `App` raises."""
-    _share_one_heap()
-    _allow_descriptors(settings.threads + OTHER_DESCRIPTORS)
+    """Run a server until it is stopped by a signal, and return the exit status. Raises what `App` raises."""
+    _use_one_malloc_arena()
+    _raise_descriptor_limit(settings.threads + OTHER_DESCRIPTORS)
     if settings.procs:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.procs])
-    # Not an Event: setting one in a handler can deadlock with the main thread's wait for it.
-    woken, wake = socket.socketpair()
-    wake.setblocking(False)
+    # A socket, not an Event: an Event that is set in a signal handler can deadlock with the wait of the main thread.
+    received, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    stop_signals: list[float] = []  # times of the signals that stop the server
 
-    first: list[float] = []
-    reloads = any((settings.token_file, settings.tls_cert, settings.consumer_ca, notify.has_manager()))
-
-    def end(number: int, frame: object) -> None:
-        """The first signal wakes the main thread, by the descriptor; another one ends the process at once."""
-        first.append(monotonic())
-        if first[-1] - first[0] >= SAME_SIGNAL:
+    def on_stop_signal(number: int, frame: object) -> None:
+        """Note the first signal, which also wakes the main thread through the socket. A later one ends the process."""
+        stop_signals.append(monotonic())
+        if stop_signals[-1] - stop_signals[0] >= SAME_SIGNAL_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-            os._exit(128 + number)  # a container's first process survives a signal's default effect
+            os._exit(128 + number)  # the first process of a container survives a signal's default effect
 
-    with woken, wake, ExitStack() as ending:
-        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)  # it has been told often enough
+    with received, wakeup, ExitStack() as watchdog:
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)  # if it is full, a wakeup is due anyway
         try:
-            for each in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(each, end)
-            if reloads:  # or else it ends the process, as ever
-                signal.signal(signal.SIGHUP, lambda number, frame: None)
-            parts = App(settings, argv)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, on_stop_signal)
+            if _can_reload(settings):
+                signal.signal(signal.SIGHUP, lambda number, frame: None)  # only wakes the main thread
+            application = app.App(settings, argv)
             try:
-                parts.start()
-                ending.enter_context(notify.watchdog(parts.alive))
-                say(_greeting(parts))
-                notify.ready(_greeting(parts))
-                while set(woken.recv(4096)) == {signal.SIGHUP}:  # however many came meanwhile
-                    notify.reloading()
-                    parts.reload()
-                    notify.ready(_greeting(parts))
-                    if first:  # it may have found no room among many
+                application.start()
+                watchdog.enter_context(systemd.watchdog(application.alive))
+                print_line(_greeting(application))
+                systemd.ready(_greeting(application))
+                while set(received.recv(4096)) == {signal.SIGHUP}:
+                    systemd.reloading()
+                    application.reload()
+                    systemd.ready(_greeting(application))
+                    if stop_signals:  # among many SIGHUPs, the socket may have had no room for it
                         break
-                notify.stopping(f"storing {parts.unstored()} records, for up to {assembly.DRAIN_SECONDS:.0f} s")
-                # Daemon: it is there for when the main thread does nothing any more.
-                try:
-                    threading.Thread(target=_end_anyway, args=(woken,), name="signals", daemon=True).start()
-                except RuntimeError as error:  # no more threads to be had: the stop needs none
-                    log.error("no_thread", {"error": str(error)})
+                unstored = application.unstored()
+                systemd.stopping(f"storing {unstored} records, for up to {app.DRAIN_SECONDS:.0f} s")
+                _start_force_exit(received)
             finally:
-                parts.stop()
+                application.stop()
         finally:
             signal.set_wakeup_fd(-1)
-    stored, unstored = parts.stored(), parts.unstored()
+    stored, unstored = application.stored(), application.unstored()
     tally = f"ringoexp: stopped, {stored} stored, {unstored} unstored"
-    say(f"{tally}, {parts.spool.depth} in the spool" if parts.spool else tally)
+    print_line(f"{tally}, {application.spool.depth} in the spool" if application.spool else tally)
     return EXIT_UNSTORED if unstored else EXIT_OK
 
 
-def _end_anyway(woken: socket.socket) -> None:
-    """A thread, from the first signal on: ends the process at a later one that the main thread does not get to handle,
-    and when the stop takes too long.
+def _can_reload(settings: Settings) -> bool:
+    """True if there are files to read again, or a service manager that may ask for it. Else SIGHUP ends the process."""
+    return any((settings.token_file, settings.tls_cert, settings.consumer_ca, systemd.has_manager()))
 
-    The main thread may be in a call that never returns, of SQLite's on a disk that hangs, say.
+
+def _start_force_exit(received: socket.socket) -> None:
+    """Start the thread `signals`. Without it the stop goes on: it needs no thread."""
+    try:
+        start_thread(_force_exit, received, name="signals")
+    except ThreadError as error:
+        log.error("no_thread", {"error": str(error)})
+
+
+def _force_exit(received: socket.socket) -> None:
+    """The thread `signals`: end the process if the ordered stop hangs.
+
+    The main thread may be in a call that never returns, for example of SQLite on a disk that hangs. Then it does not
+    handle signals. This thread runs from the first signal on, and ends the process if a later signal is not handled,
+    or if the stop exceeds its time.
     """
-    first = monotonic()
-    most = assembly.DRAIN_SECONDS + GIVE_UP_SECONDS
+    started = monotonic()
+    seconds = app.DRAIN_SECONDS + GIVE_UP_SECONDS
+    deadline = deadline_after(seconds)
     try:
         while True:
-            woken.settimeout(max(0.001, first + most - monotonic()))
-            number = woken.recv(1)
+            received.settimeout(max(0.001, remaining(deadline)))  # 0 would not block
+            number = received.recv(1)
             if not number:
                 return  # the server has stopped
-            if number[0] != signal.SIGHUP and monotonic() - first >= SAME_SIGNAL:
+            if number[0] != signal.SIGHUP and monotonic() - started >= SAME_SIGNAL_SECONDS:
                 sleep(STUCK_SECONDS)
                 os._exit(128 + number[0])
     except TimeoutError:
-        log.error("stop_given_up", {"seconds": most, "hint": "what was not acked may not be stored"})
+        log.error("stop_given_up", {"seconds": seconds, "hint": "records that are not acked may not be stored"})
         os._exit(EXIT_UNSTORED)
     except OSError:
-        pass  # closed: the server has stopped
+        pass  # the socket is closed: the server has stopped
 
 
-def _allow_descriptors(most: int) -> None:
-    """Raises the soft limit of open files towards `most`, as far as the hard one allows: 1,024 is less than a crowd.
+def _raise_descriptor_limit(wanted: int) -> None:
+    """Raise the soft limit of open files to `wanted`, as far as the hard limit allows.
 
-    The soft one is low for programs that use select(2), which this one does not.
+    The usual soft limit, 1,024, is less than many clients need. It is low for programs that use select(2), which this
+    program does not.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
-        most = min(most, hard)
-    if soft == resource.RLIM_INFINITY or most <= soft:
+        wanted = min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
         return
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     except (OSError, ValueError):
-        pass  # the system's own limit is lower: then that is it
+        pass  # the system has a lower limit: keep the old one
 
 
-def _share_one_heap() -> None:
-    """Has all threads allocate from one heap: each would keep for itself what its largest batch once took.
+def _use_one_malloc_arena() -> None:
+    """Make all threads allocate from one arena, with glibc's mallopt(3).
 
-    glibc only (mallopt(3)). Threads do not get in each other's way there: nearly all allocate under the GIL.
+    With an arena for each thread, every thread would keep the memory that its largest batch once needed. Threads do
+    not compete for the single arena: nearly all allocations are made under the GIL.
     """
     try:
-        import ctypes  # not every Python is built with it
+        import ctypes  # some Pythons are built without it
 
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     except (ImportError, OSError, AttributeError, MemoryError):
-        pass  # another C library; MemoryError: old ones of ctypes want memory to write and execute, which may be denied
+        pass  # another C library; MemoryError: old ctypes needs memory that is writable and executable
 
 
-def _greeting(parts: App) -> str:
-    settings = parts.settings
+def _greeting(application: app.App) -> str:
+    """Return the line that tells the role, the address and where records go."""
+    settings = application.settings
     role = "publisher" if settings.is_publisher else "consumer"
-    where = (
-        f"storing in {settings.database}" + (f" for {settings.retain:g} days" if settings.retain else "")
-        if parts.store
-        else f"forwarding to {assembly.named(settings)}"
-    )
-    if parts.spool:
-        depth = parts.spool.depth
-        where += f", spooling in {settings.spool}" + (f" ({depth} records are in it)" if depth else "")
-    return f"ringoexp {__version__}: {role} on {format_address(settings.hostname, parts.server.port)}, {where}"
+    if application.store:
+        target = f"storing in {settings.database}" + (f" for {settings.retain:g} days" if settings.retain else "")
+    else:
+        target = f"forwarding to {settings.consumer_names}"
+    if application.spool:
+        depth = application.spool.depth
+        target += f", spooling in {settings.spool}" + (f" ({depth} records in it)" if depth else "")
+    return f"ringoexp {__version__}: {role} on {application.address}, {target}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program: returns its exit status. 0 ended well, 1 could not run, 2 bad usage, 3 something stayed unstored."""
+    """Run the program and return the exit status: 0 stopped in order, 1 cannot run, 2 bad usage, 3 records unstored."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ["send"]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -202,9 +213,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.setup(settings.debug, settings.log_json)
     try:
         return serve(settings, arguments)
-    except (StartupError, StoreError) as error:
+    except (app.StartupError, StoreError) as error:
         log.debug("cannot_run", exc_info=True)
-        say(f"ringoexp: error: {error}", error=True)
+        print_line(f"ringoexp: error: {error}", error=True)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -1,93 +1,101 @@
-"""The HTTP server's routes, and the upgrade of `/v1.0/ingest` to a WebSocket.
+"""The routes of the HTTP server, and the upgrade of `/v1.0/ingest` to a WebSocket.
 
-A `Handler` is one connection and belongs to its thread; `connections` owns the threads, and tells how they end.
-Nothing here is shared between threads but what locks for itself.
+A `Handler` is one connection and belongs to its thread. `Connections`, the base class of `Server`, owns the threads and
+documents the shutdown. Threads share the table of connections, the intake, the monitor and the totals, which have their
+own locks.
 """
 
-import base64
-import binascii
 import logging
-import re
 import uuid
 from time import monotonic
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from ringolib.counters import Totals
-from ringolib.net.credentials import BEARER_PREFIX, Credentials
+from ringolib.net.credentials import Credentials
 from ringolib.net.frames import MAX_MESSAGE
 from ringolib.net.listeners import Listeners
 from ringolib.net.websocket import STORE_HEADER, HandshakeError, accept_upgrade
-from ringolib.status.probe import THEIR_LIMIT, Reason
-from ringolib.status.prometheus import CONTENT_TYPE as METRICS
+from ringolib.status.prometheus import CONTENT_TYPE as METRICS_TYPE
+from ringolib.status.readiness_rules import CONNECTIONS_FULL, Reason
 from ringolib.storage.interface import StoreError
-from ringolib.timing import format_ago
-from ringolib.web import handler as web
+from ringolib.timing import deadline_after, format_ago, remaining
+from ringolib.web import handler, headers
 from ringolib.web.connections import Connections
-from ringolib.web.handler import GET_OR_HEAD, JSON, Refusal, Routes, WebHandler, peer_name, request_id
+from ringolib.web.handler import CHALLENGE, GET_OR_HEAD, JSON, Routes, WebHandler, new_request_id, peer_name
+from ringolib.web.headers import Refusal
 from ringolib.web.intake import Intake
-from ringolib.web.loop import Client, IngestLoop
+from ringolib.web.loop import IngestLoop
 from ringolib.web.page import HTML, load_page
 from ringolib.web.session import LOST, Session
-from ringolib.wire import PLAIN_SUBPROTOCOL, SUBPROTOCOL, Block, Run, WireError, decode_plain
+from ringolib.web.table import Limits
+from ringolib.wire import INGEST_PATH, READY_PATH, SUBPROTOCOL, Block, Run, WireError, decode_plain
 
 log = logging.getLogger("ringoexp.http")
 
-BODY_RATE = 64 * 1024
-"""Bytes a second that a body has to come with, on top of web.REQUEST_TIMEOUT."""
-INGEST_TIMEOUT = 10.0
-"""Seconds a POST waits for its records to be stored before it is answered with 503."""
-BODY_TYPES = ("application/octet-stream", "application/x-www-form-urlencoded")
-"""What a POST may call its body. The second is what `curl --data-binary` says by itself."""
-_WRITTEN = re.compile("[!-~]+")
-"""What a subprotocol is written with: more than RFC 6455 section 4.1 has, for tokens that are not percent-encoded."""
+PAGE_PATH = "/"
+ALIVE_PATH = "/v1.0/alive"
+STATS_PATH = "/v1.0/stats"
+METRICS_PATH = "/metrics"
+
+BODY_BYTES_PER_SECOND = 64 * 1024
+"""The rate at which a body must arrive; a request has REQUEST_TIMEOUT_SECONDS on top."""
+LOOP_JOIN_SECONDS = 5.0
+"""How long the close waits for the thread of the ingest loop."""
+INGEST_TIMEOUT_SECONDS = 10.0
+"""How long a POST waits for its records to be stored before it is answered 503."""
 
 
 class Monitor(Protocol):
-    """What a server says of itself: `/v1.0/stats`, `/metrics`, why it is not ready, if it is not, and
-    which database it stores in, if it has one."""
+    """Describes the server: its statistics, its readiness, and the database it stores in."""
 
-    def report(self) -> dict[str, Any]: ...
-    def metrics(self) -> str: ...
-    def reasons(self) -> list[Reason]: ...
-    def identity(self) -> str | None: ...
+    def report(self) -> dict[str, Any]:
+        """Return the JSON of `/v1.0/stats`."""
+
+    def metrics(self) -> str:
+        """Return the text of `/metrics`."""
+
+    def reasons(self) -> list[Reason]:
+        """Return why a record would not be stored now; an empty list means ready."""
+
+    def identity(self) -> str | None:
+        """Return the identity of the database, or None if the server has no database."""
 
 
 class Server(Connections):
-    """Takes connections from `listeners`, which it owns, for an intake once `serve` is called."""
+    """Serves HTTP and WebSocket clients on `listeners`, which it owns, once `serve` is called."""
 
     def __init__(
-        self,
-        listeners: Listeners,
-        name: str,
-        limit: int,
-        per_address: int,
-        credentials: Credentials,
-        totals: Totals,
+        self, listeners: Listeners, name: str, limits: Limits, credentials: Credentials, totals: Totals
     ) -> None:
-        super().__init__(listeners, Handler, name, limit, per_address, credentials)
+        super().__init__(listeners, Handler, name, limits, credentials)
         self.totals = totals
-        # From `serve` on, before any connection is taken:
+        # `serve` sets these before the first connection is accepted.
         self.intake: Intake
         self.monitor: Monitor
+        self.loop: IngestLoop | None = None
 
     def serve(self, intake: Intake, monitor: Monitor) -> None:
-        """Start to accept connections: records go to `intake`, and `monitor` describes the server."""
+        """Begin to accept connections. Records go to `intake`; `monitor` describes the server. Raises ThreadError."""
         self.intake = intake
         self.monitor = monitor
         self.loop = IngestLoop(intake, self.totals)
         self.start()
 
-
     def stop(self) -> None:
-        """See Connections; WebSockets end once what they have sent is stored."""
+        """Stop as Connections does. A WebSocket is closed once the records that it has sent are stored."""
         super().stop()
-        if hasattr(self, "loop"):
+        if self.loop:
             self.loop.stop()
 
+    def close(self) -> None:
+        """Close as Connections does, and wait for the ingest loop."""
+        super().close()
+        if self.loop:
+            self.loop.join(LOOP_JOIN_SECONDS)
+
     def abort(self) -> None:
-        """See Connections."""
-        if hasattr(self, "loop"):
+        """Close all connections at once."""
+        if self.loop:
             self.loop.abort()
         super().abort()
 
@@ -96,96 +104,95 @@ class Handler(WebHandler):
     """One connection: HTTP/1.1 requests one after the other, or an upgrade and a WebSocket."""
 
     server: Server
-    open_to_all = ("/", "/v1.0/alive", "/v1.0/ready", "/v1.0/stats", "/metrics")
-    without_token = ("/v1.0/alive", "/v1.0/ready")
+    paths_beyond_limit = (PAGE_PATH, ALIVE_PATH, READY_PATH, STATS_PATH, METRICS_PATH)
+    paths_without_token = (ALIVE_PATH, READY_PATH)
 
     def routes(self) -> Routes:
-        """What there is."""
+        """Return the table of routes."""
         return {
-            "/": dict.fromkeys(GET_OR_HEAD, self._page),
-            "/v1.0/alive": dict.fromkeys(GET_OR_HEAD, self._alive),
-            "/v1.0/ready": dict.fromkeys(GET_OR_HEAD, self._ready),
-            "/v1.0/stats": dict.fromkeys(GET_OR_HEAD, self._stats),
-            "/v1.0/ingest": {**dict.fromkeys(GET_OR_HEAD, self._upgrade), "POST": self._post},
-            "/metrics": dict.fromkeys(GET_OR_HEAD, self._metrics),
+            PAGE_PATH: dict.fromkeys(GET_OR_HEAD, self._page),
+            ALIVE_PATH: dict.fromkeys(GET_OR_HEAD, self._alive),
+            READY_PATH: dict.fromkeys(GET_OR_HEAD, self._ready),
+            STATS_PATH: dict.fromkeys(GET_OR_HEAD, self._stats),
+            INGEST_PATH: {**dict.fromkeys(GET_OR_HEAD, self._upgrade), "POST": self._post},
+            METRICS_PATH: dict.fromkeys(GET_OR_HEAD, self._metrics),
         }
 
-    def turn_away(self) -> Refusal:
-        """What a connection that was not admitted is told."""
+    def admission_refusal(self) -> Refusal:
+        """Return the error for a connection that was not admitted: a limit is reached, or the server is stopping."""
         if self.server.stopping.is_set():
-            return super().turn_away()
-        self.server.refuse()
-        most = f"{self.server.limit} at once"
-        if self.server.crowding():
-            most = f"{self.server.per_address} from one address"
-        return Refusal(503, f"too many connections: at most {most}", {"Retry-After": "1"})
+            return super().admission_refusal()
+        self.server.table.count_refused()
+        limits = self.server.table.limits
+        limit = f"{limits.admitted} at once"
+        if self.server.table.is_address_full():
+            limit = f"{limits.per_address} from one address"
+        return Refusal(503, f"too many connections: the limit is {limit}; retry later", {"Retry-After": "1"})
 
-    def unauthorized(self, path: str) -> None:
-        """Answers as the base class does, but with the live page where it was asked for: that asks for the token."""
-        if path == "/" and self.command in GET_OR_HEAD and (found := load_page()):
-            challenge = {"WWW-Authenticate": 'Bearer realm="ringoexp"', "Cache-Control": "no-store"}
-            self.reply(401, found.content, HTML, {**found.headers, **challenge})
+    def refuse_unauthorized(self, path: str) -> None:
+        """Answer a request without the token. The live page is sent as the body: it asks the user for the token."""
+        if path == PAGE_PATH and self.command in GET_OR_HEAD and (live_page := load_page()):
+            challenge = {"WWW-Authenticate": CHALLENGE, "Cache-Control": "no-store"}
+            self.reply(401, live_page.content, HTML, {**live_page.headers, **challenge})
             return
-        super().unauthorized(path)
+        super().refuse_unauthorized(path)
 
     # Routes.
 
     def _page(self) -> None:
-        """The live page, unless the browser has it already."""
-        found = load_page()
-        if not found:
-            raise Refusal(404, "dashboard.html is not beside the program: the page was not installed")
-        status = 304 if found.headers["ETag"] in self.headers.get("If-None-Match", "") else 200
-        self.reply(status, found.content, HTML, found.headers)
+        live_page = load_page()
+        if not live_page:
+            raise Refusal(
+                404, "the live page is missing: dashboard.html was not installed with the program; reinstall it"
+            )
+        cached = live_page.headers["ETag"] in self.headers.get("If-None-Match", "")
+        self.reply(304 if cached else 200, live_page.content, HTML, live_page.headers)
 
     def _alive(self) -> None:
-        self._want_json()
+        headers.check_json_request(self.headers)
         self.reply(200, b"", JSON)
 
     def _stats(self) -> None:
-        self._want_json()
+        headers.check_json_request(self.headers)
         self.reply_json(200, self.server.monitor.report())
 
-    def _ready(self) -> None:
-        """Says whether a record sent now, by somebody who connects now, would be stored now."""
-        self._check_accept()
-        stopping = self.server.stopping.is_set()
-        reasons = [] if stopping else self.server.monitor.reasons()
-        if stopping:  # reason enough: nothing is to be asked any more
-            reasons.append(Reason("draining", "the server is stopping"))
-        elif not self.server.admitted():
-            most = f"{self.server.limit} connections (-n, --threads)"
-            if self.server.crowding():
-                most = f"{self.server.per_address} connections of this address (--per_address)"
-            reasons.append(Reason(THEIR_LIMIT, f"all {most} are taken"))
-        trusted = self.has_token()  # details have addresses and paths in them
-        # For a publisher, whose links will be asked for it.
-        told: dict[str, Any] = {"authorized": trusted} if self.server.credentials.current.token else {}
-        if identity := self.server.monitor.identity():
-            told["store"] = identity
-        if not reasons:
-            self.reply_json(200, {"ready": True, **told})
-            return
-        named = [
-            {
-                "code": reason.code,
-                "detail": reason.detail if trusted else "for who shows the token",
-                "since": None if reason.seconds is None else format_ago(reason.seconds),
-            }
-            for reason in reasons
-        ]
-        self.reply_json(503, {"ready": False, "reasons": named, **told}, {"Retry-After": "1"})
-
     def _metrics(self) -> None:
-        self.reply(200, self.server.monitor.metrics().encode(), METRICS)
+        self.reply(200, self.server.monitor.metrics().encode(), METRICS_TYPE)
+
+    def _ready(self) -> None:
+        """Answer whether a record that a new client sends now would be stored now."""
+        headers.check_accept(self.headers)
+        reasons = self._not_ready_reasons()
+        trusted = self.has_token()
+        fields: dict[str, Any] = {}
+        if self.server.credentials.current.token:
+            fields["authorized"] = trusted  # a publisher checks here whether its links have the right token
+        if identity := self.server.monitor.identity():
+            fields["store"] = identity
+        if not reasons:
+            self.reply_json(200, {"ready": True, **fields})
+            return
+        described = [_describe(reason, trusted) for reason in reasons]
+        self.reply_json(503, {"ready": False, "reasons": described, **fields}, {"Retry-After": "1"})
+
+    def _not_ready_reasons(self) -> list[Reason]:
+        """Return why a record that a new client sends now would not be stored now."""
+        if self.server.stopping.is_set():  # reason enough: the monitor is not asked during a stop
+            return [Reason("draining", "the server is stopping")]
+        reasons = self.server.monitor.reasons()
+        if not self.server.table.is_admitted():
+            limits = self.server.table.limits
+            limit = f"all {limits.admitted} connections are in use (-n, --threads)"
+            if self.server.table.is_address_full():
+                limit = f"all {limits.per_address} connections of this address are in use (--per_address)"
+            reasons.append(Reason(CONNECTIONS_FULL, limit))
+        return reasons
 
     def _post(self) -> None:
-        """Stores the integers of the body and says how many they were."""
-        self._check_origin()
-        self._check_accept()
-        kind = self.headers.get_content_type() if "Content-Type" in self.headers else BODY_TYPES[0]
-        if kind not in BODY_TYPES:
-            raise Refusal(415, f"the body is {kind[:100]}: send {BODY_TYPES[0]}")
+        """Store the integers of the body, and answer how many they are."""
+        headers.check_origin(self.headers)
+        headers.check_accept(self.headers)
+        headers.check_body_type(self.headers)
         body = self._read_body()
         self.lingering = False
         self.close_connection = self.asked_to_close or self.server.stopping.is_set()
@@ -198,189 +205,103 @@ class Handler(WebHandler):
         self._ingest(values)
 
     def _ingest(self, values: Any) -> None:
-        """Puts the values, waits until they are stored, and answers."""
-        started = monotonic()
+        """Put the values into the intake, wait until they are stored, and answer. Raises Refusal."""
+        started, deadline = monotonic(), deadline_after(INGEST_TIMEOUT_SECONDS)
         intake = self.server.intake
         try:
             block = Block([Run(uuid.uuid4().bytes, 0, len(values))], values)
-            accepted, ticket = intake.put(block, INGEST_TIMEOUT)
+            accepted, ticket = intake.put(block, INGEST_TIMEOUT_SECONDS)
         except StoreError as error:
             self.server.totals.add_refused(len(values))
-            raise self._not_now(f"not stored: {error}", 0) from error
-        left = started + INGEST_TIMEOUT - monotonic()
+            raise _not_stored(f"not stored: {error}", 0) from error
+        timeout = remaining(deadline)
         if accepted < len(values):
             self.server.totals.add_refused(len(values) - accepted)
-            why = "the server is stopping" if intake.closed else "the ring is full"
-            raise self._not_now(f"{why}: {accepted} of {len(values)} records were accepted", accepted)
-        if not intake.wait(ticket, max(0.0, left)):
-            raise self._not_now("accepted, but not stored yet: is the consumer away?", accepted)
+            cause = "the server is stopping" if intake.closed else "the ring is full"
+            raise _not_stored(f"{cause}: {accepted} of {len(values)} records were accepted", accepted)
+        if not intake.wait(ticket, timeout):
+            raise _not_stored("the records were accepted, but are not stored yet: is the consumer reachable?", accepted)
         self.server.totals.add_acked(accepted, [monotonic() - started])
         self.reply_json(200, {"stored": accepted})
 
-    def _not_now(self, reason: str, accepted: int) -> Refusal:
-        return Refusal(503, reason, {"Retry-After": "5"}, {"accepted": accepted})
-
     def _upgrade(self) -> None:
-        """Makes the connection a WebSocket and serves it to its end."""
-        headers = self._check_handshake()
-        rest = self._take_buffered()
+        """Answer the upgrade, and hand the connection over to the ingest loop."""
+        handshake = headers.check_handshake(self.command, self.request_version, self.headers)
+        subprotocols = headers.supported_subprotocols(self.headers)
+        frames = self._take_buffered()
         self.connection.settimeout(None)
         self.close_connection = True
-        extra = {"X-Request-Id": request_id(), "Server": self.server.name}
+        extra = {"X-Request-Id": new_request_id(), "Server": self.server.name}
         if identity := self.server.monitor.identity():
             extra[STORE_HEADER] = identity
         try:
-            subprotocol = accept_upgrade(self.connection, headers, extra, self._spoken())
+            subprotocol = accept_upgrade(self.connection, handshake, extra, subprotocols)
         except HandshakeError as error:
             raise Refusal(400, f"bad WebSocket handshake: {error}") from error
-        batches = subprotocol == SUBPROTOCOL
+        self._hand_over(subprotocol == SUBPROTOCOL, frames)
+
+    def _hand_over(self, batches: bool, frames: bytes) -> None:
+        """Give the connection to the ingest loop. `frames` are bytes that came with the handshake."""
         client = {"client": peer_name(self.client_address), "kind": "batches" if batches else "plain"}
-        log.info("connected", client)
-        since = monotonic()
+        log.info("connected", {**client})
+        started = monotonic()
         release = self.server.detach(self.connection)
 
-        def ended(gone: Client) -> None:
-            session = gone.session
+        def on_end(session: Session) -> None:
             code, reason = session.ending or LOST
             ending = {"code": int(code), "by": "client"} if session.by_client else {"code": int(code), "reason": reason}
-            counts = {"received": session.received, "acked": session.acked, "seconds": round(monotonic() - since, 3)}
+            counts = {"received": session.received, "acked": session.acked, "seconds": round(monotonic() - started, 3)}
             release()
             log.info("disconnected", {**client, **ending, **counts})
 
-        self.server.loop.add(self.connection, Session(batches, since), rest, ended)
+        assert self.server.loop
+        self.server.loop.add(self.connection, Session(batches, started), frames, on_end)
 
-    def _spoken(self) -> tuple[str, ...]:
-        """The subprotocols to choose from: ours, or, for a client that offers its token only, that one. It would
-        take none for a failure.
-        """
-        offered = self.offered()
-        if not {SUBPROTOCOL, PLAIN_SUBPROTOCOL} & set(offered):
-            return tuple(each for each in offered if each.startswith(BEARER_PREFIX))
-        return SUBPROTOCOL, PLAIN_SUBPROTOCOL
-
-    # Checks. Each raises Refusal.
-
-    def _want_json(self) -> None:
-        """What JSON routes ask of a request: it takes JSON, and has nothing else to say."""
-        self._check_accept()
-        if "Content-Type" in self.headers:
-            kind = self.headers["Content-Type"].partition(";")[0].strip().lower()
-            if kind not in ("application/json", "*/*"):
-                raise Refusal(415, f"Content-Type is {kind[:100]}: send application/json, or none")
-
-    def _check_accept(self) -> None:
-        accept = ",".join(self.headers.get_all("Accept", []))
-        if accept.strip() and not _admits_json(accept):
-            raise Refusal(406, "the answer is application/json, which Accept does not admit")
-
-    def _check_origin(self) -> None:
-        """A web page from elsewhere must not write into this server (RFC 6455 section 10.2)."""
-        origin = self.headers.get("Origin")
-        if origin is not None:
-            try:
-                theirs = urlsplit(origin)
-                ours = urlsplit(f"{theirs.scheme}://{self.headers.get('Host', '')}")
-                same = theirs.netloc != "" and _host_port(theirs) == _host_port(ours)
-            except ValueError:
-                same = False
-            if not same:
-                raise Refusal(403, "pages from elsewhere may not write here, only this server's own")
-
-    def _check_handshake(self) -> dict[str, str]:
-        """The headers of a valid opening handshake (RFC 6455 section 4.2.1), without extensions."""
-        upgrade = ("Upgrade", "websocket"), ("Connection", "upgrade")
-        if any(token not in self._tokens(name) for name, token in upgrade):
-            raise Refusal(
-                426,
-                "this is a WebSocket: connect with a WebSocket client, or POST the integers",
-                {"Upgrade": "websocket", "Connection": "Upgrade"},
-            )
-        if self.command != "GET" or self.request_version != "HTTP/1.1":
-            raise Refusal(400, "a WebSocket handshake is a GET in HTTP/1.1")
-        if len(self.headers.get_all("Host", [])) != 1:
-            raise Refusal(400, "a WebSocket handshake has one Host header")
-        self._check_origin()
-        if self.headers.get_all("Sec-WebSocket-Version", []) != ["13"]:
-            raise Refusal(426, "Sec-WebSocket-Version is not 13", {"Sec-WebSocket-Version": "13"})
-        keys = self.headers.get_all("Sec-WebSocket-Key", [])
-        try:
-            valid = len(keys) == 1 and len(base64.b64decode(keys[0].strip(), validate=True)) == 16
-        except (binascii.Error, ValueError):
-            valid = False
-        if not valid:
-            raise Refusal(400, "Sec-WebSocket-Key is not 16 bytes in base64")
-        offered = self.offered()
-        if not all(map(_WRITTEN.fullmatch, offered)):  # not shown: a bearer's token may be among them
-            raise Refusal(400, "Sec-WebSocket-Protocol is no list of subprotocols: percent-encode what is in one")
-        headers = {
-            "Host": "localhost",  # checked, and of no more use: wsproto would only decode it
-            "Upgrade": "websocket",
-            "Connection": "Upgrade",
-            "Sec-WebSocket-Key": keys[0].strip(),
-            "Sec-WebSocket-Version": "13",
-        }
-        if offered:
-            headers["Sec-WebSocket-Protocol"] = ", ".join(offered)
-        return headers
-
-    # Helpers.
-
-    def _tokens(self, name: str) -> list[str]:
-        """The comma-separated tokens of a header, in lower case."""
-        return [token.strip().lower() for value in self.headers.get_all(name, []) for token in value.split(",")]
+    # Reading.
 
     def _read_body(self) -> bytes:
-        """The body, whole."""
-        lengths = set(self.headers.get_all("Content-Length", []))
-        if "Transfer-Encoding" in self.headers or not lengths:
-            raise Refusal(411, "send the integers as a body with a Content-Length; chunks are not accepted")
-        text = lengths.pop()
-        if lengths or not (text.isascii() and text.isdigit()):
-            raise Refusal(400, "Content-Length is not one whole number")
-        length = int((text.lstrip("0") or "0")[:20])
+        """Return the whole body. Raises Refusal if it is too large, too slow or incomplete."""
+        length = headers.body_length(self.headers)
         if length > MAX_MESSAGE:
             self.server.totals.add_refused()
-            raise Refusal(413, f"{length} bytes: a body has at most {MAX_MESSAGE}")
-        patience = web.REQUEST_TIMEOUT + length / BODY_RATE
-        self.reader.deadline = monotonic() + patience
+            raise Refusal(
+                413, f"the body has {length} bytes, and the limit is {MAX_MESSAGE}: send several smaller requests"
+            )
+        timeout = handler.REQUEST_TIMEOUT_SECONDS + length / BODY_BYTES_PER_SECOND
+        self.reader.deadline = deadline_after(timeout)
         try:
             body = self.rfile.read(length)
         except TimeoutError:
-            raise Refusal(408, f"the body did not come within {patience:.0f} s") from None
+            raise Refusal(
+                408, f"the body did not arrive within {timeout:.0f} s: send it faster, or in smaller requests"
+            ) from None
         finally:
-            self.connection.settimeout(web.REQUEST_TIMEOUT)
+            self.connection.settimeout(handler.REQUEST_TIMEOUT_SECONDS)
         self.server.totals.add_bytes(len(body))
         if len(body) < length:
-            if self.server.stopping.is_set():
-                raise self._not_now("the server is stopping", 0)
+            if self.server.stopping.is_set():  # which ends the reading side of connections
+                raise _not_stored("the server is stopping", 0)
             self.server.totals.add_refused()
-            raise Refusal(400, f"Content-Length is {length}, but only {len(body)} bytes came")
+            raise Refusal(
+                400, f"the body ended after {len(body)} bytes, but Content-Length is {length}: send all of it"
+            )
         return body
 
     def _take_buffered(self) -> bytes:
-        """What `rfile` has read beyond the request: the first frames may come with the handshake."""
+        """Return what `rfile` has read beyond the request: the first frames may come with the handshake."""
         self.reader.deadline = None
         return self.rfile.peek()  # type: ignore[attr-defined,no-any-return]  # a BufferedReader
 
 
-def _admits_json(accept: str) -> bool:
-    """True when the most specific media range for application/json has a weight above 0 (RFC 9110 section 12.5.1)."""
-    best: tuple[int, bool] = (-1, False)
-    for part in accept.split(","):
-        media, *parameters = (piece.strip().lower() for piece in part.split(";"))
-        try:
-            specificity = ("*/*", "application/*", "application/json").index(media)
-        except ValueError:
-            continue
-        weights = [p[2:] for p in parameters if p.startswith("q=")]
-        try:
-            admitted = not weights or float(weights[0]) > 0
-        except ValueError:
-            admitted = False
-        best = max(best, (specificity, admitted))
-    return best[1]
+def _describe(reason: Reason, trusted: bool) -> dict[str, Any]:
+    """Return the JSON of one reason. Details contain addresses and paths: they are for `trusted` clients."""
+    return {
+        "code": reason.code,
+        "detail": reason.detail if trusted else "details require the access token",
+        "since": None if reason.seconds is None else format_ago(reason.seconds),
+    }
 
 
-def _host_port(url: Any) -> tuple[str | None, int | None]:
-    """Host and port of a split URL, the scheme's port if it names none. Raises ValueError for a bad port."""
-    return url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme)
+def _not_stored(reason: str, accepted: int) -> Refusal:
+    """Return the error for a POST of which only `accepted` records may be stored."""
+    return Refusal(503, reason, {"Retry-After": "5"}, {"accepted": accepted})

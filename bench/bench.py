@@ -1,11 +1,11 @@
-"""Measures Ringo Exp on this machine, next to what the machine itself can do, in under 3 minutes.
+"""Measures Ringo Exp on this machine, and the limits of the machine itself, in less than 3 minutes.
 
     python bench/bench.py [--json FILE] [--memory-seconds N] [--grow-to N] [--quick]
 
-Real processes: a consumer, a publisher, and the load generator of `load.py`. Machines differ and are
-shared, so read the ratios: the ceilings are measured in the same run, a round of them before each round
-of ours, and throughputs are medians of the rounds; the rest is measured once. Every figure but those of a
-row that says `-A ring` is with acks after fsync, and the database must hold exactly what was sent.
+The bench runs a consumer, a publisher and the load generator of `load.py` as processes. Machines differ and are shared,
+so compare ratios: the limits of the machine (ceilings) are measured in the same run, once before each round of Ringo
+Exp. Throughputs are medians of the rounds; other figures are measured once. All acks are sent after fsync, except in
+the row with `-A ring`, and the database must hold exactly the records that were sent.
 """
 
 import argparse
@@ -39,7 +39,7 @@ ROWS_A_STATEMENT = 1024
 
 @dataclass
 class Row:
-    """A line of the table. `target` is None where there is nothing to reach, `met` then too."""
+    """A row of the table. Without a target, `target` is empty and `met` is None."""
 
     measure: str
     figure: str
@@ -49,15 +49,15 @@ class Row:
 
 @dataclass
 class Sizes:
-    """How much of everything: a whole run, or a short one that only shows that all of it works."""
+    """The amounts of a run: a whole run, or a short one that only shows that everything works."""
 
     rounds: int
-    records: int  # of a throughput run
+    records: int  # in a throughput run
     pings: int
     memory_seconds: float
     idle: int
     grow_to: int
-    stretch: int  # records over which growth is measured, each time
+    stretch: int  # records in each measurement of growth
 
 
 WHOLE = Sizes(rounds=3, records=6_000_000, pings=4000, memory_seconds=20, idle=1000, grow_to=10**7, stretch=3_000_000)
@@ -65,7 +65,7 @@ QUICK = Sizes(rounds=1, records=200_000, pings=100, memory_seconds=0.5, idle=50,
 
 
 class Process:
-    """A server of ours, started and waited for, in `directory`."""
+    """A server of Ringo Exp in `directory`, which has printed its port."""
 
     def __init__(self, directory: str, *flags: str) -> None:
         command = [sys.executable, str(ROOT / "ringoexp.py"), *flags]
@@ -73,29 +73,29 @@ class Process:
             command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         assert self._process.stdout
-        found = re.search(r":(\d+),", self._process.stdout.readline())
-        if not found:
+        match = re.search(r":(\d+),", self._process.stdout.readline())
+        if not match:
             raise SystemExit(f"did not start: {' '.join(command)}")
-        self.port = int(found[1])
+        self.port = int(match[1])
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def resident(self) -> int:
-        """Resident bytes."""
+        """Return the resident bytes."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0]) * 1024
 
     def stop(self) -> None:
-        """Ends it, in order."""
+        """Stop the server in order."""
         self._process.terminate()
         self._process.communicate(timeout=60)
 
 
 @contextmanager
 def system(ring: int, *flags: str) -> Iterator[tuple[Process, Process, Path]]:
-    """A publisher with that ring, its consumer, and the consumer's database."""
+    """Run a publisher with this ring size and its consumer; yield both and the consumer's database."""
     with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory, ExitStack() as stack:
         consumer = Process(directory, "-I", "false", "-p", "0", "-D", "bench.db")
         stack.callback(consumer.stop)
@@ -106,7 +106,7 @@ def system(ring: int, *flags: str) -> Iterator[tuple[Process, Process, Path]]:
 
 @contextmanager
 def own_consumer() -> Iterator[tuple[Process, Path]]:
-    """A publisher that stores in a database of its own, and that."""
+    """Run a publisher that is its own consumer; yield it and its database."""
     with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory, ExitStack() as stack:
         process = Process(directory, "-p", "0", "-T", "0")
         stack.callback(process.stop)
@@ -114,7 +114,7 @@ def own_consumer() -> Iterator[tuple[Process, Path]]:
 
 
 def generate(port: int, connections: int, messages: int, payload: int, *flags: str) -> dict[str, float]:
-    """Runs the load generator to its end."""
+    """Run the load generator to its end and return its results."""
     numbers = map(str, (port, connections, messages, payload))
     command = [sys.executable, str(Path(__file__).with_name("load.py")), *numbers, *flags]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -122,30 +122,30 @@ def generate(port: int, connections: int, messages: int, payload: int, *flags: s
 
 
 def stored(database: Path) -> int:
-    """How many records the database holds, by its own count."""
+    """Count the records in the database."""
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as reader:
         return int(reader.execute("SELECT count(*) FROM record").fetchone()[0])
 
 
 def say(text: str) -> None:
-    """Progress, on stderr."""
+    """Print progress to stderr."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of a process so far, of all its threads, those that have ended among them.
+    """Return the processor time of a process so far, including threads that have ended.
 
-    By its clock in the kernel, which counts nanoseconds: /proc/PID/stat counts ticks of 10 ms, and a short measurement
-    may see none. The clock's number is made as the kernel's MAKE_PROCESS_CPUCLOCK does.
+    The clock of the kernel counts nanoseconds. /proc/PID/stat counts ticks of 10 ms, of which a short measurement may
+    see none. The number of the clock is that of MAKE_PROCESS_CPUCLOCK in the kernel.
     """
     return time.clock_gettime(~pid << 3 | 2)
 
 
-# Ceilings: what the machine can do without us.
+# Ceilings: the limits of the machine without Ringo Exp.
 
 
 def raw_sqlite(rows: int, bits: int) -> float:
-    """Rows a second that one thread inserts: values of `bits` bits, 1024 a statement, 65,536 a transaction."""
+    """Return the rows per second that one thread inserts, with `bits`-bit values and large transactions."""
     with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory:
         with closing(sqlite3.connect(f"{directory}/raw.db", isolation_level=None)) as database:
             database.execute("PRAGMA journal_mode = WAL")
@@ -164,7 +164,7 @@ def raw_sqlite(rows: int, bits: int) -> float:
 
 
 def bare_receiver(messages: int) -> float:
-    """4-byte messages a second that the generator sends to somebody who only counts bytes and acks the last."""
+    """Return the 4-byte messages per second that a receiver takes if it only counts bytes and acks the last message."""
     expected = messages * 10
 
     def serve() -> None:
@@ -174,9 +174,9 @@ def bare_receiver(messages: int) -> float:
             while b"\r\n\r\n" not in request:
                 request += sock.recv(65536)
             sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
-            got, buffer = 0, bytearray(256 * 1024)
-            while got < expected:
-                got += sock.recv_into(buffer)
+            received, buffer = 0, bytearray(256 * 1024)
+            while received < expected:
+                received += sock.recv_into(buffer)
             sock.sendall(b"\x82\x08" + messages.to_bytes(8, "big"))
             sock.recv(1)
 
@@ -189,7 +189,7 @@ def bare_receiver(messages: int) -> float:
 
 
 def fsync_ms(times: int) -> float:
-    """The median time of an fsync after 4 KiB were appended to a file, in ms."""
+    """Return the median time of an fsync after an append of 4 KiB, in ms."""
     taken = []
     with tempfile.TemporaryFile(prefix="ringoexp-bench-") as file:
         for _ in range(times):
@@ -201,19 +201,21 @@ def fsync_ms(times: int) -> float:
     return statistics.median(taken) * 1000
 
 
-# Ours.
+# Ringo Exp.
 
 
 def throughput(
     sizes: Sizes, ring: int, connections: int, payload: int, flags: tuple[str, ...] = (), wide: bool = False
 ) -> tuple[float, float]:
-    """Records a second from the first byte sent to the last ack, through two processes; and the part of that time
-    for which the generator had a processor."""
-    a_message = max(1, payload // 8)
-    messages = sizes.records // connections // a_message
+    """Return the records per second through two processes, and the generator's share of a processor in that time.
+
+    The time runs from the first byte sent to the last ack.
+    """
+    records_per_message = max(1, payload // 8)
+    messages = sizes.records // connections // records_per_message
     with system(ring, *flags) as (publisher, consumer, database):
         result = generate(publisher.port, connections, messages, payload, *(["--wide"] if wide else []))
-        if flags:  # acked before it is stored: wait for the rest
+        if flags:  # acked before they are stored: wait until all are stored
             publisher.stop()
         if stored(database) != result["records"]:
             raise SystemExit(f"stored {stored(database)} of {result['records']} records")
@@ -221,10 +223,10 @@ def throughput(
 
 
 def memory(sizes: Sizes, ring: int) -> tuple[list[int], list[int], float]:
-    """Resident bytes of publisher and consumer, sampled under full load, and the records a second stored meanwhile."""
+    """Sample the resident bytes of publisher and consumer under full load; return them and the records per second."""
     samples: tuple[list[int], list[int]] = ([], [])
     with system(ring) as (publisher, consumer, database):
-        # More than it can take in that time: the generator is cut off.
+        # More messages than the server can take in this time: the generator is killed at the end.
         command = [sys.executable, str(Path(__file__).with_name("load.py")), str(publisher.port), "1", str(10**9), "4"]
         generator = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
@@ -234,9 +236,11 @@ def memory(sizes: Sizes, ring: int) -> tuple[list[int], list[int], float]:
                 samples[0].append(publisher.resident())
                 samples[1].append(consumer.resident())
             if generator.poll() is not None:
-                raise SystemExit("the load generator ended before its time")
+                raise SystemExit("the load generator ended too early")
             with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as reader:
-                (newest,) = reader.execute("SELECT max(id) FROM record").fetchone()  # dense; a count would take long
+                (newest,) = reader.execute(
+                    "SELECT coalesce(max(id), 0) FROM record"
+                ).fetchone()  # ids are dense, and counting takes long
             rate = newest / sizes.memory_seconds
         finally:
             generator.kill()
@@ -245,8 +249,10 @@ def memory(sizes: Sizes, ring: int) -> tuple[list[int], list[int], float]:
 
 
 def idle_connections(sizes: Sizes) -> tuple[float, float]:
-    """Resident KB for each of many connections that idle after a message, and the slowest of 50 answers of alive
-    beside them, in ms."""
+    """Return the resident KB per idle connection, and the slowest of 50 responses of alive in ms.
+
+    Each connection has sent one message.
+    """
     with own_consumer() as (server, _), ExitStack() as stack:
         before = server.resident()
         message = load.frames(4, 1)
@@ -255,7 +261,7 @@ def idle_connections(sizes: Sizes) -> tuple[float, float]:
             sock.sendall(message)
             if len(sock.recv(10)) < 10:
                 raise SystemExit("no ack")
-        each = (server.resident() - before) / sizes.idle / 1000
+        per_connection = (server.resident() - before) / sizes.idle / 1000
         slowest = 0.0
         for _ in range(50):
             started = time.perf_counter()
@@ -265,11 +271,11 @@ def idle_connections(sizes: Sizes) -> tuple[float, float]:
                 raise SystemExit("alive did not answer 200")
             connection.close()
             slowest = max(slowest, time.perf_counter() - started)
-    return each, slowest * 1000
+    return per_connection, slowest * 1000
 
 
 def growth(sizes: Sizes) -> dict[int, float]:
-    """Records a second at growing numbers of stored records: each time the better of two stretches of one length."""
+    """Return the records per second by the number of stored records: the better of two equal runs each time."""
     rates: dict[int, float] = {}
     with system(65_536) as (publisher, _, database):
         held, size = 0, 10**5
@@ -288,7 +294,7 @@ def growth(sizes: Sizes) -> dict[int, float]:
 
 
 def measure(sizes: Sizes) -> list[Row]:
-    """The whole table."""
+    """Measure all rows of the table."""
     cases: dict[str, tuple[Any, ...]] = {
         "1 connection, 4-byte messages, -r 65536": (65_536, 1, 4),
         "1 connection, 4-byte messages, -r 4096": (4096, 1, 4),
@@ -315,7 +321,7 @@ def measure(sizes: Sizes) -> list[Row]:
             generators[name] = max(share, generators.get(name, 0))
             say(f"  {name}: {rates[name][-1] / 1e6:.2f} million/s")
     ceiling, ceiling_wide = statistics.median(ceilings), statistics.median(ceilings_wide)
-    median = {name: statistics.median(found) for name, found in rates.items()}
+    median = {name: statistics.median(values) for name, values in rates.items()}
     first, second, third, fourth, eight, hundred, wide, _ = median.values()
     rows = [
         Row("ceiling: SQLite alone, one thread", f"{ceiling / 1e6:.2f} million rows/s"),
@@ -346,29 +352,29 @@ def measure(sizes: Sizes) -> list[Row]:
         own = generate(process.port, 1, sizes.pings, 4, "--in-flight-1")
     with system(4096) as (publisher, _, _):
         two = generate(publisher.port, 1, sizes.pings, 4, "--in-flight-1")
-    for name, found, most in (("own consumer", own, 0.45), ("two processes", two, 0.8)):
-        figure = f"p50 {found['p50']:.2f}, p99 {found['p99']:.2f}, p99.9 {found['p999']:.2f} ms"
-        target = f"p50 <= {most} ms where fsync takes 0.17"
-        rows.append(Row(f"ack, one message in flight, {name}", figure, target, found["p50"] <= most))
+    for name, result, limit in (("own consumer", own, 0.45), ("two processes", two, 0.8)):
+        figure = f"p50 {result['p50']:.2f}, p99 {result['p99']:.2f}, p99.9 {result['p999']:.2f} ms"
+        target = f"p50 <= {limit} ms if fsync takes 0.17"
+        rows.append(Row(f"ack, one message in flight, {name}", figure, target, result["p50"] <= limit))
 
-    for ring, most_mb in ((4096, 60), (1_048_576, 90)):
+    for ring, limit_mb in ((4096, 60), (1_048_576, 90)):
         say(f"memory, -r {ring}, {sizes.memory_seconds:.0f} s")
         *both, rate = memory(sizes, ring)
         for role, samples in zip(("publisher", "consumer"), both, strict=True):
             half = len(samples) // 2
-            first_half, most = max(samples[:half]) / 1e6, max(samples) / 1e6
-            figure = f"{most:.0f} MB; {first_half:.0f} in the first half; at {rate / 1e6:.1f} million/s"
-            met = most < most_mb and most < 1.1 * first_half
-            rows.append(Row(f"resident under full load, -r {ring}, {role}", figure, f"< {most_mb} MB, flat", met))
+            first_half, highest = max(samples[:half]) / 1e6, max(samples) / 1e6
+            figure = f"{highest:.0f} MB; {first_half:.0f} in the first half; at {rate / 1e6:.1f} million/s"
+            met = highest < limit_mb and highest < 1.1 * first_half
+            rows.append(Row(f"resident under full load, -r {ring}, {role}", figure, f"< {limit_mb} MB, flat", met))
 
     say(f"{sizes.idle} idle connections")
-    each, slowest = idle_connections(sizes)
+    per_connection, slowest = idle_connections(sizes)
     rows.append(
         Row(
             f"each of {sizes.idle} connections, idle after a message",
-            f"{each:.0f} KB with its stack",
+            f"{per_connection:.0f} KB with its stack",
             "< 60 KB",
-            each < 60,
+            per_connection < 60,
         )
     )
     rows.append(Row("alive beside them, slowest of 50", f"{slowest:.1f} ms", "< 50 ms", slowest < 50))
@@ -382,7 +388,7 @@ def measure(sizes: Sizes) -> list[Row]:
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on."""
+    """Return facts about this machine."""
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
         "cores": len(os.sched_getaffinity(0)),
@@ -395,16 +401,18 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="measures Ringo Exp on this machine, in under 3 minutes")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
-    parser.add_argument("--memory-seconds", type=float, metavar="N", help="how long each memory run takes (default 20)")
-    parser.add_argument("--grow-to", type=int, metavar="N", help="up to how many records growth is measured (10^7)")
-    parser.add_argument("--quick", action="store_true", help="10 seconds: shows that all of it works, not how fast")
-    given = parser.parse_args()
-    sizes = QUICK if given.quick else WHOLE
-    if given.memory_seconds:
-        sizes.memory_seconds = given.memory_seconds
-    sizes.grow_to = given.grow_to or sizes.grow_to
+    parser = argparse.ArgumentParser(description="measures Ringo Exp on this machine, in less than 3 minutes")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--memory-seconds", type=float, metavar="N", help="duration of each memory run (default 20)")
+    parser.add_argument("--grow-to", type=int, metavar="N", help="measure growth up to this number of records (10^7)")
+    parser.add_argument(
+        "--quick", action="store_true", help="10 seconds: check that everything works; the figures mean nothing"
+    )
+    arguments = parser.parse_args()
+    sizes = QUICK if arguments.quick else WHOLE
+    if arguments.memory_seconds:
+        sizes.memory_seconds = arguments.memory_seconds
+    sizes.grow_to = arguments.grow_to or sizes.grow_to
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
     started = time.monotonic()
@@ -413,10 +421,10 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     widths = [max(len(getattr(row, name)) for row in rows) for name in ("measure", "figure", "target")]
     for row in rows:
-        met = "" if given.quick else {True: "met", False: "MISSED", None: ""}[row.met]
+        met = "" if arguments.quick else {True: "met", False: "MISSED", None: ""}[row.met]
         print(f"{row.measure:{widths[0]}}  {row.figure:{widths[1]}}  {row.target:{widths[2]}}  {met}".rstrip())
-    if given.json:
-        Path(given.json).write_text(
+    if arguments.json:
+        Path(arguments.json).write_text(
             json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
         )
 

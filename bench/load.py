@@ -1,9 +1,9 @@
-"""The load generator: many WebSocket messages from one process, built before the clock starts.
+"""The load generator: sends many WebSocket messages from one process, which builds them before it starts the clock.
 
-`python bench/load.py PORT CONNECTIONS MESSAGES PAYLOAD` sends MESSAGES messages of PAYLOAD bytes on each
-of CONNECTIONS connections, as fast as the server takes them, and prints one line of JSON when all are
-acked. `--in-flight-1` sends each message only when the one before it is acked, and prints latencies.
-The values are random numbers of 32 bits, whatever the size of their message; with `--wide` of 64 bits.
+`python bench/load.py PORT CONNECTIONS MESSAGES PAYLOAD` sends MESSAGES messages of PAYLOAD bytes on each of CONNECTIONS
+connections, as fast as the server takes them, and prints one line of JSON when all are acked. With `--in-flight-1`, it
+sends a message once the one before it is acked, and prints latencies. Values are random 32-bit numbers for all sizes of
+messages; with `--wide`, 64-bit numbers.
 """
 
 import argparse
@@ -23,32 +23,32 @@ SEND_BYTES = 256 * 1024
 
 
 def connect(port: int) -> socket.socket:
-    """A socket behind the WebSocket handshake."""
+    """Return a socket that is connected and has done the WebSocket handshake."""
     sock = socket.create_connection(("127.0.0.1", port), 30)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return upgrade(sock, port)
 
 
 def upgrade(sock: socket.socket, port: int) -> socket.socket:
-    """The same socket, behind the WebSocket handshake."""
+    """Do the WebSocket handshake on a connected socket and return it."""
     key = base64.b64encode(os.urandom(16)).decode()
     sock.sendall(
         f"GET /v1.0/ingest HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
     )
-    answer = b""
-    while not answer.endswith(b"\r\n\r\n"):
+    response = b""
+    while not response.endswith(b"\r\n\r\n"):
         data = sock.recv(1)
         if not data:
             raise ConnectionError("closed during the handshake")
-        answer += data
-    if b" 101 " not in answer.partition(b"\r\n")[0]:
-        raise ConnectionError(answer.decode())
+        response += data
+    if b" 101 " not in response.partition(b"\r\n")[0]:
+        raise ConnectionError(response.decode())
     return sock
 
 
 def frames(payload: int, count: int, wide: bool = False) -> bytes:
-    """`count` frames of `payload` bytes of random values, with random masks, end to end."""
+    """Return `count` consecutive frames with `payload` bytes of random values and random masks."""
     if payload < 126:
         head = bytes([0x82, 0x80 | payload])
     elif payload < 65536:
@@ -61,16 +61,16 @@ def frames(payload: int, count: int, wide: bool = False) -> bytes:
         narrow = array("q", array("i", values[: len(values) // 2]))
         narrow.byteswap()
         values = narrow.tobytes()
-    made = []
+    parts = []
     for i, mask in enumerate(masks):
         key = mask.to_bytes(4, "big") * (payload // 4)
         masked = int.from_bytes(key, "big") ^ int.from_bytes(values[i * payload : (i + 1) * payload], "big")
-        made += head, key[:4], masked.to_bytes(payload, "big")
-    return b"".join(made)
+        parts += head, key[:4], masked.to_bytes(payload, "big")
+    return b"".join(parts)
 
 
 class Sender:
-    """One connection: what it still has to send, and what is acked."""
+    """One connection, with the bytes left to send and the records acked."""
 
     def __init__(self, sock: socket.socket, block: memoryview, size: int, records: int) -> None:
         self.sock, self.block, self.left, self.records = sock, block, size, records
@@ -79,7 +79,7 @@ class Sender:
         self.tail = b""
 
     def send(self) -> bool:
-        """Sends what the socket takes at once. True when all is sent."""
+        """Send the bytes that the socket takes at once. True if all are sent."""
         part = self.block[self.at : self.at + min(SEND_BYTES, self.left)]
         try:
             sent = self.sock.send(part)
@@ -90,7 +90,7 @@ class Sender:
         return not self.left
 
     def read(self) -> bool:
-        """Reads acks. True when everything is acked."""
+        """Read acks. True if all records are acked."""
         data = self.sock.recv(65536)
         if not data:
             raise ConnectionError(f"closed with {self.acked} of {self.records} acked")
@@ -105,7 +105,7 @@ class Sender:
 
 
 def stream(port: int, connections: int, messages: int, payload: int, wide: bool = False) -> dict[str, float]:
-    """Sends everything, as fast as it is taken, and waits for the last ack."""
+    """Send all messages as fast as the server takes them, and wait for the last ack."""
     frame = len(frames(payload, 1))
     records = max(1, payload // 8) * messages
     block = memoryview(frames(payload, max(1, BLOCK_BYTES // frame), wide))
@@ -130,18 +130,18 @@ def stream(port: int, connections: int, messages: int, payload: int, wide: bool 
 
 
 def ping_pong(port: int, messages: int, payload: int) -> dict[str, float]:
-    """One message in flight: the time from each send to its ack, in milliseconds."""
+    """Send with one message in flight; return percentiles of the time from a send to its ack, in milliseconds."""
     sock = connect(port)
     blocks = frames(payload, messages)
     frame = len(blocks) // messages
     latencies = []
     for start in range(0, len(blocks), frame):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         sock.sendall(blocks[start : start + frame])
-        got = 0
-        while got < 10:
-            got += len(sock.recv(10 - got)) or sys.exit("closed before the ack")
-        latencies.append((time.perf_counter() - begun) * 1000)
+        received = 0
+        while received < 10:
+            received += len(sock.recv(10 - received)) or sys.exit("closed before the ack")
+        latencies.append((time.perf_counter() - started) * 1000)
     sock.close()
     cuts = statistics.quantiles(latencies, n=1000)
     return {"p50": cuts[499], "p99": cuts[989], "p999": cuts[998], "most": max(latencies)}
@@ -153,11 +153,15 @@ def main() -> None:
         parser.add_argument(name, type=int)
     parser.add_argument("--in-flight-1", action="store_true", help="wait for each ack; CONNECTIONS must be 1")
     parser.add_argument("--wide", action="store_true", help="values of 64 bits, in messages of at least 8 bytes")
-    given = parser.parse_args()
-    if given.in_flight_1:
-        print(json.dumps(ping_pong(given.port, given.messages, given.payload)))
+    arguments = parser.parse_args()
+    if arguments.in_flight_1:
+        print(json.dumps(ping_pong(arguments.port, arguments.messages, arguments.payload)))
     else:
-        print(json.dumps(stream(given.port, given.connections, given.messages, given.payload, given.wide)))
+        print(
+            json.dumps(
+                stream(arguments.port, arguments.connections, arguments.messages, arguments.payload, arguments.wide)
+            )
+        )
 
 
 if __name__ == "__main__":

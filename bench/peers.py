@@ -1,11 +1,11 @@
-"""The same work on what else one could use: single integers of 4 bytes, stored, acked, on this machine.
+"""Measures alternatives to Ringo Exp on this machine: each stores and acks single integers of 4 bytes.
 
     python bench/peers.py [--seconds N] [--modules DIR]
 
-Measures those that are installed and says how to install the others. Each is set up to be as fast as
-it can be while it keeps what it acks through a power loss (but for JetStream, which acks before its fsync), and gets
-the messages on one connection, as fast as it takes them, for about as long. Afterwards it must hold as many as it has
-acked. Run `bench.py` beside it: machines differ.
+The bench measures the installed alternatives and prints how to install the others. Each has its fastest configuration
+in which acked messages survive a power loss (except JetStream, which acks before its fsync). It gets the messages on
+one connection, as fast as it takes them, for about the same time. Afterwards it must hold as many messages as it has
+acked. Machines differ, so run `bench.py` on the same one.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from bench import generate, own_consumer, say, stored, system
 
 ROUNDS = 3
 FIRST = 100_000
-"""Messages of the run that tells how many a run of the wanted length has."""
+"""Messages in the first run, which determines the number of messages for a run of the wanted duration."""
 PINGS = 2000
 DEADLINE = 20.0
 
@@ -66,12 +66,12 @@ server.on('connection', ws => {
 
 
 class Missing(Exception):
-    """It is not installed. The text says how to change that."""
+    """An alternative is not installed. The text tells how to install it."""
 
 
 @contextmanager
 def process(*command: str, directory: str, env: dict[str, str] | None = None) -> "Iterator[subprocess.Popen[str]]":
-    """A running process, ended at the end."""
+    """Run a process, and terminate it at the end of the block."""
     running = subprocess.Popen(
         command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
     )
@@ -83,13 +83,13 @@ def process(*command: str, directory: str, env: dict[str, str] | None = None) ->
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
+    """Return a port that was free a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
 def connect(port: int) -> socket.socket:
-    """A TCP connection to a server that may still be starting."""
+    """Return a TCP connection to a server that may still be starting."""
     end = time.monotonic() + DEADLINE
     while True:
         try:
@@ -101,7 +101,7 @@ def connect(port: int) -> socket.socket:
 
 
 def pump(sock: socket.socket, request: bytes, count: int, answers: Callable[[bytes], int], window: int) -> float:
-    """Sends `request` that often, at most `window` unanswered, and returns the seconds until all are answered."""
+    """Send `request` `count` times, at most `window` of them unanswered; return the seconds until the last answer."""
     block = request * min(window, 2000)
     answered = sent = at = 0
     started = time.perf_counter()
@@ -120,7 +120,7 @@ def pump(sock: socket.socket, request: bytes, count: int, answers: Callable[[byt
         try:
             data = sock.recv(1 << 18)
             if not data:
-                raise ConnectionError("closed before all was answered")
+                raise ConnectionError("closed before the last answer")
             answered += answers(data)
         except BlockingIOError:
             pass
@@ -129,7 +129,7 @@ def pump(sock: socket.socket, request: bytes, count: int, answers: Callable[[byt
 
 
 def ping_pong(sock: socket.socket, request: bytes, answers: Callable[[bytes], int]) -> float:
-    """One message in flight: the median time to its answer, in ms."""
+    """Send with one message in flight; return the median time to the answer, in ms."""
     sock.settimeout(DEADLINE)
     taken = []
     for _ in range(PINGS):
@@ -142,16 +142,19 @@ def ping_pong(sock: socket.socket, request: bytes, answers: Callable[[bytes], in
 
 
 def enough(seconds: float, run: Callable[[int], float]) -> tuple[int, float]:
-    """Runs a first few messages, then so many as take about `seconds`: how many in all, and how many a second then.
+    """Run a few messages, then as many as take about `seconds`; return their total and the rate of the second run.
 
-    `run` sends that many and returns the seconds it took.
+    `run` sends a number of messages and returns the seconds that it took.
     """
     messages = max(FIRST, int(FIRST / run(FIRST) * seconds))
     return FIRST + messages, messages / run(messages)
 
 
 def websocket(port: int, seconds: float, count: Callable[[], int]) -> tuple[float, float]:
-    """Messages a second, and the median ack in ms, of a server that acks as ours does and holds `count()` records."""
+    """Measure a server that acks as Ringo Exp does: messages per second, and the median ack in ms.
+
+    `count` returns the number of records that it has stored.
+    """
     sent, rate = enough(seconds, lambda messages: generate(port, 1, messages, 4)["seconds"])
     latency = generate(port, 1, PINGS, 4, "--in-flight-1")["p50"]
     check(count(), sent + PINGS)
@@ -159,12 +162,13 @@ def websocket(port: int, seconds: float, count: Callable[[], int]) -> tuple[floa
 
 
 def check(held: int, sent: int) -> None:
-    """Ends the program unless everything that was acked is there, once."""
+    """End the program unless every acked message is stored once."""
     if held != sent:
-        raise SystemExit(f"{held} messages are stored of {sent} that were acked")
+        raise SystemExit(f"{held} messages are stored, but {sent} were acked")
 
 
-# The peers. Each returns messages a second, and the median ack in ms with one message in flight.
+# The alternatives. Each returns messages per second, and the median ack in ms with one message in flight.
+# The first line of its docstring is its name in the table.
 
 
 def ringoexp(seconds: float, modules: str) -> tuple[float, float]:
@@ -186,7 +190,7 @@ def ringoexp_alone(seconds: float, modules: str) -> tuple[float, float]:
 
 
 def node(seconds: float, modules: str) -> tuple[float, float]:
-    """Node ws + better-sqlite3: all messages of an event loop's turn in one commit."""
+    """Node ws + better-sqlite3: one commit for all messages of a turn of the event loop."""
     env = {**os.environ, "NODE_PATH": modules}
     test = "require('ws'); require('better-sqlite3')"
     if not shutil.which("node") or subprocess.run(["node", "-e", test], env=env, stderr=subprocess.DEVNULL).returncode:
@@ -199,7 +203,7 @@ def node(seconds: float, modules: str) -> tuple[float, float]:
 
 
 def websockets_sqlite(seconds: float, modules: str) -> tuple[float, float]:
-    """Python websockets + SQLite: what came since the last commit in the next one."""
+    """Python websockets + SQLite: one commit for all messages since the last commit."""
     if not importlib.util.find_spec("websockets"):
         raise Missing("pip install websockets")
     with tempfile.TemporaryDirectory() as directory:
@@ -220,7 +224,7 @@ def redis(seconds: float, modules: str) -> tuple[float, float]:
         with process("redis-server", *flags, directory=directory), connect(port) as sock:
             words = [b"XADD", b"s", b"*", b"v", b"1234567890"]
             request = b"*5\r\n" + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
-            answers = Answers(b"\r\n", each=2)
+            answers = Answers(b"\r\n", repeats=2)
             sent, rate = enough(seconds, lambda messages: pump(sock, request, messages, answers, 20_000))
             latency = ping_pong(sock, request, answers)
             sock.sendall(b"XLEN s\r\n")
@@ -244,10 +248,10 @@ def jetstream(seconds: float, modules: str) -> tuple[float, float]:
                 def ask(request: str, until: bytes) -> bytes:
                     sock.settimeout(DEADLINE)
                     sock.sendall(masked(request.encode()))
-                    got = b""
-                    while until not in got:
-                        got += sock.recv(65536)
-                    return got
+                    received = b""
+                    while until not in received:
+                        received += sock.recv(65536)
+                    return received
 
                 stream = json.dumps({"name": "s", "subjects": ["s"], "storage": "file"})
                 create = f"PUB $JS.API.STREAM.CREATE.s in {len(stream)}\r\n{stream}\r\n"
@@ -257,38 +261,38 @@ def jetstream(seconds: float, modules: str) -> tuple[float, float]:
                 sent, rate = enough(seconds, lambda messages: pump(sock, request, messages, answers, 4000))
                 latency = ping_pong(sock, request, answers)
                 info = ask("PUB $JS.API.STREAM.INFO.s in 0\r\n\r\n", b'"consumer_count"')
-                found = re.search(rb'"messages":(\d+)', info)
-                check(int(found[1]) if found else 0, sent + PINGS)
+                match = re.search(rb'"messages":(\d+)', info)
+                check(int(match[1]) if match else 0, sent + PINGS)
                 return rate, latency
 
 
 class Answers:
-    """Counts how often `pattern` has come, in any cut; `each` of it are one answer."""
+    """Counts answers in a stream: an answer contains `pattern` `repeats` times, in any division into pieces."""
 
-    def __init__(self, pattern: bytes, each: int = 1) -> None:
-        self._pattern, self._each = pattern, each
+    def __init__(self, pattern: bytes, repeats: int = 1) -> None:
+        self._pattern, self._repeats = pattern, repeats
         self._tail, self._seen = b"", 0
 
     def __call__(self, data: bytes) -> int:
-        """How many answers `data` completes."""
+        """Return the number of answers that `data` completes."""
         data = self._tail + data
-        found = data.count(self._pattern)
+        matches = data.count(self._pattern)
         keep = len(self._pattern) - 1
         self._tail = data[max(len(data) - keep, data.rfind(self._pattern) + len(self._pattern)) :] if keep else b""
-        before = self._seen // self._each
-        self._seen += found
-        return self._seen // self._each - before
+        before = self._seen // self._repeats
+        self._seen += matches
+        return self._seen // self._repeats - before
 
 
 def masked(payload: bytes) -> bytes:
-    """A client's binary frame."""
+    """Return a binary frame of a client."""
     size = len(payload)
     head = bytes([0x82, 0x80 | size]) if size < 126 else b"\x82\xfe" + struct.pack(">H", size)
     return head + bytes(4) + payload
 
 
 async def serve_websockets() -> None:
-    """The server of `websockets_sqlite`."""
+    """Run the server of `websockets_sqlite`."""
     from websockets.asyncio.server import ServerConnection, serve
 
     database = sqlite3.connect("peer.db", isolation_level=None)
@@ -299,13 +303,13 @@ async def serve_websockets() -> None:
     async def handle(client: ServerConnection) -> None:
         values: list[tuple[int]] = []
         stored = 0
-        some = asyncio.Event()
+        arrived = asyncio.Event()
 
         async def commit() -> None:
             nonlocal values, stored
             while True:
-                await some.wait()
-                some.clear()
+                await arrived.wait()
+                arrived.clear()
                 batch, values = values, []
                 database.execute("BEGIN IMMEDIATE")
                 database.executemany("INSERT INTO record(value) VALUES (?)", batch)
@@ -317,7 +321,7 @@ async def serve_websockets() -> None:
         async for message in client:
             assert isinstance(message, bytes)
             values.append(struct.unpack(">i", message))
-            some.set()
+            arrived.set()
         committer.cancel()
 
     async with serve(handle, "127.0.0.1", 0, compression=None) as server:
@@ -329,12 +333,12 @@ PEERS = (ringoexp_large, ringoexp, ringoexp_alone, node, websockets_sqlite, redi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the same work on what else one could use")
-    parser.add_argument("--seconds", type=float, default=2, help="about how long a run is (default 2)")
+    parser = argparse.ArgumentParser(description="measures alternatives to Ringo Exp with the same work")
+    parser.add_argument("--seconds", type=float, default=2, help="approximate duration of a run (default 2)")
     parser.add_argument("--modules", default="node_modules", help="node_modules directory with ws and better-sqlite3")
     parser.add_argument("--serve-websockets", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.serve_websockets:
+    arguments = parser.parse_args()
+    if arguments.serve_websockets:
         asyncio.run(serve_websockets())
         return
     results: dict[str, list[tuple[float, float]]] = {}
@@ -345,15 +349,15 @@ def main() -> None:
             if name in missing:
                 continue
             try:
-                found = peer(given.seconds, str(Path(given.modules).resolve()))
+                result = peer(arguments.seconds, str(Path(arguments.modules).resolve()))
             except Missing as reason:
                 missing[name] = str(reason)
                 continue
-            say(f"round {turn + 1}: {name}: {found[0]:,.0f}/s, {found[1]:.2f} ms")
-            results.setdefault(name, []).append(found)
+            say(f"round {turn + 1}: {name}: {result[0]:,.0f}/s, {result[1]:.2f} ms")
+            results.setdefault(name, []).append(result)
     width = max(map(len, [*results, *missing]))
-    for name, found in results.items():
-        rate, latency = (statistics.median(column) for column in zip(*found, strict=True))
+    for name, figures in results.items():
+        rate, latency = (statistics.median(column) for column in zip(*figures, strict=True))
         print(f"{name:{width}}  {rate:>11,.0f} messages/s   ack p50 {latency:.2f} ms")
     for name, reason in missing.items():
         print(f"{name:{width}}  not installed: {reason}")

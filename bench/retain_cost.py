@@ -1,9 +1,9 @@
-"""What `--retain` costs: records a second, and acks, with it and without it, while millions of old records go.
+"""Measure the cost of `--retain`: throughput and ack latency while the server deletes millions of old records.
 
-`python bench/retain_cost.py` fills a database, dates its records back, and lets a consumer behind a publisher
-(`-r 65536`) take a full load, each time of a copy of it; beside it a client of the consumer's own sends one record at a
-time and waits for its ack. It prints medians of the rounds: each figure with retention, without it, and their ratio.
-`--quick` is a few seconds, and shows that all of it works.
+`python bench/retain_cost.py` fills a database and backdates its records. Each run uses a copy of it. A publisher
+(`-r 65536`) sends a full load to the consumer, while another client sends one record at a time to the consumer and
+waits for its ack. The output has the medians of all rounds: each figure with retention, without it, and their ratio.
+`--quick` takes a few seconds; it shows that the benchmark works.
 """
 
 import argparse
@@ -38,7 +38,7 @@ DAY_MS = 86_400_000
 
 
 class Sizes(NamedTuple):
-    """How much of everything."""
+    """The size of the benchmark."""
 
     rounds: int
     old: int  # records
@@ -49,8 +49,8 @@ WHOLE = Sizes(rounds=3, old=40_000_000, seconds=12)
 QUICK = Sizes(rounds=1, old=1_000_000, seconds=2)
 
 
-class Found(NamedTuple):
-    """Of one run."""
+class Figures(NamedTuple):
+    """The results of one run."""
 
     rate: float  # records stored a second
     p50: float  # of acks, in ms
@@ -59,7 +59,7 @@ class Found(NamedTuple):
 
 
 def prepare(path: Path, old: int) -> None:
-    """A database with so many records that came ten days ago, and one that came now."""
+    """Create a database with `old` records that arrived ten days ago, and one that arrived now."""
     with closing(Store(str(path))) as store:
         source = uuid.uuid4().bytes
         for first in range(0, old, BLOCK):
@@ -71,12 +71,13 @@ def prepare(path: Path, old: int) -> None:
 
 
 def stats(port: int) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://localhost:{port}/v1.0/stats", timeout=30) as answer:
-        return dict(json.load(answer)["stats"])
+    """Return the statistics of a server."""
+    with urllib.request.urlopen(f"http://localhost:{port}/v1.0/stats", timeout=30) as response:
+        return dict(json.load(response)["stats"])
 
 
-def pings(port: int, over: threading.Event, taken: list[float]) -> None:
-    """Sends one record at a time and waits for its ack, until `over`."""
+def measure_acks(port: int, over: threading.Event, times: list[float]) -> None:
+    """Send one record at a time and wait for its ack, until `over`; append each time in ms to `times`."""
     message = load.frames(4, 1)
     with load.connect(port) as sock:
         while not over.is_set():
@@ -84,18 +85,18 @@ def pings(port: int, over: threading.Event, taken: list[float]) -> None:
             sock.sendall(message)
             if len(sock.recv(10)) < 10:
                 raise SystemExit("no ack")
-            taken.append((time.perf_counter() - started) * 1000)
+            times.append((time.perf_counter() - started) * 1000)
 
 
-def run(prepared: Path, seconds: float, loaded: bool, *flags: str) -> Found:
-    """A run of so long, with full load or with none but the single records."""
+def run(prepared: Path, seconds: float, loaded: bool, *flags: str) -> Figures:
+    """Run the servers for `seconds`, with full load or with single records only, and return the figures."""
     with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory, ExitStack() as stack:
         shutil.copy(prepared, Path(directory, "bench.db"))
         consumer = Process(directory, "-I", "false", "-p", "0", "-D", "bench.db", *flags)
         stack.callback(consumer.stop)
         publisher = Process(directory, "-p", "0", "-T", str(consumer.port), "-r", "65536")
         stack.callback(publisher.stop)
-        if loaded:  # more than it can take in that time: it is cut off
+        if loaded:  # more records than fit into the time; the generator is killed at the end
             generator = subprocess.Popen(
                 [sys.executable, str(ROOT / "bench" / "load.py"), str(publisher.port), "1", str(10**9), "4"],
                 stdout=subprocess.DEVNULL,
@@ -104,60 +105,60 @@ def run(prepared: Path, seconds: float, loaded: bool, *flags: str) -> Found:
             stack.callback(generator.wait)
             stack.callback(generator.kill)
         over = threading.Event()
-        taken: list[float] = []
-        pinging = threading.Thread(target=pings, args=(consumer.port, over, taken))
-        pinging.start()
+        times: list[float] = []
+        acks = threading.Thread(target=measure_acks, args=(consumer.port, over, times))
+        acks.start()
         before, started = stats(consumer.port), time.monotonic()
         time.sleep(seconds)
-        after, took = stats(consumer.port), time.monotonic() - started
+        after, elapsed = stats(consumer.port), time.monotonic() - started
         over.set()
-        pinging.join()
-    taken.sort()
-    return Found(
-        (after["recordsStored"] - before["recordsStored"]) / took,
-        taken[len(taken) // 2],
-        taken[len(taken) * 99 // 100],
-        (after["recordsExpired"] - before["recordsExpired"]) / took,
+        acks.join()
+    times.sort()
+    return Figures(
+        (after["recordsStored"] - before["recordsStored"]) / elapsed,
+        times[len(times) // 2],
+        times[len(times) * 99 // 100],
+        (after["recordsExpired"] - before["recordsExpired"]) / elapsed,
     )
 
 
-def show(what: str, without: Sequence[Found], retaining: Sequence[Found]) -> None:
-    """Prints the medians, and those of each round's ratios: a round's two runs are the nearest in time."""
+def show(load_name: str, without: Sequence[Figures], retaining: Sequence[Figures]) -> None:
+    """Print the medians, and the median ratio. A ratio compares the two runs of one round, which are close in time."""
     plain, kept = (
-        Found(*(statistics.median(values) for values in zip(*found, strict=True))) for found in (without, retaining)
+        Figures(*(statistics.median(values) for values in zip(*runs, strict=True))) for runs in (without, retaining)
     )
-    ratio = Found(
+    ratio = Figures(
         *(
             statistics.median(with_it / plainly for plainly, with_it in zip(*pair, strict=True)) if all(pair[0]) else 0
             for pair in zip(zip(*without, strict=True), zip(*retaining, strict=True), strict=True)
         )
     )
     print(
-        f"{what}: {kept.rate:,.0f} records/s with --retain, {plain.rate:,.0f} without: {ratio.rate:.2f};"
+        f"{load_name}: {kept.rate:,.0f} records/s with --retain, {plain.rate:,.0f} without: {ratio.rate:.2f};"
         f" {kept.expired / 1e6:.2f} million/s deleted"
     )
     print(
-        f"{what}: ack p50 {kept.p50:.2f} ms, {plain.p50:.2f} without: {ratio.p50:.2f};"
+        f"{load_name}: ack p50 {kept.p50:.2f} ms, {plain.p50:.2f} without: {ratio.p50:.2f};"
         f" p99 {kept.p99:.2f} ms, {plain.p99:.2f} without: {ratio.p99:.2f}"
     )
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few seconds: shows that all of it works, not how much")
+    parser.add_argument("--quick", action="store_true", help="take a few seconds, to show that the benchmark works")
     sizes = QUICK if parser.parse_args().quick else WHOLE
     with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory:
         prepared = Path(directory, "prepared.db")
         say(f"{sizes.old} old records")
         prepare(prepared, sizes.old)
-        for what, loaded in (("full load", True), ("one record at a time", False)):
+        for load_name, loaded in (("full load", True), ("one record at a time", False)):
             without, retaining = [], []
             for turn in range(sizes.rounds):
                 without.append(run(prepared, sizes.seconds, loaded))
                 retaining.append(run(prepared, sizes.seconds, loaded, "--retain", "5"))
-                say(f"{what}, round {turn + 1}: {without[-1]}, {retaining[-1]}")
-            show(what, without, retaining)
+                say(f"{load_name}, round {turn + 1}: {without[-1]}, {retaining[-1]}")
+            show(load_name, without, retaining)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""A server put together: store, ring, workers and the HTTP server, as the flags say; and their ordered stop.
+"""A server: builds its parts from the settings, starts them, and stops them in order.
 
-The main thread builds it, has it read its keys again, and stops it: connections first, then the ring, the workers and
-the store. What `Monitor` and `notify` ask, any thread may ask, once it is built; each room guards its own.
+The main thread builds, starts, reloads and stops an `App`. `Report` and the service manager's watchdog read it from any
+thread; each part guards its own state.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from time import monotonic
+from functools import partial
 
 from ringbuffer import Ring
 from ringolib.counters import Totals
-from ringolib.forward import spool
 from ringolib.forward.destination import Destination
 from ringolib.forward.discovery import Consumers
 from ringolib.forward.link import LinkSink, LinkState
 from ringolib.forward.sink import Sink, StoreSink
+from ringolib.forward.spool import ACK_TIMEOUT_SECONDS, Spool, SpoolSink
 from ringolib.forward.workers import BATCH_RECORDS, Forwarder
 from ringolib.net.addresses import (
     Address,
@@ -25,167 +25,75 @@ from ringolib.net.addresses import (
     format_address,
     is_fixed,
     is_same_listener,
+    resolve,
     unix_path,
 )
-from ringolib.net.addresses import resolve as find
 from ringolib.net.credentials import CredentialError, CredentialFiles, Credentials
 from ringolib.net.listeners import Listeners
-from ringolib.options import DATABASE, Settings
+from ringolib.options import Role, Settings, find_conflict
 from ringolib.status.profiler import Profiler
 from ringolib.status.report import Report, Sources
 from ringolib.status.snapshot import records_stored
 from ringolib.storage.clickhouse.store import ClickHouse
-from ringolib.storage.clickhouse.url import is_clickhouse_url, parse_url, redact_passwords
+from ringolib.storage.clickhouse.url import Target, is_clickhouse_url, parse_url, redact_passwords
 from ringolib.storage.interface import Storage
 from ringolib.storage.retention import Retention
+from ringolib.timing import ThreadError, deadline_after, remaining
 from ringolib.web.intake import Intake, RingIntake, StoreIntake
+from ringolib.web.table import Limits
 from store import Store
 from wsserver import Server
 
 log = logging.getLogger("ringoexp")
 
 DRAIN_SECONDS = 30.0
-"""How long a stopping server tries to store what it has accepted."""
+"""How long a stopping server tries to store the records that it has accepted."""
+JOIN_SECONDS = 5.0
+"""How long the stop waits for the threads of one part."""
+RESOLVER_JOIN_SECONDS = 1.0
+"""The same for the thread that resolves names: a slow name service must not delay the stop."""
+
+LinkMaker = Callable[[Endpoint, Callable[[], None]], LinkSink]
+"""Makes a link to an endpoint; the second argument is called when the link connects."""
 
 
 class StartupError(Exception):
-    """The server cannot start. The text says what happened and what to do."""
-
-
-def _no_thread(error: RuntimeError) -> StartupError:
-    """What a thread that cannot be had is to who starts a server."""
-    return StartupError(f"no thread to be had: {error} (ulimit -u limits them)")
-
-
-def resolve(flag: str, host: str, port: int) -> list[Address]:
-    """The addresses of a host, IPv4 first. Raises StartupError when there is none."""
-    try:
-        return find(host, port)
-    except AddressError as error:
-        hint = " (a host alone: the port is another flag)" if ":" in host or "/" in host else ""
-        raise StartupError(f"{flag} {host}: {error}{hint}") from error
-
-
-def is_own_consumer(settings: Settings) -> bool:
-    """True when the consumer's address is this publisher's own. Raises StartupError for names that do not resolve, if
-    there is only one, and for an address of its own among several.
-    """
-    own = resolve("-H", settings.hostname, settings.port)
-    several = len(settings.consumers) > 1
-    for host, port in settings.consumers:
-        try:
-            theirs = resolve("-U", host, port)
-        except StartupError:
-            if several:
-                continue
-            raise
-        if any(is_same_listener(address, listening) for address in theirs for listening in own):
-            if several:
-                raise StartupError(
-                    f"-U {format_address(host, port)}: that is this publisher itself, which cannot be one of several consumers: "
-                    "leave it out"
-                )
-            return True
-    return False
+    """The server cannot start. The text names the cause and the remedy."""
 
 
 class App:
-    """A server put together: what there is of store, ring and forwarder, and the HTTP server before them.
+    """A server: its store, ring, workers and HTTP server. Parts that the settings do not ask for are None.
 
-    Raises StartupError or StoreError when one of them cannot be had; nothing is left open then.
+    Raises StartupError or StoreError if a part cannot be built; nothing is left open then.
     """
 
     def __init__(self, settings: Settings, argv: Sequence[str]) -> None:
         target = parse_url(settings.database) if is_clickhouse_url(settings.database) else None
-        if target:  # from here on nobody knows the password but the store
-            settings = replace(settings, database=target.display_url)
+        if target:
+            settings = replace(settings, database=target.display_url)  # from here on, only the store knows the password
         self.settings = settings
-        self.argv = [redact_passwords(each) for each in argv]
+        self.argv = [redact_passwords(argument) for argument in argv]
         self.totals = Totals()
-        self.store: Storage | None = None
-        self.ring: Ring | None = None
-        self.forwarder: Forwarder | None = None
-        self.consumers: Consumers | None = None
-        self.spool: spool.Spool | None = None
-        self.retention: Retention | None = None
-        addresses = resolve("-H", settings.hostname, settings.port)
-        try:
-            own = not settings.is_publisher or is_own_consumer(settings)
-        except StartupError as error:  # names come and go with the network; with a spool, ingest does not
-            if not settings.spool:
-                raise
-            log.warning("consumer_unresolved", {"reason": str(error)})
-            own = False
-        self.credentials = _read_keys(settings)
-        theirs = named(settings)
-        if not own and settings.database != DATABASE:
-            raise StartupError(
-                f"-D {settings.database}: this publisher has no database, it forwards to "
-                f"{theirs} (-U and -T, the same as -H and -p, make it its own consumer)"
-            )
-        if not own and settings.retain:
-            raise StartupError(
-                f"--retain {settings.retain:g}: this publisher has no database, it forwards to "
-                f"{theirs} (--retain is that consumer's)"
-            )
-        if own and settings.spool:
-            raise StartupError(
-                f"-S {settings.spool}: this publisher stores in its own database, it needs no spool "
-                "(-U and -T name a consumer elsewhere)"
-            )
-        with ExitStack() as undo:
-            try:
-                listeners = Listeners(format_address(settings.hostname, settings.port), addresses)
-            except AddressError as error:
-                hint = "-H names another address"
-                if "in use" in str(error):
-                    hint = "is one running already? -H and -p name another address; a complete system there needs -T "
-                    hint += "too, the same as -p"
-                raise StartupError(str(error) if unix_path(settings.hostname) else f"{error} ({hint})") from error
-            limits = settings.max_connections, settings.per_address
-            self.server = Server(listeners, settings.name, *limits, self.credentials, self.totals)
-            undo.callback(self.server.close)
-            self.profiler = self._open_profiler()
-            if self.profiler:
-                undo.callback(self.profiler.close)
-            if not own:
-                try:
-                    self.consumers = Consumers(settings.consumers, self._make_destination, by_name=bool(settings.spool))
-                except AddressError as error:
-                    raise StartupError(str(error)) from error
-                undo.callback(self.consumers.stop, 1)
-            if own and target:
-                self.store = ClickHouse(target, settings.clickhouse_cluster, settings.retain)
-                undo.callback(self.store.close)
-            elif own:
-                self.store = store = Store(settings.database)
-                undo.callback(self.store.close)
-            if own and not target and settings.retain:
-                try:
-                    self.retention = Retention(store, settings.retain)
-                except RuntimeError as error:
-                    raise _no_thread(error) from error
-                undo.callback(self.retention.stop, 5)
-            if settings.is_publisher:
-                try:
-                    self.ring = Ring(settings.ring_size)
-                except MemoryError:
-                    raise StartupError(f"-r {settings.ring_size}: not that much memory to be had") from None
-                try:
-                    destinations = (
-                        self.consumers.destinations if self.consumers else [Destination(self._make_store_sink)]
-                    )
-                    if settings.spool and destinations[0].link:
-                        link = self._make_link(destinations[0], lambda: None)
-                        self.spool = spool.Spool(settings.spool, settings.spool_max, link, destinations[0].link)
-                        undo.callback(self.spool.stop, 5)
-                    most = settings.spool_max if self.spool else BATCH_RECORDS
-                    self.forwarder = Forwarder(self.ring, destinations, settings.most_workers, most)
-                    if self.consumers:
-                        self.consumers.start(self.forwarder)
-                except RuntimeError as error:
-                    raise _no_thread(error) from error
+        listening = resolve_option("-H", settings.hostname, settings.port)
+        role = resolve_role(settings)
+        self.credentials = _read_credentials(settings)
+        if conflict := find_conflict(settings, role):
+            raise StartupError(conflict)
+        stores = role is Role.STORES
+        # Each part needs only parts that are built before it. If one fails, `undo` closes the others in reverse order.
+        with ExitStack() as undo, _startup_errors():
+            self.server = _open_server(settings, listening, self.credentials, self.totals, undo)
+            self.profiler = _open_profiler(settings, self.credentials, undo) if settings.profiler_port else None
+            self.store: Storage | None
+            self.retention: Retention | None
+            self.store, self.retention = _open_store(settings, target, undo) if stores else (None, None)
+            self.ring = _allocate_ring(settings.ring_size) if settings.is_publisher else None
+            make_link = partial(_make_link, settings, self.credentials, self.server.listeners.is_own)
+            self.spool = _open_spool(settings, make_link, undo) if settings.spool else None
+            self.consumers = None if stores else _resolve_consumers(settings, self.spool, make_link, undo)
+            self.forwarder = self._start_forwarder(self.ring, undo) if self.ring else None
             undo.pop_all()
+        self._intake: Intake | None = None
         self._report = Report(
             Sources(
                 settings=settings,
@@ -197,141 +105,197 @@ class App:
                 store=self.store,
                 spool=self.spool,
                 forwarder=self.forwarder,
-                forwards=self.consumers is not None,
+                forwards=not stores,
                 retention=self.retention,
             )
         )
 
-    def start(self) -> None:
-        """Begins to serve. Raises StartupError."""
-        self._say_who_may_come()
-        intake: Intake
-        if self.ring:
-            intake = RingIntake(self.ring, self.settings.ack == "ring")
+    def _start_forwarder(self, ring: Ring, undo: ExitStack) -> Forwarder:
+        """Start the workers, which take batches from `ring` to the consumers, or to the own store."""
+        if self.consumers:
+            destinations = self.consumers.destinations
         else:
             assert self.store
-            intake = StoreIntake(self.store)
-        try:
-            self.server.serve(intake, self._report)
+            destinations = [_store_destination(self.store)]
+        max_records = self.settings.spool_max if self.spool else BATCH_RECORDS
+        forwarder = Forwarder(ring, destinations, self.settings.max_workers, max_records)
+        undo.callback(forwarder.stop, JOIN_SECONDS)
+        undo.callback(ring.abort)  # runs first: the workers end only if the ring is closed or aborted
+        if self.consumers:
+            self.consumers.start(forwarder)
+        return forwarder
+
+    @property
+    def address(self) -> str:
+        """The address that this server listens on, with the port that it has got."""
+        return format_address(self.settings.hostname, self.server.port)
+
+    def start(self) -> None:
+        """Start to serve. Raises StartupError."""
+        self._log_credential_warnings()
+        with _startup_errors():
+            if self.ring:
+                self._intake = RingIntake(self.ring, self.settings.ack == "ring")
+            else:
+                assert self.store
+                self._intake = StoreIntake(self.store)
+            self.server.serve(self._intake, self._report)
             if self.profiler:
                 self.profiler.start()
-        except RuntimeError as error:
-            raise _no_thread(error) from error
         if self.profiler:
-            where = {"host": self.settings.profiler_host, "port": self.profiler.port}
-            log.log(logging.INFO if self.profiler.loopback else logging.WARNING, "profiling", where)
+            level = logging.INFO if self.profiler.loopback else logging.WARNING
+            log.log(level, "profiling", {"host": self.settings.profiler_host, "port": self.profiler.port})
 
     def reload(self) -> None:
-        """Reads token and certificates again; connections that are open keep what they have."""
+        """Read the token and the certificates again. Open connections keep the old ones."""
         try:
             self.credentials.reload()
         except CredentialError as error:
             log.error("not_reloaded", {"reason": str(error)})
             return
         log.info("reloaded")
-        self._say_who_may_come()
+        self._log_credential_warnings()
 
-    def _say_who_may_come(self) -> None:
-        """One line if that is everybody who can connect, and one if the certificate will be refused."""
+    def _log_credential_warnings(self) -> None:
+        """Warn if other machines can connect without a token, and if the certificate is expired or nearly so."""
         if not self.credentials.current.token and not self.server.listeners.loopback and not self.settings.client_ca:
-            hint = "whoever can connect may write and look on: --token_file keeps others out"
-            log.warning("no_token", {"address": format_address(self.settings.hostname, self.server.port), "hint": hint})
+            hint = "any client that can connect may send records and read statistics; --token_file requires a token"
+            log.warning("no_token", {"address": self.address, "hint": hint})
         if trouble := self.credentials.certificate_problem():
             log.warning("certificate", {"file": self.settings.tls_cert, "reason": trouble})
 
-    def _open_profiler(self) -> Profiler | None:
-        """The profiler's port, if there is to be one. Raises StartupError."""
-        settings = self.settings
-        if not settings.profiler_port:
-            return None
-        host, port = settings.profiler_host, settings.profiler_port
-        addresses = resolve("--profiler_host", host, port)
-        try:
-            return Profiler(Listeners(format_address(host, port), addresses), host, settings.name, self.credentials)
-        except AddressError as error:
-            raise StartupError(f"-L: {error} (-L and --profiler_host name another address)") from error
-
-    def _make_store_sink(self, connected: Callable[[], None]) -> Sink:
-        assert self.store
-        return StoreSink(self.store)
-
-    def _make_destination(self, place: Endpoint, lost: Callable[[], None]) -> Destination:
-        def make_sink(connected: Callable[[], None]) -> Sink:
-            link = self._make_link(destination, connected)
-            return spool.SpoolSink(link, self.spool) if self.spool else link
-
-        spooled = bool(self.settings.spool)
-        alone = len(self.settings.consumers) == 1 and (spooled or is_fixed(place.name))
-        destination = Destination(
-            make_sink, LinkState(str(place)), place, place.host == place.name, lost, spooled, alone
-        )
-        return destination
-
-    def _make_link(self, destination: Destination, connected: Callable[[], None]) -> LinkSink:
-        assert destination.place
-        host, port, name = destination.place
-        patience = spool.PATIENCE if self.settings.spool else None
-        is_own = self.server.listeners.is_own
-        return LinkSink(host, port, connected, patience, is_own, self.credentials, name)
-
     def stored(self) -> int:
-        """Records stored since the start."""
+        """Return the number of records stored since the start."""
         store = self.store.stats() if self.store else None
         return records_stored(store, self.ring.stats() if self.ring else None)
 
     def unstored(self) -> int:
-        """Records that were taken and are not stored."""
+        """Return the number of accepted records that are not stored."""
         if not self.ring:
             return 0
         ring = self.ring.stats()
         return ring.cursor - ring.stored
 
     def stop(self) -> None:
-        """The ordered stop: returns within DRAIN_SECONDS and a little, with everything ended, unless a disk hangs."""
-        deadline = monotonic() + DRAIN_SECONDS
+        """Stop in order. Returns within DRAIN_SECONDS and a few seconds, with all threads ended, unless a disk hangs.
+
+        1. Retention stops, so that the database is free for the records that are still to be stored.
+        2. The server accepts no more records. Clients get their last acks while the workers empty the ring.
+        3. The ring closes once no client can put records into it, and the workers store the rest. After DRAIN_SECONDS
+           the ring is aborted, which ends every wait for records that are not stored.
+        4. Remaining connections are cut, then the listeners close. The profiler stays until then, so that a stop that
+           hangs can be examined.
+        5. The workers and their links end, then the spool, and the store last: each may use the parts after it.
+        """
+        deadline = deadline_after(DRAIN_SECONDS)
         if unstored := self.unstored():
-            hint = "a second signal gives them up"
+            hint = "a second signal ends the process without storing them"
             log.warning("draining", {"unstored": unstored, "seconds": DRAIN_SECONDS, "hint": hint})
-        if self.retention:  # first: what is to be stored has the database to itself
-            self.retention.stop(5)
+        if self.retention:
+            self.retention.stop(JOIN_SECONDS)
         self.server.stop()
         ended = self.server.wait_ended(DRAIN_SECONDS)
         if self.ring:
             if ended:
                 self.ring.close()
-                self.ring.join(max(0.0, deadline - monotonic()))
+                self.ring.join(remaining(deadline))
             if not ended or self.unstored():
-                self.ring.abort()  # from here on nobody waits for what is not stored
-        if not ended and not self.server.wait_ended(5):
+                self.ring.abort()
+        if not ended and not self.server.wait_ended(JOIN_SECONDS):
             self.server.abort()
-            self.server.wait_ended(5)
+            self.server.wait_ended(JOIN_SECONDS)
         self.server.close()
-        if self.profiler:  # to the end: why does it not stop?
+        if self._intake:
+            self._intake.stop(JOIN_SECONDS)
+        if self.profiler:
             self.profiler.close()
         if self.consumers:
-            self.consumers.stop(1)
+            self.consumers.stop(RESOLVER_JOIN_SECONDS)
         if self.forwarder:
-            self.forwarder.stop(5)
+            self.forwarder.stop(JOIN_SECONDS)
         if self.spool:
-            self.spool.stop(5)
+            self.spool.stop(JOIN_SECONDS)
         if self.store:
             self.store.close()
 
     def alive(self) -> bool:
-        """True when somebody accepts, and every lock could be had that a record needs: a restart mends what keeps one.
+        """True if a thread accepts connections. Blocks if a lock that records need is never released.
 
-        It does not mend a disk or a consumer; none of these locks is held while one is waited for.
+        A restart mends both. It does not mend a disk or a consumer: no thread waits for one while it holds these locks.
         """
         self.totals.snapshot()
         links = [destination.link for destination in self.consumers.destinations] if self.consumers else []
-        for room in (self.ring, self.forwarder, *links, self.spool, self.spool and self.spool.store, self.store):
-            if room:
-                room.stats()
+        for part in (self.ring, self.forwarder, *links, self.spool, self.spool and self.spool.store, self.store):
+            if part:
+                part.stats()
         return self.server.accepting
 
 
-def _read_keys(settings: Settings) -> Credentials:
-    """Token and certificates. Raises StartupError."""
+# Addresses and roles.
+
+
+def resolve_option(flag: str, host: str, port: int) -> list[Address]:
+    """Return the addresses of a host given with `flag`, IPv4 first. Raises StartupError if it does not resolve."""
+    try:
+        return resolve(host, port)
+    except AddressError as error:
+        hint = " (give only a host: the port has its own flag)" if ":" in host or "/" in host else ""
+        raise StartupError(f"{flag} {host}: {error}{hint}") from error
+
+
+def resolve_role(settings: Settings) -> Role:
+    """Return where the records of a server with these settings go. Raises StartupError if -U does not resolve.
+
+    With a spool, an unresolved name is only logged: names come and go with the network, and the spool does not need it.
+    """
+    try:
+        stores = not settings.is_publisher or is_own_consumer(settings)
+    except StartupError as error:
+        if not settings.spool:
+            raise
+        log.warning("consumer_unresolved", {"reason": str(error)})
+        return Role.FORWARDS
+    return Role.STORES if stores else Role.FORWARDS
+
+
+def is_own_consumer(settings: Settings) -> bool:
+    """True if the consumer's address is the publisher's own.
+
+    Raises StartupError if the only consumer's name does not resolve, or if one of several consumers is the publisher.
+    """
+    listening = resolve_option("-H", settings.hostname, settings.port)
+    several = len(settings.consumers) > 1
+    for host, port in settings.consumers:
+        try:
+            candidates = resolve_option("-U", host, port)
+        except StartupError:
+            if several:
+                continue
+            raise
+        if any(is_same_listener(candidate, own) for candidate in candidates for own in listening):
+            if several:
+                raise StartupError(
+                    f"-U {format_address(host, port)}: that is this publisher itself, which cannot be one of "
+                    "several consumers: leave this address out"
+                )
+            return True
+    return False
+
+
+# Building the parts.
+
+
+@contextmanager
+def _startup_errors() -> Iterator[None]:
+    """Convert errors about names and threads into StartupError."""
+    try:
+        yield
+    except (AddressError, ThreadError) as error:
+        raise StartupError(str(error)) from error
+
+
+def _read_credentials(settings: Settings) -> Credentials:
+    """Return the token and the certificates. Raises StartupError."""
     files = CredentialFiles(
         settings.token_file,
         settings.tls_cert,
@@ -346,7 +310,112 @@ def _read_keys(settings: Settings) -> Credentials:
         raise StartupError(str(error)) from error
 
 
-def named(settings: Settings) -> str:
-    """The consumers, for people."""
-    *rest, last = [format_address(host, port) for host, port in settings.consumers]
-    return f"{', '.join(rest)} and {last}" if rest else last
+def _open_server(
+    settings: Settings, listening: Sequence[Address], credentials: Credentials, totals: Totals, undo: ExitStack
+) -> Server:
+    """Return a server that listens, and accepts connections once it serves. Raises StartupError."""
+    try:
+        listeners = Listeners(format_address(settings.hostname, settings.port), listening)
+    except AddressError as error:
+        if unix_path(settings.hostname):
+            raise StartupError(str(error)) from error
+        hint = "-H names another address"
+        if "in use" in str(error):
+            hint = (
+                "is a server already running? -H and -p name another address; a complete system there also needs "
+                "-T, with the same port as -p"
+            )
+        raise StartupError(f"{error} ({hint})") from error
+    limits = Limits(settings.max_connections, settings.per_address)
+    server = Server(listeners, settings.name, limits, credentials, totals)
+    undo.callback(server.close)
+    return server
+
+
+def _open_profiler(settings: Settings, credentials: Credentials, undo: ExitStack) -> Profiler:
+    """Return the profiler, which listens. Raises StartupError."""
+    host, port = settings.profiler_host, settings.profiler_port
+    listening = resolve_option("--profiler_host", host, port)
+    try:
+        profiler = Profiler(Listeners(format_address(host, port), listening), host, settings.name, credentials)
+    except AddressError as error:
+        raise StartupError(f"-L: {error} (-L and --profiler_host name another address)") from error
+    undo.callback(profiler.close)
+    return profiler
+
+
+def _open_store(settings: Settings, target: Target | None, undo: ExitStack) -> tuple[Storage, Retention | None]:
+    """Return the store and its retention. ClickHouse deletes old records itself. Raises StoreError."""
+    if target:
+        clickhouse = ClickHouse(target, settings.clickhouse_cluster, settings.retain)
+        undo.callback(clickhouse.close)
+        return clickhouse, None
+    store = Store(settings.database)
+    undo.callback(store.close)
+    if not settings.retain:
+        return store, None
+    retention = Retention(store, settings.retain)
+    undo.callback(retention.stop, JOIN_SECONDS)
+    return store, retention
+
+
+def _allocate_ring(size: int) -> Ring:
+    try:
+        return Ring(size)
+    except MemoryError:
+        raise StartupError(f"-r {size}: not enough memory for a ring of {size} slots") from None
+
+
+def _make_link(
+    settings: Settings,
+    credentials: Credentials,
+    is_own: Callable[[Address], bool],
+    endpoint: Endpoint,
+    on_connected: Callable[[], None],
+) -> LinkSink:
+    """Return a link to a consumer, which connects when it is first used. With a spool it gives up earlier."""
+    ack_timeout = ACK_TIMEOUT_SECONDS if settings.spool else None
+    return LinkSink(endpoint.host, endpoint.port, on_connected, ack_timeout, is_own, credentials, endpoint.name)
+
+
+def _open_spool(settings: Settings, make_link: LinkMaker, undo: ExitStack) -> Spool:
+    """Return the spool, with its own link to the only consumer."""
+    assert settings.spool
+    ((host, port),) = settings.consumers
+    endpoint = Endpoint(host, port, host)
+    link = make_link(endpoint, lambda: None)
+    spool = Spool(settings.spool, settings.spool_max, link, LinkState(str(endpoint)))
+    undo.callback(spool.stop, JOIN_SECONDS)
+    return spool
+
+
+def _resolve_consumers(settings: Settings, spool: Spool | None, make_link: LinkMaker, undo: ExitStack) -> Consumers:
+    """Return the consumers, with a destination for each. Raises AddressError if none of the names resolves."""
+    make = partial(make_destination, settings, spool, make_link)
+    consumers = Consumers(settings.consumers, make, by_name=spool is not None)
+    undo.callback(consumers.stop, RESOLVER_JOIN_SECONDS)
+    return consumers
+
+
+def make_destination(
+    settings: Settings, spool: Spool | None, make_link: LinkMaker, endpoint: Endpoint, on_lost: Callable[[], None]
+) -> Destination:
+    """Return the destination for one consumer. `on_lost` is called when one of its links fails.
+
+    With a spool there is only one destination. It shares the state of the consumer with the spool, and a worker whose
+    link fails stores in the spool.
+    """
+
+    def make_sink(on_connected: Callable[[], None]) -> Sink:
+        link = make_link(endpoint, on_connected)
+        return SpoolSink(link, spool) if spool else link
+
+    state = spool.state if spool else LinkState(str(endpoint))
+    is_host_itself = endpoint.host == endpoint.name  # not one of the addresses of a name
+    is_only = len(settings.consumers) == 1 and (spool is not None or is_fixed(endpoint.name))
+    return Destination(make_sink, state, endpoint, is_host_itself, on_lost, spool is not None, is_only)
+
+
+def _store_destination(store: Storage) -> Destination:
+    """Return the destination of a publisher that is its own consumer."""
+    return Destination(lambda on_connected: StoreSink(store))

@@ -1,7 +1,7 @@
-"""What the server counts, and the process's own figures.
+"""Counters for records, clients and ack latencies, and the histogram that measures durations.
 
-`Totals._lock` guards every count in it; connection threads add to them once a read, not once a
-record. A `Histogram` is guarded by whoever owns it. No thread runs here.
+`Totals._lock` guards all counts of a `Totals`. Connection threads add to them once per read, not once per record. A
+`Histogram` has no lock: its owner guards it. This module starts no threads.
 """
 
 import bisect
@@ -10,37 +10,38 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-LATENCIES_KEPT = 4096
-BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-"""Upper bounds of a histogram's buckets, in seconds; one more bucket takes the rest."""
+MAX_LATENCIES = 4096
+"""Number of most recent ack latencies from which the percentiles are computed."""
+BOUNDS_SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Upper bounds of a histogram's buckets, inclusive. One more bucket counts all longer durations."""
 
 
 class HistogramSnapshot(NamedTuple):
-    """Observations by bucket, each of them in one, and the sum of them all in seconds."""
+    """A histogram at one moment: the number of durations in each bucket, not cumulative, and their sum in seconds."""
 
     counts: tuple[int, ...]
     sum: float
 
 
 class Histogram:
-    """How often something took how long, in the buckets of BOUNDS. Whoever owns it guards it."""
+    """Counts durations in the buckets of BOUNDS_SECONDS. It has no lock of its own."""
 
     def __init__(self) -> None:
-        self._counts = [0] * (len(BOUNDS) + 1)
+        self._counts = [0] * (len(BOUNDS_SECONDS) + 1)
         self._sum = 0.0
 
     def add(self, seconds: float) -> None:
-        """One observation."""
-        self._counts[bisect.bisect_left(BOUNDS, seconds)] += 1
+        """Count one duration."""
+        self._counts[bisect.bisect_left(BOUNDS_SECONDS, seconds)] += 1
         self._sum += seconds
 
     def snapshot(self) -> HistogramSnapshot:
-        """What there is now."""
+        """Return the current counts and sum."""
         return HistogramSnapshot(tuple(self._counts), self._sum)
 
 
 class TotalsSnapshot(NamedTuple):
-    """The counts at one moment. Latencies are in milliseconds, None before the first ack."""
+    """All counts at one moment. Percentiles are in milliseconds, and None before the first ack."""
 
     received: int
     refused: int
@@ -54,37 +55,37 @@ class TotalsSnapshot(NamedTuple):
 
 
 class Totals:
-    """What came in through `/v1.0/ingest` since the start, from how many, and how long acks took."""
+    """Counts the records and bytes received through `/v1.0/ingest`, the clients connected to it, and ack latencies."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # Guarded by _lock.
-        self._received = 0
+        # Guarded by _lock. Unless a comment says otherwise, counts are since the start.
+        self._received = 0  # valid records
         self._refused = 0
         self._bytes = 0
         self._acked = 0
-        self._clients = 0  # WebSockets open now
-        self._publishers = 0  # those of them that speak batch messages
+        self._clients = 0  # open now: WebSockets
+        self._publishers = 0  # open now: WebSockets with batch messages
         self._histogram = Histogram()
-        self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)  # seconds
+        self._latencies: deque[float] = deque(maxlen=MAX_LATENCIES)  # seconds
 
     def add_bytes(self, size: int) -> None:
-        """`size` bytes were read."""
+        """Count `size` bytes as read."""
         with self._lock:
             self._bytes += size
 
     def add_records(self, records: int) -> None:
-        """`records` valid records came in."""
+        """Count valid records as received."""
         with self._lock:
             self._received += records
 
     def add_refused(self, records: int = 1) -> None:
-        """`records` records, or one message whose records cannot be counted, were turned away."""
+        """Count records as refused. A message whose records cannot be counted is one record."""
         with self._lock:
             self._refused += records
 
     def add_acked(self, records: int, latencies: Sequence[float] = ()) -> None:
-        """An ack for `records` more records left; what was read these many seconds ago is stored."""
+        """Count records as acked. `latencies` are the seconds from each read that the ack completes to the ack."""
         with self._lock:
             self._acked += records
             self._latencies.extend(latencies)
@@ -92,30 +93,30 @@ class Totals:
                 self._histogram.add(seconds)
 
     def client_opened(self, batches: bool) -> None:
-        """A WebSocket was opened; `batches`: its client speaks batch messages."""
+        """Count a WebSocket as open. `batches` is true if its client sends batch messages."""
         with self._lock:
             self._clients += 1
             self._publishers += batches
 
     def client_closed(self, batches: bool) -> None:
-        """It was closed."""
+        """Count a WebSocket as closed. `batches` is the same as in `client_opened`."""
         with self._lock:
             self._clients -= 1
             self._publishers -= batches
 
     def snapshot(self) -> TotalsSnapshot:
-        """All counts at one moment, and the percentiles of the latest LATENCIES_KEPT latencies."""
+        """Return all counts at one moment, and the percentiles of the last MAX_LATENCIES latencies."""
         with self._lock:
             counts = self._received, self._refused, self._bytes, self._acked, self._clients, self._publishers
             histogram = self._histogram.snapshot()
             latencies = list(self._latencies)
-        latencies.sort()
+        latencies.sort()  # outside the lock: it takes longer than everything else here
         return TotalsSnapshot(*counts, _percentile(latencies, 50), _percentile(latencies, 99), histogram)
 
 
-def _percentile(ordered: list[float], percent: int) -> float | None:
-    """The nearest-rank percentile of seconds in ascending order, in milliseconds."""
-    if not ordered:
+def _percentile(ascending: list[float], percent: int) -> float | None:
+    """Return the nearest-rank percentile in milliseconds of seconds in ascending order, None without any."""
+    if not ascending:
         return None
-    rank = -(-len(ordered) * percent // 100)
-    return round(ordered[rank - 1] * 1000, 3)
+    rank = -(-len(ascending) * percent // 100)
+    return round(ascending[rank - 1] * 1000, 3)

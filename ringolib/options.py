@@ -1,74 +1,88 @@
-"""The flags: one table. argparse, --help and `Settings` follow it, and the README's table too (tests see to it)."""
+"""The command-line options: one table, from which the parser, `--help` and `Settings` follow.
+
+CONFLICTS lists the combinations that are not accepted. `read_arguments` checks what the flags alone show.
+`ringolib.app` checks the rest once names are resolved and the role of the server is known.
+"""
 
 import argparse
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple, NoReturn
 
 from ringolib import __version__
-from ringolib.net.addresses import parse_hosts
+from ringolib.net.addresses import format_address, parse_host, parse_hosts, unix_path
 from ringolib.storage.clickhouse.url import PASSWORD_VARIABLE, is_clickhouse_url, parse_url, redact_passwords
 
-MAX_RING = 2**31
-DATABASE = "ringoexp.db"
-THREADS = 10_000
+MAX_RING_SIZE = 2**31
+DEFAULT_DATABASE = "ringoexp.db"
+DEFAULT_THREADS = 10_000
 OTHER_THREADS = 128
-"""Threads that are neither an admitted connection's nor a worker's: those who are turned away, and who works here."""
+"""Threads that do not serve an admitted connection or a worker, for example to refuse other connections."""
 EXIT_USAGE = 2
+NO_PORT = -1
+"""Default port that tells a host without a port from a host with one."""
 
 
 class Option(NamedTuple):
-    """A flag: `-short`, if it has one, and `--long`, its default, how its text is read, and what help says of it."""
+    """A flag: `-short` (may be empty) and `--long`, its default, the parser of its value, its group and its help."""
 
     short: str
     long: str
     default: Any
-    read: Callable[[str], Any]
+    parse: Callable[[str], Any]
     group: str
     help: str
 
     @property
-    def shown(self) -> str:
+    def flags(self) -> str:
         """The flag as argparse names it in errors."""
         return f"-{self.short}/--{self.long}" if self.short else f"--{self.long}"
 
 
-def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A reader of whole numbers from `low` to `high`."""
+# Parsers of values. Each raises ArgumentTypeError with the value and the accepted form.
 
-    def read(text: str) -> int:
-        digits = text.removeprefix("-")
-        value = int(text) if digits.isascii() and digits.isdigit() and len(digits) < 20 else None
-        if value is None or value < low or (high is not None and value > high):
-            span = f"{low} or more" if high is None else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a whole number, {span}")
+
+def _whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        value = _integer(text)
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a whole number, {low} to {high}")
         return value
 
-    return read
+    return parse
 
 
-def _at_will(text: str) -> int:
-    """A whole number; 0 or less means no change, and is read as 0."""
-    try:
-        return max(0, _whole(-(10**18), 10**9)(text))
-    except argparse.ArgumentTypeError:
+def _integer(text: str) -> int | None:
+    """Return the integer that `text` is in ASCII digits, or None. At most 19 digits, so that no input is slow."""
+    digits = text.removeprefix("-")
+    return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 20 else None
+
+
+def _limit(text: str) -> int:
+    """Parse a limit. 0 or less means no limit and becomes 0."""
+    value = _integer(text)
+    if value is None or not -(10**18) <= value <= 10**9:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not accepted: a whole number up to 1000000000, 0 or less for no change"
-        ) from None
+            f"{text!r} is not accepted: a whole number up to 1000000000, 0 or less for no limit"
+        )
+    return max(0, value)
 
 
-def _port_at_will(text: str) -> int:
-    """A port; 0 or less means none, and is read as 0."""
-    try:
-        return max(0, _whole(-(10**18), 65535)(text))
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: 1 to 65535, 0 or less for off") from None
+def _optional_port(text: str) -> int:
+    """Parse a port. 0 or less means off and becomes 0."""
+    value = _integer(text)
+    if value is None or not -(10**18) <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: 1 to 65535, 0 or less for off")
+    return max(0, value)
 
 
 def _boolean(text: str) -> bool:
-    """true or false, in any case, also t/f and 1/0."""
+    """Parse true or false, t or f, 1 or 0, in upper or lower case."""
     value = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}.get(text.lower())
     if value is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted: true or false, t or f, 1 or 0")
@@ -76,58 +90,58 @@ def _boolean(text: str) -> bool:
 
 
 def _days(text: str) -> float:
-    """A number of days above 0, parts of a day too."""
+    """Parse a number of days above 0, with decimals if needed."""
     value = float(text) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,9})?|\.[0-9]{1,9}", text) else 0.0
     if not value:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a number of days above 0, 30 or 0.5 say")
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a number of days above 0, for example 30 or 0.5")
     return value
 
 
 def _choice(*choices: str) -> Callable[[str], str]:
-    """A reader of one of these words."""
+    """Return a parser that accepts only these words."""
 
-    def read(text: str) -> str:
+    def parse(text: str) -> str:
         if text not in choices:
             raise argparse.ArgumentTypeError(f"{text!r} is not accepted: {' or '.join(choices)}")
         return text
 
-    return read
+    return parse
 
 
 def _header_text(text: str) -> str:
-    """Text that can stand in an HTTP header."""
+    """Parse text that an HTTP header can hold."""
     if not all(" " <= c <= "~" for c in text):
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted: printable ASCII, on one line")
     return text
 
 
-def _host(text: str) -> str:
-    """A host's name or address, an IPv6 one with or without brackets; or `unix:` and a path."""
-    _not_empty(text)
-    if text.startswith("unix:") and not text[5:].strip():
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: unix:PATH, the path of a Unix socket")
-    return text[1:-1] if text.startswith("[") and text.endswith("]") and ":" in text else text
-
-
-def _hosts(text: str) -> str:
-    """A host, or several with commas, each perhaps with a port."""
-    _not_empty(text)
-    try:
-        hosts = parse_hosts(text, -1)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: {error}") from None
-    return text if len(hosts) > 1 or hosts[0][1] > 0 else _host(text)
-
-
 def _not_empty(text: str) -> str:
-    """Any text but none, and no NUL."""
+    """Parse text that is not blank and has no NUL."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted: it must not be empty")
     return text
 
 
+def _host(text: str) -> str:
+    """Parse a host: a name, an address, an IPv6 address with or without brackets, or `unix:PATH`."""
+    try:
+        return parse_host(_not_empty(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: {error}") from None
+
+
+def _hosts(text: str) -> str:
+    """Parse one host, or several with commas, each with or without a port. One host without a port is a `_host`."""
+    try:
+        hosts = parse_hosts(_not_empty(text), NO_PORT)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: {error}") from None
+    has_port = hosts[0][1] > 0
+    return text if len(hosts) > 1 or has_port else _host(text)
+
+
 def _database(text: str) -> str:
-    """A path, or a ClickHouse address. What is wrong with one is said without it: there may be a password in it."""
+    """Parse a path or a ClickHouse address. Errors show an address without its password."""
     _not_empty(text)
     if is_clickhouse_url(text):
         try:
@@ -140,159 +154,74 @@ def _database(text: str) -> str:
 
 
 def _spool(text: str) -> str:
-    """A path; what is an address all the same is not shown, as there may be a password in it."""
+    """Parse a path. The error does not show a ClickHouse address, because it may contain a password."""
     if is_clickhouse_url(text):
         raise argparse.ArgumentTypeError("a ClickHouse address is not accepted: a spool is a file on this machine")
     return _not_empty(text)
 
 
+# One entry for each option, without the formatter, which would use a line for each value.
+# fmt: off
 OPTIONS = (
     Option("N", "name", "", _header_text, "basic", "the server's name, sent as the Server header"),
     Option("H", "hostname", "localhost", _host, "basic", "address to listen on, or unix:PATH"),
-    Option("p", "port", 6660, _whole(0, 65535), "basic", "port to listen on; 0: any free one, printed at start"),
-    Option(
-        "n",
-        "connections",
-        0,
-        _at_will,
-        "basic",
-        "most incoming connections, WebSocket and HTTP together; 0: no limit",
-    ),
-    Option(
-        "I",
-        "is_publisher",
-        True,
-        _boolean,
-        "basic",
-        "true: a publisher; false: a consumer. Also t/f and 1/0; the bare flag means true",
-    ),
-    Option("r", "ring_size", 4096, _whole(1, MAX_RING), "publisher", "slots in the ring, 8 bytes each"),
-    Option(
-        "U",
-        "consumer_hostname",
-        "localhost",
-        _hosts,
-        "publisher",
-        "the consumer's host, or unix:PATH; several with commas, each perhaps with a port: HOST:PORT,[IPv6]:PORT; "
-        "workers spread over them, and over all addresses of a name",
-    ),
-    Option(
-        "T",
-        "consumer_port",
-        6660,
-        _whole(0, 65535),
-        "publisher",
-        "the consumer's port, where -U has none; where host and port are the publisher's own, it stores in a database "
-        "of its own",
-    ),
-    Option("W", "workers", 1024, _whole(1, 65536), "publisher", "most worker connections to the consumer"),
-    Option(
-        "A",
-        "ack",
-        "stored",
-        _choice("stored", "ring"),
-        "publisher",
-        "stored: ack what is on the consumer's disk; ring: ack what is in the ring, lost if this process is killed",
-    ),
-    Option(
-        "S",
-        "spool",
-        None,
-        _spool,
-        "publisher",
-        "file that takes over, durably, while the consumer is away; what is in it is sent on afterwards",
-    ),
-    Option(
-        "",
-        "spool_max",
-        100_000_000,
-        _whole(1, 2**62),
-        "publisher",
-        "most records in the spool; when it is full, clients have to wait",
-    ),
-    Option(
-        "D",
-        "database",
-        DATABASE,
-        _database,
-        "consumer",
-        "SQLite file to store in, or clickhouse://USER@HOST:PORT/DATABASE (clickhouses:// for TLS, several hosts with "
-        f"commas, the password in {PASSWORD_VARIABLE}); a publisher that is its own consumer has one too, no "
-        "other has",
-    ),
-    Option(
-        "",
-        "clickhouse_cluster",
-        None,
-        _not_empty,
-        "consumer",
-        "cluster of the ClickHouse servers over which the tables are to be spread, as system.clusters there names it",
-    ),
-    Option(
-        "",
-        "retain",
-        None,
-        _days,
-        "consumer",
-        "days after which records are deleted, where there is a database; parts of a day too",
-    ),
-    Option(
-        "",
-        "token_file",
-        None,
-        _not_empty,
-        "security",
-        "file with the token that every request needs, but alive and ready; links show it to the consumer; else the "
-        "variable RINGOEXP_TOKEN, if it is set",
-    ),
-    Option(
-        "", "tls_cert", None, _not_empty, "security", "certificate chain, PEM: TLS is spoken then, and nothing else"
-    ),
-    Option("", "tls_key", None, _not_empty, "security", "its key, PEM, if that is in another file"),
-    Option(
-        "",
-        "client_ca",
-        None,
-        _not_empty,
-        "security",
-        "authorities, PEM: clients need a certificate that one of them has signed",
-    ),
-    Option(
-        "",
-        "consumer_tls",
-        False,
-        _boolean,
-        "security",
-        "publisher: links to the consumer speak TLS; they show the certificate of --tls_cert, if there is one",
-    ),
-    Option(
-        "",
-        "consumer_ca",
-        None,
-        _not_empty,
-        "security",
-        "publisher: authorities, PEM, that may have signed the consumer's certificate; else the system's",
-    ),
-    Option("", "per_address", 0, _at_will, "limits", "most connections from one client's address; 0: no limit"),
-    Option(
-        "",
-        "threads",
-        THREADS,
-        _whole(512, 10**6),
-        "limits",
-        "most threads: one for each connection and worker, 128 for the rest; refuses connections as -n does",
-    ),
-    Option("X", "procs", 0, _at_will, "system", "processor cores to use; 0: all the system gives"),
-    Option("L", "profiler_port", 0, _port_at_will, "system", "port of the profiler, /debug/pprof/; 0 or less: off"),
+    Option("p", "port", 6660, _whole_number(0, 65535), "basic",
+           "port to listen on; 0: any free port, printed at start"),
+    Option("n", "connections", 0, _limit, "basic",
+           "maximum number of connections, WebSocket and HTTP together; 0: no limit"),
+    Option("I", "is_publisher", True, _boolean, "basic",
+           "true: a publisher; false: a consumer. Also t/f and 1/0; the bare flag means true"),
+    Option("r", "ring_size", 4096, _whole_number(1, MAX_RING_SIZE), "publisher", "slots in the ring, 8 bytes each"),
+    Option("U", "consumer_hostname", "localhost", _hosts, "publisher",
+           "the consumer's host, or unix:PATH; several with commas, with or without a port: HOST:PORT,[IPv6]:PORT; "
+           "workers are spread over all of them, and over all addresses of a name"),
+    Option("T", "consumer_port", 6660, _whole_number(0, 65535), "publisher",
+           "the consumer's port, unless -U has one; if host and port are the publisher's own, it stores in its own "
+           "database"),
+    Option("W", "workers", 1024, _whole_number(1, 65536), "publisher",
+           "maximum number of worker connections to the consumer"),
+    Option("A", "ack", "stored", _choice("stored", "ring"), "publisher",
+           "stored: ack records that are on the consumer's disk; ring: ack records that are in the ring; they are "
+           "lost if this process is killed"),
+    Option("S", "spool", None, _spool, "publisher",
+           "file that stores records durably while the consumer is unreachable; they are forwarded afterwards"),
+    Option("", "spool_max", 100_000_000, _whole_number(1, 2**62), "publisher",
+           "maximum number of records in the spool; if it is full, clients have to wait"),
+    Option("D", "database", DEFAULT_DATABASE, _database, "consumer",
+           "SQLite file, or clickhouse://USER@HOST:PORT/DATABASE (clickhouses:// for TLS, several hosts with commas, "
+           f"the password in {PASSWORD_VARIABLE}); for a consumer, or a publisher that is its own consumer"),
+    Option("", "clickhouse_cluster", None, _not_empty, "consumer",
+           "cluster over which the ClickHouse tables are spread, a name from its system.clusters"),
+    Option("", "retain", None, _days, "consumer",
+           "days after which records are deleted from this server's database; decimals are accepted"),
+    Option("", "token_file", None, _not_empty, "security",
+           "file with the bearer token required for all requests except /v1.0/alive and /v1.0/ready; also sent to the "
+           "consumer. Without the flag: the variable RINGOEXP_TOKEN, if it is set"),
+    Option("", "tls_cert", None, _not_empty, "security", "certificate chain, PEM; the server then accepts TLS only"),
+    Option("", "tls_key", None, _not_empty, "security", "private key of --tls_cert, PEM, if it is in another file"),
+    Option("", "client_ca", None, _not_empty, "security",
+           "certificate authorities, PEM; clients then need a certificate signed by one of them"),
+    Option("", "consumer_tls", False, _boolean, "security",
+           "publisher: use TLS to the consumer, with the certificate of --tls_cert, if there is one"),
+    Option("", "consumer_ca", None, _not_empty, "security",
+           "publisher: certificate authorities, PEM, for the consumer's certificate; without the flag: the system's"),
+    Option("", "per_address", 0, _limit, "limits",
+           "maximum number of connections from one client address; 0: no limit"),
+    Option("", "threads", DEFAULT_THREADS, _whole_number(512, 10**6), "limits",
+           "maximum number of threads: one for each connection and worker, 128 for the rest; the server refuses "
+           "connections beyond it, as with -n"),
+    Option("X", "procs", 0, _limit, "system", "processor cores to use; 0: all available"),
+    Option("L", "profiler_port", 0, _optional_port, "system", "port of the profiler, /debug/pprof/; 0 or less: off"),
     Option("", "profiler_host", "localhost", _host, "system", "address the profiler listens on"),
     Option("d", "debug", False, _boolean, "common", "log in detail"),
-    Option("", "log_json", False, _boolean, "common", "log a JSON object a line, for machines"),
+    Option("", "log_json", False, _boolean, "common", "log one JSON object per line"),
 )
+# fmt: on
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The value of every option, in the table's units."""
+    """The value of every option, in the order and units of the table."""
 
     name: str
     hostname: str
@@ -329,36 +258,148 @@ class Settings:
         return parse_hosts(self.consumer_hostname, self.consumer_port)
 
     @property
+    def consumer_names(self) -> str:
+        """The consumers' addresses as text for people."""
+        *rest, last = [format_address(host, port) for host, port in self.consumers]
+        return f"{', '.join(rest)} and {last}" if rest else last
+
+    @property
     def max_connections(self) -> int:
-        """How many connections may be admitted at once: what `connections` says, and `threads` leaves room for."""
-        room = self.threads - OTHER_THREADS - (self.most_workers if self.is_publisher else 0)
+        """The limit of admitted connections: `connections`, but not more than `threads` leaves room for."""
+        room = self.threads - OTHER_THREADS - (self.max_workers if self.is_publisher else 0)
         return min(self.connections or room, room)
 
     @property
-    def most_workers(self) -> int:
-        """How many workers there may be at once: what `workers` says, but not more than half of all threads."""
+    def max_workers(self) -> int:
+        """The limit of workers: `workers`, but not more than half of all threads."""
         return min(self.workers, self.threads // 2)
 
 
+class Role(Enum):
+    """Where a server's records go. It depends on addresses, so it is unknown until names are resolved."""
+
+    UNKNOWN = "unknown"
+    STORES = "stores"  # a consumer, or a publisher that is its own consumer
+    FORWARDS = "forwards"  # a publisher with consumers elsewhere
+
+
+class Conflict(NamedTuple):
+    """Settings that cannot be used together: a predicate, and a message that names cause and remedy.
+
+    In the message, `{s}` is the settings and `{cores}` the number of processor cores.
+    """
+
+    applies: Callable[[Settings, Role], object]
+    message: str
+
+
+def _requires(option: str, needed: str) -> Conflict:
+    """Return the conflict of an option that is given without the option it depends on."""
+    return Conflict(
+        lambda s, role: getattr(s, option) and not getattr(s, needed),
+        f"argument --{option}: {{s.{option}!r}} requires --{needed}",
+    )
+
+
+def _consumer_port_missing(s: Settings, role: Role) -> bool:
+    """True if a consumer has port 0. Only a publisher on any free port may be its own consumer that way."""
+    missing = any(not port and not unix_path(host) for host, port in s.consumers)
+    may_be_own = not s.port and not unix_path(s.hostname) and len(s.consumers) == 1
+    return s.is_publisher and missing and not may_be_own
+
+
+CONFLICTS = (
+    # Known from the flags alone.
+    Conflict(
+        _consumer_port_missing,
+        "argument -T/--consumer_port: 0 is not accepted: 1 to 65535 (0 only with -p 0: the publisher's own port)",
+    ),
+    Conflict(
+        lambda s, role: s.ack == "ring" and not s.is_publisher,
+        "argument -A/--ack: 'ring' is not accepted with -I false: a consumer has no ring; use stored",
+    ),
+    Conflict(
+        lambda s, role: s.spool and not s.is_publisher,
+        "argument -S/--spool: {s.spool!r} is not accepted with -I false: only a publisher has a spool",
+    ),
+    Conflict(
+        lambda s, role: s.spool and len(s.consumers) > 1,
+        "argument -S/--spool: {s.spool!r} is not accepted with several consumers: a record that one of them may have "
+        "stored must not go to another; name one consumer, or leave out the spool",
+    ),
+    _requires("tls_key", "tls_cert"),
+    _requires("client_ca", "tls_cert"),
+    _requires("consumer_ca", "consumer_tls"),
+    Conflict(
+        lambda s, role: s.clickhouse_cluster and not is_clickhouse_url(s.database),
+        "argument --clickhouse_cluster: {s.clickhouse_cluster!r} requires -D clickhouse://...",
+    ),
+    Conflict(
+        lambda s, role: s.consumer_tls and not s.is_publisher,
+        "argument --consumer_tls: not accepted with -I false: a consumer has no links",
+    ),
+    Conflict(
+        lambda s, role: s.procs and not _cores(),
+        "argument -X/--procs: {s.procs} is not accepted: 0, this system cannot choose cores",
+    ),
+    Conflict(
+        lambda s, role: s.procs > _cores(),
+        "argument -X/--procs: {s.procs} is not accepted: at most {cores}, the available cores",
+    ),
+    # Known once names are resolved.
+    Conflict(
+        lambda s, role: role is Role.FORWARDS and s.database != DEFAULT_DATABASE,
+        "-D {s.database}: this publisher has no database, it forwards to {s.consumer_names} "
+        "(to make it its own consumer, use the same -U and -T as -H and -p)",
+    ),
+    Conflict(
+        lambda s, role: role is Role.FORWARDS and s.retain,
+        "--retain {s.retain:g}: this publisher has no database, it forwards to {s.consumer_names} "
+        "(give --retain to that consumer)",
+    ),
+    Conflict(
+        lambda s, role: role is Role.STORES and s.spool,
+        "-S {s.spool}: this publisher stores in its own database, it needs no spool "
+        "(-U and -T name a consumer elsewhere)",
+    ),
+)
+
+
+def find_conflict(settings: Settings, role: Role) -> str | None:
+    """Return the message of the first conflict between the settings, or None."""
+    for conflict in CONFLICTS:
+        if conflict.applies(settings, role):
+            return conflict.message.format(s=settings, cores=_cores())
+    return None
+
+
+def _cores() -> int:
+    """Return the number of available processor cores; 0 if this system does not let a process choose cores."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+
+
 class _Parser(argparse.ArgumentParser):
-    given: Sequence[str] = ()
-    """The addresses among the arguments, whatever stands before them, which may have a password in them."""
+    """argparse with errors of one line, which do not show passwords."""
+
+    addresses: Sequence[str] = ()
+    """The ClickHouse addresses among the arguments, without any text before them. They may contain passwords."""
 
     def error(self, message: str) -> NoReturn:
-        """One line, and where to find more; no usage text in between."""
-        for each in self.given:  # by itself: in a message nobody knows where a password ends
-            for form in (each, repr(each)[1:-1], repr("\"'" + each)[4:-1]):  # as the quotes around it want it
+        """Print one line, without the usage text, and exit."""
+        # Replace each address as a whole: within a message, the end of a password cannot be recognised.
+        for address in self.addresses:
+            for form in (address, repr(address)[1:-1], repr("\"'" + address)[4:-1]):  # as repr escapes it
                 message = message.replace(form, redact_passwords(form))
         self.exit(EXIT_USAGE, f"ringoexp: error: {message} (ringoexp --help lists the flags)\n")
 
 
-def parser() -> _Parser:
-    """The command line's parser, made from OPTIONS."""
-    made = _Parser(
+def _make_parser() -> _Parser:
+    """Return the parser of the command line, made from OPTIONS."""
+    parser = _Parser(
         prog="ringoexp",
         usage="ringoexp [flags] | send [flags] [FILE] | help | version",
-        description="Takes integers over WebSocket or HTTP, buffers them in a ring and stores them in SQLite.\n"
-        "With no flags: a complete system on localhost:6660.",
+        description="Receives integers over WebSocket or HTTP, buffers them in a ring and stores them in SQLite.\n"
+        "Without flags: a complete system on localhost:6660.",
         epilog="examples:\n"
         "  a consumer that stores in numbers.db:\n"
         "    ringoexp -I false -p 6661 -D numbers.db\n"
@@ -372,91 +413,68 @@ def parser() -> _Parser:
     )
     groups: dict[str, Any] = {}
     for option in OPTIONS:
-        group = groups.setdefault(option.group, None) or made.add_argument_group(option.group)
-        groups[option.group] = group
-        names = [f"-{option.short}"] if option.short else []
-        names.append(f"--{option.long}")
-        if "_" in option.long:
-            names.append(f"--{option.long.replace('_', '-')}")
-        shown = option.help if option.default == "" else f"{option.help} (default {_shown(option.default)})"
-        if option.long == "debug":
-            group.add_argument(*names, action="store_true", help=option.help)
-        elif isinstance(option.default, bool):
-            group.add_argument(
-                *names, type=option.read, nargs="?", const=True, default=option.default, metavar="BOOL", help=shown
-            )
-        else:
-            metavar = "N" if isinstance(option.default, int) else "TEXT"
-            group.add_argument(*names, type=option.read, default=option.default, metavar=metavar, help=shown)
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        _add_option(groups[option.group], option)
     common = groups["common"]
     common.add_argument("-h", "--help", action="help", help="print this and exit; so does the word help")
     common.add_argument(
         "-V", "--version", action="version", version=f"ringoexp {__version__}", help="print the version and exit"
     )
-    return made
+    return parser
 
 
-def _shown(default: Any) -> str:
-    return "off" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+def _add_option(group: Any, option: Option) -> None:
+    """Add an option to a group of the parser, in all its spellings."""
+    flags = [f"-{option.short}"] if option.short else []
+    flags.append(f"--{option.long}")
+    if "_" in option.long:
+        flags.append(f"--{option.long.replace('_', '-')}")
+    if option.long == "debug":
+        group.add_argument(*flags, action="store_true", help=option.help)
+        return
+    help_text = option.help if option.default == "" else f"{option.help} (default {_default_text(option.default)})"
+    details: dict[str, Any] = {"type": option.parse, "default": option.default, "help": help_text}
+    if isinstance(option.default, bool):
+        group.add_argument(*flags, nargs="?", const=True, metavar="BOOL", **details)
+    else:
+        group.add_argument(*flags, metavar="N" if isinstance(option.default, int) else "TEXT", **details)
+
+
+def _default_text(default: Any) -> str:
+    if default is None:
+        return "off"
+    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def read_arguments(argv: Sequence[str]) -> Settings:
-    """The settings that `argv` gives. Prints and raises SystemExit for help, version (0) and bad values (2)."""
-    made = parser()
-    made.given = [found[0] for each in argv if (found := re.search(r"(?is)clickhouses?://.*", each))]
-    words = [word for word in argv if word in ("help", "version")]
-    if len(argv) == 1 and words:
-        argv = [f"--{words[0]}"]
-    made.set_defaults(consumer_hostname=None, consumer_port=None)  # to see whether they are given
-    values, rest = made.parse_known_args(argv)
+    """Return the settings for `argv`. Prints and raises SystemExit for help and version (0) and for bad usage (2)."""
+    parser = _make_parser()
+    parser.addresses = [match[0] for text in argv if (match := re.search(r"(?is)clickhouses?://.*", text))]
+    settings = _parse(parser, argv)
+    try:
+        parse_hosts(settings.consumer_hostname, settings.consumer_port)  # with the port, two hosts may be equal
+    except ValueError as error:
+        parser.error(f"argument -U/--consumer_hostname: {settings.consumer_hostname!r} is not accepted: {error}")
+    if conflict := find_conflict(settings, Role.UNKNOWN):
+        parser.error(conflict)
+    return settings
+
+
+def _parse(parser: _Parser, argv: Sequence[str]) -> Settings:
+    """Return the settings for `argv`, with defaults for the options that are not given."""
+    if len(argv) == 1 and argv[0] in ("help", "version"):
+        argv = [f"--{argv[0]}"]
+    parser.set_defaults(consumer_hostname=None, consumer_port=None)  # to tell whether they are given
+    values, rest = parser.parse_known_args(argv)
     if rest:
-        made.error(f"{rest[0]!r} is not a flag")
+        parser.error(f"{rest[0]!r} is not a flag")
     for option in OPTIONS:
-        if getattr(values, option.long) == []:  # what argparse before 3.13 makes of --flag=--
-            made.error(f"argument {option.shown}: '--' is not accepted: name a value")
-    unix = values.hostname.startswith("unix:")
-    if unix and values.consumer_hostname is None and values.consumer_port is None:
+        if getattr(values, option.long) == []:  # argparse before 3.13 returns this for --flag=--
+            parser.error(f"argument {option.flags}: '--' is not accepted: name a value")
+    if unix_path(values.hostname) and values.consumer_hostname is None and values.consumer_port is None:
         values.consumer_hostname = values.hostname  # a complete system
     for option in OPTIONS:
         if getattr(values, option.long) is None:
             setattr(values, option.long, option.default)
-    settings = Settings(**vars(values))
-    try:
-        consumers = settings.consumers
-    except ValueError as error:  # with their ports two of them are the same
-        made.error(f"argument -U/--consumer_hostname: {settings.consumer_hostname!r} is not accepted: {error}")
-    no_port = any(not port and not host.startswith("unix:") for host, port in consumers)
-    if settings.is_publisher and no_port and (settings.port or unix or len(consumers) > 1):
-        made.error("argument -T/--consumer_port: 0 is not accepted: 1 to 65535 (0 only with -p 0: its own)")
-    if settings.ack == "ring" and not settings.is_publisher:
-        made.error("argument -A/--ack: 'ring' is not accepted with -I false: a consumer has no ring; stored")
-    if settings.spool and not settings.is_publisher:
-        made.error(
-            f"argument -S/--spool: {settings.spool!r} is not accepted with -I false: a consumer has nobody to spool for"
-        )
-    if settings.spool and len(consumers) > 1:
-        made.error(
-            f"argument -S/--spool: {settings.spool!r} is not accepted with several consumers: what may be stored at "
-            "one must not go to another; name one, or do without a spool"
-        )
-    for flag, value, needs, given in (
-        ("--tls_key", settings.tls_key, "--tls_cert", settings.tls_cert),
-        ("--client_ca", settings.client_ca, "--tls_cert", settings.tls_cert),
-        ("--consumer_ca", settings.consumer_ca, "--consumer_tls", settings.consumer_tls),
-        (
-            "--clickhouse_cluster",
-            settings.clickhouse_cluster,
-            "-D clickhouse://...",
-            is_clickhouse_url(settings.database),
-        ),
-    ):
-        if value and not given:
-            made.error(f"argument {flag}: {value!r} is of no use without {needs}")
-    if settings.consumer_tls and not settings.is_publisher:
-        made.error("argument --consumer_tls: not accepted with -I false: a consumer has no links")
-    if settings.procs:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-        if settings.procs > cores:
-            most = f"at most {cores}, the cores there are" if cores else "0, this system cannot choose"
-            made.error(f"argument -X/--procs: {settings.procs} is not accepted: {most}")
-    return settings
+    return Settings(**vars(values))

@@ -18,6 +18,8 @@ MessageGroup = tuple[Buffer, int]
 A plain tuple, as this module imports nothing of the program. `ringolib.net.frames.Messages` has the same shape.
 """
 
+INGEST_PATH = "/v1.0/ingest"
+READY_PATH = "/v1.0/ready"
 SUBPROTOCOL = "ringoexp.batch.v1"
 PLAIN_SUBPROTOCOL = "ringoexp.plain.v1"
 """The format without a subprotocol, by name: for clients that carry their token in a second subprotocol."""

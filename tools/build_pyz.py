@@ -68,7 +68,7 @@ def own_files() -> dict[str, bytes]:
 
 def dependency_files(name: str, package: str) -> dict[str, bytes]:
     """The sources and licences of an installed distribution. Raises BuildError, OSError."""
-    found = {}
+    files = {}
     licences = 0
     dist = installed(name)
     for path in dist.files or ():
@@ -76,13 +76,13 @@ def dependency_files(name: str, package: str) -> dict[str, bytes]:
         if path.suffix in (".so", ".pyd"):
             raise BuildError(f"{name} {dist.version}: {location} is not Python source, so it cannot be in the file")
         if location.startswith(f"{package}/") and path.suffix == ".py":
-            found[location] = path.read_binary()
+            files[location] = path.read_binary()
         elif ".dist-info/" in location and LICENCE.search(location):
-            found[f"licenses/{name}-{dist.version}/{path.name}"] = path.read_binary()
+            files[f"licenses/{name}-{dist.version}/{path.name}"] = path.read_binary()
             licences += 1
-    if f"{package}/__init__.py" not in found or not licences:
+    if f"{package}/__init__.py" not in files or not licences:
         raise BuildError(f"{name} {dist.version}: its files or its licence are not where pip puts them")
-    return found
+    return files
 
 
 def contents() -> dict[str, bytes]:
@@ -97,12 +97,12 @@ def archive(files: dict[str, bytes]) -> bytes:
     """An executable zip of `files`: a line that names the interpreter, then the zip."""
     output = io.BytesIO()
     output.write(b"#!/usr/bin/env python3\n")
-    with zipfile.ZipFile(output, "w") as packed:
+    with zipfile.ZipFile(output, "w") as zip_file:
         for name, content in sorted(files.items()):
             info = zipfile.ZipInfo(name, ZIP_EPOCH)
             info.create_system = UNIX
             info.external_attr = FILE_MODE << 16
-            packed.writestr(info, content, zipfile.ZIP_DEFLATED, 9)
+            zip_file.writestr(info, content, zipfile.ZIP_DEFLATED, 9)
     return output.getvalue()
 
 

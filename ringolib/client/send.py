@@ -1,6 +1,6 @@
-"""The command `ringoexp send`: the integers of a file, each stored exactly once.
+"""The command `ringoexp send`: stores the integers of a file, each exactly once.
 
-The main thread reads the file and hands it to a `Producer`; the thread `progress` says on stderr how that gets on.
+The main thread reads the file and passes the integers to a `Producer`. The thread `progress` prints to stderr.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 import threading
 import uuid
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from time import monotonic
 from typing import Any, BinaryIO, NoReturn
@@ -20,21 +20,26 @@ from typing import Any, BinaryIO, NoReturn
 from ringolib.client.producer import URL, Producer, ProducerError
 from ringolib.net.credentials import CredentialError, read_token
 from ringolib.net.tls import CredentialFileError, client_context
+from ringolib.timing import ThreadError, start
 from ringolib.wire import MAX_SEQUENCE, decode_plain
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 128 + signal.SIGINT
+READ_BYTES = 1 << 16
+PROGRESS_SECONDS = 0.5
 
 
 class BadInput(Exception):
-    """The input holds something that is not an integer. The text says where and what."""
+    """The input is not a list of integers. The text says where, and shows the bad line."""
 
 
 def _integers(source: BinaryIO, binary: bool) -> Iterator["array[int]"]:
-    """The integers of a file, block by block. Raises BadInput for what is none, after all that comes before it."""
-    number = 0  # of the lines before the block
+    """Yield the integers of a file in blocks. Raises BadInput after all integers that precede the error."""
+    lines_before = 0  # lines before the block
     rest = b""
     while True:
-        data = source.read1(1 << 16) if hasattr(source, "read1") else source.read(1 << 16)
+        data = source.read1(READ_BYTES) if hasattr(source, "read1") else source.read(READ_BYTES)
         block, rest = rest + data, b""
-        if data:  # up to the last whole integer
+        if data:  # keep an integer that is not complete for the next block
             end = len(block) // 8 * 8 if binary else block.rfind(b"\n") + 1
             block, rest = block[:end], block[end:]
         if binary:
@@ -45,20 +50,20 @@ def _integers(source: BinaryIO, binary: bool) -> Iterator["array[int]"]:
         elif block:
             lines = block.split(b"\n")
             if block.translate(None, b"0123456789-+ \t\r\n"):
-                yield from _up_to_the_bad_line(lines, number)
+                yield from _integers_before_bad_line(lines, lines_before)
             try:
                 values = array("q", map(int, filter(bytes.strip, lines)))
             except (ValueError, OverflowError):
-                yield from _up_to_the_bad_line(lines, number)
+                yield from _integers_before_bad_line(lines, lines_before)
             else:
                 yield values
-            number += len(lines) - 1
+            lines_before += len(lines) - 1
         if not data:
             return
 
 
-def _up_to_the_bad_line(lines: list[bytes], number: int) -> Iterator["array[int]"]:
-    """The integers before the first bad line, of which there is one; then raises BadInput."""
+def _integers_before_bad_line(lines: list[bytes], number: int) -> Iterator["array[int]"]:
+    """Yield the integers before the first bad line, then raise BadInput. `number` lines precede `lines`."""
     values = array("q")
     for line in lines:
         number += 1
@@ -69,28 +74,28 @@ def _up_to_the_bad_line(lines: list[bytes], number: int) -> Iterator["array[int]
                 values.append(int(line))
         except (ValueError, OverflowError):
             yield values
-            shown = line[:60].decode("utf-8", "backslashreplace")
-            raise BadInput(f"line {number} is not a whole number of 64 bits: {shown!r}") from None
+            excerpt = line[:60].decode("utf-8", "backslashreplace")
+            raise BadInput(f"line {number} is not a whole number of 64 bits: {excerpt!r}") from None
 
 
 class _Progress:
-    """What `send` says on stderr while it runs: once for each new trouble, and on a terminal how far it is.
-
-    The thread `progress` writes it.
-    """
+    """Prints to stderr while records are sent: each new trouble once, and on a terminal the rate."""
 
     def __init__(self, producer: Producer) -> None:
         self._producer = producer
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
         self._done = threading.Event()
-        # Daemon: Ctrl-C may come while it is started, and then nobody tells it to end.
+        # A daemon: after a Ctrl-C during the start of the thread, `__exit__` may never be called.
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        # Used by the thread only.
+        self._width = 0  # of the line on the terminal
+        self._trouble: str | None = None  # the trouble printed last
 
     def __enter__(self) -> None:
         try:
-            self._thread.start()
-        except RuntimeError:
-            pass  # no more threads to be had: then it says nothing
+            start(self._thread)
+        except ThreadError:
+            pass  # send without progress
 
     def __exit__(self, *unused: object) -> None:
         self._done.set()
@@ -98,31 +103,39 @@ class _Progress:
             self._thread.join()
 
     def _run(self) -> None:
-        producer, started, last, known = self._producer, monotonic(), 0, None
-        ended = False
-        while not ended:
-            ended = self._done.wait(0.5)
-            trouble = producer.trouble
-            if trouble and trouble != known and not ended:
-                say(
-                    ("\r" if last else "") + f"{f'ringoexp send: {producer.url}: {trouble}; trying again':{last}}", True
-                )
-            known = trouble
-            if not self._terminal:
-                continue
-            rate = producer.acked / max(0.001, monotonic() - started)
-            line = f"{producer.sent:,} sent, {producer.acked:,} acked, {rate:,.0f}/s, {producer.reconnects} reconnects"
-            print(f"\r{line:{last}}", end="\n" if ended else "", file=sys.stderr, flush=True)
-            last = len(line)
+        started = monotonic()
+        done = False
+        while not done:
+            done = self._done.wait(PROGRESS_SECONDS)
+            trouble = self._producer.trouble
+            if trouble and trouble != self._trouble and not done:
+                self._print_trouble(trouble)
+            self._trouble = trouble
+            if self._terminal:
+                self._print_rate(monotonic() - started, end="\n" if done else "")
+
+    def _print_trouble(self, trouble: str) -> None:
+        line = f"{f'ringoexp send: {self._producer.url}: {trouble}; trying again':{self._width}}"
+        print_line(f"\r{line}" if self._width else line, error=True)
+
+    def _print_rate(self, seconds: float, end: str) -> None:
+        """Print the rate over the line printed before."""
+        producer = self._producer
+        rate = producer.acked / max(0.001, seconds)
+        line = f"{producer.sent:,} sent, {producer.acked:,} acked, {rate:,.0f}/s, {producer.reconnects} reconnects"
+        print(f"\r{line:{self._width}}", end=end, file=sys.stderr, flush=True)
+        self._width = len(line)
 
 
 def _sequence(text: str) -> int:
+    """Parse the number of a record."""
     if not (text.isascii() and text.isdigit() and int(text) < MAX_SEQUENCE):
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a whole number from 0 to 2**63 - 2")
     return int(text)
 
 
 def _uuid(text: str) -> uuid.UUID:
+    """Parse a UUID."""
     try:
         return uuid.UUID(text)
     except ValueError:
@@ -130,128 +143,154 @@ def _uuid(text: str) -> uuid.UUID:
 
 
 class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
     def error(self, message: str) -> NoReturn:
-        """One line, and where to find more."""
-        self.exit(2, f"ringoexp send: error: {message} (ringoexp send --help lists the flags)\n")
+        self.exit(EXIT_USAGE, f"ringoexp send: error: {message} (ringoexp send --help lists the flags)\n")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line of `ringoexp send`."""
-    made = _Parser(
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line of `ringoexp send`."""
+    parser = _Parser(
         prog="ringoexp send",
         description="Stores the integers of a file, each exactly once, and ends when all are stored.",
         epilog="example: seq 1 1000000 | ringoexp send",
         allow_abbrev=False,
     )
-    made.add_argument("file", nargs="?", default="-", metavar="FILE", help="where they are; -: stdin (default)")
-    made.add_argument(
-        "--url",
-        default=URL,
-        help=f"where they go (default {URL}); wss:// for TLS; ws+unix:PATH:/v1.0/ingest for a Unix socket",
-    )
-    made.add_argument(
-        "--token_file",
-        "--token-file",
-        metavar="PATH",
-        help="file with the token that the server wants; else the variable RINGOEXP_TOKEN, if it is set",
-    )
-    made.add_argument(
-        "--ca", metavar="PATH", help="wss: who may have signed the server's certificate, PEM; else the system's"
-    )
-    made.add_argument("--cert", metavar="PATH", help="wss: certificate to show, for a server with --client_ca, PEM")
-    made.add_argument("--key", metavar="PATH", help="wss: its key, if that is in another file")
-    made.add_argument("--binary", action="store_true", help="8 bytes each, big-endian, signed; else text, one a line")
-    made.add_argument("--source", type=_uuid, metavar="UUID", help="go on with this source; else a new one")
-    made.add_argument(
-        "--first", type=_sequence, default=0, metavar="N", help="number of the first integer in its source (default 0)"
-    )
-    made.add_argument("--json", action="store_true", help="print a summary, one line of JSON, on stdout")
-    return made
+    add = parser.add_argument
+    add("file", nargs="?", default="-", metavar="FILE", help="file with the integers; -: stdin (default)")
+    url_help = f"the server (default {URL}); wss:// for TLS; ws+unix:PATH:/v1.0/ingest for a Unix socket"
+    add("--url", default=URL, help=url_help)
+    token_help = "file with the server's access token; without the flag: the variable RINGOEXP_TOKEN, if it is set"
+    add("--token_file", "--token-file", metavar="PATH", help=token_help)
+    ca_help = "wss: certificate authorities for the server's certificate, PEM; without the flag: the system's"
+    add("--ca", metavar="PATH", help=ca_help)
+    add("--cert", metavar="PATH", help="wss: client certificate, for a server with --client_ca, PEM")
+    add("--key", metavar="PATH", help="wss: private key of --cert, PEM, if it is in another file")
+    add("--binary", action="store_true", help="integers are 8 bytes each, big-endian, signed; default: one per line")
+    add("--source", type=_uuid, metavar="UUID", help="source to resume; default: a new one")
+    add("--first", type=_sequence, default=0, metavar="N", help="number of the first integer in its source (default 0)")
+    add("--json", action="store_true", help="print a summary to stdout, one line of JSON")
+    return parser
 
 
 def main(argv: list[str]) -> int:
-    """`ringoexp send`: its exit status.
+    """Run `ringoexp send` and return the exit status.
 
-    0 all stored; 1 refused for good, or the file cannot be read; 2 bad usage or input; 130 Ctrl-C.
+    0 all stored; 1 refused permanently, or the file cannot be read; 2 bad usage or input; 130 Ctrl-C.
     """
-    made = parser()
+    parser = make_parser()
     try:
-        return _send(made, made.parse_args(argv))
-    except KeyboardInterrupt:  # before there was something to go on with, or while it ended
-        say("ringoexp send: error: interrupted", error=True)
-        return 128 + signal.SIGINT
+        arguments = parser.parse_args(argv)
+        if arguments.key and not arguments.cert:
+            parser.error(f"argument --key: {arguments.key!r} requires --cert")
+        return _run(parser, arguments)
+    except KeyboardInterrupt:  # before the first record, or during the end
+        _print_error("interrupted")
+        return EXIT_INTERRUPTED
 
 
-def _send(made: argparse.ArgumentParser, given: argparse.Namespace) -> int:
-    """Sends what `given` names, says how it ended, and returns the exit status."""
-    if given.key and not given.cert:
-        made.error(f"argument --key: {given.key!r} is of no use without --cert")
-    status, trouble = 0, ""
-    name = "stdin" if given.file == "-" else given.file
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """Send the integers of the file, print how it ended, and return the exit status."""
     started = monotonic()
+    name = "stdin" if arguments.file == "-" else arguments.file
     with ExitStack() as stack:
         try:
-            if given.file == "-" and sys.stdin is None:
-                raise OSError(errno.EBADF, "it is closed")
-            source: BinaryIO = sys.stdin.buffer if given.file == "-" else stack.enter_context(open(given.file, "rb"))
+            source = _open_input(arguments.file, stack)
         except OSError as error:
-            say(f"ringoexp send: error: {name}: {error.strerror}", error=True)
-            return 1
+            return _print_error(f"{name}: {error.strerror}")
         try:
-            token = read_token(given.token_file)
-            certificates = given.ca or given.cert or given.key
-            context = client_context(given.ca, given.cert, given.key) if certificates else None
-            producer = Producer(given.url, given.source, given.first, token, context)
+            producer = _make_producer(arguments)
         except ValueError as error:
-            made.error(str(error))
-        except (CredentialError, CredentialFileError) as error:
-            say(f"ringoexp send: error: {error}", error=True)
-            return 1
-        except (OSError, RuntimeError) as error:
-            say(f"ringoexp send: error: no socket or thread to be had: {error}", error=True)
-            return 1
-        stack.callback(producer.close)
-        try:
-            with _Progress(producer):
-                try:
-                    for values in _integers(source, given.binary):
-                        producer.send(values)
-                except (BadInput, ValueError) as error:
-                    status, trouble = 2, f"{name}: {error}"
-                producer.flush()
-        except ProducerError as error:
-            status, trouble = 1, str(error)
+            parser.error(str(error))
+        except (CredentialError, CredentialFileError, ThreadError) as error:
+            return _print_error(str(error))
         except OSError as error:
-            status, trouble = 1, f"{name}: {error.strerror}"
-        except KeyboardInterrupt:
-            status, trouble = 128 + signal.SIGINT, "interrupted"
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # until it is said how to go on
-        # Before the connection is closed, which may take a while.
-        acked, seconds = producer.acked, monotonic() - started
-        if trouble:
-            say(f"ringoexp send: error: {trouble}", error=True)
-        if trouble and producer.sent:
-            rest = f"what follows the first {acked} integers" if acked else "all of it again"
-            how = f"--source {producer.source} --first {given.first + acked}"
-            say(f"ringoexp send: {acked} of {producer.sent} acked; send {rest} with {how}", error=True)
-        if given.json:
-            summary: dict[str, Any] = {
-                "source": str(producer.source),
-                "first": given.first,
-                "sent": producer.sent,
-                "acked": acked,
-                "reconnects": producer.reconnects,
-                "seconds": round(seconds, 3),
-            }
-            say(json.dumps(summary))
-        if status > 128 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            return _print_error(f"cannot open a socket: {error}")
+        stack.callback(producer.close)
+        status, error_text = _transfer(producer, _integers(source, arguments.binary), name)
+        _print_result(producer, arguments, error_text, started)
+        if status == EXIT_INTERRUPTED:
+            _on_interrupt(signal.default_int_handler)
     return status
 
 
-def say(line: str, error: bool = False) -> None:
-    """Prints a line to stdout, or stderr, whatever became of who should read it."""
+def _open_input(file: str, stack: ExitStack) -> BinaryIO:
+    """Return stdin for `-`, or else the open file, which `stack` closes. Raises OSError."""
+    if file != "-":
+        return stack.enter_context(open(file, "rb"))
+    if sys.stdin is None:
+        raise OSError(errno.EBADF, "it is closed")
+    return sys.stdin.buffer
+
+
+def _make_producer(arguments: argparse.Namespace) -> Producer:
+    """Return the producer. Raises ValueError, CredentialError, CredentialFileError, ThreadError and OSError."""
+    token = read_token(arguments.token_file)
+    has_certificates = arguments.ca or arguments.cert or arguments.key
+    context = client_context(arguments.ca, arguments.cert, arguments.key) if has_certificates else None
+    return Producer(arguments.url, arguments.source, arguments.first, token, context)
+
+
+def _transfer(producer: Producer, blocks: Iterator["array[int]"], name: str) -> tuple[int, str]:
+    """Send all blocks and wait until they are stored. Return the exit status and the error, which may be empty.
+
+    After a Ctrl-C, further ones are ignored until `_run` has printed how to resume.
+    """
+    status, error_text = EXIT_OK, ""
+    try:
+        with _Progress(producer):
+            try:
+                for values in blocks:
+                    producer.send(values)
+            except (BadInput, ValueError) as error:
+                status, error_text = EXIT_USAGE, f"{name}: {error}"
+            producer.flush()
+    except ProducerError as error:
+        status, error_text = EXIT_FAILED, str(error)
+    except OSError as error:
+        status, error_text = EXIT_FAILED, f"{name}: {error.strerror}"
+    except KeyboardInterrupt:
+        status, error_text = EXIT_INTERRUPTED, "interrupted"
+        _on_interrupt(signal.SIG_IGN)
+    return status, error_text
+
+
+def _print_result(producer: Producer, arguments: argparse.Namespace, error_text: str, started: float) -> None:
+    """Print the error, how to resume after it, and the summary, if they are needed."""
+    acked, seconds = producer.acked, monotonic() - started
+    if error_text:
+        _print_error(error_text)
+    if error_text and producer.sent:
+        rest = f"the integers after the first {acked}" if acked else "all of it again"
+        flags = f"--source {producer.source} --first {arguments.first + acked}"
+        print_line(f"ringoexp send: {acked} of {producer.sent} acked; send {rest} with {flags}", error=True)
+    if arguments.json:
+        summary: dict[str, Any] = {
+            "source": str(producer.source),
+            "first": arguments.first,
+            "sent": producer.sent,
+            "acked": acked,
+            "reconnects": producer.reconnects,
+            "seconds": round(seconds, 3),
+        }
+        print_line(json.dumps(summary))
+
+
+def _on_interrupt(handler: Callable[..., Any] | signal.Handlers) -> None:
+    """Set the handler of Ctrl-C, which only the main thread can do."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handler)
+
+
+def _print_error(text: str) -> int:
+    """Print an error and return the exit status of failures."""
+    print_line(f"ringoexp send: error: {text}", error=True)
+    return EXIT_FAILED
+
+
+def print_line(line: str, error: bool = False) -> None:
+    """Print a line to stdout or stderr. A stream that is closed, or that cannot show a character, is no error."""
     stream = sys.stderr if error else sys.stdout
     if stream is None:  # closed from the start
         return
@@ -259,5 +298,5 @@ def say(line: str, error: bool = False) -> None:
         encoding = stream.encoding or "ascii"
         print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
     except OSError:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())  # or Python complains once more at its end
+        with open(os.devnull, "wb") as devnull:
+            os.dup2(devnull.fileno(), stream.fileno())  # otherwise Python reports the error again at exit

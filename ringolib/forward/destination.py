@@ -1,40 +1,41 @@
-"""Destinations: each is one place where workers store, a consumer or the own store, with what its workers found out of it.
+"""Destinations: each is one place where workers store batches, a consumer or the local store.
 
-A batch that a consumer may have stored, and has not acked, is *in doubt*: another consumer, with a database of its
-own, would not know it for a duplicate. It gets a `Pin`, the ring's mark, and waits for a worker of an destination that
-takes that: the same consumer's, or one's with the same store.
+A batch that was sent to a consumer and not acked is *in doubt*: the consumer may have stored it. Another consumer, with
+a database of its own, would not recognise it as a duplicate. So the worker requeues the batch with a `Pin` as its mark
+in the ring. Only a worker whose link leads to the same consumer, or to the same store, accepts the pin.
 
-`Breaker._lock` guards who probes. The rest of an destination is the forwarder's, under the forwarder's lock, or is one value
-that workers read and write as they are.
+`Breaker._lock` guards which worker probes. Some fields of a `Destination` are guarded by the lock of the `Forwarder`.
+The others are single values that workers read and write without a lock.
 """
 
 import threading
 from collections.abc import Callable
-from time import monotonic
 from typing import NamedTuple
 
 from ringolib.forward.link import LinkState
 from ringolib.forward.sink import Sink
 from ringolib.net.addresses import Endpoint
-from ringolib.timing import backoff
+from ringolib.timing import backoff, deadline_after, wait_until
 
 
 class Breaker:
-    """Remembers that a sink failed, and which one worker, the *prober*, is to try again, after a pause.
+    """A circuit breaker: while it is open, one worker, the *prober*, retries the destination, with pauses.
 
-    The first worker to fail is the prober until it succeeds or retires; the pauses are exponential with full
-    jitter. `_lock` guards everything, `_stopped` shares it and is notified by `stop`.
+    The first worker that fails becomes the prober. It stays the prober until it succeeds or resigns. The pauses grow
+    exponentially, with full jitter. `_lock` guards all fields. `_stopped` shares it: the prober waits on it in `pause`,
+    and `stop` notifies it.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stopped = threading.Condition(self._lock)
-        self._failures = 0  # of the prober, in a row
+        # Guarded by _lock.
         self._prober: threading.Thread | None = None
+        self._failures = 0  # of the prober, in a row
         self._stopping = False
 
     @property
-    def away(self) -> bool:
+    def is_open(self) -> bool:
         """True while there is a prober."""
         return self._prober is not None  # one read: no lock needed
 
@@ -44,8 +45,8 @@ class Breaker:
         prober = self._prober
         return prober is not None and prober is not threading.current_thread()
 
-    def failed(self) -> int:
-        """The calling thread's sink failed. How often in a row, if it is now the prober; 0 if another one is."""
+    def record_failure(self) -> int:
+        """Record that the calling thread failed. Return its failures in a row if it is the prober, else 0."""
         with self._lock:
             if self._prober is None:
                 self._prober = threading.current_thread()
@@ -54,32 +55,30 @@ class Breaker:
             self._failures += 1
             return self._failures
 
-    def succeeded(self) -> bool:
-        """The calling thread's sink works. True when it was the prober, and is no more."""
+    def record_success(self) -> bool:
+        """Record that the calling thread succeeded. If it was the prober, close the breaker and return True."""
         with self._lock:
-            return self._leave()
+            return self._close()
 
-    def left(self) -> None:
-        """The calling thread retires: it probes no more."""
+    def resign(self) -> None:
+        """Close the breaker if the calling thread is the prober: that thread ends, so another one must probe."""
         with self._lock:
-            self._leave()
+            self._close()
 
     def pause(self) -> bool:
-        """Returns after the prober's pause, and to others at once: True, or False once stopped."""
+        """If the calling thread is the prober, wait until its next try is due. Return False after `stop`."""
         with self._lock:
             if self._prober is threading.current_thread() and self._failures:
-                until = monotonic() + backoff(self._failures)
-                while not self._stopping and (left := until - monotonic()) > 0:
-                    self._stopped.wait(left)
+                wait_until(self._stopped, lambda: self._stopping, deadline_after(backoff(self._failures)))
             return not self._stopping
 
     def stop(self) -> None:
-        """Ends the pause; there are no more."""
+        """End the pause. There are no more pauses."""
         with self._lock:
             self._stopping = True
             self._stopped.notify_all()
 
-    def _leave(self) -> bool:
+    def _close(self) -> bool:
         assert self._lock.locked()
         if self._prober is not threading.current_thread():
             return False
@@ -88,51 +87,58 @@ class Breaker:
 
 
 class Pin(NamedTuple):
-    """Who may have a batch: it was sent to this destination, where this store may have it (None: it does not say which)."""
+    """The mark of a batch in doubt: it was sent to this destination, and the store with this identity may have it.
+
+    `store` is None if the consumer did not report an identity.
+    """
 
     destination: "Destination"
     store: str | None
 
 
 class Destination:
-    """Where the sinks that `make_sink` makes store. `make_sink` gets a callback, to be called when a link is made.
+    """One place to store batches, through the sinks that `make_sink` makes, one for each worker.
 
-    `link` is what is known of the consumer at `place`, where the sinks are links; `told` is the same, if the workers
-    are to tell it what they find out, and not the spool. If it is `fixed`, that is the same consumer for ever,
-    whatever store it has: somebody gave it this address. Other addresses may become another one's, as may a name that
-    has got others; then it is `fixed` no more. `lost` is called when a link fails. It is `alone` if there never will
-    be another destination: then nothing needs a pin.
+    `make_sink` gets a callback for the sink to call each time it makes a link. If the sinks are links, `link` is the
+    state of the consumer at `endpoint`. The workers report to it, unless the destination is `spooled`, because then the
+    spool does. When a worker fails, it calls `on_link_lost`.
+
+    The destination is `fixed` if the user named this very address, which then always means the same consumer, even with
+    another store. An address that a name resolved to may become another consumer's, and so may a name that has other
+    addresses later; then it is no longer fixed.
+
+    If it is the `only` destination, now and later, a batch in doubt needs no pin.
     """
 
     def __init__(
         self,
         make_sink: Callable[[Callable[[], None]], Sink],
         link: LinkState | None = None,
-        place: Endpoint | None = None,
+        endpoint: Endpoint | None = None,
         fixed: bool = True,
-        lost: Callable[[], None] = lambda: None,
+        on_link_lost: Callable[[], None] = lambda: None,
         spooled: bool = False,
-        alone: bool = True,
+        only: bool = True,
     ) -> None:
         self.make_sink = make_sink
         self.link = link
-        self.told = None if spooled else link
-        self.alone = alone
-        self.place = place
-        self.lost = lost
+        self.reported_link = None if spooled else link  # the state that workers report to
+        self.endpoint = endpoint
+        self.on_link_lost = on_link_lost
+        self.only = only
         self.breaker = Breaker()
-        self.doubted = False  # the last batch that was sent failed: a link alone proves nothing
-        # The forwarder's, under its lock.
-        self.fixed = fixed  # never again once it is not
-        self.workers = 0  # not counting those that retire
-        self.leaving = False  # nobody names it any more: its workers end
+        self.last_send_failed = False  # if so, a new link alone does not show that the consumer is up again
+        # Guarded by the forwarder's lock.
+        self.fixed = fixed  # never again True once it is False
+        self.workers = 0  # without the retiring ones
+        self.dropped = False  # no name or option leads here any more: the workers end
 
     def pin(self, store: str | None) -> Pin:
-        """The mark of a batch that was sent here, and that this store may have."""
+        """Return the mark for a batch that was sent to this destination, and that this store may have."""
         return Pin(self, store)
 
-    def takes(self, mark: object, store: str | None) -> bool:
-        """True when a batch with this mark may be sent on a link to here, at whose end is this store."""
+    def accepts(self, mark: object, store: str | None) -> bool:
+        """True if a batch with this mark may be sent over a link of this destination that leads to this store."""
         assert isinstance(mark, Pin)
         if mark.store is not None and mark.store == store:
             return True

@@ -1,9 +1,12 @@
-"""The consumers that a publisher's flags name: one destination for each, also where a name has several addresses.
+"""Discovery: find the consumers that the options of a publisher name, with one destination for each address.
 
-The thread `resolve`, where names are to be resolved at all, asks again when a link has failed, at most every SOON
-seconds, and else every NOW_AND_THEN: consumers come and go. `_lock` guards the destinations and what the thread waits for;
-`_changed` shares it, is notified when a link fails and by `stop`, and the thread alone waits on it. Nothing is
-resolved under it.
+If a host is a name to resolve, the thread `resolve` resolves it again: soon after a link failed, and regularly, because
+consumers come and go. `Consumers._lock` guards the destinations and the reasons for the thread to go on. `_changed`
+shares it: the thread waits on it, and `on_link_lost` and `stop` notify it. Names are not resolved under the lock.
+
+The thread and the forwarder call each other: the thread passes new and dropped destinations to the forwarder (`change`
+and `keep`), and a worker of a destination calls `on_link_lost` here. So `Consumers` is made before the forwarder, and
+learns of it in `start`.
 """
 
 import logging
@@ -14,27 +17,28 @@ from typing import Protocol
 
 from ringolib.forward.destination import Destination
 from ringolib.net.addresses import AddressError, Endpoint, format_address, is_fixed, resolve_endpoints
+from ringolib.timing import log_unexpected, start_thread, wait_until
 
 log = logging.getLogger("ringoexp.link")
 
-SOON = 1.0
-"""Seconds between two questions at least, when links fail."""
-NOW_AND_THEN = 30.0
-"""Seconds after which a name is resolved again in any case."""
+MIN_RESOLVE_INTERVAL_SECONDS = 1.0
+"""After a link failed, names are resolved again, but not more often than this."""
+RESOLVE_INTERVAL_SECONDS = 30.0
+"""Names are resolved again after this time in any case."""
 
 
 class Workers(Protocol):
-    """Who is told which consumers there are: the forwarder."""
+    """The part of the forwarder that the thread calls."""
 
     def change(self, added: Sequence[Destination], dropped: Sequence[Destination]) -> None: ...
     def keep(self, destination: Destination) -> bool: ...
 
 
 class Consumers:
-    """Destinations to all of `hosts`, made by `make`, which gets the place, and a callback for when a link fails.
+    """The destinations for `hosts`. `make` makes each one, from its endpoint and a callback for a failed link.
 
-    What does not resolve now may do so later, but raises AddressError if it is all of them. With `by_name` a host is
-    one consumer, whatever addresses its name has.
+    A host that does not resolve now may do so later, but if no host resolves, raises AddressError. With `by_name` each
+    host is one consumer, however many addresses its name has.
     """
 
     def __init__(
@@ -45,110 +49,113 @@ class Consumers:
     ) -> None:
         self._hosts = hosts
         self._make = make
-        self._found: dict[tuple[str, int], list[Endpoint]] = {}  # the thread's, once it runs
-        self._dropped: dict[Endpoint, Destination] = {}  # the same
+        self._needs_thread = not by_name and not all(is_fixed(host) for host, _ in hosts)
+        self._thread: threading.Thread | None = None
+
+        # Only the thread uses these, once it runs.
+        self._workers: Workers  # set by `start`
+        self._resolved: dict[tuple[str, int], list[Endpoint]] = {}
+        self._dropped: dict[Endpoint, Destination] = {}  # still with workers
 
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         # Guarded by _lock.
         self._destinations: dict[Endpoint, Destination] = {}
-        self._failed = False  # a link, since names were resolved
+        self._link_lost = False  # since names were last resolved
         self._stopping = False
 
         if by_name:
-            self._found = {(host, port): [Endpoint(host, port, host)] for host, port in hosts}
+            self._resolved = {(host, port): [Endpoint(host, port, host)] for host, port in hosts}
         else:
             errors = self._resolve()
-            if not any(self._found.values()):
+            if not any(self._resolved.values()):
                 raise errors[0]
             for error in errors:
                 log.warning("consumer_unresolved", {"reason": str(error)})
-        self._destinations = {place: self._make(place, self.lost) for place in self._wanted()}
-        self._thread: threading.Thread | None = None
-        if not by_name and not all(is_fixed(host) for host, _ in hosts):
-            # Daemon: a name service may take its time, and nothing depends on its answer.
-            self._thread = threading.Thread(target=self._run, name="resolve", daemon=True)
+        self._destinations = {endpoint: make(endpoint, self.on_link_lost) for endpoint in self._endpoints()}
 
     @property
     def destinations(self) -> list[Destination]:
-        """Those there are now, in the order of the flags."""
+        """The destinations now, in the order of the options."""
         with self._lock:
             return list(self._destinations.values())
 
     def start(self, workers: Workers) -> None:
-        """From now on tells these of changes. Raises RuntimeError when there is no thread to be had."""
+        """Start the thread, if it is needed. It passes changes to `workers`. Raises ThreadError."""
         self._workers = workers
-        if self._thread:
-            self._thread.start()
+        if self._needs_thread:
+            self._thread = start_thread(self._run, name="resolve")
 
-    def lost(self) -> None:
-        """A link has failed: perhaps a name has other addresses now."""
+    def on_link_lost(self) -> None:
+        """Have the names resolved soon: a link failed, so a name may have other addresses now."""
         with self._lock:
-            if not self._failed:
-                self._failed = True
+            if not self._link_lost:
+                self._link_lost = True
                 self._changed.notify()
 
     def stop(self, timeout: float) -> None:
-        """Ends the thread, unless it waits for a name service for longer than `timeout` seconds."""
+        """End the thread. If a name service does not answer within `timeout` seconds, leave the thread behind."""
         with self._lock:
             self._stopping = True
             self._changed.notify()
-        if self._thread and self._thread.ident:
+        if self._thread:
             self._thread.join(timeout)
 
     # The thread.
 
     def step(self) -> None:
-        """Resolves the names, and tells of what has changed."""
+        """Resolve the names, and pass the changes to the workers."""
         for error in self._resolve():
             log.debug("consumer_unresolved", {"reason": str(error)})
-        wanted = self._wanted()
-        gone = {place: destination for place, destination in self._destinations.items() if place not in wanted}
+        endpoints = self._endpoints()
+        dropped = {endpoint: old for endpoint, old in self._destinations.items() if endpoint not in endpoints}
         destinations: dict[Endpoint, Destination] = {}
-        new = []
-        for place in wanted:
-            destination = self._destinations.get(place) or self._dropped.pop(place, None)
+        added = []
+        for endpoint in endpoints:
+            destination = self._destinations.get(endpoint) or self._dropped.pop(endpoint, None)
             if destination is None or not self._workers.keep(destination):
-                destination = self._make(place, self.lost)
-                new.append(destination)
-            destinations[place] = destination
+                destination = self._make(endpoint, self.on_link_lost)
+                added.append(destination)
+            destinations[endpoint] = destination
         with self._lock:
             self._destinations = destinations
-        self._dropped = {place: each for place, each in {**self._dropped, **gone}.items() if each.workers}
-        if new or gone:
-            said = {"added": [str(each.place) for each in new], "gone": [str(place) for place in gone]}
-            log.info("consumers", {key: " ".join(value) for key, value in said.items() if value})
-            self._workers.change(new, list(gone.values()))
+        candidates = {**self._dropped, **dropped}
+        self._dropped = {endpoint: old for endpoint, old in candidates.items() if old.workers}
+        if added or dropped:
+            addresses = {"added": [str(new.endpoint) for new in added], "gone": [str(old) for old in dropped]}
+            log.info("consumers", {key: " ".join(value) for key, value in addresses.items() if value})
+            self._workers.change(added, list(dropped.values()))
 
     def _run(self) -> None:
-        """Waits until there is reason to ask, and asks, until the end."""
-        while True:
-            asked = monotonic()
-            with self._lock:
-                while not self._stopping and (left := self._next(asked) - monotonic()) > 0:
-                    self._changed.wait(left)
-                if self._stopping:
-                    return
-                self._failed = False
+        """Resolve whenever there is a reason to, until `stop`."""
+        while self._wait_for_reason():
             try:
                 self.step()
             except Exception as error:
-                log.error("worker_error", {"error": repr(error)}, exc_info=log.isEnabledFor(logging.DEBUG))
+                log_unexpected(log, "worker_error", error)
 
-    def _next(self, asked: float) -> float:
-        assert self._lock.locked()
-        return asked + (SOON if self._failed else NOW_AND_THEN)
+    def _wait_for_reason(self) -> bool:
+        """Wait until the names are to be resolved again. Return False after `stop`."""
+        resolved_at = monotonic()
+        with self._lock:
+            due = resolved_at + RESOLVE_INTERVAL_SECONDS
+            wait_until(self._changed, lambda: self._stopping or self._link_lost, due)
+            wait_until(self._changed, lambda: self._stopping, resolved_at + MIN_RESOLVE_INTERVAL_SECONDS)
+            self._link_lost = False
+            return not self._stopping
 
     def _resolve(self) -> list[AddressError]:
-        """Notes what each host stands for now; what cannot be resolved stays as it was. Those errors."""
+        """Resolve each host again. If a host does not resolve, keep its endpoints. Return the errors."""
         errors = []
         for host, port in self._hosts:
             try:
-                self._found[host, port] = resolve_endpoints(host, port)
+                self._resolved[host, port] = resolve_endpoints(host, port)
             except AddressError as error:
                 errors.append(AddressError(f"-U {format_address(host, port)}: {error}"))
         return errors
 
-    def _wanted(self) -> list[Endpoint]:
-        found = [place for each in self._hosts for place in self._found.get(each, ())]
-        return list({(place.host, place.port): place for place in reversed(found)}.values())[::-1]  # two names of one
+    def _endpoints(self) -> list[Endpoint]:
+        """Return the endpoints of all hosts, in order. If two names have an address in common, it is there once."""
+        endpoints = [endpoint for host in self._hosts for endpoint in self._resolved.get(host, ())]
+        by_address = {(endpoint.host, endpoint.port): endpoint for endpoint in reversed(endpoints)}
+        return list(by_address.values())[::-1]

@@ -1,8 +1,8 @@
-"""Sinks: where a worker stores what it took from the ring. The local store, or a WebSocket link to the consumer.
+"""Links: the sink that sends batches to a consumer over WebSocket, and the state of that consumer.
 
-A sink belongs to its worker's thread; only `abort` is for others. `LinkState` is what all links to a consumer
-together know of it: its `_lock` guards what it says, in the log too, so that lines are in order; nothing is sent
-under it.
+A `LinkSink` belongs to the thread of its worker; `abort` alone is for other threads. A `LinkState` is shared by all
+links to one consumer. Its `_lock` guards its fields. Changes of state are logged under the lock, so that the lines are
+in order. Nothing is sent under it.
 """
 
 import logging
@@ -11,30 +11,32 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, NamedTuple
 
-from ringolib.forward.sink import InDoubt, SinkError
+from ringolib.forward.sink import InDoubt, NotStored
 from ringolib.net.addresses import Address, Endpoint, format_address
 from ringolib.net.credentials import Credentials
 from ringolib.net.sockets import peer_address, shut_down
 from ringolib.net.websocket import HandshakeError
 from ringolib.net.websocket_client import ClientConnection
-from ringolib.wire import SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
+from ringolib.timing import deadline_after, remaining
+from ringolib.wire import INGEST_PATH, SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
 
 log = logging.getLogger("ringoexp.link")
 
-ACK_TIMEOUT = 30.0
-"""Seconds a consumer has to take a batch, and to ack it, before the link is given up."""
-LOOK_AFTER = 0.02
-"""Seconds after the last ack from when on it is looked whether a link has ended, before a block is sent on it."""
+ACK_TIMEOUT_SECONDS = 30.0
+"""How long a consumer may take to receive a batch, and again to ack it, before the link is dropped."""
+CHECK_AFTER_SECONDS = 0.02
+"""If the last ack is at least this old, the link is checked before a block is sent over it: it may have ended."""
 GOING_AWAY = 1001
-"""The close code of a server that stops."""
+"""The close code of a server that stops (RFC 6455 section 7.4.1)."""
 
 
 class LinkSink:
-    """A WebSocket link to the consumer, connected when a block needs it. `connected` is called each time.
+    """A WebSocket link to a consumer, made when a block needs it.
 
-    `patience` is how many seconds the consumer has to take a block, and as many again to ack it. `is_own` knows
-    the server's own addresses: it makes no link to itself. What it shows the consumer, and whether it speaks TLS, is
-    in `credentials`. `name` is the host's, where `host` is only one of its addresses.
+    `connected` is called for each link that is made. `ack_timeout` is how many seconds the consumer may take to receive
+    a block, and again to ack it. `is_own` recognises the server's own addresses: a server must not link to itself.
+    `credentials` are the token and the TLS context for the link. If `host` is one of several addresses of a name,
+    `name` is that name.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class LinkSink:
         host: str,
         port: int,
         connected: Callable[[], None] = lambda: None,
-        patience: float | None = None,
+        ack_timeout: float | None = None,
         is_own: Callable[[Address], bool] = lambda address: False,
         credentials: Credentials | None = None,
         name: str | None = None,
@@ -50,16 +52,17 @@ class LinkSink:
         self._host = host
         self._port = port
         self._connected = connected
-        self._patience = patience or ACK_TIMEOUT
+        self._ack_timeout = ack_timeout or ACK_TIMEOUT_SECONDS
         self._is_own = is_own
         self._credentials = credentials or Credentials()
         self._name = name
         self._link: ClientConnection | None = None
-        self._opening: Any = None  # the socket of a link that is being made
-        self._sent = 0  # records sent on this link, all acked unless a store is under way
-        self._acked = 0  # of these
+        self._sent = 0  # records sent over this link; all acked unless `store` is running
+        self._acked = 0  # records acked over this link
         self._acked_at = float("-inf")  # monotonic seconds
-        self._pinged = False  # and nothing has come from the consumer since
+        self._pinged = False  # a ping was sent, and nothing has arrived since
+        # Shared with the threads that call `abort`.
+        self._opening: Any = None  # the socket of a link that is in its handshake
         self._aborted = False
 
     @property
@@ -69,64 +72,63 @@ class LinkSink:
 
     @property
     def identity(self) -> str | None:
-        """What the consumer at the other end calls its store."""
+        """The identity of the store at the other end of the link; None without a link, or if it reports none."""
         return self._link.store if self._link else None
 
     def store(self, block: Block) -> None:
-        """Returns when the consumer has acked the block. Raises SinkError when it has not; the link is closed then.
+        """Return when the consumer has acked the block. If it raises, the link is closed.
 
-        InDoubt once it began to send, unless a store says goodbye as it stops (1001): it has acked all that it has, or
-        will have, stored.
-        It makes no link in place of one that has ended meanwhile: another store might be at the end of that.
+        Raises NotStored if nothing was sent, or if the consumer cannot have stored the block. Raises InDoubt if it may
+        have stored it. If the link has ended while it was idle, raises NotStored instead of making a new link: at the
+        other end of the new link might be another store than the one that the block is for.
         """
-        if self._link and monotonic() - self._acked_at >= LOOK_AFTER:
+        if self._link and monotonic() - self._acked_at >= CHECK_AFTER_SECONDS:
             try:
-                self._look(self._link)
+                self._check_open(self._link)
             except OSError as error:
                 self._drop()
-                raise SinkError(f"{format_address(self._host, self._port)}: {error}") from error
+                raise NotStored(self._describe(error)) from error
         self.connect()
         link = self._link
         assert link is not None
         message = encode_batch(*block)
         try:
-            link.sock.settimeout(self._patience)
+            link.sock.settimeout(self._ack_timeout)
             link.send_bytes(message)
             self._sent += len(block.values)
             self._await_ack(link)
             self._pinged, self._acked_at = False, monotonic()
-            if link.ending:  # acked, and then it said goodbye
+            if link.ending:  # the consumer acked, then said goodbye
                 self.close()
         except (OSError, WireError) as error:
             self._drop()
-            reason = f"{format_address(self._host, self._port)}: {error}"
-            none_acked = self._sent - self._acked == len(block.values)
-            if link.store and link.ending and link.ending[0] == GOING_AWAY and not link.at_fault and none_acked:
-                raise SinkError(reason) from error
+            reason = self._describe(error)
+            if self._cannot_be_stored(link, len(block.values)):
+                raise NotStored(reason) from error
             raise InDoubt(reason, link.store) from error
 
     def connect(self) -> None:
-        """Makes a link, if there is none. Raises SinkError when it cannot."""
+        """Make a link, unless there is one. Raises NotStored if that fails."""
         if self._link:
             return
         try:
             self._connect()
         except (OSError, HandshakeError, WireError) as error:
             self._drop()
-            raise SinkError(f"{format_address(self._host, self._port)}: {error}") from error
-        except BaseException:  # a bug: whatever state the link is in, the next block gets another one
+            raise NotStored(self._describe(error)) from error
+        except BaseException:  # unexpected: the state of the link is unknown, so the next block gets a new one
             self._drop()
             raise
 
     def idle(self) -> None:
-        """Answers the consumer's pings and sends one; drops a link that has ended, or did not answer the last one.
+        """Answer the consumer's pings, and send one. Drop a link that has ended or that left the last ping unanswered.
 
-        The next block then finds a new link, instead of losing time with a dead one.
+        The next block then starts with a new link, instead of losing time with a dead one.
         """
         if self._link is None:
             return
         try:
-            self._look(self._link)
+            self._check_open(self._link)
             if self._pinged:
                 raise TimeoutError("no answer to the last ping")
             self._link.ping()
@@ -136,7 +138,7 @@ class LinkSink:
             self._drop()
 
     def abort(self) -> None:
-        """Makes a `store` or `connect` under way, and every later one, fail. For other threads."""
+        """Make the running `store` or `connect` fail, and every later one. For other threads."""
         self._aborted = True
         if link := self._link:
             link.abort()
@@ -144,7 +146,7 @@ class LinkSink:
             shut_down(opening)
 
     def close(self) -> None:
-        """Says goodbye to the consumer, if connected."""
+        """Close the link with a closing handshake, if there is one."""
         if self._link:
             self._link.finish(1000, "")
             self._link = None
@@ -153,25 +155,28 @@ class LinkSink:
         keys = self._credentials.current
         endpoint = Endpoint(self._host, self._port, self._name or self._host)
         try:
-            self._link = ClientConnection(endpoint, "/v1.0/ingest", SUBPROTOCOL, keys.client, keys.token, self._opened)
+            self._link = ClientConnection(
+                endpoint, INGEST_PATH, SUBPROTOCOL, keys.client, keys.token, self._on_socket_open
+            )
         finally:
             self._opening = None
         self._sent = self._acked = 0
         self._pinged = False
-        if self._is_own(peer_address(self._link.sock, self._host)):  # the name did not resolve at the start, or changed
+        # The check at the start misses a name that did not resolve then, or resolves to another address now.
+        if self._is_own(peer_address(self._link.sock, self._host)):
             raise OSError("that is this server itself: it would forward in a circle")
-        if self._aborted:  # while it connected: `abort` did not see the link
+        if self._aborted:  # during the handshake, when `abort` saw no link yet
             raise OSError("the server is stopping")
         self._connected()
 
-    def _opened(self, sock: Any) -> None:
-        """A link's socket is connected, and the handshake begins."""
+    def _on_socket_open(self, sock: Any) -> None:
+        """Let `abort` reach the socket during the handshake."""
         self._opening = sock
         if self._aborted:
             raise OSError("the server is stopping")
 
-    def _look(self, link: ClientConnection) -> None:
-        """Reads what has come while there was nothing to wait for. Raises OSError when the link has ended."""
+    def _check_open(self, link: ClientConnection) -> None:
+        """Handle the frames that have arrived, without waiting. Raises OSError if the link has ended."""
         link.sock.setblocking(False)
         while data := link.read(wait=False):
             self._pinged = False
@@ -180,9 +185,9 @@ class LinkSink:
             raise ConnectionResetError("the consumer closed the connection")
 
     def _await_ack(self, link: ClientConnection) -> None:
-        """Reads until everything sent is acked. Raises OSError when the link ends before, or has run out of time."""
-        deadline = monotonic() + self._patience
-        data = b""  # first, what came right behind the handshake
+        """Return when everything sent is acked. Raises OSError if the link ends or the timeout passes before."""
+        deadline = deadline_after(self._ack_timeout)
+        data = b""  # first, parse the bytes that arrived together with the handshake
         while True:
             for message in link.parse(data):
                 acked = decode_ack(message.payloads)
@@ -194,16 +199,30 @@ class LinkSink:
             if link.ending:
                 code, reason = link.ending
                 raise ConnectionResetError(f"the consumer closed with {code:d} {reason}")
-            left = deadline - monotonic()
-            if left <= 0:
-                raise TimeoutError(f"no ack within {self._patience:.0f} s")
-            link.sock.settimeout(left)
+            seconds = remaining(deadline)
+            if not seconds:
+                raise TimeoutError(f"no ack within {self._ack_timeout:.0f} s")
+            link.sock.settimeout(seconds)
             data = link.read() or b""
             if not data:
                 raise ConnectionResetError("the consumer closed the connection")
 
+    def _cannot_be_stored(self, link: ClientConnection, size: int) -> bool:
+        """True if the consumer's goodbye means that it has not stored the last block, of `size` records.
+
+        A consumer with a store that stops (close code 1001) acks every block that it has stored, or will have stored,
+        before its goodbye. No store acks a part of a block, so if a part is acked, the block is in doubt. A peer that
+        reports no store may be a publisher, whose goodbye means nothing.
+        """
+        none_acked = self._sent - self._acked == size
+        said_goodbye = link.ending is not None and link.ending[0] == GOING_AWAY and not link.at_fault
+        return bool(link.store) and said_goodbye and none_acked
+
+    def _describe(self, error: Exception) -> str:
+        return f"{format_address(self._host, self._port)}: {error}"
+
     def _drop(self) -> None:
-        """Closes the link without ceremony."""
+        """Close the link without a closing handshake."""
         link, self._link = self._link, None
         if link:
             link.abort()
@@ -211,21 +230,22 @@ class LinkSink:
 
 
 class LinkStats(NamedTuple):
-    """A snapshot."""
+    """A snapshot of a LinkState."""
 
-    state: str  # "unknown": nothing was on its way yet; "up"; "down"
+    state: str  # "unknown" before the first batch, then "up" or "down"
     reason: str | None  # why it is down
-    away: float  # seconds it has been down, 0 if it is not
-    quiet: float  # seconds since something was acked; infinite before
+    away: float  # seconds since it went down; 0 if it is not down
+    quiet: float  # seconds since the last ack; infinite before the first
 
 
 class LinkState:
-    """Whether the consumer `peer` takes what is sent, as links to it find out. Each change is logged, once."""
+    """The state of the consumer `peer`, as the links to it report it. Each change is logged once."""
 
     def __init__(self, peer: str) -> None:
         self._peer = peer
         self._lock = threading.Lock()
-        # Guarded by _lock.
+        # Guarded by _lock. Two fields are also read or written without it: _state, a string, is read, and _acked_at, a
+        # float, is written; each is one step.
         self._state = "unknown"
         self._acked_at = float("-inf")  # monotonic seconds
         self._reason: str | None = None
@@ -233,39 +253,39 @@ class LinkState:
 
     @property
     def down(self) -> bool:
-        """True from a link's failure until something is acked again."""
-        return self._state == "down"  # one read: no lock needed
+        """True from the failure of a link until the next ack or link."""
+        return self._state == "down"
 
-    def works(self) -> None:
-        """Something was acked: the consumer is there."""
+    def on_ack(self) -> None:
+        """Record that the consumer has acked a batch, so it is up."""
         self._acked_at = monotonic()
-        if self._state != "up":  # hardly ever; a float or a string is read and written at once
-            self._up()
+        if self._state != "up":
+            self._set_up()
 
-    def answers(self) -> None:
-        """A link could be made again, with nothing to send over it: if the consumer was away, it is back."""
+    def on_connected(self) -> None:
+        """Record that a link was made. If the consumer was down, it is up, even if there is no batch to send."""
         if self.down:
-            self._up()
+            self._set_up()
 
-    def _up(self) -> None:
+    def on_failure(self, reason: str) -> None:
+        """Record that a link failed or could not be made, so the consumer is down."""
+        with self._lock:
+            was_down = self._state == "down"
+            if not was_down:
+                self._state, self._down_since = "down", monotonic()
+            self._reason = reason
+            level = logging.DEBUG if was_down else logging.WARNING
+            log.log(level, "link_down", {"consumer": self._peer, "reason": reason})
+
+    def stats(self) -> LinkStats:
+        """Return a snapshot."""
+        with self._lock:
+            away = monotonic() - self._down_since if self._state == "down" else 0.0
+            return LinkStats(self._state, self._reason, away, monotonic() - self._acked_at)
+
+    def _set_up(self) -> None:
         with self._lock:
             before, self._state, self._reason = self._state, "up", None
             if before != "up":
                 away = {"away_seconds": round(monotonic() - self._down_since, 1)} if before == "down" else {}
                 log.info("link_up", {"consumer": self._peer, **away})
-
-    def failed(self, reason: str) -> None:
-        """A link failed, or could not be made: the consumer is away."""
-        with self._lock:
-            already = self._state == "down"
-            if not already:
-                self._state, self._down_since = "down", monotonic()
-            self._reason = reason
-            level = logging.DEBUG if already else logging.WARNING
-            log.log(level, "link_down", {"consumer": self._peer, "reason": reason})
-
-    def stats(self) -> LinkStats:
-        """What is known now."""
-        with self._lock:
-            away = monotonic() - self._down_since if self._state == "down" else 0.0
-            return LinkStats(self._state, self._reason, away, monotonic() - self._acked_at)

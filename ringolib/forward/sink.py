@@ -1,4 +1,8 @@
-"""TODO: ringolib/forward/sink.py."""
+"""The sink interface: how a worker stores a batch, and the two ways in which that fails.
+
+Each worker has a sink of its own, and only its thread calls it; `abort` alone is for other threads. A sink is a link to
+a consumer (`link.LinkSink`), a link with a spool behind it (`spool.SpoolSink`), or the local store (`StoreSink`).
+"""
 
 from typing import Protocol
 
@@ -6,12 +10,16 @@ from ringolib.storage.interface import Storage, StoreError
 from ringolib.wire import Block
 
 
-class SinkError(Exception):
-    """A block may not be stored: it has to be stored again. The text says why."""
+class NotStored(Exception):
+    """The block is surely not stored, so it may be sent to any destination. The text gives the reason."""
 
 
-class InDoubt(SinkError):
-    """A block may be stored, or not: nobody but that store can tell. `store` is which one it is, if that is known."""
+class InDoubt(Exception):
+    """The block may be stored: it was sent, and not acked. The text gives the reason.
+
+    Only the store that may have the block recognises it as a duplicate. `store` is the identity of that store, or None
+    if the consumer does not report one.
+    """
 
     def __init__(self, reason: str, store: str | None = None) -> None:
         super().__init__(reason)
@@ -19,23 +27,30 @@ class InDoubt(SinkError):
 
 
 class Sink(Protocol):
-    """Where a worker stores. `store` returns when the block is on disk, or raises SinkError: InDoubt when it may be.
-
-    `ready` says that it would not have to connect first, which `connect` does; it raises SinkError. `identity` is which
-    store it is at the other end of its link, if there is one, and that is known. `idle` is called
-    now and then while there is nothing to store. `abort` is for other threads and makes a `store` that waits for a
-    peer, and `connect`, fail.
-    """
+    """The destination of one worker's batches."""
 
     @property
-    def ready(self) -> bool: ...
+    def ready(self) -> bool:
+        """True if `store` would not have to connect first."""
+
     @property
-    def identity(self) -> str | None: ...
-    def connect(self) -> None: ...
-    def store(self, block: Block) -> None: ...
-    def idle(self) -> None: ...
-    def abort(self) -> None: ...
-    def close(self) -> None: ...
+    def identity(self) -> str | None:
+        """The identity of the store at the other end of the link; None without a link, or if it reports none."""
+
+    def connect(self) -> None:
+        """Connect, unless the sink is ready. Raises NotStored."""
+
+    def store(self, block: Block) -> None:
+        """Return when the block is on disk. Raises NotStored or InDoubt."""
+
+    def idle(self) -> None:
+        """Look after the link. The worker calls this regularly while it has nothing to store."""
+
+    def abort(self) -> None:
+        """Make a `store` or `connect` fail that waits for a peer. For other threads."""
+
+    def close(self) -> None:
+        """Close the link, if there is one."""
 
 
 class StoreSink:
@@ -48,20 +63,24 @@ class StoreSink:
         self._store = store
 
     def store(self, block: Block) -> None:
-        """Returns when the block is on disk. Raises SinkError when the commit failed."""
+        """Return when the block is on disk. Raises NotStored if the commit failed.
+
+        Even if a failed commit stored the block after all, nothing is in doubt: the block is sent to this store again,
+        which recognises duplicates.
+        """
         try:
             self._store.append(*block)
         except StoreError as error:
-            raise SinkError(str(error)) from error
+            raise NotStored(str(error)) from error
 
     def connect(self) -> None:
-        """Does nothing: there is no link."""
+        """Do nothing: the local store needs no link."""
 
     def idle(self) -> None:
-        """Does nothing: there is no link to look after."""
+        """Do nothing: the local store needs no link."""
 
     def abort(self) -> None:
-        """Does nothing: a commit waits for nobody."""
+        """Do nothing: a commit does not wait for a peer."""
 
     def close(self) -> None:
-        """Does nothing: the store is the server's."""
+        """Do nothing: the server closes its store."""

@@ -1,86 +1,84 @@
-"""The publisher's spool: a local database that takes over, durably, while the consumer is away.
+"""The spool: a local database that stores records durably while the consumer is down.
 
-A worker whose link fails stores its block here, and that counts as stored: it is on disk. From then on, until the
-consumer answers again, workers without a link store here at once. The thread `replay` forwards what is here,
-the oldest first, over a link of its own, and deletes what the consumer has acked. Sources and sequences stay as they
-are, so what is forwarded twice the consumer stores once; nothing more is needed.
+If the link of a worker fails, the worker stores its block here. The block then counts as stored, because it is on disk.
+Until the consumer acks again, workers without a link store here at once. The thread `replay` forwards the spooled
+records, oldest first, over a link of its own, and deletes each record that the consumer has acked. Records keep their
+sources and sequences, so the consumer recognises a record that is forwarded twice, and stores it once.
 
-The file is a `Store` of its own kind, which locks for itself. `Spool._lock` guards the rest; `_changed` shares it, is
-notified when records come and by `stop`, and `replay` alone waits on it. Nothing is stored or sent under the lock.
+The file is a `Store` with its own locks. `Spool._lock` guards the other shared fields. `_changed` shares it: the thread
+`replay` waits on it, and `append` and `stop` notify it. Nothing is stored or sent under the lock.
 """
 
 import logging
 import threading
 import time
-from time import monotonic
 from typing import NamedTuple
 
 from ringolib.forward.link import LinkSink, LinkState
-from ringolib.forward.sink import SinkError
+from ringolib.forward.sink import InDoubt, NotStored
 from ringolib.forward.workers import BATCH_RECORDS
 from ringolib.storage.interface import StoreError
 from ringolib.storage.sqlite_file import SPOOL_APPLICATION_ID
-from ringolib.timing import backoff
+from ringolib.timing import ThreadError, backoff, deadline_after, start_thread, wait_until
 from ringolib.wire import Block
-from store import WAL_LARGE, Store
+from store import LARGE_WAL_BYTES, Store
 
 log = logging.getLogger("ringoexp.spool")
 
-PATIENCE = 5.0
-"""Seconds a consumer has to take a block, and as many again to ack it, before the spool does: less than without one."""
-ROOM = 2 * WAL_LARGE
-"""Bytes of disk that the spool leaves free: it needs some to delete what was forwarded."""
+ACK_TIMEOUT_SECONDS = 5.0
+"""As in `link`, for a publisher with a spool: shorter, because the spool stores the block meanwhile."""
+MIN_FREE_BYTES = 2 * LARGE_WAL_BYTES
+"""The spool leaves this much of its disk free: deleting records needs some space, too."""
 
 
 class SpoolStats(NamedTuple):
     """A snapshot."""
 
     depth: int  # records in the spool
-    oldest: float  # seconds since the oldest of them came, by the wall clock; 0 if there is none
-    forwarded: int  # records the consumer has acked from here, since the start
+    oldest: float  # seconds since the oldest of them was received, by the wall clock; 0 if the spool is empty
+    forwarded: int  # records that the consumer has acked from the spool, since the start
 
 
 class Spool:
-    """The file at `path`, of at most `most` records, forwarded over `link`, whose state is `state`. Starts at once.
+    """The spool in the file `path`, for at most `max_records`, forwarded over `link`. `state` is the consumer's state.
 
-    Raises StoreError when the file cannot be opened or is not a spool.
+    The thread starts at once. Raises StoreError if the file cannot be opened or is not a spool, and ThreadError.
     """
 
-    def __init__(self, path: str, most: int, link: LinkSink, state: LinkState) -> None:
+    def __init__(self, path: str, max_records: int, link: LinkSink, state: LinkState) -> None:
         self.path = path
-        self._most = most
+        self._max_records = max_records
         self.state = state
-        self.store = Store(path, SPOOL_APPLICATION_ID)  # others read its stats
+        self.store = Store(path, SPOOL_APPLICATION_ID)
 
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         # Guarded by _lock.
-        self._coming = 0  # records on their way into the store
+        self._incoming = 0  # records that `append` is storing
         self._forwarded = 0
         self._full = False  # the last block was refused, and nothing was deleted since
         self._stopping = False
 
-        # The thread's.
+        # Written by the thread only. Other threads read _broken and _oldest_ms, each in one step.
         self._link = link
         self._failures = 0  # in a row
-        self._broken = False  # the file cannot be read, or not be written; others read it
-        self._oldest_ms: int | None = None  # when the oldest record came, Unix time; others read it
+        self._broken = False  # the last turn failed on the file, or unexpectedly
+        self._oldest_ms: int | None = None  # when the oldest record was received, Unix time
 
-        # Daemon: a second signal ends the process at once, whatever it waits for.
-        self._thread = threading.Thread(target=self._run, name="replay", daemon=True)
         try:
-            self._thread.start()
-        except RuntimeError:  # no more threads to be had
+            self._thread = start_thread(self._run, name="replay")
+        except ThreadError:
             self.store.close()
             raise
 
     @property
     def away(self) -> bool:
-        """True from a link's failure until the consumer has acked something again.
+        """True from the failure of a link until the consumer acks again.
 
-        Not while nothing can be forwarded for reasons of our own: then only the workers' links can tell.
+        False while the spool cannot forward because of an error of its own: then only the workers' links can find out
+        whether the consumer is up.
         """
-        return self.state.down and not self._broken  # no lock needed
+        return self.state.down and not self._broken  # one read each: no lock needed
 
     @property
     def full(self) -> bool:
@@ -89,54 +87,45 @@ class Spool:
 
     @property
     def depth(self) -> int:
-        """Records in the spool."""
+        """How many records are in the spool."""
         return self.store.stats().held
 
     def append(self, block: Block) -> None:
-        """Returns when the block is on disk. Raises SinkError when there is no room, or it could not be stored."""
+        """Return when the block is on disk. Raises NotStored if there is no room, or if the commit failed."""
         size = len(block.values)
         free = self.store.sizes().disk_free
         with self._lock:
-            why = self._refuses(size, free)
-            self._full = why is not None
-            if why:
-                raise SinkError(why)
-            self._coming += size
+            reason = self._why_full(size, free)
+            self._full = reason is not None
+            if reason:
+                raise NotStored(reason)
+            self._incoming += size
         try:
             self.store.append(*block)
         except StoreError as error:
-            raise SinkError(str(error)) from error
+            raise NotStored(str(error)) from error
         finally:
             with self._lock:
-                self._coming -= size
+                self._incoming -= size
                 self._changed.notify()
 
     def refuses(self) -> str | None:
-        """Why it would not take a record now; None if it would, as far as room goes."""
+        """Return why there is no room for a record now, or None if there is room."""
         free = self.store.sizes().disk_free
         with self._lock:
-            return self._refuses(1, free)
-
-    def _refuses(self, size: int, free: int | None) -> str | None:
-        """Why there is no room for `size` records, with so many bytes of disk free."""
-        assert self._lock.locked()
-        if self.store.stats().held + self._coming + size > self._most:
-            return f"{self.path}: the spool is full, it has at most {self._most} records (--spool_max)"
-        if free is not None and free < ROOM:
-            return f"{self.path}: less than {ROOM >> 20} MiB of its disk are free: make room"
-        return None
+            return self._why_full(1, free)
 
     def stats(self) -> SpoolStats:
-        """What there is now, and the total since the start."""
+        """Return a snapshot."""
         oldest, depth = self._oldest_ms, self.depth
         with self._lock:
             age = max(0.0, time.time() - oldest / 1000) if depth and oldest else 0.0
             return SpoolStats(depth, age, self._forwarded)
 
     def stop(self, timeout: float) -> bool:
-        """Ends the thread, giving up what is under way, and closes the file; True if it ended within `timeout` seconds.
+        """End the thread and close the file. Return False if the thread has not ended within `timeout` seconds.
 
-        What is in the spool is forwarded after the next start.
+        A block that is being forwarded is abandoned. After the next start, all records in the spool are forwarded.
         """
         with self._lock:
             self._stopping = True
@@ -148,61 +137,87 @@ class Spool:
         self.store.close()
         return True
 
+    def _why_full(self, size: int, free: int | None) -> str | None:
+        """Return why there is no room for `size` records, with `free` bytes left on the disk, or None."""
+        assert self._lock.locked()
+        if self.store.stats().held + self._incoming + size > self._max_records:
+            return f"{self.path}: the spool is full, it has at most {self._max_records} records (--spool_max)"
+        if free is not None and free < MIN_FREE_BYTES:
+            return f"{self.path}: less than {MIN_FREE_BYTES >> 20} MiB of its disk are free: make room"
+        return None
+
     # The thread.
 
-    def step(self) -> bool:
-        """One turn: waits for records, forwards the oldest and deletes them, or pauses. False when it should end."""
-        with self._lock:
-            while not self._stopping and not self.depth:
-                self._changed.wait()
-            if self._stopping:
-                return False
-        try:
-            # Ever less after failures: a slow link may have no time for more.
-            oldest = self.store.oldest(max(1, BATCH_RECORDS >> min(self._failures, 16)))
-            if oldest is None and self.depth:
-                raise StoreError(f"{self.path} is corrupt: it has records that belong to no batch")
-            if oldest:
-                self._oldest_ms = oldest.received_at_ms
-                self._link.store(oldest.block)
-                self.state.works()
-                self.store.delete(oldest)
-        except SinkError as error:
-            self._broken = False
-            self.state.failed(str(error))
-        except Exception as error:
-            known = self._broken and isinstance(error, StoreError)
-            level = logging.DEBUG if known else logging.ERROR
-            log.log(level, "replay_error", {"error": str(error)}, exc_info=log.isEnabledFor(logging.DEBUG))
-            self._broken = True
-        else:
-            with self._lock:
-                self._forwarded += len(oldest.block.values) if oldest else 0  # None: deleted before, with an error
-                self._full = False
-            self._failures, self._broken = 0, False
-            if not self.depth:
-                log.info("spool_empty", {"forwarded": self._forwarded})
-                self._oldest_ms = None
-                self._link.close()
-            return True
-        self._failures += 1
-        until = monotonic() + backoff(self._failures)
-        with self._lock:
-            while not self._stopping and (left := until - monotonic()) > 0:
-                self._changed.wait(left)
-        return True
-
     def _run(self) -> None:
-        """`step` until it should end; then closes the link."""
+        """Run turns until `stop`, then close the link."""
         while self.step():
             pass
         self._link.close()
 
+    def step(self) -> bool:
+        """Run one turn: wait for records, forward the oldest and delete them. Pause after a failure. False to end."""
+        with self._lock:
+            wait_until(self._changed, lambda: self._stopping or self.depth > 0)
+            if self._stopping:
+                return False
+        try:
+            count = self._forward_oldest()
+        except (NotStored, InDoubt) as error:
+            self._broken = False
+            self.state.on_failure(str(error))
+            self._pause()
+        except Exception as error:
+            self._log_error(error)
+            self._broken = True
+            self._pause()
+        else:
+            self._record_success(count)
+        return True
+
+    def _forward_oldest(self) -> int:
+        """Forward the oldest records and delete them. Return how many; 0 if they were deleted in an earlier turn.
+
+        After failures the block is smaller: over a slow link a large one may never be acked in time.
+        """
+        oldest = self.store.oldest(max(1, BATCH_RECORDS >> min(self._failures, 16)))
+        if oldest is None:
+            if self.depth:
+                raise StoreError(f"{self.path} is corrupt: it has records that belong to no batch")
+            return 0
+        self._oldest_ms = oldest.received_at_ms
+        self._link.store(oldest.block)
+        self.state.on_ack()
+        self.store.delete(oldest)
+        return len(oldest.block.values)
+
+    def _record_success(self, count: int) -> None:
+        """Count the forwarded records. If the spool is empty now, close the link, as it is not needed."""
+        with self._lock:
+            self._forwarded += count
+            self._full = False
+        self._failures, self._broken = 0, False
+        if not self.depth:
+            log.info("spool_empty", {"forwarded": self._forwarded})
+            self._oldest_ms = None
+            self._link.close()
+
+    def _log_error(self, error: Exception) -> None:
+        """Log an error of the file, or an unexpected one. If the file fails repeatedly, only the first time counts."""
+        repeated = self._broken and isinstance(error, StoreError)
+        level = logging.DEBUG if repeated else logging.ERROR
+        log.log(level, "replay_error", {"error": str(error)}, exc_info=log.isEnabledFor(logging.DEBUG))
+
+    def _pause(self) -> None:
+        """Wait before the next try, longer after each failure. `stop` ends the pause."""
+        self._failures += 1
+        with self._lock:
+            wait_until(self._changed, lambda: self._stopping, deadline_after(backoff(self._failures)))
+
 
 class SpoolSink:
-    """A worker's sink: a link to the consumer, and the spool while the consumer is away."""
+    """The sink of a worker with a spool: a link to the consumer, and the spool while the consumer is down."""
 
-    identity = None  # of two
+    identity = None  # the records may be in either of two stores
 
     def __init__(self, link: LinkSink, spool: Spool) -> None:
         self._link = link
@@ -214,37 +229,37 @@ class SpoolSink:
         return self._link.ready or not self._spool.full
 
     def connect(self) -> None:
-        """Does nothing: a link is made when a block needs it."""
+        """Do nothing: `store` makes a link if it needs one."""
 
     def store(self, block: Block) -> None:
-        """Returns when the block is on the consumer's disk, or in the spool. Raises SinkError when it is in neither."""
-        fresh = not self._link.ready
-        if fresh and self._spool.away:
+        """Return when the consumer has acked the block, or when it is in the spool. Raises NotStored if both fail."""
+        had_link = self._link.ready
+        if not had_link and self._spool.away:
             try:
                 self._spool.append(block)
                 return
-            except SinkError:
-                pass  # full, or broken: the consumer may be back all the same
+            except NotStored:
+                pass  # the spool is full or fails, but the consumer may be up again
         try:
             self._link.store(block)
-        except SinkError as error:
-            self._spool.state.failed(str(error))
+        except (NotStored, InDoubt) as error:
+            self._spool.state.on_failure(str(error))
             self._spool.append(block)
         else:
-            if fresh or not self._spool.state.down:
-                self._spool.state.works()
+            if not had_link or not self._spool.state.down:
+                self._spool.state.on_ack()
 
     def idle(self) -> None:
-        """Looks after the link; ends it when the spool cannot get one of its own: the consumer may have no room."""
+        """Look after the link. Close it if the spool needs one: the consumer may have no room for two links."""
         if self._spool.away and self._spool.depth:
             self._link.close()
         else:
             self._link.idle()
 
     def abort(self) -> None:
-        """Makes a `store` over the link fail; the spool still takes the block."""
+        """Make a `store` over the link fail. The block still goes to the spool."""
         self._link.abort()
 
     def close(self) -> None:
-        """Says goodbye to the consumer, if connected."""
+        """Close the link, if there is one."""
         self._link.close()

@@ -1,37 +1,40 @@
-"""The publisher's workers: reserve from the ring, store through a sink, commit.
+"""Workers: threads that reserve batches from the ring, store them through a sink, and commit them.
 
-Each worker is a thread, `forward-N`, with a sink of its own, of one destination. The first one of each destination starts with
-the forwarder; more start when one has taken its batch, values are left and no worker is idle, up to the maximum, and
-retire after IDLE_SECONDS without work. The last of each destination stays.
+Each worker is a thread, `forward-N`, with a sink of its own, and belongs to one destination. The first worker of each
+destination starts with the forwarder. A worker that takes a batch starts another one if more values wait, no worker is
+idle, and there are fewer than the maximum; the destination with the fewest workers gets it. A worker ends after
+IDLE_SECONDS without work, unless it is the last one of its destination.
 
-When a sink fails, its worker becomes the prober of its destination: it tries again, each time after a longer pause. Until
-it succeeds no worker of that destination is started and none makes a link but the prober, and whoever fails too retires:
-no storm of reconnects. Workers whose own links work go on with what the prober gave back.
+If a sink fails, its worker becomes the prober of its destination: it retries, with growing pauses. Until it succeeds,
+no worker of this destination is started, only the prober makes links, and any other worker that fails ends. So an
+outage causes no storm of reconnects. Workers whose links still work go on, and take the batches that the prober
+requeued.
 
-With several destinations a worker makes its link before it takes a batch: one that is away holds nothing up. New workers
-go where there are fewest. A batch in doubt goes back to the ring with its destination's pin: only workers that take that
-get it again, and as the last worker of an destination stays there is always one, which probes.
+If there are several destinations, a worker makes its link before it reserves a batch, so that no batch waits for an
+unreachable destination. A batch in doubt is requeued with the pin of its destination, and only workers that accept the
+pin get it again. The last worker of a destination stays, so there is always one to retry it.
 
-`Forwarder._lock` guards the destinations, the workers and the count of reconnects. Nothing is stored or sent under it.
+`Forwarder._lock` guards the destinations, the workers and the number of reconnects. Nothing is stored or sent under it.
+Threads are started under it: a new worker must be registered before it can end.
 """
 
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from time import monotonic
 from typing import NamedTuple
 
-from ringbuffer import Closed, Ring
-from ringolib.forward.destination import Destination
-from ringolib.forward.sink import InDoubt, Sink, SinkError
+from ringbuffer import Batch, Closed, Ring
+from ringolib.forward.destination import Destination, Pin
+from ringolib.forward.sink import InDoubt, NotStored, Sink
+from ringolib.timing import ThreadError, deadline_after, log_unexpected, remaining, start_thread
 from ringolib.wire import MAX_RUNS, Block
 
 log = logging.getLogger("ringoexp.forward")
 
 BATCH_RECORDS = MAX_RUNS
-"""Most records in a batch: with a run for each it still is a message that wire takes."""
+"""The maximum number of records in a batch. Even if each of them is a run of its own, the message is a valid one."""
 QUIET_SECONDS = 1.0
-"""Seconds without an ack on any link after which a failing one means that the consumer is away."""
+"""If no link has had an ack for this long, a failing link means that the consumer is down."""
 IDLE_SECONDS = 10.0
 
 
@@ -39,83 +42,86 @@ class ForwarderStats(NamedTuple):
     """A snapshot of the workers and their links."""
 
     workers: int
-    most_workers: int  # the most there were at once
-    reconnects: int  # links made beyond each worker's first
+    most_workers: int  # the largest number at one time
+    reconnects: int  # links made after the first one of each worker
 
 
 class Forwarder:
-    """Workers that drain `ring` into `destinations`, at most `most` at once, but one for each destination, in batches of at
-    most `most_records`. Starts at once.
+    """Workers that drain `ring` into `destinations`, in batches of at most `max_records`. They start at once.
 
-    Workers start workers, as they take a batch: what comes while the only one waits for its sink waits with it, and
-    could not be acked before that batch anyway.
+    There are at most `max_workers`, but at least one for each destination. A worker starts another one only when it
+    takes a batch. Values that arrive while the only worker waits for its sink must wait. They could not be acked
+    before its batch anyway.
     """
 
     def __init__(
-        self, ring: Ring, destinations: Sequence[Destination], most: int, most_records: int = BATCH_RECORDS
+        self, ring: Ring, destinations: Sequence[Destination], max_workers: int, max_records: int = BATCH_RECORDS
     ) -> None:
         self._ring = ring
-        self._most = most
-        # Half a ring at the most, so that producers fill the other half meanwhile.
-        self._limit = min(BATCH_RECORDS, most_records, max(1, ring.capacity // 2))
+        self._max_workers = max_workers
+        # At most half of the ring, so that producers can fill the other half meanwhile.
+        self._max_batch = min(BATCH_RECORDS, max_records, max(1, ring.capacity // 2))
 
         self._lock = threading.Lock()
         # Guarded by _lock.
-        self._destinations = tuple(destinations)  # replaced as a whole; who only reads it reads it once
+        self._destinations = tuple(destinations)  # replaced as a whole: a thread may read it once without the lock
         self._workers: dict[threading.Thread, tuple[Destination, Sink]] = {}  # all whose thread runs
-        self._working: set[threading.Thread] = set()  # those of them that are not retiring
+        self._working: set[threading.Thread] = set()  # without the retiring ones
         self._started = 0
         self._most_workers = 0
         self._reconnects = 0
         self._stopping = False
 
         for destination in destinations:
-            self._start_worker(destination)
+            self._start_first(destination)
 
     @property
     def destinations(self) -> Sequence[Destination]:
-        """Where the workers store now, those included that only finish what they have begun."""
+        """The destinations now, including dropped ones whose workers have not ended."""
         return self._destinations
 
     def linked(self, destination: Destination) -> bool:
         """True while a worker of this destination could store without connecting first."""
         with self._lock:
-            return any(sink.ready for of, sink in self._workers.values() if of is destination)
+            return any(sink.ready for owner, sink in self._workers.values() if owner is destination)
 
     def change(self, added: Sequence[Destination], dropped: Sequence[Destination]) -> None:
-        """Stores in these too, and in those no more, once nothing is in doubt there."""
+        """Add destinations, and drop others: their workers end as soon as nothing is in doubt there."""
         with self._lock:
             if self._stopping:
                 return
             for destination in dropped:
-                destination.leaving, destination.fixed = True, False
-            # One that leaves without a worker, as there was no thread to be had, nobody else counts out.
-            there = (each for each in self._destinations if each.workers or not each.leaving)
-            self._destinations = (*there, *added)
+                destination.dropped, destination.fixed = True, False
+            # The last worker of a dropped destination removes it. One that never had a worker is removed here.
+            kept = (destination for destination in self._destinations if destination.workers or not destination.dropped)
+            self._destinations = (*kept, *added)
         for destination in added:
-            self._start_first(destination)
+            self._try_to_start_first(destination)
 
     def keep(self, destination: Destination) -> bool:
-        """True when this destination, if it was dropped, could be taken back, as it has workers still."""
+        """Keep a destination, even if it was dropped before. Return False if its workers have ended since.
+
+        If a destination has no worker because the system had no thread for it, try to start one.
+        """
         with self._lock:
             if destination.workers:
-                destination.leaving = False
+                destination.dropped = False
                 return True
-        if not destination.leaving:
-            self._start_first(destination)
-        return not destination.leaving
+        if not destination.dropped:
+            self._try_to_start_first(destination)
+        return not destination.dropped
 
     def stats(self) -> ForwarderStats:
-        """The workers now and the totals since the start."""
+        """Return a snapshot."""
         with self._lock:
             return ForwarderStats(len(self._working), self._most_workers, self._reconnects)
 
     def stop(self, timeout: float) -> bool:
-        """Ends all workers, giving up what is under way, and joins them. True when all ended within `timeout` seconds.
+        """End all workers and join them, abandoning their batches. Return True if all ended within `timeout` seconds.
 
-        Before it, the ring must be closed and drained, or aborted.
+        The ring must be closed and drained before, or aborted.
         """
-        deadline = monotonic() + timeout
+        deadline = deadline_after(timeout)
         with self._lock:
             self._stopping = True
             workers = dict(self._workers)
@@ -123,186 +129,234 @@ class Forwarder:
             destination.breaker.stop()
         drained = self._ring.join(0)
         for _, sink in workers.values():
-            if not (drained and sink.ready):  # who only connects has nothing to store
+            if not (drained and sink.ready):  # if all is stored, a worker without a link has nothing to finish
                 sink.abort()
         for thread in workers:
-            thread.join(max(0.0, deadline - monotonic()))
+            thread.join(remaining(deadline))
         return not any(thread.is_alive() for thread in workers)
 
+    # The turn of a worker. A step that returns a bool returns False if the worker must end.
+
     def step(self, destination: Destination, sink: Sink) -> bool:
-        """One turn of a worker: takes a batch, stores it, and commits or requeues it. False when it should end."""
-
-        def takes(mark: object) -> bool:
-            return destination.takes(mark, sink.identity)
-
-        if not destination.breaker.pause() or self._leaves(destination, takes):
+        """Run one turn of a worker: make sure that there is a link, then forward a batch."""
+        if not destination.breaker.pause() or self._leave(destination, sink):
             return False
-        # What waits for one store must not go to another, though there is only one destination by now.
-        several = len(self._destinations) > 1 or self._ring.has_marked
-        if several and not sink.ready:
+        # A batch in doubt is for one store only. To know which store is here, make a link first.
+        link_first = len(self._destinations) > 1 or self._ring.has_marked
+        if link_first and not sink.ready:
             if destination.breaker.probed_by_another:
                 return not self._retire(destination)
-            try:
-                sink.connect()
-            except Exception as error:
-                return self._failed(destination, error)
-            if not destination.doubted:
-                self._answers(destination)
+            error = self._connect(destination, sink)
+            if error is not None:
+                return self._fail(destination, error)
+        return self._forward_batch(destination, sink, link_first)
+
+    def _connect(self, destination: Destination, sink: Sink) -> Exception | None:
+        """Make a link, or return the error. If the last batch did not fail, report that the destination is up."""
         try:
-            batch = self._ring.reserve(self._limit, IDLE_SECONDS, None if destination.alone else takes)
+            sink.connect()
+        except Exception as error:
+            return error
+        if not destination.last_send_failed:
+            destination.breaker.record_success()
+            if destination.reported_link:
+                destination.reported_link.on_connected()
+        return None
+
+    def _forward_batch(self, destination: Destination, sink: Sink, link_first: bool) -> bool:
+        """Take a batch, store it, and commit it. If `link_first`, the link was made before."""
+        accepts = None if destination.only else _filter_of(destination, sink)
+        try:
+            batch = self._ring.reserve(self._max_batch, IDLE_SECONDS, accepts)
         except TimeoutError:
-            if self._retire(destination):
-                return False
-            sink.idle()
-            return True
+            return self._idle(destination, sink)
         except Closed:
             return False
-        if batch.mark is not None and not sink.ready and not destination.alone:
-            self._ring.requeue(batch)  # it came into doubt meanwhile: first a link, to know which store is there
+        if batch.mark is not None and not sink.ready and not destination.only:
+            # It came into doubt during this turn. The next turn makes a link first, to see which store is there.
+            self._ring.requeue(batch)
             return True
-        if destination.breaker.probed_by_another and (not sink.ready or (several and destination.doubted)):
+        # While another worker probes, only a worker whose own link may still work goes on.
+        if destination.breaker.probed_by_another and (not sink.ready or (link_first and destination.last_send_failed)):
             self._ring.requeue(batch)
             return not self._retire(destination)
+        error = self._store(destination, sink, batch)
+        if error is not None:
+            return self._fail(destination, error)
+        self._commit(destination, batch)
+        return not (link_first and self._has_too_many(destination) and self._retire(destination))
+
+    def _idle(self, destination: Destination, sink: Sink) -> bool:
+        """Retire after IDLE_SECONDS without work; if this is the last worker, look after its link instead."""
+        if self._retire(destination):
+            return False
+        sink.idle()
+        return True
+
+    def _store(self, destination: Destination, sink: Sink, batch: Batch) -> Exception | None:
+        """Start another worker if one is wanted, and store `batch`. If that fails, requeue it and return the error."""
         try:
-            self._start_worker()
+            self._start_another()
             sink.store(Block(batch.runs, batch.values))
-        except Exception as error:
-            if isinstance(error, SinkError) and not isinstance(error, InDoubt):
-                self._ring.requeue(batch)
-            else:
-                destination.doubted = True
-                store = getattr(error, "store", sink.identity) or getattr(batch.mark, "store", None)
-                self._ring.requeue(batch, None if destination.alone else destination.pin(store))
-            return self._failed(destination, error)
+        except NotStored as error:
+            self._ring.requeue(batch)
+            return error
+        except Exception as error:  # InDoubt, or unexpected: either way, the batch may be stored
+            destination.last_send_failed = True
+            store = error.store if isinstance(error, InDoubt) else sink.identity
+            if not store and isinstance(batch.mark, Pin):
+                store = batch.mark.store
+            self._ring.requeue(batch, None if destination.only else destination.pin(store))
+            return error
+        return None
+
+    def _commit(self, destination: Destination, batch: Batch) -> None:
+        """Commit a stored batch, and report that the destination is up."""
         self._ring.commit(batch)
-        destination.doubted = False
-        back = destination.breaker.succeeded()
-        if destination.told:
-            destination.told.works()
-        elif back:
+        destination.last_send_failed = False
+        was_down = destination.breaker.record_success()
+        if destination.reported_link:
+            destination.reported_link.on_ack()
+        elif was_down:
             log.info("sink_up")
-        return not (several and self._crowds(destination) and self._retire(destination))
 
-    def _answers(self, destination: Destination) -> None:
-        """The calling worker has a link, and nothing is known against it."""
-        destination.breaker.succeeded()
-        if destination.told:
-            destination.told.answers()
-
-    def _failed(self, destination: Destination, error: Exception) -> bool:
-        """The calling worker's sink failed. False when it should end."""
-        failures = destination.breaker.failed()
-        if isinstance(error, SinkError):
-            self._say_down(destination, str(error), failures)
+    def _fail(self, destination: Destination, error: Exception) -> bool:
+        """Report an error. The prober goes on to retry; another worker retires, unless it is the last one."""
+        failures = destination.breaker.record_failure()
+        if isinstance(error, (NotStored, InDoubt)):
+            self._report_failure(destination, str(error), failures)
         else:
-            _log_unexpected(error)
-        destination.lost()
+            log_unexpected(log, "worker_error", error)
+        destination.on_link_lost()
         return failures > 0 or not self._retire(destination)
 
-    def _say_down(self, destination: Destination, reason: str, failures: int) -> None:
-        """Says why the sink failed; `failures` counts the prober's, in a row, others do not count."""
-        if destination.told and failures and destination.told.stats().quiet >= QUIET_SECONDS:
-            destination.told.failed(reason)
-        elif destination.told:  # others store: this is one link's trouble, or the first sign of all of them
+    def _report_failure(self, destination: Destination, reason: str, failures: int) -> None:
+        """Log why a sink failed. `failures` is the prober's number of failures in a row, 0 for other workers.
+
+        If other links still have acks, the consumer is not down. It is one link's failure, or the first of many.
+        """
+        link = destination.reported_link
+        if link and failures and link.stats().quiet >= QUIET_SECONDS:
+            link.on_failure(reason)
+        elif link:
             log.debug("link_failed", {"reason": reason})
         else:
             log.log(logging.WARNING if failures == 1 else logging.DEBUG, "sink_down", {"reason": reason})
 
+    # How workers start and end.
+
+    def _start_first(self, destination: Destination) -> None:
+        """Start the first worker of a destination, even beyond the maximum. Raises ThreadError."""
+        with self._lock:
+            if not self._stopping:
+                self._start(destination)
+
+    def _try_to_start_first(self, destination: Destination) -> None:
+        try:
+            self._start_first(destination)
+        except ThreadError:
+            pass  # logged by `_start`; `keep` tries again
+
+    def _start_another(self) -> None:
+        """Start one more worker if values wait, no worker is idle, and the maximum is not reached."""
+        candidates = self._available()
+        if not candidates or not self._ring.wants_workers:
+            return
+        destination = min(candidates, key=lambda candidate: candidate.workers)
+        with self._lock:
+            if self._stopping or len(self._working) >= self._max_workers:
+                return
+            try:
+                self._start(destination)
+            except ThreadError:
+                pass  # logged by `_start`; the running workers go on
+
+    def _start(self, destination: Destination) -> None:
+        """Start and register a worker. Raises ThreadError, after logging it."""
+        assert self._lock.locked()
+        self._started += 1
+        sink = destination.make_sink(self._link_counter())
+        try:
+            thread = start_thread(self._run, destination, sink, name=f"forward-{self._started}")
+        except ThreadError as error:
+            log.error("no_thread", {"error": str(error), "workers": len(self._workers)})
+            raise
+        self._workers[thread] = destination, sink
+        self._working.add(thread)
+        destination.workers += 1
+        self._most_workers = max(self._most_workers, len(self._working))
+
+    def _link_counter(self) -> Callable[[], None]:
+        """Return a function for a sink to call each time it makes a link. It counts all links after the first one."""
+        links = 0
+
+        def on_connected() -> None:
+            nonlocal links
+            links += 1
+            if links > 1:
+                with self._lock:
+                    self._reconnects += 1
+
+        return on_connected
+
     def _run(self, destination: Destination, sink: Sink) -> None:
-        """A worker's thread: `step` until it should retire. Logs what it did not expect, and goes on."""
+        """Run the turns of a worker until one returns False. Log unexpected errors, and go on."""
         going = True
         while going:
             try:
                 going = self.step(destination, sink)
             except Exception as error:
-                _log_unexpected(error)
+                log_unexpected(log, "worker_error", error)
         sink.close()
         with self._lock:
             self._workers.pop(threading.current_thread(), None)
             self._count_out(destination)
 
-    def _start_worker(self, first_of: Destination | None = None) -> None:
-        """Starts one more worker if values wait, nobody is there to take them, and there may be one more.
-
-        The destination that has the fewest gets it. Or else, without any condition, the first one of an destination.
-        """
-        destination = first_of
-        if destination is None:
-            there = [each for each in self._destinations if not each.breaker.away and not each.leaving]
-            if not there or not self._ring.wants_workers:
-                return
-            destination = min(there, key=lambda each: each.workers)
-        with self._lock:
-            if self._stopping or (not first_of and len(self._working) >= self._most):
-                return
-            self._started += 1
-            links = 0
-
-            def connected() -> None:
-                nonlocal links
-                links += 1
-                if links > 1:
-                    with self._lock:
-                        self._reconnects += 1
-
-            sink = destination.make_sink(connected)
-            # Daemon: a second signal ends the process at once, whatever a worker waits for.
-            thread = threading.Thread(
-                target=self._run, args=(destination, sink), name=f"forward-{self._started}", daemon=True
-            )
-            try:
-                thread.start()
-            except RuntimeError as error:  # no more threads to be had: those that run go on
-                log.error("no_thread", {"error": str(error), "workers": len(self._workers)})
-                if first_of:
-                    raise
-                return
-            self._workers[thread] = destination, sink
-            self._working.add(thread)
-            destination.workers += 1
-            self._most_workers = max(self._most_workers, len(self._working))
-
-    def _start_first(self, destination: Destination) -> None:
-        try:
-            self._start_worker(destination)
-        except RuntimeError:
-            pass  # it is logged, and `keep` tries again
-
     def _retire(self, destination: Destination) -> bool:
-        """Counts the calling worker out, unless it is the last of its destination. True when it should end."""
+        """Count the calling worker out, and return True, unless it is the last one of its destination."""
         with self._lock:
             if destination.workers < 2:
                 return False
             self._count_out(destination)
-        destination.breaker.left()
+        destination.breaker.resign()
         return True
 
-    def _leaves(self, destination: Destination, takes: Callable[[object], bool]) -> bool:
-        """Counts the calling worker out if nobody names its destination any more, and nothing is in doubt there."""
-        if not destination.leaving:
+    def _leave(self, destination: Destination, sink: Sink) -> bool:
+        """Count the calling worker out, and return True, if its destination was dropped and nothing is in doubt there.
+
+        The check is under the lock: workers that left before have requeued their batches, and `keep` runs either before
+        or after it.
+        """
+        if not destination.dropped:
             return False
-        with self._lock:  # looks under it: who left before has given back what it had, and `keep` comes before or after
-            if not destination.leaving or self._ring.has_for(takes):
+        accepts = _filter_of(destination, sink)
+        with self._lock:
+            if not destination.dropped or self._ring.has_marked_for(accepts):
                 return False
             self._count_out(destination)
-        destination.breaker.left()
+        destination.breaker.resign()
         return True
 
-    def _crowds(self, destination: Destination) -> bool:
-        """True when there are as many workers as there may be, and another destination has two fewer: it was away."""
-        if len(self._working) < self._most:
+    def _has_too_many(self, destination: Destination) -> bool:
+        """True if the maximum is reached, and another destination has at least two workers fewer: it was down."""
+        if len(self._working) < self._max_workers:
             return False
-        there = (each for each in self._destinations if not each.breaker.away and not each.leaving)
-        return any(each.workers < destination.workers - 1 for each in there)
+        return any(other.workers < destination.workers - 1 for other in self._available())
+
+    def _available(self) -> list[Destination]:
+        """Return the destinations that may get more workers."""
+        return [each for each in self._destinations if not each.breaker.is_open and not each.dropped]
 
     def _count_out(self, destination: Destination) -> None:
+        """Take the calling worker off the working ones. The last worker of a dropped destination removes it."""
         assert self._lock.locked()
         if threading.current_thread() in self._working:
             self._working.discard(threading.current_thread())
             destination.workers -= 1
-            if destination.leaving and not destination.workers:
-                self._destinations = tuple(each for each in self._destinations if each is not destination)
+            if destination.dropped and not destination.workers:
+                self._destinations = tuple(other for other in self._destinations if other is not destination)
 
 
-def _log_unexpected(error: Exception) -> None:
-    log.error("worker_error", {"error": repr(error)}, exc_info=log.isEnabledFor(logging.DEBUG))
+def _filter_of(destination: Destination, sink: Sink) -> Callable[[object], bool]:
+    """Return the filter for `Ring.reserve`: which marked batches a worker may have, as its sink is now."""
+    return lambda mark: destination.accepts(mark, sink.identity)

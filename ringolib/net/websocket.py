@@ -1,7 +1,7 @@
 """The two WebSocket handshakes (RFC 6455, section 4), performed by `simple_websocket` on a connected socket.
 
-The library is used for the handshake only: its reader thread, its unbounded message list, its `send` and its compression
-are not. After the handshake the frames are `protocol.Protocol`'s.
+Only the library's handshake is used, not its reader thread, its unbounded message list, its `send` or its compression.
+After the handshake, `protocol.Protocol` handles the frames.
 
 Functions for one thread; the timeouts of the socket apply.
 """
@@ -37,7 +37,7 @@ class HandshakeError(Exception):
 
 
 class Accepted(NamedTuple):
-    """A server's answer to a client's upgrade: bytes that came behind it, and the identity of its store, if it has one."""
+    """A server's answer to an upgrade: the bytes behind it, and the identity of the server's store, or None."""
 
     rest: bytes
     store: str | None

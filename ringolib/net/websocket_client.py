@@ -20,7 +20,7 @@ from ringolib.net.websocket import request_upgrade
 CONNECT_TIMEOUT = 5.0
 """Seconds for each step: the connection, the TLS handshake, each read of the upgrade."""
 MAX_UNSENT = 64 * 1024 + 2 * MAX_MESSAGE
-"""Bytes that may be queued behind the system's buffer before the server is given up: pongs, behind a message of ours."""
+"""Bytes that may be queued behind the system's buffer: pongs, behind a message of ours. Beyond it the link is lost."""
 
 
 class ClientConnection:
@@ -125,7 +125,7 @@ class ClientConnection:
         return not self._unsent
 
     def finish(self, code: int, reason: str) -> None:
-        """Send our Close frame, wait at most sockets.CLOSE_TIMEOUT for the server's, and close the socket. Never raises.
+        """Send our Close frame, wait at most sockets.CLOSE_TIMEOUT for the server's, close the socket. Never raises.
 
         If the server has sent a Close frame, ours has the server's code.
         """

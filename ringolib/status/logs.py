@@ -1,9 +1,18 @@
-"""What goes to stderr: one line an event, `key=value` (logfmt) or JSON, times in UTC.
+"""The log on stderr: one line per event, as `key=value` (logfmt) or JSON, with times in UTC.
 
-A call says `log.info("link_up", {"consumer": "there:6661"})`: the message is the event's name, the one argument its
-fields. Fields say who, how many, how long and why; never a record's value, and never a token.
+A call is `log.info("link_up", {"consumer": "there:6661"})`: the message is the event's name, and its one argument the
+fields. Fields name the client or consumer, counts, durations and causes. They never contain a record's value or a
+token.
 
-`Lines` is the only handler; logging holds its lock while it writes. No thread runs here.
+Clients can cause some events at any rate, so these are rate-limited (RATE_LIMITED_EVENTS). Each event and HTTP status
+is a kind, and of each kind one line is written every RATE_LIMIT_SECONDS. Events in between are pending: they are
+counted, and the next line of this kind has the fields of the last event, and the `count`. Pending events are written
+when anything is logged after the interval, or at exit.
+
+If the reader of stderr stalls, lines are dropped and counted, so that the server goes on. The next line that can be
+written is `log_dropped`, with the count.
+
+`LineHandler` is the only handler. The logging module holds its lock during `emit`. This module starts no threads.
 """
 
 import datetime
@@ -18,7 +27,7 @@ from typing import Any
 
 from ringolib.timing import format_utc
 
-LIMITED = (
+RATE_LIMITED_EVENTS = (
     "refused",
     "tls_failed",
     "dashboard_missing",
@@ -27,131 +36,144 @@ LIMITED = (
     "no_thread",
     "slow_commit",
 )
-"""Events that others can cause at any rate: a line of each kind every LIMIT_SECONDS, which says how many there were."""
-LIMIT_SECONDS = 1.0
-STALL_SECONDS = 0.1
-"""How long a line waits for a reader of stderr that has stalled. The next ones do not: they are counted and dropped."""
-MAX_TEXT = 1000
-"""Characters of a text; more is cut off: others may have written it."""
-MAX_BYTES = 4096
-"""Bytes of a line, or its texts are cut further: so many a pipe that has room takes at once (PIPE_BUF)."""
+RATE_LIMIT_SECONDS = 1.0
+STALL_TIMEOUT_SECONDS = 0.1
+"""How long a line waits for a stalled reader of stderr. Lines after it do not wait until it reads again."""
+MAX_TEXT_LENGTH = 1000
+"""Characters of a text. The rest is cut off, because clients may have written it."""
+MAX_LINE_BYTES = 4096
+"""A pipe takes this many bytes at once (PIPE_BUF). Texts of a longer line are cut further."""
+
+Kind = tuple[str, Any]
+"""Event and HTTP status of a rate-limited line."""
 
 
 def setup(debug: bool, as_json: bool) -> None:
-    """Sends the whole process's log to stderr; with `debug` all of it, and nothing left out."""
-    for descriptor in range(3):  # who starts a program without one would have a socket take its place, and get the log
+    """Send the log of the whole process to stderr. `debug` includes all events and lifts the rate limit."""
+    _open_standard_descriptors()
+    root = logging.getLogger()
+    root.setLevel(logging.DEBUG if debug else logging.INFO)
+    root.addHandler(LineHandler(as_json, rate_limited=() if debug else RATE_LIMITED_EVENTS))
+
+
+def _open_standard_descriptors() -> None:
+    """Open stdin, stdout and stderr on the null device if the process was started without them.
+
+    Otherwise the next socket would get the number of stderr, and the log would be written to it.
+    """
+    for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
-    root = logging.getLogger()
-    root.setLevel(logging.DEBUG if debug else logging.INFO)
-    root.addHandler(Lines(as_json, limited=() if debug else LIMITED))
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
-class Lines(logging.Handler):
-    """Writes records as lines to `descriptor`; of the `limited` events what comes too fast is counted, and told by the
-    next line. Never waits for a reader that has stalled: it could hold up the whole server.
-    """
+class LineHandler(logging.Handler):
+    """Writes log records as lines to `descriptor`. Limits the rate of some events, and never waits for long."""
 
-    def __init__(self, as_json: bool, limited: tuple[str, ...] = LIMITED, descriptor: int = 2) -> None:
+    def __init__(self, as_json: bool, rate_limited: tuple[str, ...] = RATE_LIMITED_EVENTS, descriptor: int = 2) -> None:
         super().__init__()
+        self._format_fields = _format_json if as_json else _format_logfmt
+        self._rate_limited = rate_limited
         self._descriptor = descriptor
-        self._line = _json if as_json else _logfmt
         self._writable = select.poll()
         self._writable.register(descriptor, select.POLLOUT)
-        self._dropped = 0  # lines, since the reader has stalled; guarded as what follows
-        self._limited = limited
         # Guarded by the handler's lock, which logging holds around emit.
-        self._said: dict[tuple[str, Any], float] = {}  # kind -> when its last line was written, monotonic seconds
-        self._held: dict[tuple[str, Any], tuple[int, logging.LogRecord]] = {}  # kind -> how many, and the last of them
+        self._dropped = 0  # lines since the reader stalled
+        self._written_at: dict[Kind, float] = {}  # when the last line was written, monotonic seconds
+        self._pending: dict[Kind, tuple[int, logging.LogRecord]] = {}  # number of pending events, and the last one
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as a line, without its end."""
-        fields = _fields(record)
-        line = self._line(fields)
-        most = MAX_TEXT
-        while len(line) >= MAX_BYTES and most > 10:  # ASCII: a character is a byte
-            most //= 4
-            line = self._line({key: _cut(value, most) for key, value in fields.items()})
+        """Return the record as a line, without the line end."""
+        fields = _record_fields(record)
+        line = self._format_fields(fields)
+        length = MAX_TEXT_LENGTH
+        while len(line) >= MAX_LINE_BYTES and length > 10:  # the line is ASCII: a character is a byte
+            length //= 4
+            line = self._format_fields({key: _truncate(value, length) for key, value in fields.items()})
         return line
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes the record, or counts it; then what was counted and is due."""
+        """Write the record, or count it as pending. Write pending events that are due."""
         now = monotonic()
-        for kind in [kind for kind in self._held if now - self._said[kind] >= LIMIT_SECONDS]:
-            self._tell(kind, now)
-        if record.msg not in self._limited or not record.name.startswith("ringoexp"):
+        for kind in [kind for kind in self._pending if now - self._written_at[kind] >= RATE_LIMIT_SECONDS]:
+            self._write_pending(kind, now)
+        if record.msg not in self._rate_limited or not _is_own(record):
             self._write(self.format(record))
             return
         kind = record.msg, record.args.get("status") if isinstance(record.args, Mapping) else None
-        count, _ = self._held.get(kind, (0, None))
-        self._held[kind] = count + 1, record
-        if now - self._said.get(kind, float("-inf")) >= LIMIT_SECONDS:
-            self._tell(kind, now)
+        count, _ = self._pending.get(kind, (0, None))
+        self._pending[kind] = count + 1, record
+        if now - self._written_at.get(kind, float("-inf")) >= RATE_LIMIT_SECONDS:
+            self._write_pending(kind, now)
 
     def close(self) -> None:
-        """Writes what was counted, and writes no more."""
+        """Write all pending events and close the handler."""
         self.acquire()
         try:
-            for kind in list(self._held):
-                self._tell(kind, monotonic())
+            for kind in list(self._pending):
+                self._write_pending(kind, monotonic())
         finally:
             self.release()
         super().close()
 
-    def _tell(self, kind: tuple[str, Any], now: float) -> None:
-        count, record = self._held.pop(kind)
+    def _write_pending(self, kind: Kind, now: float) -> None:
+        """Write one line for all pending events of a kind."""
+        count, record = self._pending.pop(kind)
         record.args = {**(record.args if isinstance(record.args, Mapping) else {}), "count": count}
-        record.created = time.time()  # of the line, or times would run backwards
-        self._said[kind] = now
+        record.created = time.time()  # when the line is written; otherwise times would go backwards
+        self._written_at[kind] = now
         self._write(self.format(record))
 
     def _write(self, line: str) -> None:
-        """Writes a line, or counts it."""
+        """Write a line, or count it as dropped if the reader has stalled."""
         if self._dropped and self._writable.poll(0):
-            told = logging.LogRecord("ringoexp.log", logging.WARNING, "", 0, "log_dropped", None, None)
-            told.args = {"count": self._dropped}
-            self._put(self.format(told))
+            record = logging.LogRecord("ringoexp.log", logging.WARNING, "", 0, "log_dropped", None, None)
+            record.args = {"count": self._dropped}
+            self._write_now(self.format(record))
             self._dropped = 0
-        if self._dropped or not self._writable.poll(STALL_SECONDS * 1000):
+        if self._dropped or not self._writable.poll(STALL_TIMEOUT_SECONDS * 1000):
             self._dropped += 1
             return
-        self._put(line)
+        self._write_now(line)
 
-    def _put(self, line: str) -> None:
+    def _write_now(self, line: str) -> None:
         try:
             os.write(self._descriptor, f"{line}\n".encode(errors="replace"))
         except OSError:
-            pass  # nobody reads any more
+            pass  # the reader has closed its end
 
 
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    """What a line says, in order."""
-    at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
-    ours = record.name.startswith("ringoexp")
-    found: dict[str, Any] = {
-        "time": format_utc(at),
+def _is_own(record: logging.LogRecord) -> bool:
+    """True if the record comes from this program, not from a library."""
+    return record.name.startswith("ringoexp")
+
+
+def _record_fields(record: logging.LogRecord) -> dict[str, Any]:
+    """Return the fields of a line in their order. What a library logs is the event `message`."""
+    created = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+    fields: dict[str, Any] = {
+        "time": format_utc(created),
         "level": record.levelname.lower(),
-        "event": record.msg if ours else "message",
+        "event": record.msg if _is_own(record) else "message",
     }
-    if not ours:
-        found["message"] = record.getMessage()
+    if not _is_own(record):
+        fields["message"] = record.getMessage()
     elif isinstance(record.args, Mapping):
-        found.update(record.args)
+        fields.update(record.args)
     if record.exc_info and record.exc_info[1]:
-        found["cause"] = " <- ".join(_told(record.exc_info[1]))
-    found = {key: _cut(value, MAX_TEXT) for key, value in found.items()}
-    return {**found, "thread": record.threadName, "logger": record.name}
+        fields["cause"] = " <- ".join(_causes(record.exc_info[1]))
+    fields = {key: _truncate(value, MAX_TEXT_LENGTH) for key, value in fields.items()}
+    return {**fields, "thread": record.threadName, "logger": record.name}
 
 
-def _cut(value: Any, most: int) -> Any:
-    """A text of at most so many characters; other values as they are."""
-    return f"{value[:most]}..." if isinstance(value, str) and len(value) > most else value
+def _truncate(value: Any, length: int) -> Any:
+    """Cut a text off after `length` characters. Return any other value as it is."""
+    return f"{value[:length]}..." if isinstance(value, str) and len(value) > length else value
 
 
-def _told(error: BaseException | None) -> Iterator[str]:
-    """An error and those that caused it, each with where it was raised, innermost call first."""
+def _causes(error: BaseException | None) -> Iterator[str]:
+    """Yield a text for the error and for each error that caused it, with the calls in progress, innermost first."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -165,16 +187,16 @@ def _told(error: BaseException | None) -> Iterator[str]:
         error = error.__cause__ or error.__context__
 
 
-def _json(fields: dict[str, Any]) -> str:
+def _format_json(fields: dict[str, Any]) -> str:
     return json.dumps(fields, default=str)
 
 
-def _logfmt(fields: dict[str, Any]) -> str:
-    return " ".join(f"{key}={_value(value)}" for key, value in fields.items())
+def _format_logfmt(fields: dict[str, Any]) -> str:
+    return " ".join(f"{key}={_logfmt_value(value)}" for key, value in fields.items())
 
 
-def _value(value: Any) -> str:
-    """A value that is one word as it is, others as JSON strings: quoted, in one line, in ASCII."""
+def _logfmt_value(value: Any) -> str:
+    """Return a value as one word if it is one, else as a JSON string: quoted, on one line, in ASCII."""
     text = json.dumps(value) if isinstance(value, int | float | None) else str(value)
-    plain = text.isascii() and text.isprintable() and not any(c in text for c in ' "=\\')
-    return text if text and plain else json.dumps(text)
+    is_word = text.isascii() and text.isprintable() and not any(c in text for c in ' "=\\')
+    return text if text and is_word else json.dumps(text)

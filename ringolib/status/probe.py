@@ -1,4 +1,9 @@
-"""TODO: ringolib/status/probe.py."""
+"""Probes: questions that may hang, asked by a thread of their own, with the answer cached.
+
+`Probe._lock` guards the cached answer. `Probe._answered` is a condition on it, notified when an answer arrives; threads
+that need the answer wait for it until their deadline. At most one thread per probe, `ask-NAME`, asks at a time,
+without the lock.
+"""
 
 import http.client
 import json
@@ -7,42 +12,46 @@ import ssl
 import threading
 from collections.abc import Callable
 from time import monotonic
-from typing import NamedTuple
 
 from ringolib.net.addresses import Endpoint, certified_name, host_header
 from ringolib.net.credentials import CredentialSet
 from ringolib.net.sockets import connect
 from ringolib.net.tls_socket import explain
 from ringolib.net.websocket import explain_status
+from ringolib.status.readiness_rules import CONNECTIONS_FULL, Reason
+from ringolib.timing import ThreadError, deadline_after, log_unexpected, start_thread, wait_until
+from ringolib.wire import READY_PATH
 
 log = logging.getLogger("ringoexp.ready")
 
-FRESH = 1.0
-"""Seconds for which an answer holds."""
-BRIEFLY = 0.1
-"""Seconds that who only wants to know waits for an answer."""
-STALE = 60.0
-"""Seconds after which an old answer says nothing any more."""
-PATIENCE = 2.0
-"""Seconds that database and consumer have to answer."""
-THEIR_LIMIT = "connections_full"
-"""A reason that is none for who has a link: that is one of the connections."""
+CACHE_SECONDS = 1.0
+"""How long an answer is valid. Within this time nothing is asked again."""
+EXPIRY_SECONDS = 60.0
+"""An answer older than this is dropped before it is asked again; until then it stands in for the new one."""
+ANSWER_TIMEOUT_SECONDS = 2.0
+"""How long the database or the consumer may take to answer."""
+GLANCE_TIMEOUT_SECONDS = 0.1
+"""How long stats and metrics wait for an answer. If it comes later, the next request has it."""
+MAX_BODY_BYTES = 65536
+
 Answer = tuple[str, str] | None
-"""A reason's code and detail, or none."""
+"""Code and detail of a reason, or None if there is no reason."""
 
 
-class Reason(NamedTuple):
-    """Why a record would not be stored now: a word for programs, a text for people, and for how long, if known."""
-
-    code: str
-    detail: str
-    seconds: float | None = None
+def answer_deadline(wait: bool) -> float:
+    """Return the deadline for an answer, for a caller that waits for it or only glances at it."""
+    return deadline_after(ANSWER_TIMEOUT_SECONDS if wait else GLANCE_TIMEOUT_SECONDS)
 
 
-class _Question:
-    """`ask`, asked by one thread at a time, and its answer, kept for FRESH seconds, with the time it has lasted.
+def no_answer() -> str:
+    """Return the text for an answer that has not come in time."""
+    return f"no answer within {ANSWER_TIMEOUT_SECONDS:.0f} s"
 
-    `late` is the answer while it has none after PATIENCE.
+
+class Probe:
+    """Asks one question, `ask`, at most once every CACHE_SECONDS, for any number of callers.
+
+    While there has been no answer for ANSWER_TIMEOUT_SECONDS, the answer is `late`.
     """
 
     def __init__(self, name: str, ask: Callable[[], Answer], late: Answer) -> None:
@@ -50,115 +59,115 @@ class _Question:
         self._ask = ask
         self._late = late
         self._lock = threading.Lock()
-        self._answered = threading.Condition(self._lock)
-        # Guarded by _lock.
+        self._answered = threading.Condition(self._lock)  # notified when _asking becomes false
+        # Guarded by _lock. Times are monotonic seconds.
         self._asking = False
-        self._asked_at = 0.0  # monotonic seconds
+        self._asked_at = 0.0
         self._answer: Answer = None
-        self._at = float("-inf")  # monotonic seconds
-        self._since = 0.0  # since when the answer has had this code
+        self._answered_at = float("-inf")
+        self._since = 0.0  # when the answer got its present code
 
     @property
     def answered(self) -> bool:
-        """True once there was an answer."""
-        return self._at > float("-inf")
+        """True if there is an answer that has not expired."""
+        return self._answered_at > float("-inf")  # one read: no lock needed
 
-    def begin(self) -> None:
-        """Asks, if the last answer is FRESH seconds old, for who looks for the answer afterwards."""
+    def refresh(self) -> None:
+        """Start to ask if the cached answer is older than CACHE_SECONDS. Does not wait."""
         with self._lock:
             self._ask_if_due()
 
     def reason(self, wait: bool, deadline: float | None = None) -> Reason | None:
-        """The answer, at most FRESH seconds old, within PATIENCE. Without `wait`, within BRIEFLY: or else the last one,
-        if it is not STALE. `deadline`, in monotonic seconds, in place of these.
+        """Return the answer as a reason, or None if there is no reason. Asks if the cached answer is too old.
+
+        Waits until `deadline`, which is `answer_deadline(wait)` by default. If no answer has come by then, a caller
+        that waits gets `late`, and any other caller gets the previous answer.
         """
-        deadline = deadline or monotonic() + (PATIENCE if wait else BRIEFLY)
+        deadline = deadline or answer_deadline(wait)
         with self._lock:
             self._ask_if_due()
-            while self._asking and (left := deadline - monotonic()) > 0:
-                self._answered.wait(left)
-            if self._asking and (wait or monotonic() - self._asked_at >= PATIENCE):
-                self._say(self._late)
+            wait_until(self._answered, lambda: not self._asking, deadline)
+            if self._asking and (wait or monotonic() - self._asked_at >= ANSWER_TIMEOUT_SECONDS):
+                self._set_answer(self._late)
             return self._answer and Reason(*self._answer, monotonic() - self._since)
 
     def _ask_if_due(self) -> None:
         assert self._lock.locked()
-        if not self._asking and monotonic() - self._at >= FRESH:
-            if monotonic() - self._at >= STALE:
-                self._answer, self._at = None, float("-inf")
-            self._begin()
-
-    def _begin(self) -> None:
-        """Has it asked by a thread of its own."""
-        assert self._lock.locked()
-        # Daemon, and nobody waits for its end: what it asks may hang, and nothing depends on it.
-        thread = threading.Thread(target=self._run, name=f"ask-{self._name}", daemon=True)
+        age = monotonic() - self._answered_at
+        if self._asking or age < CACHE_SECONDS:
+            return
+        if age >= EXPIRY_SECONDS:
+            self._answer, self._answered_at = None, float("-inf")
         try:
-            thread.start()
+            # No owner joins this thread: the question may hang, and nothing depends on its end.
+            start_thread(self._run, name=f"ask-{self._name}")
             self._asking, self._asked_at = True, monotonic()
-        except RuntimeError as error:
-            self._say(("failed", f"no thread to be had: {error}"))
+        except ThreadError as error:
+            self._set_answer(("failed", str(error)))
 
     def _run(self) -> None:
-        """The thread: one question."""
+        """Ask once and keep the answer. Runs in a thread of its own."""
         try:
             answer = self._ask()
         except Exception as error:
-            log.error("worker_error", {"error": repr(error)}, exc_info=log.isEnabledFor(logging.DEBUG))
+            log_unexpected(log, "worker_error", error)
             answer = "failed", f"{type(error).__name__}: {error}"
         with self._lock:
-            self._say(answer)
-            self._at = monotonic()
+            self._set_answer(answer)
+            self._answered_at = monotonic()
             self._asking = False
             self._answered.notify_all()
 
-    def _say(self, answer: Answer) -> None:
+    def _set_answer(self, answer: Answer) -> None:
         assert self._lock.locked()
         if answer is None or self._answer is None or answer[0] != self._answer[0]:
             self._since = monotonic()
         self._answer = answer
 
 
-def _late() -> str:
-    return f"no answer within {PATIENCE:.0f} s"
+def check_consumer(endpoint: Endpoint, credentials: CredentialSet, linked: bool) -> Answer:
+    """Ask the consumer at `endpoint` whether it is ready. Return why it is not, or None if it is.
 
-
-def _check_consumer(place: Endpoint, keys: CredentialSet, linked: bool) -> Answer:
-    """What the consumer says when it is asked whether it is ready; nothing if it is.
-
-    That all its connections are taken is no matter for who is `linked` to it already.
+    A publisher that is `linked` to the consumer does not care that all connections are in use: it has one of them.
     """
-    where, (host, port, name) = str(place), place
-    connection: http.client.HTTPConnection | None = None
     try:
-        connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
-        connection.sock = connect(host, port, PATIENCE)
-        if keys.client:
-            connection.sock = keys.client.wrap_socket(connection.sock, server_hostname=certified_name(name))
-        headers = {"Host": host_header(name, port), "Accept": "application/json", "Connection": "close"}
-        if keys.token:
-            headers["Authorization"] = f"Bearer {keys.token}"
-        connection.request("GET", "/v1.0/ready", headers=headers)
-        response = connection.getresponse()
-        status, body = response.status, response.read(65536)
+        status, body = _get_ready(endpoint, credentials)
     except TimeoutError:
-        return "consumer_unreachable", f"{where}: {_late()}"
+        return "consumer_unreachable", f"{endpoint}: {no_answer()}"
     except ssl.SSLError as error:
-        return "consumer_unreachable", f"{where}: {explain(error)}"
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no host can have such a name
-        return "consumer_unreachable", f"{where}: {error or type(error).__name__}"
-    finally:
-        if connection:
-            connection.close()
+        return "consumer_unreachable", f"{endpoint}: {explain(error)}"
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no host can have this name
+        return "consumer_unreachable", f"{endpoint}: {error or type(error).__name__}"
     try:
-        said = json.loads(body)
-        theirs = [(str(each["code"]), str(each["detail"])) for each in said.get("reasons", ())]
-        unauthorized = said.get("authorized") is False
+        response = json.loads(body)
+        reasons = [(str(reason["code"]), str(reason["detail"])) for reason in response.get("reasons", ())]
+        unauthorized = response.get("authorized") is False
     except (ValueError, KeyError, TypeError, AttributeError):
-        return "consumer_unreachable", f"{where}: answered {status}: is that a ringoexp?"
+        return "consumer_unreachable", f"{endpoint}: answered {status}: not a ringoexp server?"
     if unauthorized:
-        return "consumer_unreachable", f"{where}: it wants a token, or another one (--token_file, or RINGOEXP_TOKEN)"
-    if status != 200 and not theirs:
-        return "consumer_unreachable", f"{where}: answered {status}{explain_status(status)}"
-    ours = [detail for code, detail in theirs if code != THEIR_LIMIT or not linked]
-    return ("consumer_not_ready", f"{where}: {'; '.join(ours)}") if ours else None
+        return (
+            "consumer_unreachable",
+            f"{endpoint}: access token missing or wrong (--token_file, or RINGOEXP_TOKEN)",
+        )
+    if status != 200 and not reasons:
+        return "consumer_unreachable", f"{endpoint}: answered {status}{explain_status(status)}"
+    details = [detail for code, detail in reasons if code != CONNECTIONS_FULL or not linked]
+    return ("consumer_not_ready", f"{endpoint}: {'; '.join(details)}") if details else None
+
+
+def _get_ready(endpoint: Endpoint, credentials: CredentialSet) -> tuple[int, bytes]:
+    """Request `/v1.0/ready`. Return the status and the body, of which at most MAX_BODY_BYTES are read."""
+    host, port, name = endpoint
+    connection = http.client.HTTPConnection(host, port, timeout=ANSWER_TIMEOUT_SECONDS)
+    try:
+        connection.sock = connect(host, port, ANSWER_TIMEOUT_SECONDS)
+        if credentials.client:
+            connection.sock = credentials.client.wrap_socket(connection.sock, server_hostname=certified_name(name))
+        headers = {"Host": host_header(name, port), "Accept": "application/json", "Connection": "close"}
+        if credentials.token:
+            headers["Authorization"] = f"Bearer {credentials.token}"
+        connection.request("GET", READY_PATH, headers=headers)
+        response = connection.getresponse()
+        return response.status, response.read(MAX_BODY_BYTES)
+    finally:
+        connection.close()

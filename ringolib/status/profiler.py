@@ -25,7 +25,9 @@ from ringolib.net.listeners import Listeners
 from ringolib.status import pprof, sampler
 from ringolib.timing import deadline_after, remaining
 from ringolib.web.connections import Connections
-from ringolib.web.handler import GET_OR_HEAD, Refusal, Routes, WebHandler
+from ringolib.web.handler import GET_OR_HEAD, Routes, WebHandler
+from ringolib.web.headers import Refusal
+from ringolib.web.table import Limits
 
 MAX_CONNECTIONS = 32
 """Connections at the same time; more wait to be accepted. `--threads` leaves room for this many threads."""
@@ -59,17 +61,10 @@ PAGES = {
 class Profiler(Connections):
     """The profiler's server. Owns `listeners`; `host` is the name it listens on."""
 
+    acceptor_name = connection_name = "profiler"
+
     def __init__(self, listeners: Listeners, host: str, name: str, credentials: Credentials) -> None:
-        super().__init__(
-            listeners,
-            Handler,
-            name,
-            limit=MAX_CONNECTIONS,
-            credentials=credentials,
-            thread="profiler",
-            connection="profiler",
-        )
-        self.max_refused = 0  # connections beyond the limit are not answered: they wait to be accepted
+        super().__init__(listeners, Handler, name, Limits(MAX_CONNECTIONS, refused=0), credentials)
         self.host = host.lower()
         self.loopback = listeners.loopback
         self.sampling_lock = threading.Lock()

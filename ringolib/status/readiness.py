@@ -1,14 +1,14 @@
-"""`GET /v1.0/ready`: would a record sent now be stored now? Finds out instead of remembering, where nobody knows.
+"""`GET /v1.0/ready`: collects the facts about a server, and asks for the missing ones.
 
-A server that is asked and has no news of its own asks further: its database with a commit that changes nothing, its
-consumers with the same request. It does so at most once every FRESH seconds, in the threads `ask-disk` and `ask-
-consumer`, one for each question, so that who asks is answered in time, whatever hangs. `_Question._lock` guards the
-last answer; `_answered` shares it and is notified when there is one. Nothing is asked under the lock.
+Records in flight show whether a consumer stores them. If there were none lately, a publisher asks each consumer for its
+own `/v1.0/ready`. A server with a database tries a commit that changes nothing. Each question is a `Probe`, so callers
+are answered in time even if the consumer or the disk hangs. The rules are in `readiness_rules.py`.
+
+`Readiness._lock` guards the set of probes. Nothing is asked under it.
 """
 
-import logging
 import threading
-from time import monotonic
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ringbuffer import Ring
@@ -17,31 +17,29 @@ from ringolib.forward.link import LinkStats
 from ringolib.forward.spool import Spool
 from ringolib.forward.workers import Forwarder
 from ringolib.net.credentials import Credentials
-from ringolib.status.probe import BRIEFLY, FRESH, PATIENCE, Answer, Reason, _check_consumer, _late, _Question
+from ringolib.status import readiness_rules as rules
+from ringolib.status.probe import Answer, Probe, answer_deadline, check_consumer, no_answer
+from ringolib.status.readiness_rules import Known, Reason
 from ringolib.storage.interface import Storage, StoreError
 
-log = logging.getLogger("ringoexp.ready")
-
-STUCK = 1.0
-"""Seconds for which a full ring has to wait for its oldest batch until it counts as full: less is backpressure."""
-LITTLE_ROOM = 1 << 20
-"""Bytes of free disk below which no commit is to be hoped for."""
+MIN_FREE_BYTES = 1 << 20
+"""Free disk space below which a commit would probably fail."""
 
 
 class ConsumerStats(NamedTuple):
-    """A snapshot of one consumer, as its publisher sees it."""
+    """A snapshot of one consumer as its publisher sees it."""
 
     address: str
     link: LinkStats
     workers: int
-    in_doubt: int  # records that it may have stored, and that wait for it
+    in_doubt: int  # records that it has possibly stored, and that wait for it
 
 
 class Readiness:
-    """Knows what a record's way goes through: the ring, then the own store, or the links, those of `forwarder`, and
-    perhaps the spool.
+    """Knows the parts that a record passes through, and finds out whether they would store one now.
 
-    One consumer that would store is enough.
+    These are the ring, and then either the server's own store or the consumers of `forwarder`. If it forwards, it may
+    have a spool.
     """
 
     def __init__(
@@ -56,144 +54,141 @@ class Readiness:
         self._spool = spool
         self._forwarder = forwarder
         self._credentials = credentials
-        self._disk: Storage | None = store or (spool.store if spool else None)
-        self._ask_disk = _Question("disk", self._check_disk, ("store_failing", f"the database: {_late()}"))
+        self._disk = store or (spool.store if spool else None)
+        self._disk_probe = Probe("disk", self._check_disk, ("store_failing", f"the database: {no_answer()}"))
         self._lock = threading.Lock()
-        self._ask_consumer: dict[Destination, _Question] = {}  # guarded by _lock
+        self._consumer_probes: dict[Destination, Probe] = {}  # guarded by _lock
 
     def reasons(self, wait: bool = True) -> list[Reason]:
-        """Why a record sent now would not be stored now; none if it would.
+        """Return the reasons why a record sent now would not be stored now; an empty list if it would.
 
-        Without `wait` the database is not asked, and of the consumer the last answer is taken.
+        If `wait` is false, try a commit only if the last one failed, and take the last answers of the consumers.
         """
-        found = []
-        if self._forwarder:
-            away = self._consumers_away(wait)
-            if away and (not self._spool or (why := self._spool_refuses(wait))):
-                found += away
-                if self._spool and why:
-                    found.append(why)
-        elif why := self._disk_fails(wait):
-            found.append(why)
-        if full := self._ring_full():
-            found.append(full)
-        return found
+        known = self._known(wait)
+        return rules.not_ready(known, self._ring.stats() if self._ring else None)
 
     def consumers(self) -> list[ConsumerStats]:
-        """What records on their way have shown of each consumer, or else its last answer; none for an own store."""
+        """Return the state of each consumer; an empty list if the server forwards to none."""
         if not self._forwarder:
             return []
         destinations = self._forwarder.destinations
-        for destination in destinations:
-            self._question(destination).begin()
-        deadline = monotonic() + BRIEFLY
-        doubts = self._doubts()
+        self._refresh(destinations)
+        deadline = answer_deadline(wait=False)
+        in_doubt = self._in_doubt()
         return [
-            ConsumerStats(str(each.place), self._known(each, deadline), each.workers, doubts.get(each, 0))
-            for each in destinations
+            ConsumerStats(
+                str(destination.endpoint),
+                self._reported_link(destination, deadline),
+                destination.workers,
+                in_doubt.get(destination, 0),
+            )
+            for destination in destinations
         ]
 
-    def _known(self, destination: Destination, deadline: float) -> LinkStats:
-        assert destination.link
-        link, away = destination.link.stats(), self._consumer_away(destination, False, deadline)
-        if away and away.code == "consumer_unreachable":
-            return link._replace(state="down", reason=away.detail, away=away.seconds or 0.0)
-        answered = self._question(destination).answered
-        if link.state == "unknown" and answered and (not away or away.code == "consumer_not_ready"):
-            return link._replace(state="up")
-        return link
+    def _known(self, wait: bool) -> Known:
+        """Collect the facts, as far as they can change the result: asking costs a commit or a request."""
+        if not self._forwarder:
+            return Known(disk=self._disk_reason(wait))
+        known = Known(self._consumer_reasons(self._forwarder.destinations, wait))
+        if not self._spool or not known.consumers or None in known.consumers:
+            return known
+        spool_full = self._spool.refuses()
+        disk = None if spool_full else self._disk_reason(wait)
+        return known._replace(has_spool=True, spool_full=spool_full, disk=disk)
 
-    def _consumers_away(self, wait: bool) -> list[Reason]:
-        """Why no consumer takes anything, each of them; nothing if one does."""
-        assert self._forwarder
-        destinations = self._forwarder.destinations
-        if any(each.link and not each.link.down and each.link.stats().quiet < FRESH for each in destinations):
-            return []
-        for destination in destinations:
-            self._question(destination).begin()
-        deadline = monotonic() + (PATIENCE if wait else BRIEFLY)
-        found = []
-        for destination in destinations:
-            away = self._consumer_away(destination, wait, deadline)
-            if not away:
-                return []
-            found.append(away)
-        return found
+    # Consumers.
 
-    def _consumer_away(self, destination: Destination, wait: bool, deadline: float) -> Reason | None:
+    def _consumer_reasons(self, destinations: Sequence[Destination], wait: bool) -> list[Reason | None]:
+        """Return why each consumer does not store. Stops with None at the first one that does."""
+        if any(map(_has_fresh_ack, destinations)):
+            return [None]
+        self._refresh(destinations)
+        deadline = answer_deadline(wait)
+        reasons: list[Reason | None] = []
+        for destination in destinations:
+            reasons.append(self._consumer_reason(destination, wait, deadline))
+            if reasons[-1] is None:
+                break
+        return reasons
+
+    def _consumer_reason(self, destination: Destination, wait: bool, deadline: float) -> Reason | None:
         assert destination.link
         link = destination.link.stats()
-        if link.state == "down" and not self._untried(
-            destination
-        ):  # a worker, or the spool's thread, tries all the time
-            return Reason("consumer_unreachable", link.reason or "", link.away)
-        return (
-            None if link.quiet < FRESH and link.state != "down" else self._question(destination).reason(wait, deadline)
-        )
+        untried = link.state == "down" and self._is_untried(destination)
+        answer = self._probe(destination).reason(wait, deadline) if rules.must_ask(link, untried) else None
+        return rules.consumer_reason(link, untried, answer)
 
-    def _untried(self, destination: Destination) -> bool:
-        """True when there is a link again, and nothing to try it with: another took over what was in doubt there."""
+    def _reported_link(self, destination: Destination, deadline: float) -> LinkStats:
+        assert destination.link
+        link = destination.link.stats()
+        reason = self._consumer_reason(destination, False, deadline)
+        return rules.reported_link(link, reason, self._probe(destination).answered)
+
+    def _is_untried(self, destination: Destination) -> bool:
+        """True if there is a link again but no record to try it with, because another consumer took those in doubt."""
         assert self._forwarder
         if self._spool or not self._ring or self._ring.stats().depth:
             return False
-        return destination not in self._doubts() and self._forwarder.linked(destination)
+        return destination not in self._in_doubt() and self._forwarder.linked(destination)
 
-    def _question(self, destination: Destination) -> _Question:
-        assert self._forwarder and destination.place
-        with self._lock:
-            if destination not in self._ask_consumer:
-                place, linked = destination.place, self._forwarder.linked
-                self._ask_consumer = {
-                    each: self._ask_consumer[each]
-                    for each in self._forwarder.destinations
-                    if each in self._ask_consumer
-                }
-                self._ask_consumer[destination] = _Question(
-                    "consumer",
-                    lambda: _check_consumer(place, self._credentials.current, linked(destination)),
-                    ("consumer_unreachable", f"{place}: {_late()}"),
-                )
-            return self._ask_consumer[destination]
-
-    def _doubts(self) -> dict[Destination, int]:
-        """How many records are in doubt at each consumer that has some, and wait for it."""
-        found: dict[Destination, int] = {}
+    def _in_doubt(self) -> dict[Destination, int]:
+        """Return the number of records in doubt at each consumer that has any."""
+        records: dict[Destination, int] = {}
         for mark, size in self._ring.marks() if self._ring else ():
             assert isinstance(mark, Pin)
-            found[mark.destination] = found.get(mark.destination, 0) + size
-        return found
+            records[mark.destination] = records.get(mark.destination, 0) + size
+        return records
 
-    def _spool_refuses(self, wait: bool) -> Reason | None:
-        assert self._spool
-        if why := self._spool.refuses():
-            return Reason("spool_full", why)
-        return self._disk_fails(wait)
+    def _refresh(self, destinations: Sequence[Destination]) -> None:
+        """Start to ask all consumers at once, so that the slow ones do not add up."""
+        for destination in destinations:
+            self._probe(destination).refresh()
 
-    def _disk_fails(self, wait: bool) -> Reason | None:
+    def _probe(self, destination: Destination) -> Probe:
+        """Return the probe of a consumer. To create one, also drop the probes of former consumers."""
+        assert self._forwarder and destination.endpoint
+        with self._lock:
+            if destination not in self._consumer_probes:
+                endpoint, linked = destination.endpoint, self._forwarder.linked
+                self._consumer_probes = {
+                    current: self._consumer_probes[current]
+                    for current in self._forwarder.destinations
+                    if current in self._consumer_probes
+                }
+                self._consumer_probes[destination] = Probe(
+                    "consumer",
+                    lambda: check_consumer(endpoint, self._credentials.current, linked(destination)),
+                    ("consumer_unreachable", f"{endpoint}: {no_answer()}"),
+                )
+            return self._consumer_probes[destination]
+
+    # The database.
+
+    def _disk_reason(self, wait: bool) -> Reason | None:
         if wait:
-            return self._ask_disk.reason(wait)
+            return self._disk_probe.reason(wait)
         assert self._disk
         error = self._disk.stats().error
         if not error:
             return None
-        return self._ask_disk.reason(wait) or Reason("store_failing", error)  # a check may make it good
-
-    def _ring_full(self) -> Reason | None:
-        if not self._ring:
-            return None
-        ring = self._ring.stats()
-        if ring.depth < ring.capacity or ring.oldest_in_flight < STUCK:
-            return None
-        return Reason("ring_full", f"all {ring.capacity} slots are taken", ring.oldest_in_flight)
+        # A successful test commit clears the error.
+        return self._disk_probe.reason(wait) or Reason("store_failing", error)
 
     def _check_disk(self) -> Answer:
+        """Try a commit. Return why it fails, or None."""
         assert self._disk
         free = self._disk.sizes().disk_free
-        if free is not None and free < LITTLE_ROOM:
-            return "disk_full", f"{self._disk.path}: {free} bytes are left on its disk: make room"
+        if free is not None and free < MIN_FREE_BYTES:
+            return "disk_full", f"{self._disk.path}: only {free} bytes are free on its disk: free some space"
         try:
             self._disk.check()
         except StoreError as error:
             return "store_failing", str(error)
-        failing = self._disk.stats().error  # of records: a check needs less
+        failing = self._disk.stats().error  # of a commit of records, which needs more space than the test
         return ("store_failing", failing) if failing else None
+
+
+def _has_fresh_ack(destination: Destination) -> bool:
+    """True if a recent ack shows that the consumer stores, so that nothing has to be asked."""
+    link = destination.link
+    return link is not None and not link.down and link.stats().quiet < rules.ACK_FRESH_SECONDS

@@ -1,4 +1,7 @@
-"""One snapshot of all parts of a server, and the figures that follow from it."""
+"""A snapshot of all parts of a server, and values derived from it.
+
+A snapshot is immutable. The functions here are pure.
+"""
 
 from typing import NamedTuple
 
@@ -6,47 +9,68 @@ from ringbuffer import RingLayout, RingStats
 from ringolib.counters import TotalsSnapshot
 from ringolib.forward.spool import SpoolStats
 from ringolib.forward.workers import ForwarderStats
+from ringolib.status.process import MemoryStats
 from ringolib.status.readiness import ConsumerStats
 from ringolib.storage.interface import Sizes, StoreStats
 from ringolib.storage.retention import RetentionStats
-from ringolib.web.connections import ConnectionStats
+from ringolib.web.table import ConnectionStats
 
 
 class Snapshot(NamedTuple):
-    """What the rooms say at nearly one moment; None for those that this server does not have."""
+    """The state of all parts of a server at nearly one moment. A part that the server does not have is None."""
 
     version: str
     started_at: float  # Unix time
+    memory: MemoryStats
     totals: TotalsSnapshot
     connections: ConnectionStats
     ring: RingStats | None
     layout: RingLayout | None
     forwarder: ForwarderStats | None
-    consumers: list[ConsumerStats]  # where they are not the server itself
-    store: StoreStats | None  # its own database, where it has one
+    consumers: list[ConsumerStats]  # empty if the server forwards to no consumer
+    store: StoreStats | None  # its own database
     spool: SpoolStats | None
-    retention: RetentionStats | None  # where old records are deleted
-    disk: StoreStats | None  # of its own database, or else of its spool
-    sizes: Sizes | None  # of that
-    certificate_ends: float | None  # Unix time, of its own certificate
-    not_ready: list[str]  # the codes of why a record sent now would not be stored now, as far as known without a commit
+    retention: RetentionStats | None
+    disk: StoreStats | None  # its own database, or else its spool's
+    sizes: Sizes | None  # of the database in `disk`
+    certificate_ends: float | None  # Unix time at which its own certificate expires
+    not_ready: list[str]  # codes of the reasons why it is not ready, as far as known without a test commit
 
 
-def consumer_state(now: Snapshot) -> str | None:
-    """How it stands with the consumers: "up" if it is with one of them, "down" if they all are; "own" for a publisher
-    that is its own, None for a server without one.
+def consumer_state(snapshot: Snapshot) -> str | None:
+    """Return "up", "down" or "unknown" for the consumers together: "up" if one is up, "down" if all are down.
+
+    A publisher that stores in its own database is "own". A consumer has no consumers: None.
     """
-    states = [each.link.state for each in now.consumers]
+    states = [consumer.link.state for consumer in snapshot.consumers]
     if not states:
-        return "own" if now.ring else None
-    return "up" if "up" in states else "unknown" if "unknown" in states else "down"
+        return "own" if snapshot.ring else None
+    for state in ("up", "unknown"):
+        if state in states:
+            return state
+    return "down"
 
 
-def consumer_away(now: Snapshot) -> float:
-    """Seconds since the last consumer of all has gone; 0 if one is there."""
-    return min(each.link.away for each in now.consumers) if consumer_state(now) == "down" else 0.0
+def consumer_reason(snapshot: Snapshot) -> str | None:
+    """Return why the consumers are down, or None if they are not."""
+    if consumer_state(snapshot) != "down":
+        return None
+    return "; ".join(consumer.link.reason or "" for consumer in snapshot.consumers)
+
+
+def consumer_away(snapshot: Snapshot) -> float:
+    """Return the seconds for which all consumers have been down, 0 if they are not."""
+    if consumer_state(snapshot) != "down":
+        return 0.0
+    return min(consumer.link.away for consumer in snapshot.consumers)
 
 
 def records_stored(store: StoreStats | None, ring: RingStats | None) -> int:
-    """Records stored since the start: new ones in the own database, or else acked by the consumer or spooled."""
-    return store.stored if store else ring.stored if ring else 0
+    """Return the records stored since the start.
+
+    With a database of its own, a server counts the new records in it. Without one, it counts the records that the
+    consumer acked or that went into the spool.
+    """
+    if store:
+        return store.stored
+    return ring.stored if ring else 0

@@ -1,14 +1,35 @@
-"""Group commit: what callers bring is gathered, and written together by one of them. Each store builds on it.
+"""Group commit: blocks that arrive during a commit are committed together by the next one.
 
-Any thread may `append`. There is no writer thread: the first to come leads, writes what has gathered until then and
-wakes the others; who comes meanwhile waits and is written by the next leader. A leader may first wait for more. Other
-work than a commit has its turn after a commit at most, however many wait, and then it is the commits' turn again.
+Every store builds on this. There is no writer thread: any thread may call `append`, which queues its block. The first
+caller becomes the leader: it commits the queued blocks in one transaction and wakes their callers. Other work on the
+database, for example a deletion, needs an exclusive turn. The turn is in one of four states (`Turn`):
 
-`_lock` guards the queue, the leadership and the totals. Two conditions share it: `_turn` is notified when a turn ends,
-and who waits for one, or for its records, waits on that; `_gathered` when there is enough to write, or no reason to
-wait any more, and the leader alone waits on that. What a store writes with belongs to the leader, without a lock.
+            append: the caller            commit ends, and
+            becomes the leader            an exclusive caller waits
+      +----------------------> COMMIT ------------------------+
+      |                          |                            |
+      |   commit ends, and       |                            v
+    FREE <--- none waits --------+                        RESERVED
+     ^|                                                       |
+     ||   _exclusive, if the queue                            | an exclusive caller
+     ||   is empty                                            | takes the turn
+     |+----------------------> EXCLUSIVE <--------------------+
+     |                           |
+     +------ work ends ----------+
+
+RESERVED keeps new leaders out until an exclusive caller has taken the turn. After an exclusive turn, queued blocks go
+first. So commits and exclusive work alternate while both wait, and neither starves the other.
+
+`_lock` guards the queue, the turn and the totals. Two conditions share it:
+
+- `_turn_ended` is notified at the end of each turn and wakes all its waiters: callers of `append`, which wait for the
+  turn or for the commit of their block; callers of `_exclusive`, which wait for the turn; and `_close`.
+- `_group_ready` is notified when the queue is large enough to commit, and on close. Only the leader waits on it.
+
+The database connection belongs to the thread that holds the turn, and needs no lock.
 """
 
+import enum
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -25,22 +46,31 @@ from ringolib.wire import Run
 log = logging.getLogger("ringoexp.store")
 
 
-class PendingBlock:
-    """One caller's block on its way into a commit; `done` and `error` are guarded by the lock."""
+class Turn(enum.Enum):
+    """The state of the turn; see the diagram above."""
 
-    __slots__ = ("runs", "values", "cost", "since", "done", "error")
+    FREE = enum.auto()
+    COMMIT = enum.auto()  # a leader gathers and commits blocks
+    RESERVED = enum.auto()  # the next turn belongs to an exclusive caller
+    EXCLUSIVE = enum.auto()
+
+
+class PendingBlock:
+    """A block from its arrival until its commit. The store's lock guards `done` and `error`."""
+
+    __slots__ = ("runs", "values", "cost", "arrived_at", "done", "error")
 
     def __init__(self, runs: Sequence[Run], values: "array[int]", run_cost: int) -> None:
         self.runs = runs
         self.values = values
         self.cost = len(values) + run_cost * (len(runs) - 1)
-        self.since = monotonic()
+        self.arrived_at = monotonic()
         self.done = False
         self.error: StoreError | None = None
 
 
 class CommitResult(NamedTuple):
-    """What a commit did, in records, and how many there are after it."""
+    """The result of a commit: new and duplicate records, and how many records the database holds afterwards."""
 
     stored: int
     duplicates: int
@@ -48,30 +78,30 @@ class CommitResult(NamedTuple):
 
 
 class GroupCommit(ABC):
-    """The half of a store that gathers and counts; the other half, which knows the database, is the subclass.
+    """The part of a store that queues blocks, gives turns and counts. A subclass adds the database.
 
-    `path` is the store's name, for people.
+    `path` is the store's name for people.
     """
 
-    MAX_GROUPED: int
-    """Records after which a commit takes no more blocks along, so that nobody waits long; a run counts as RUN_COST."""
+    MAX_GROUP_COST: int
+    """A commit takes no more blocks once their cost reaches this, so that callers do not wait long. In records."""
     RUN_COST: int
-    SLOW: float
-    """Seconds from which on a commit is said to be slow."""
+    """The cost of each run after a block's first, in records."""
+    SLOW_COMMIT_SECONDS: float
+    """A commit that takes this long is logged as slow."""
     power_safe = True
 
     def __init__(self, path: str) -> None:
         self.path = path
 
         self._lock = threading.Lock()
-        self._turn = threading.Condition(self._lock)
-        self._gathered = threading.Condition(self._lock)
+        self._turn_ended = threading.Condition(self._lock)
+        self._group_ready = threading.Condition(self._lock)
         # Guarded by _lock.
         self._queue: list[PendingBlock] = []
-        self._queued = 0  # their cost
-        self._leading = False
-        self._others = 0  # callers that wait for the lead, for other work than a commit
-        self._exclusive_next = False  # the next lead is one of theirs
+        self._queued_cost = 0
+        self._turn = Turn.FREE
+        self._exclusive_waiting = 0  # callers of _exclusive that wait for their turn
         self._closed = False
         self._stored = 0
         self._duplicates = 0
@@ -80,48 +110,32 @@ class GroupCommit(ABC):
         self._failed_commits = 0
         self._error: str | None = None
         self._commit_times = Histogram()
-        self._began_at = self._committed_at = self._failed_at = float("-inf")  # commits of records, monotonic seconds
+        # Monotonic times of the last commits of records; checks and exclusive work do not count.
+        self._started_at = self._succeeded_at = self._failed_at = float("-inf")
 
-        # The leader's.
-        self._failing_since = 0.0  # monotonic seconds, 0 while commits succeed
+        # Used only by the thread that holds the turn.
+        self._failing_since = 0.0  # monotonic seconds; 0 while commits succeed
 
     def append(self, runs: Sequence[Run], values: "array[int]") -> None:
-        """Returns when every record of the block is on disk, now or from an earlier time.
+        """Return when every record of the block is on disk, whether this call or an earlier one stored it.
 
-        Raises StoreError when that cannot be said; the block may be tried again.
+        Raises StoreError if any record may not be on disk; the caller may retry the block.
         """
-        mine = PendingBlock(runs, values, self.RUN_COST)
+        block = PendingBlock(runs, values, self.RUN_COST)
         with self._lock:
             self._check_open()
-            self._queue.append(mine)
-            self._queued += mine.cost
-            if self._pace() <= 0:
-                self._gathered.notify()
-        while True:
-            with self._lock:
-                while (self._leading or self._exclusive_next) and not mine.done:
-                    self._turn.wait()
-                if mine.done:
-                    break
-                self._leading = True
-                try:
-                    while not self._closed and (left := self._pace()) > 0:
-                        self._gathered.wait(left)
-                    group = self._next_group()
-                except BaseException:  # no memory, say: others lead then, and write what is theirs
-                    self._queue.remove(mine)
-                    self._queued -= mine.cost
-                    self._leading = False
-                    self._turn.notify_all()
-                    raise
-                self._began_at = monotonic()
+            self._queue.append(block)
+            self._queued_cost += block.cost
+            if self._gather_seconds() <= 0:
+                self._group_ready.notify()
+        while group := self._lead_unless_done(block):
             self._commit(group)
-        if mine.error:
-            # A new one for each caller: a traceback grows on whatever is raised.
-            raise StoreError(str(mine.error)) from mine.error
+        if block.error:
+            # A new exception for each caller: raising one exception in several threads would mix their tracebacks.
+            raise StoreError(str(block.error)) from block.error
 
     def stats(self) -> StoreStats:
-        """What there is now, and the totals since the store was opened."""
+        """Return a consistent snapshot, without waiting for a running commit."""
         with self._lock:
             return StoreStats(
                 self._stored,
@@ -134,113 +148,160 @@ class GroupCommit(ABC):
                 self.power_safe,
             )
 
+    # Implemented by subclasses. The thread that holds the turn calls these, without the lock unless stated.
+
     @abstractmethod
     def _write(self, group: list[PendingBlock]) -> CommitResult:
-        """Has every record of `group` on disk, or raises whatever went wrong. The leader calls it."""
+        """Return when every record of `group` is on disk. May raise any exception."""
 
     @abstractmethod
-    def _failed(self, cause: BaseException) -> StoreError:
-        """What went wrong with a commit, in a line. The leader calls it: what it knows of the database may be wrong."""
+    def _describe_failure(self, cause: BaseException) -> StoreError:
+        """Return an error for the callers of a failed commit, and forget cached state that may now be wrong."""
 
-    def _pace(self) -> float:
-        """For how many seconds a leader should still wait for more; 0 or less: no longer."""
+    def _gather_seconds(self) -> float:
+        """Return how many seconds the leader still waits for more blocks; 0 or less means no longer. Needs the lock."""
         assert self._lock.locked()
         return 0.0
 
-    def _slow(self) -> dict[str, object]:
-        """What else to say of a slow commit."""
+    def _slow_commit_details(self) -> dict[str, object]:
+        """Return more fields for the log line of a slow commit."""
         return {}
 
+    # For subclasses.
+
+    def _committed_within(self, seconds: float) -> bool:
+        """True if a commit of records succeeded in the last `seconds`, and none has failed since.
+
+        Raises StoreError if the store is closed.
+        """
+        with self._lock:
+            self._check_open()
+            return monotonic() - self._succeeded_at < seconds and not self._error
+
+    def _set_held(self, held: int) -> None:
+        """Set the number of records in the database, after exclusive work has counted them."""
+        with self._lock:
+            self._held = held
+
     def _check_open(self) -> None:
+        """Raise StoreError if the store is closed. Needs the lock."""
         assert self._lock.locked()
         if self._closed:
             raise StoreError(f"{self.path} is closed")
 
-    def _committed_within(self, seconds: float) -> bool:
-        """True when a commit of records has succeeded so shortly ago, and none failed since. Raises StoreError once
-        it is closed.
-        """
-        with self._lock:
-            self._check_open()
-            return monotonic() - self._committed_at < seconds and not self._error
-
     def _close(self) -> bool:
-        """Returns when nobody leads or waits any more, and nobody can begin to. True the first time."""
+        """Refuse new work and return when no caller holds or awaits the turn. True on the first call."""
         with self._lock:
-            already, self._closed = self._closed, True
-            self._gathered.notify_all()
-            while self._leading or self._queue:
-                self._turn.wait()
-        return not already
+            first, self._closed = not self._closed, True
+            self._group_ready.notify_all()
+            while self._turn in (Turn.COMMIT, Turn.EXCLUSIVE) or self._queue:
+                self._turn_ended.wait()
+        return first
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """The lead, for other work than a commit. Raises StoreError once it is closed."""
+        """Hold the turn for work other than a commit. Raises StoreError if the store is closed."""
         with self._lock:
-            self._others += 1
-            while self._leading or (self._queue and not self._exclusive_next):
-                self._turn.wait()
-            self._others -= 1
-            self._exclusive_next = False
+            self._exclusive_waiting += 1
+            while not (self._turn is Turn.RESERVED or self._turn is Turn.FREE and not self._queue):
+                self._turn_ended.wait()
+            self._exclusive_waiting -= 1
             if self._closed:
-                self._turn.notify_all()  # what waits here is for the commits then
+                self._end_turn()  # it may have been reserved, and queued blocks are still committed
             self._check_open()
-            self._leading = True
+            self._turn = Turn.EXCLUSIVE
         try:
             yield
         finally:
             with self._lock:
-                self._leading = False
-                self._turn.notify_all()
+                self._end_turn()
+
+    # Turns.
+
+    def _lead_unless_done(self, block: PendingBlock) -> list[PendingBlock]:
+        """Wait until `block` is committed or the turn is free. Then lead, and return the group to commit.
+
+        Returns an empty list if the block is committed, or has failed; then the turn is not taken.
+        """
+        with self._lock:
+            while self._turn is not Turn.FREE and not block.done:
+                self._turn_ended.wait()
+            if block.done:
+                return []
+            self._turn = Turn.COMMIT
+            try:
+                while not self._closed and (seconds := self._gather_seconds()) > 0:
+                    self._group_ready.wait(seconds)
+                group = self._next_group()
+            except BaseException:  # for example MemoryError: the other callers go on without this block
+                self._queue.remove(block)
+                self._queued_cost -= block.cost
+                self._end_turn()
+                raise
+            self._started_at = monotonic()
+            return group
 
     def _next_group(self) -> list[PendingBlock]:
-        """Takes the oldest of the queue, up to MAX_GROUPED, or one."""
+        """Take the oldest blocks from the queue: one, and more until their cost reaches MAX_GROUP_COST."""
         assert self._lock.locked()
         count, cost = 0, 0
-        while count < len(self._queue) and cost < self.MAX_GROUPED:
+        while count < len(self._queue) and cost < self.MAX_GROUP_COST:
             cost += self._queue[count].cost
             count += 1
         group, self._queue = self._queue[:count], self._queue[count:]
-        self._queued -= cost
+        self._queued_cost -= cost
         return group
 
+    def _end_turn(self, successor: Turn = Turn.FREE) -> None:
+        """End the turn and wake all waiting callers: their blocks may be done, or they may get the turn."""
+        assert self._lock.locked()
+        self._turn = successor
+        self._turn_ended.notify_all()
+
+    # Commits.
+
     def _commit(self, group: list[PendingBlock]) -> None:
-        """Writes `group`, says so to each of it and gives up the lead."""
-        written: CommitResult | None = None
-        error: StoreError | None = StoreError(f"{self.path}: the commit broke off")
+        """Write `group`, set the outcome of its blocks and end the turn."""
+        result: CommitResult | None = None
+        error: StoreError | None = StoreError(f"{self.path}: the commit was interrupted")
         started = monotonic()
         try:
-            written, error = self._write(group), None
+            result, error = self._write(group), None
         except BaseException as cause:
             log.debug("commit_failed", exc_info=True)
-            error = self._failed(cause)
-            error.__cause__ = cause.with_traceback(None)  # whose frames hold the blocks, and those this error
+            error = self._describe_failure(cause)
+            # Without the traceback: its frames refer to the blocks, and the blocks to this error.
+            error.__cause__ = cause.with_traceback(None)
         finally:
-            self._note(error)
             seconds = monotonic() - started
-            if seconds >= self.SLOW:
-                records = sum(len(waiting.values) for waiting in group)
-                log.warning("slow_commit", {"seconds": round(seconds, 3), "records": records, **self._slow()})
+            self._log_outcome(error)
+            if seconds >= self.SLOW_COMMIT_SECONDS:
+                records = sum(len(block.values) for block in group)
+                details = self._slow_commit_details()
+                log.warning("slow_commit", {"seconds": round(seconds, 3), "records": records, **details})
             with self._lock:
-                if written:
-                    self._stored += written.stored
-                    self._duplicates += written.duplicates
-                    self._held = written.held
-                    self._commits += 1
-                    self._commit_times.add(seconds)
-                    self._committed_at = monotonic()
-                else:
-                    self._failed_commits += 1
-                    self._failed_at = monotonic()
-                self._error = str(error) if error else None
-                for waiting in group:
-                    waiting.done, waiting.error = True, error
-                self._leading = False
-                self._exclusive_next = self._others > 0
-                self._turn.notify_all()
+                self._count_commit(result, error, seconds)
+                for block in group:
+                    block.done, block.error = True, error
+                self._end_turn(Turn.RESERVED if self._exclusive_waiting else Turn.FREE)
 
-    def _note(self, error: StoreError | None) -> None:
-        """Says in the log when commits begin to fail, and when they succeed again: not once for each."""
+    def _count_commit(self, result: CommitResult | None, error: StoreError | None, seconds: float) -> None:
+        """Add a commit to the totals; `result` is None if it failed."""
+        assert self._lock.locked()
+        if result:
+            self._stored += result.stored
+            self._duplicates += result.duplicates
+            self._held = result.held
+            self._commits += 1
+            self._commit_times.add(seconds)
+            self._succeeded_at = monotonic()
+        else:
+            self._failed_commits += 1
+            self._failed_at = monotonic()
+        self._error = str(error) if error else None
+
+    def _log_outcome(self, error: StoreError | None) -> None:
+        """Log when commits begin to fail and when they succeed again, but not every failure."""
         if error and not self._failing_since:
             self._failing_since = monotonic()
             log.error("store_failing", {"reason": str(error)})

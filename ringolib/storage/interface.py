@@ -1,7 +1,7 @@
-"""What a store has to be, whatever it stores in: the face that the other rooms know.
+"""The interface of a store: the only thing that other packages need to know about one.
 
-`store.Store` is the one on SQLite, `clickhouse.ClickHouse` the one on a cluster. No thread runs here,
-and nothing is guarded.
+`store.Store` implements it with SQLite, `storage.clickhouse.store.ClickHouse` with a ClickHouse server or cluster.
+This module starts no thread and holds no lock.
 """
 
 from array import array
@@ -13,20 +13,20 @@ from ringolib.wire import Run
 
 
 class StoreStats(NamedTuple):
-    """A snapshot. Totals are since the store was opened, and of records where they do not say otherwise."""
+    """A snapshot. Totals count from the opening of the store, in records unless the name says otherwise."""
 
     stored: int
     duplicates: int
     commits: int
     failed_commits: int
-    error: str | None  # why the last commit failed, None if it did not
-    held: int  # records in the file now
-    commit_times: HistogramSnapshot  # of those that succeeded
-    power_safe: bool = True  # what is committed outlasts a power cut
+    error: str | None  # the reason why the last commit or check failed; None if it succeeded
+    held: int  # records in the database now
+    commit_times: HistogramSnapshot  # of successful commits
+    power_safe: bool = True  # committed records survive a power cut
 
 
 class Sizes(NamedTuple):
-    """Bytes of the database file, of its WAL, and of free room on its disk, None if that cannot be told."""
+    """Sizes in bytes. `disk_free` is None if the free space on the database's disk is unknown."""
 
     database: int
     wal: int
@@ -34,43 +34,39 @@ class Sizes(NamedTuple):
 
 
 class Storage(Protocol):
-    """Keeps each (source, sequence) at most once. Any thread may call any of it at any time, also once it is closed.
+    """A store keeps each (source, sequence) at most once.
 
-    What fails raises `database.StoreError`, with a text that says what happened and what to do; nothing else is raised.
+    Any thread may call any method at any time, even after `close`. Methods raise StoreError and nothing else.
     """
 
     @property
     def path(self) -> str:
-        """Its name, for people: it begins what errors say."""
+        """The name of the store for people. Every error message begins with it."""
 
     @property
     def identity(self) -> str:
-        """A UUID of the database's own: two servers that have the same one store in the same database."""
+        """A UUID that is stored in the database. Two servers with the same identity write to the same database."""
 
     def append(self, runs: Sequence[Run], values: "array[int]") -> None:
-        """Returns when every record of the block is on disk, its own or another machine's, now or from an earlier time,
-        and stays there.
+        """Return when every record of the block is durable: on disk, or on the disks of several machines.
 
-        `values` are those of all runs, in order; they are left as they were. Of what is stored already the first value
-        stays. Waits as long as it takes, but not for who only reads. Raises StoreError when that cannot be said,
-        for all of the block: it may be tried again, and the next one may succeed.
+        `values` holds the values of all runs, in order; it is not changed. If a record is already stored, its first
+        value stays. The call has no time limit, but readers of the database do not delay it. Raises StoreError if any
+        record may not be durable. Then the caller may retry the whole block, and a later call may succeed.
         """
 
     def check(self) -> None:
-        """Returns when a record sent now would be stored now, and has cost little. Raises StoreError when not."""
+        """Return if a record would be stored now. The check is cheap. Raises StoreError if it would not."""
 
     def stats(self) -> StoreStats:
-        """What there is now, and the totals since it was opened: one moment's, without waiting for a commit.
-
-        `error` is why the last commit, or check, failed; None once one succeeded. `held` is the records in it now.
-        """
+        """Return a consistent snapshot, without waiting for a running commit."""
 
     def sizes(self) -> Sizes:
-        """The bytes it takes, on whatever disk, and what is left there: None if that cannot be told."""
+        """Return the sizes of the database and the free space on its disk."""
 
     def close(self) -> None:
-        """Waits for the commit that runs, then gives back what it holds. Does nothing the second time."""
+        """Wait for the running commit, then release all resources. A second call does nothing."""
 
 
 class StoreError(Exception):
-    """The database cannot be opened, or a commit failed. The text says what happened and what to do."""
+    """The database cannot be opened, or a commit failed. The text names the cause and the remedy."""

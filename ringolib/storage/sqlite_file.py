@@ -1,6 +1,6 @@
-"""The database file: opening it, making sure that it is ours, whole and nobody else's, and its schema.
+"""The SQLite file: its schema, and how to open it, lock it and make sure that it is a sound database of this program.
 
-Functions only; what they return belongs to `store`. No thread runs here.
+Functions only; the store owns the connection and the lock file that they return. No thread runs here.
 """
 
 import fcntl
@@ -14,11 +14,9 @@ from typing import IO
 from ringolib.storage.interface import StoreError
 
 APPLICATION_ID = 0x52494E47  # "RING", https://www.sqlite.org/pragma.html#pragma_application_id
-SPOOL_APPLICATION_ID = 0x52494E53  # "RINS": records are deleted from it, so it must never be taken for the other
+SPOOL_APPLICATION_ID = 0x52494E53  # "RINS": its own id, because records are deleted from a spool
 _KINDS = {APPLICATION_ID: "a consumer's database", SPOOL_APPLICATION_ID: "a publisher's spool"}
 SCHEMA_VERSION = 1
-# Files of before have it from their next start on, without a new version: older programs do not mind it.
-IDENTITY = "CREATE TABLE IF NOT EXISTS identity(uuid BLOB NOT NULL)"
 SCHEMA = """
 CREATE TABLE source(
   id INTEGER PRIMARY KEY,
@@ -47,39 +45,39 @@ CREATE VIEW records AS
     JOIN source ON source.id = batch.source_id
     JOIN record ON record.id BETWEEN batch.first_id AND batch.first_id + batch.count - 1;
 """
-_MAGIC = b"SQLite format 3\0"  # https://www.sqlite.org/fileformat.html#the_database_header
-_OLDEST_SQLITE = (3, 32, 0)  # the first to take 1024 parameters by default (up to 32,766)
+IDENTITY_SCHEMA = "CREATE TABLE IF NOT EXISTS identity(uuid BLOB NOT NULL)"
+"""Added to older files when they are opened. It needs no new schema version: older programs ignore the table."""
 BUSY_TIMEOUT_MS = 5000
 """How long a commit waits for another program's write lock before it fails."""
+_MAGIC = b"SQLite format 3\0"  # https://www.sqlite.org/fileformat.html#the_database_header
+_WAL_MAGICS = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")  # https://www.sqlite.org/fileformat.html#the_wal_file
+_JOURNAL_MAGIC = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"  # https://www.sqlite.org/fileformat.html#the_rollback_journal
+_MIN_SQLITE = (
+    3,
+    32,
+    0,
+)  # the first whose default limit allows 1024 parameters: https://www.sqlite.org/limits.html#max_variable_number
 
 
 def connect(path: str, application_id: int, wal_limit: int) -> sqlite3.Connection:
-    """Opens the file for writing, checks that it is ours before anything is changed, and makes the schema.
+    """Open the file for writing, and create the schema if the file is empty.
 
-    A WAL that starts over is cut to `wal_limit` bytes. Raises StoreError.
+    The file is checked before anything in it is changed. When SQLite restarts the WAL, it truncates the WAL file to
+    `wal_limit` bytes. Raises StoreError.
     """
-    if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
-        raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: use a Python built with 3.32 or newer")
+    if sqlite3.sqlite_version_info < _MIN_SQLITE:
+        raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: use a Python built with SQLite 3.32 or newer")
     db = None
     try:
         db = sqlite3.connect(os.path.abspath(path), isolation_level=None, check_same_thread=False)
         db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-        (application,) = db.execute("PRAGMA application_id").fetchone()
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if application != application_id and (application or version or tables):
-            kind = _KINDS.get(application, "another application's database")
-            raise StoreError(f"{path} is {kind}, not {_KINDS[application_id]}: name another file")
-        if version > SCHEMA_VERSION:
-            raise StoreError(
-                f"{path} has schema version {version}, this program knows {SCHEMA_VERSION}: use a newer one"
-            )
+        is_new = _check_kind(db, path, application_id)
         (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
-            raise StoreError(f"{path} cannot use WAL mode (it has {mode}): put it on a local file system")
+            raise StoreError(f"{path} cannot use WAL mode (it uses {mode} mode): move it to a local file system")
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA journal_size_limit = {wal_limit}")
-        if not application:
+        if is_new:
             db.executescript(
                 f"""BEGIN IMMEDIATE;
                 {SCHEMA}
@@ -87,17 +85,8 @@ def connect(path: str, application_id: int, wal_limit: int) -> sqlite3.Connectio
                 PRAGMA user_version = {SCHEMA_VERSION};
                 COMMIT"""
             )
-        # Ids are dense and each belongs to a batch: what breaks that is not to be built upon.
-        (records,) = db.execute("SELECT coalesce(max(id), 0) FROM record").fetchone()
-        last = db.execute("SELECT first_id + count - 1 FROM batch ORDER BY first_id DESC LIMIT 1").fetchone()
-        if records != (last[0] if last else 0):
-            raise StoreError(f"{path} is corrupt, or was changed by another program: restore it from a backup")
-        # Proves, now, that it can be written: a read-only file would fail only at the first record.
-        db.execute("BEGIN IMMEDIATE")
-        db.execute(IDENTITY)
-        if not db.execute("SELECT count(*) FROM identity WHERE length(uuid) = 16").fetchone()[0]:
-            db.execute("INSERT INTO identity VALUES (?)", (uuid.uuid4().bytes,))
-        db.execute("COMMIT")
+        _check_batches(db, path)
+        _ensure_identity(db)
         return db
     except BaseException as cause:
         if db is not None:
@@ -107,62 +96,113 @@ def connect(path: str, application_id: int, wal_limit: int) -> sqlite3.Connectio
         raise
 
 
-def check_file(path: str, real: str) -> None:
-    """Raises StoreError when what is there cannot be a database. `real` is `path` without symbolic links."""
+def _check_kind(db: sqlite3.Connection, path: str, application_id: int) -> bool:
+    """Raise StoreError if the file is of another kind, or newer than this program. True if it is still empty."""
+    (application,) = db.execute("PRAGMA application_id").fetchone()
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if application != application_id and (application or version or tables):
+        kind = _KINDS.get(application, "another application's database")
+        raise StoreError(f"{path} is {kind}, not {_KINDS[application_id]}: use another file")
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"{path} has schema version {version}, but this program supports only {SCHEMA_VERSION}: use a newer program"
+        )
+    return not application
+
+
+def _check_batches(db: sqlite3.Connection, path: str) -> None:
+    """Raise StoreError unless the last batch ends at the last record: new ids and batches continue from there."""
+    (last_id,) = db.execute("SELECT coalesce(max(id), 0) FROM record").fetchone()
+    row = db.execute("SELECT first_id + count - 1 FROM batch ORDER BY first_id DESC LIMIT 1").fetchone()
+    if last_id != (row[0] if row else 0):
+        raise StoreError(f"{path} is corrupt, or another program has changed it: restore it from a backup")
+
+
+def _ensure_identity(db: sqlite3.Connection) -> None:
+    """Add a random identity to a file without one.
+
+    The transaction also proves that the file is writable: otherwise a read-only file would fail only at the first
+    record.
+    """
+    db.execute("BEGIN IMMEDIATE")
+    db.execute(IDENTITY_SCHEMA)
+    if not db.execute("SELECT count(*) FROM identity WHERE length(uuid) = 16").fetchone()[0]:
+        db.execute("INSERT INTO identity VALUES (?)", (uuid.uuid4().bytes,))
+    db.execute("COMMIT")
+
+
+def read_identity(db: sqlite3.Connection) -> str:
+    """Return the identity of the database as a UUID in text form."""
+    (identity,) = db.execute("SELECT uuid FROM identity WHERE length(uuid) = 16").fetchone()
+    return str(uuid.UUID(bytes=identity))
+
+
+def count_records(db: sqlite3.Connection) -> int:
+    """Return the number of records. It follows from the first and the last id, because ids have no gaps."""
+    # With two subqueries, SQLite finds each id in the index; one query for both would read every row:
+    # https://www.sqlite.org/optoverview.html#the_min_max_optimization
+    sql = "SELECT coalesce((SELECT max(id) FROM record) - (SELECT min(id) FROM record) + 1, 0)"
+    return int(db.execute(sql).fetchone()[0])
+
+
+def check_file(path: str, real_path: str) -> None:
+    """Raise StoreError if the file exists and is no SQLite file. `real_path` is `path` without symbolic links."""
     if os.path.isdir(path):
         raise StoreError(f"{path} is a directory: name a file in it")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise StoreError(f"{path} is not a file: name another one")
+        raise StoreError(f"{path} is not a regular file: use another one")
     try:
         with open(path, "rb") as file:
-            begin = file.read(len(_MAGIC))
+            start = file.read(len(_MAGIC))
     except FileNotFoundError:
         return
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror}") from error
-    if begin and begin != _MAGIC and not _may_be_torn(real):
-        raise StoreError(f"{path} is not a SQLite file: name another one")
+    if start and start != _MAGIC and not _may_be_torn(real_path):
+        raise StoreError(f"{path} is not a SQLite file: use another one")
 
 
-def _may_be_torn(real: str) -> bool:
-    """True when a power cut may have torn the file's first page: its WAL has it whole, or its journal will undo it.
+def _may_be_torn(real_path: str) -> bool:
+    """True if a power cut may have torn the first page, and SQLite will repair it from the WAL or the journal.
 
-    By what these files begin with (https://www.sqlite.org/fileformat.html#the_wal_file and #the_rollback_journal): of
-    others' files SQLite would delete what it takes for them.
+    The magic numbers of both files are checked: SQLite deletes any other file that has one of these names.
     """
-    heads = []
-    for name in (f"{real}-wal", f"{real}-journal"):
+    starts = []
+    for name in (f"{real_path}-wal", f"{real_path}-journal"):
         try:
             with open(name, "rb") as file:
-                heads.append(file.read(12))
+                starts.append(file.read(12))
         except OSError:
-            heads.append(b"")
-    wal, journal = heads
-    if wal[:4] in (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83"):
-        size, page_size = os.path.getsize(real), int.from_bytes(wal[8:12], "big")
+            starts.append(b"")
+    wal, journal = starts
+    if wal.startswith(_WAL_MAGICS):
+        size, page_size = os.path.getsize(real_path), int.from_bytes(wal[8:12], "big")
         return page_size > 0 and (size < page_size or size % page_size == 0)
-    return journal.startswith(b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7")
+    return journal.startswith(_JOURNAL_MAGIC)
 
 
 def lock_file(path: str) -> IO[bytes]:
-    """Holds `path`-lock for this process as long as it stays open. Raises StoreError if another one holds it."""
+    """Open and lock `path`-lock. The lock is held until the file is closed. Raises StoreError if it is not free."""
     try:
-        guard = open(f"{path}-lock", "ab")
+        file = open(f"{path}-lock", "ab")
     except OSError as error:
-        raise StoreError(f"cannot write to {path}: {error.strerror}") from error
+        raise StoreError(
+            f"cannot write to {path}: {error.strerror} (check that its directory exists and is writable)"
+        ) from error
     try:
-        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        guard.close()
+        file.close()
         if isinstance(error, BlockingIOError):
-            raise StoreError(f"{path} is in use by another ringoexp: stop that one, or name another file") from error
-        raise StoreError(f"{path} cannot be locked: {error.strerror} (put it on a local file system)") from error
-    return guard
+            raise StoreError(f"{path} is in use by another ringoexp: stop that one, or use another file") from error
+        raise StoreError(f"{path} cannot be locked: {error.strerror} (move it to a local file system)") from error
+    return file
 
 
 @contextmanager
-def explained(path: str) -> Iterator[None]:
-    """Makes StoreErrors of SQLite's errors."""
+def store_errors(path: str) -> Iterator[None]:
+    """Convert SQLite's errors to StoreError."""
     try:
         yield
     except (sqlite3.Error, UnicodeDecodeError) as error:
@@ -170,20 +210,19 @@ def explained(path: str) -> Iterator[None]:
 
 
 def explain(path: str, cause: BaseException) -> str:
-    """One line for a person: what SQLite said, and what may help."""
+    """Return one line for people: SQLite's message and, where one is known, the remedy."""
     if isinstance(cause, StoreError):
         return str(cause)
-    said = str(cause)
-    if isinstance(cause, UnicodeDecodeError) or not said or said.startswith("malformed database schema"):
-        said = (
-            "database disk image is malformed"  # SQLite names what is wrong, which may be no text: Python 3.10 says ""
-        )
-    hint = {
-        "file is not a database": "its head is damaged: restore it from a backup",
+    message = str(cause)
+    # SQLite quotes the damaged part of a schema, which may be no text; in Python 3.10 the message is empty then.
+    if isinstance(cause, UnicodeDecodeError) or not message or message.startswith("malformed database schema"):
+        message = "database disk image is malformed"
+    remedy = {
+        "file is not a database": "its header is damaged: restore it from a backup",
         "database disk image is malformed": "it is corrupt: restore it from a backup",
-        "database or disk is full": "make room; what is waiting is stored then",
-        "unable to open database file": "check that its directory exists and may be written",
+        "database or disk is full": "make room; the waiting records are stored then",
+        "unable to open database file": "check that its directory exists and is writable",
         "attempt to write a readonly database": "check the permissions of the file and its directory",
-        "database is locked": "another program holds a write lock on it",
-    }.get(said)
-    return f"{path}: {said}" + (f" ({hint})" if hint else "")
+        "database is locked": "another program holds a write lock: end its transaction",
+    }.get(message)
+    return f"{path}: {message}" + (f" ({remedy})" if remedy else "")

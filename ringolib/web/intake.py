@@ -4,8 +4,8 @@ A publisher's intake is its ring; a consumer's is its store, which a thread of t
 blocks from the loop without blocking (`offer`), and from an HTTP request's thread, which waits (`put`, `wait`). A
 *ticket* stands for a block that was taken.
 
-`StoreIntake._lock` guards its queue; `_filled` shares it and is notified when blocks are queued, and by `stop`. No commit
-runs under it.
+`StoreIntake._lock` guards its queue. The condition `_filled` on it is notified when blocks are queued, and by `stop`.
+No commit runs under the lock.
 """
 
 import threading

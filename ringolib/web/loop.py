@@ -1,15 +1,17 @@
 """The ingest loop: one thread, `ingest`, with a selector, owns every WebSocket after its upgrade.
 
-A turn of the loop: read from the clients that are ready, without blocking; decode (`session`); offer all blocks to the
-intake at once; send the acks of records that are stored by now. What the intake has no room for waits in `_backlog`, and
-the loop reads from no client until it is gone: that is the backpressure, and the backlog is at most one turn's reads. No
-step of a turn waits, and the work for one client in a turn is bounded, so that no client delays the others.
+A turn of the loop has four steps. It reads from the clients that are ready, without blocking. It decodes the data
+(`session`). It offers all blocks to the intake at once. It sends the acks of the records that are stored by now. No step
+waits, and the work for one client in a turn is bounded, so no client delays the others.
 
-Commits wake the loop through a socket pair, once, however many clients wait for them: `_wake` may be called by any
-thread. `add` and `stop` leave their news under `_lock`; everything else belongs to the thread.
+Blocks that the intake has no room for wait in `_backlog`. The loop reads from no client until the backlog is empty: that
+is the backpressure, and the backlog is at most the reads of one turn.
 
-An error in the work for one client ends that client's connection with 1011. An error in the loop's own bookkeeping
-leaves acks that may be wrong, so `_fatal` ends the process (crash-only).
+A commit wakes the loop once through a socket pair, however many clients wait for it: any thread may call `_wake`. `add`,
+`stop` and `abort` leave their news under `_lock`. Everything else belongs to the thread.
+
+An error in the work for one client ends that client's connection with 1011. After an error in the loop's own
+bookkeeping, acks may be wrong. So `_fatal` ends the process: acknowledged records are on disk, and a restart is correct.
 """
 
 import heapq
@@ -52,9 +54,21 @@ _HALF_CLOSED = getattr(select, "POLLRDHUP", 0)  # Linux
 class Client:
     """A connection in the loop."""
 
-    __slots__ = ("sock", "session", "on_end", "unsent", "marks", "put", "waiting", "scheduled", "reading", "is_tls", "eof")
+    __slots__ = (
+        "sock",
+        "session",
+        "on_end",
+        "unsent",
+        "marks",
+        "put",
+        "waiting",
+        "scheduled",
+        "reading",
+        "is_tls",
+        "eof",
+    )
 
-    def __init__(self, sock: Any, session: Session, on_end: Callable[["Client"], None]) -> None:
+    def __init__(self, sock: Any, session: Session, on_end: Callable[[Session], None]) -> None:
         self.sock = sock
         self.session = session
         self.on_end = on_end
@@ -80,6 +94,7 @@ class IngestLoop:
         self._added: list[tuple[Client, bytes]] = []
         self._stop_requested = False
         self._abort_requested = False
+        self._ended = False
 
         self._woken = False  # a byte is on its way; set by any thread, cleared by the loop
         self._wake_receiver, self._wake_sender = socket.socketpair()
@@ -115,12 +130,18 @@ class IngestLoop:
 
     # For other threads.
 
-    def add(self, sock: Any, session: Session, rest: bytes, on_end: Callable[[Client], None]) -> None:
+    def add(self, sock: Any, session: Session, rest: bytes, on_end: Callable[[Session], None]) -> None:
         """Take over a socket after its handshake. `rest` came behind the handshake. `on_end` is called when it ends."""
         sock.setblocking(False)
+        client = Client(sock, session, on_end)
         with self._lock:
-            self._added.append((Client(sock, session, on_end), rest))
-        self._wake()
+            late = self._ended
+            if not late:
+                self._added.append((client, rest))
+        if late:  # the server has stopped
+            self._close(client)
+        else:
+            self._wake()
 
     def stop(self) -> None:
         """Read no more, and close each connection once what it has sent is stored."""
@@ -184,7 +205,11 @@ class IngestLoop:
             self._check_gone(now)
         self._expire(now)
         self._count()
-        return not (self._stopping and not self._clients and not self._added)
+        if not self._stopping or self._clients:
+            return True
+        with self._lock:
+            self._ended = not self._added
+            return not self._ended
 
     def _timeout(self) -> int | None:
         until = self._deadlines[0][0] if self._deadlines else inf
@@ -202,6 +227,9 @@ class IngestLoop:
             added, self._added = self._added, []
             stopping, aborting = self._stop_requested, self._abort_requested
         for client, rest in added:
+            if aborting:
+                self._close(client)
+                continue
             self._clients.add(client)
             self._totals.client_opened(client.session.batches)
             self._readers.register(client.sock, selectors.EVENT_READ, client)
@@ -213,13 +241,10 @@ class IngestLoop:
             self._schedule(client)
         if added:
             self._offer_backlog(now)
-        if stopping and not self._stopping:
+        if stopping:
             self._stopping = True
             for client in list(self._clients):
                 client.session.end(*GOING_AWAY)
-                self._advance(client, now)
-        elif stopping:
-            for client in list(self._clients):
                 self._advance(client, now)
         if aborting:
             for client in list(self._clients):
@@ -482,10 +507,14 @@ class IngestLoop:
             self._backlog = kept
         client.marks.clear()
         self._totals.client_closed(client.session.batches)
+        self._close(client)
+
+    def _close(self, client: Client) -> None:
+        """Close the socket of a client that is not, or not any more, in the loop."""
         try:
             client.sock.close()
         finally:
-            client.on_end(client)
+            client.on_end(client.session)
 
     # Time.
 

@@ -38,7 +38,7 @@ from ringolib.storage.clickhouse import http, schema, store
 from ringolib.storage.clickhouse.http import RetryableError
 from ringolib.storage.clickhouse.store import ClickHouse
 from ringolib.storage.clickhouse.url import PASSWORD_VARIABLE, parse_url
-from ringolib.storage.group_commit import PendingBlock
+from ringolib.storage.group_commit import PendingBlock, Turn
 from ringolib.storage.interface import StoreError
 from ringolib.wire import Run
 
@@ -266,12 +266,12 @@ def test_full_insert_does_not_wait_for_the_interval(
 
 
 def test_group_size_is_limited(storage: ClickHouse, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ClickHouse, "MAX_GROUPED", 1000)
+    monkeypatch.setattr(ClickHouse, "MAX_GROUP_COST", 1000)
     waiting = [PendingBlock(*block(n, n + 600), 16) for n in range(5)]
     with storage._lock:
-        storage._queue, storage._queued = list(waiting), 3000
+        storage._queue, storage._queued_cost = list(waiting), 3000
         assert [len(storage._next_group()) for _ in range(3)] == [2, 2, 1]
-        assert storage._queued == 0 and storage._queue == []
+        assert storage._queued_cost == 0 and storage._queue == []
 
 
 def test_large_block_becomes_one_part(storage: ClickHouse, clickhouse: ClickHouseServer, database: str) -> None:
@@ -426,9 +426,9 @@ def test_records_that_waited_for_a_failed_insert_get_less_time(
     for waited in (0, 10, 20):
         storage.append(*block(0, 5))
         waiting = PendingBlock(*block(0, 5), 16)
-        waiting.since -= waited
+        waiting.arrived_at -= waited
         with storage._lock:
-            storage._leading = True
+            storage._turn = Turn.COMMIT
         storage._commit([waiting, PendingBlock(*block(5, 10), 16)])
     assert [round(seconds) for seconds in left] == [20, 20, 20, 10, 20, 8]
 

@@ -95,7 +95,7 @@ def test_every_feature_works_under_the_system_call_filter(running: Machine) -> N
 
 
 def test_mallopt_works_though_executable_memory_is_denied(running: Machine) -> None:
-    """`_share_one_heap` calls mallopt through ctypes, and MemoryDenyWriteExecute must not break that."""
+    """`_use_one_malloc_arena` calls mallopt through ctypes, and MemoryDenyWriteExecute must not break that."""
     (running.directory / "opt" / "call.py").write_text(
         "import ctypes, mmap\nprint('set', ctypes.CDLL(None).mallopt(-8, 1))\nmmap.mmap(-1, 4096, prot=7)\n"
     )

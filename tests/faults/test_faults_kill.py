@@ -1,5 +1,7 @@
-"""Servers that are killed or stopped at random moments, under load: what is acked is stored at that moment, and in
-the end everything is stored once. And the check that says so is itself shown a server that breaks the promise.
+"""Servers are killed or stopped at random moments under load, and every record is stored once.
+
+Every acked record is stored at that moment. The check itself is tested with servers and databases that break the
+promise.
 """
 
 import shutil
@@ -18,26 +20,26 @@ from ringolib.client.producer import Producer
 
 
 @pytest.fixture(autouse=True)
-def patient_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     short_times(monkeypatch)
 
 
 @pytest.mark.parametrize("rounds", [6, pytest.param(50, marks=pytest.mark.long)])
 @pytest.mark.parametrize("fault", ["kill", "stop"])
-def test_servers_fail_at_random_moments_and_everything_is_stored_once(tmp_path: Path, fault: str, rounds: int) -> None:
-    """Stopped ones go on after a pause that their peers may or may not have the patience for."""
+def test_random_server_failures_keep_exactly_once(tmp_path: Path, fault: str, rounds: int) -> None:
+    """A stopped server goes on after a pause, which may be longer or shorter than the timeouts of its peers."""
     rng = Random(seeded())
     count = dict.fromkeys(VICTIMS, 0)
     with Servers(tmp_path) as servers, Load(servers.url, rng) as load:
         for turn in range(rounds):
             load.goes_on()
-            Event().wait(rng.uniform(0, 0.1))  # not to synchronise: a random moment
+            Event().wait(rng.uniform(0, 0.1))  # a random moment, not a synchronisation
             victims = rng.choice(VICTIMS)
             count[victims] += 1
-            still = "consumer" in victims  # nobody writes
+            still = "consumer" in victims  # no process writes to the database
             getattr(servers, fault)(*victims)
             assert not load.problems(servers.database, dead=still), f"round {turn}, {victims}"
-            Event().wait(rng.uniform(0, 0.1 if fault == "kill" else 2 * TIMEOUT))  # and some acks still come
+            Event().wait(rng.uniform(0, 0.1 if fault == "kill" else 2 * TIMEOUT))  # some acks may still arrive
             assert not load.problems(servers.database, dead=still), f"round {turn}, {victims}"
             back = servers.start if fault == "kill" else servers.go_on
             back(*rng.sample(victims, len(victims)))
@@ -46,21 +48,21 @@ def test_servers_fail_at_random_moments_and_everything_is_stored_once(tmp_path: 
         assert not load.problems(servers.database, whole=True)
         if fault == "kill":
             killed = sum(times for victims, times in count.items() if "publisher" in victims)
-            assert load.reconnects() >= killed * len(load.producers), "a killed publisher's links are gone"
+            assert load.reconnects() >= killed * len(load.producers), "too few reconnects for the killed publishers"
         print(f"{fault}: {count}, {sum(load.acked().values())} records, {load.reconnects()} reconnects")
 
 
 @pytest.mark.parametrize("rounds", [5, pytest.param(50, marks=pytest.mark.long)])
-def test_with_a_spool_the_acks_go_on_whatever_becomes_of_the_consumer(tmp_path: Path, rounds: int) -> None:
-    """Killed or stopped, and the publisher killed meanwhile: what is acked is at the consumer or in the spool."""
+def test_spool_keeps_acks_coming_while_the_consumer_fails(tmp_path: Path, rounds: int) -> None:
+    """While the consumer is killed or stopped, and the publisher killed, each acked record is stored by one of them."""
     rng = Random(seeded())
     with Servers(tmp_path, spooling=True) as servers, Load(servers.url, rng) as load:
         for turn in range(rounds):
             load.goes_on()
-            Event().wait(rng.uniform(0, 0.1))  # not to synchronise: a random moment
+            Event().wait(rng.uniform(0, 0.1))  # a random moment, not a synchronisation
             fault, back = rng.choice(((servers.kill, servers.start), (servers.stop, servers.go_on)))
             fault("consumer")
-            load.goes_on()  # nobody misses it
+            load.goes_on()  # the spool replaces the consumer
             assert not servers.problems(load, {"consumer"}), f"round {turn}"
             if rng.random() < 0.5:
                 servers.kill("publisher")
@@ -68,14 +70,14 @@ def test_with_a_spool_the_acks_go_on_whatever_becomes_of_the_consumer(tmp_path: 
                 servers.start("publisher")
                 load.goes_on()
             back("consumer")
-            Event().wait(rng.uniform(0, 0.2))  # while it forwards
+            Event().wait(rng.uniform(0, 0.2))  # while the spool is forwarded
             if rng.random() < 0.5:
                 servers.kill("publisher")
                 assert not servers.problems(load, {"publisher"}), f"round {turn}, forwarding"
                 servers.start("publisher")
         load.finish()
         publisher = servers.running["publisher"]
-        eventually(lambda: publisher.stats()["spoolDepth"] == 0, "all is forwarded")
+        eventually(lambda: publisher.stats()["spoolDepth"] == 0, "all records are forwarded")
         assert not load.problems(servers.database, whole=True)
         print(f"{sum(load.acked().values())} records, {load.reconnects()} reconnects")
 
@@ -87,15 +89,15 @@ LATE = (
 
 
 @pytest.mark.parametrize("patch", ["", LATE])
-def test_a_consumer_that_acks_before_it_commits_is_found_out(tmp_path: Path, patch: str) -> None:
+def test_check_detects_acks_before_the_commit(tmp_path: Path, patch: str) -> None:
     values = array("q", range(1000))
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db", patch=patch) as consumer:
         with server(tmp_path, "-p", "0", "-T", str(consumer.port)) as publisher, Producer(publisher.url) as sender:
             sender.send(values)
             sender.flush(DEADLINE)
             consumer.kill()
-            found = problems(tmp_path / "c.db", {sender.source: values}, {sender.source: sender.acked}, dead=True)
-    assert found == ([f"{sender.source}: records 0 to 999 are acked and not stored"] if patch else [])
+            errors = problems(tmp_path / "c.db", {sender.source: values}, {sender.source: sender.acked}, dead=True)
+    assert errors == ([f"{sender.source}: records 0 to 999 are acked and not stored"] if patch else [])
 
 
 DAMAGE = {
@@ -110,16 +112,16 @@ DAMAGE = {
 }
 
 
-def test_a_damaged_database_is_found_out(tmp_path: Path) -> None:
+def test_check_detects_a_damaged_database(tmp_path: Path) -> None:
     values = array("q", range(1000))
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db") as consumer, Producer(consumer.url) as sender:
         sender.send(values)
         sender.flush(DEADLINE)
         consumer.stop()
-    for number, (damage, said) in enumerate(DAMAGE.items()):
+    for number, (damage, message) in enumerate(DAMAGE.items()):
         copy = tmp_path / f"{number}.db"
         shutil.copy(tmp_path / "c.db", copy)
         with closing(sqlite3.connect(copy)) as writer:
             writer.executescript(damage)
-        found = problems(copy, {sender.source: values}, {sender.source: 1000})
-        assert any(said in problem for problem in found) if said else found == [], damage
+        errors = problems(copy, {sender.source: values}, {sender.source: 1000})
+        assert any(message in error for error in errors) if message else errors == [], damage

@@ -1,5 +1,6 @@
-"""Links that fail in every way a proxy can make them fail, under load: what is acked is stored at that moment, and
-in the end everything is stored once.
+"""A proxy makes links fail in every way it can, under load, and every record is stored once.
+
+Every acked record is stored at that moment.
 """
 
 import socket
@@ -19,13 +20,13 @@ from ringolib.client import producer
 
 
 @pytest.fixture(autouse=True)
-def patient_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     short_times(monkeypatch)
 
 
 @contextmanager
 def through(proxy: Proxy, listener: socket.socket) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Both ends of a new link."""
+    """Open a link through the proxy and yield both of its ends."""
     with socket.create_connection(("127.0.0.1", proxy.port), DEADLINE) as client:
         served, _ = listener.accept()
         with served:
@@ -34,7 +35,7 @@ def through(proxy: Proxy, listener: socket.socket) -> Iterator[tuple[socket.sock
 
 
 def silent(sock: socket.socket) -> bool:
-    """True when nothing comes for a moment."""
+    """True if no data arrives for a moment."""
     sock.settimeout(0.1)
     try:
         return not sock.recv(100) and False
@@ -44,7 +45,7 @@ def silent(sock: socket.socket) -> bool:
         sock.settimeout(DEADLINE)
 
 
-def test_the_proxy_fails_as_it_is_told() -> None:
+def test_proxy_injects_each_fault() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, Proxy(listener.getsockname()[1]) as proxy:
         listener.settimeout(DEADLINE)
         with through(proxy, listener) as (client, served):
@@ -101,7 +102,7 @@ FAULTS: dict[str, Callable[[Proxy, Random], None]] = {
 
 
 def strike(name: str, proxy: Proxy, rng: Random) -> Callable[[], bool]:
-    """Makes a link fail; what it returns tells whether the fault has struck and its victims have made a new link."""
+    """Make a link fail. The returned function is true once the fault has taken effect and a new link is open."""
     links, cuts = proxy.links, proxy.cuts + ("cut" in name)
     FAULTS[name](proxy, rng)
     return lambda: proxy.cuts >= cuts and proxy.links > links
@@ -109,10 +110,10 @@ def strike(name: str, proxy: Proxy, rng: Random) -> Callable[[], bool]:
 
 @pytest.mark.parametrize("turns", [1, pytest.param(10, marks=pytest.mark.long)])
 @pytest.mark.parametrize("link", LINKS)
-def test_a_link_that_fails_loses_nothing_and_doubles_nothing(
+def test_failing_link_keeps_exactly_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str, turns: int
 ) -> None:
-    """And when it is the publisher's, its clients have nothing to do about it."""
+    """If the link to the consumer fails, the clients of the publisher stay connected."""
     rng = Random(seeded())
     if link == "publisher to consumer":
         monkeypatch.setattr(producer, "STALL_TIMEOUT", DEADLINE)
@@ -121,13 +122,13 @@ def test_a_link_that_fails_loses_nothing_and_doubles_nothing(
         for _ in range(turns):
             for name in rng.sample(sorted(FAULTS), len(FAULTS)):
                 load.goes_on()
-                Event().wait(rng.uniform(0, 0.1))  # not to synchronise: a random moment
-                struck = strike(name, proxy, rng)
+                Event().wait(rng.uniform(0, 0.1))  # a random moment, not a synchronisation
+                recovered = strike(name, proxy, rng)
                 assert not load.problems(servers.database), name
                 if name == "late both ways":
                     load.goes_on()
                 else:
-                    eventually(struck, f"a new link after {name}")
+                    eventually(recovered, f"a new link after {name}")
                 assert not load.problems(servers.database), name
                 proxy.heal()
                 load.goes_on()
@@ -136,12 +137,12 @@ def test_a_link_that_fails_loses_nothing_and_doubles_nothing(
         assert not load.problems(servers.database, whole=True)
         stats = servers.running["consumer"].stats()
         print(f"{sum(load.acked().values())} records, {stats['recordsDuplicate']} sent again, {proxy.links} links")
-        assert stats["recordsDuplicate"] > 0, "nothing was ever sent twice: the faults did not strike"
+        assert stats["recordsDuplicate"] > 0, "no record was sent twice: the faults had no effect"
         assert (load.reconnects() > 0) == (link == "client to publisher")
 
 
 @pytest.mark.parametrize("rounds", [3, pytest.param(50, marks=pytest.mark.long)])
-def test_both_links_and_the_servers_fail_together_and_everything_is_stored_once(tmp_path: Path, rounds: int) -> None:
+def test_failing_links_and_servers_keep_exactly_once(tmp_path: Path, rounds: int) -> None:
     rng = Random(seeded())
     with Servers(tmp_path, proxied=True) as servers, Load(servers.url, rng) as load:
         for turn in range(rounds):
@@ -149,7 +150,7 @@ def test_both_links_and_the_servers_fail_together_and_everything_is_stored_once(
             names = [rng.choice(sorted(FAULTS)) for _ in LINKS]
             for name, proxy in zip(names, servers.proxies.values(), strict=True):
                 FAULTS[name](proxy, rng)
-            Event().wait(rng.uniform(0, 2 * TIMEOUT))  # not to synchronise: a random moment
+            Event().wait(rng.uniform(0, 2 * TIMEOUT))  # a random moment, not a synchronisation
             victims = rng.choice(VICTIMS)
             servers.kill(*victims)
             assert not load.problems(servers.database, dead="consumer" in victims), f"{turn}: {names}, {victims}"

@@ -1,7 +1,7 @@
-"""Whatever arrives at the port: the server stays up, keeps nothing of it, and serves good clients all the while.
+"""Random input at the port: the server survives it, keeps no memory of it, and serves good clients at the same time.
 
-Each connection of the fuzz is made from its name and the seed alone. RINGOEXP_SEED repeats a run; with
-RINGOEXP_ONLY='plain-0 137' only that connection is made, as often as there is time.
+The content of each connection depends only on its name and the seed. RINGOEXP_SEED repeats a run;
+RINGOEXP_ONLY='plain-0 137' repeats one connection until the time is over.
 """
 
 import os
@@ -21,26 +21,38 @@ from typing import NamedTuple
 
 import pytest
 from support.gauges import RETURNING, back_to, complaints, settled
-from support.harness import HANDSHAKE, Blocked, RawClient, ServerProcess, frame, request, rows, seeded, server
+from support.harness import (
+    HANDSHAKE_LINES,
+    ROLES,
+    UPGRADE,
+    Blocked,
+    RawClient,
+    ServerProcess,
+    frame,
+    request,
+    rows,
+    seeded,
+    server,
+)
 
 from ringolib.client.producer import Producer
 from ringolib.net.frames import MAX_MESSAGE
 from ringolib.wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 
-ENOUGH = 10.0
-"""Seconds within which the server ends a connection whose client has ended its side, and acks a good client."""
-GROWTH = 4_000_000
-"""Bytes that the server may hold more after the fuzz than after a quarter of it: its caches, no more."""
+GRACE_SECONDS = 10.0
+"""The time for an ack to a good client, and for the server's end of a connection after the client's end."""
+MAX_GROWTH = 4_000_000
+"""Bytes by which the server's memory may grow during the last three quarters of the run: its caches."""
 STATUSES = {100, 101, 200, 400, 403, 404, 405, 406, 408, 411, 413, 414, 415, 426, 431, 505}
-"""What HTTP answers, to whatever: never 500."""
-SEEN = {200, 400, 404, 405, 406, 1002, 1003, 1007}
-"""Statuses and close codes that have to be among the answers, before it is enough."""
+"""The HTTP statuses that random input may cause. 500 is not one of them."""
+REQUIRED_ANSWERS = {200, 400, 404, 405, 406, 1002, 1003, 1007}
+"""Statuses and close codes that a run must have caused before it may end."""
 
 
 class Claim(NamedTuple):
-    """At least the first `acked` records of a connection are stored once, and those known are `values`.
+    """The first `acked` records of a connection must be stored once, and begin with `values`.
 
-    The first value names the connection, unless it has a `source` of its own.
+    The first value identifies the connection, unless the connection has its own `source`.
     """
 
     values: list[int]
@@ -49,14 +61,14 @@ class Claim(NamedTuple):
 
 
 class Input(NamedTuple):
-    """A message or request, and what records it surely holds; None when that is for the server to say."""
+    """A message or a request, and the values it surely contains; None if only the server can decide."""
 
     data: bytes
     values: list[int] | None = None
 
 
 def mutated(rng: random.Random, data: bytes) -> bytes:
-    """`data` with something changed, cut out, doubled, put in, or missing at its end."""
+    """Return `data` with bytes changed, removed, doubled or inserted, or with a missing end."""
     changed = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 8])):
         at = rng.randrange(len(changed) + 1)
@@ -76,13 +88,13 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
 
 
 def pieces(rng: random.Random, data: bytes) -> Iterator[bytes]:
-    """`data` as it is sent: whole, or in some pieces of random size."""
+    """Yield `data` in one piece, or in several pieces of random size."""
     at = sorted(rng.randrange(len(data) + 1) for _ in range(rng.choice([0, 0, 0, 1, 3, 12])))
     for start, end in zip([0, *at], [*at, len(data)], strict=True):
         yield data[start:end]
 
 
-# WebSocket: what the inputs of a connection are.
+# The inputs of a WebSocket connection.
 
 
 def mask(rng: random.Random) -> bytes:
@@ -90,7 +102,7 @@ def mask(rng: random.Random) -> bytes:
 
 
 def fragments(rng: random.Random, message: bytes) -> bytes:
-    """`message` in fragments, some of them empty, with pings and pongs between them."""
+    """Return `message` in fragments, some of them empty, with pings and pongs between them."""
     at = sorted(rng.randrange(len(message) + 1) for _ in range(rng.randrange(1, 6)))
     parts = [message[start:end] for start, end in zip([0, *at], [*at, len(message)], strict=True)]
     sent = b""
@@ -102,14 +114,14 @@ def fragments(rng: random.Random, message: bytes) -> bytes:
 
 
 def wrong_frame(rng: random.Random, message: bytes) -> bytes:
-    """A frame that is wrong, or may be."""
+    """Return a frame that is invalid, or may be."""
     kind = rng.randrange(14)
     if kind < 4:
         return mutated(rng, frame(2, message, mask=mask(rng)))
-    if kind == 4:  # any head
+    if kind == 4:  # a random head
         cover = rng.choice([None, mask(rng)])
         return frame(rng.randrange(16), message[:125], rng.randrange(2) > 0, cover, rng.choice([0, 0, 1, 4, 7]))
-    if kind == 5:  # a length that lies
+    if kind == 5:  # a wrong length
         lie = rng.choice(
             [0, 1, 125, 126, 65_535, 65_536, MAX_MESSAGE, MAX_MESSAGE + 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1]
         )
@@ -119,27 +131,27 @@ def wrong_frame(rng: random.Random, message: bytes) -> bytes:
         return frame(2, message, mask=None)
     if kind == 7:
         return frame(1, rng.choice(["text é".encode(), rng.randbytes(20), b""]))
-    if kind == 8:  # a Close of any code, with any reason
+    if kind == 8:  # a Close frame with a random code and reason
         code = rng.choice([0, 999, 1000, 1001, 1004, 1005, 1006, 1007, 1015, 1016, 2999, 3000, 4999, 5000, 65_535])
         return frame(8, struct.pack(">H", code) + rng.randbytes(rng.choice([0, 3, 123])))
     if kind == 9:
         return frame(8, rng.randbytes(rng.choice([0, 1, 126, 300])))
-    if kind == 10:  # a message of a wrong length, mostly small
+    if kind == 10:  # a message of an invalid length, mostly a short one
         return frame(2, rng.randbytes(rng.choice([0, 1, 3, 5, 12, 127, 1001])), mask=mask(rng))
-    if kind == 11:  # a message within a fragmented one, or the end of none
+    if kind == 11:  # a message within a fragmented one, or a continuation of nothing
         return frame(rng.choice([0, 2]), message[:9], fin=False) + frame(2, message)
-    if kind == 12 and rng.randrange(40) == 0:  # large: a byte too few for integers, or a byte too many for us
+    if kind == 12 and rng.randrange(40) == 0:  # a large message: not a multiple of 8 bytes, or beyond the limit
         large = bytes(rng.choice([MAX_MESSAGE - 1, MAX_MESSAGE + 1]))
         return rng.choice([frame(2, large), frame(2, large, fin=False), frame(1, large)])
     return rng.randbytes(rng.randrange(1, 60))
 
 
 def plain_inputs(rng: random.Random, tag: int) -> Iterator[Input]:
-    """Messages of integers, the first of which is `tag`."""
+    """Yield messages of integers. The first integer is `tag`."""
     yield Input(frame(2, struct.pack(">q", tag), mask=mask(rng)), [tag])
     while rng.randrange(15):
         kind = rng.randrange(12)
-        if kind < 4:  # some alike, which are decoded together
+        if kind < 4:  # several messages of one size, which are decoded together
             size = rng.choice([4, 4, 8, 16, 64, 72])
             for _ in range(rng.choice([1, 2, 5, 9])):
                 bits = 32 if size == 4 else 64
@@ -159,7 +171,7 @@ def plain_inputs(rng: random.Random, tag: int) -> Iterator[Input]:
 
 
 def batch_inputs(rng: random.Random, source: bytes) -> Iterator[Input]:
-    """Batches, all of `source` and in order but for some that come twice; then others, and broken ones."""
+    """Yield valid batches of `source` in order, then overlapping batches of another source, then invalid ones."""
     sequence = 0
     message = b""
     while rng.randrange(12):
@@ -170,14 +182,14 @@ def batch_inputs(rng: random.Random, source: bytes) -> Iterator[Input]:
             values.frombytes(rng.randbytes(8 * runs[-1].count))
         message = encode_batch(runs, values)
         yield Input(frame(2, message, mask=mask(rng)) if rng.randrange(3) else fragments(rng, message), list(values))
-    for _ in range(rng.choice([0, 1, 4, 20])):  # right ones that overlap each other, and end where sequences end
+    for _ in range(rng.choice([0, 1, 4, 20])):  # valid batches that overlap, or end at the largest sequence
         first = rng.choice([0, 5, 100, 2**40, 2**63 - 100])
         runs = [Run(bytes(15) + source[:1], first + rng.randrange(60), rng.randrange(1, 40)) for _ in range(5)]
         message = encode_batch(runs, array("q", rng.randbytes(8 * sum(run.count for run in runs))))
         yield Input(frame(2, message, mask=mask(rng)))
     message = message or encode_batch([Run(source, 0, 1)], array("q", [0]))
     for _ in range(rng.choice([1, 1, 2])):
-        if rng.randrange(3):  # runs, counts and sequences that are not what they say
+        if rng.randrange(3):  # invalid runs, counts and sequences
             broken = bytearray(message)
             for _ in range(rng.choice([1, 1, 3])):
                 at = rng.choice([0, 20, 28]) + rng.randrange(5)
@@ -187,7 +199,7 @@ def batch_inputs(rng: random.Random, source: bytes) -> Iterator[Input]:
             yield Input(wrong_frame(rng, message))
 
 
-# HTTP: the same.
+# The inputs of an HTTP connection.
 
 METHODS = [*b"GET GET GET HEAD POST POST PUT BREW get finish".split(), b"", b"G\0T", b"X" * 500]
 PATHS = [
@@ -226,13 +238,12 @@ HEADERS: list[tuple[bytes, list[bytes]]] = [
     (b"X\0", [b"\0"]),
     (b"X-Bare", [b"a\rb", b"a\nb", b"a\n\tb"]),
 ]
-UPGRADE = "".join(f"{name}: {value}\r\n" for name, value in HANDSHAKE.items()).encode()
 
 
 def http_request(rng: random.Random) -> bytes:
-    """A request: right, wrong, or nearly right."""
+    """Return a request: valid, invalid, or nearly valid."""
     if rng.randrange(12) == 0:
-        return mutated(rng, b"GET /v1.0/ingest HTTP/1.1\r\n" + UPGRADE + b"\r\n")
+        return mutated(rng, UPGRADE)
     line = rng.choice(METHODS) + b" " + rng.choice(PATHS) + rng.choice(VERSIONS)
     kinds = rng.choices(HEADERS[:-7] if rng.randrange(3) else HEADERS, k=rng.choice([0, 1, 1, 2, 3, 6]))
     fields = [name + rng.choice([b": ", b": ", b":", b" : "]) + rng.choice(values) for name, values in kinds]
@@ -246,14 +257,14 @@ def http_request(rng: random.Random) -> bytes:
 
 
 def http_inputs(rng: random.Random, tag: int) -> Iterator[Input]:
-    """Some right POSTs, then requests of all kinds, on one connection without waiting for answers."""
+    """Yield valid POSTs, then requests of all kinds, pipelined on one connection."""
     for number in range(rng.choice([0, 1, 1, 2, 5])):
         values = [tag + number, *(rng.getrandbits(64) - (1 << 63) for _ in range(rng.randrange(9)))]
         body = encode_plain(values)
         head = f"POST /v1.0/ingest HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         yield Input(head.encode() + body, values)
     for _ in range(rng.randrange(1, 40)):
-        if rng.randrange(3):  # what does not end the connection
+        if rng.randrange(3):  # requests that do not end the connection
             path = rng.choice([b"/v1.0/alive", b"/v1.0/stats", b"/v1.0/ingest", b"/" + rng.randbytes(5).hex().encode()])
             head = b" HTTP/1.1\r\nAccept: " + rng.choice(ACCEPTS) + b"\r\n\r\n"
             yield Input(rng.choice([b"GET ", b"HEAD ", b"PUT "]) + path + head)
@@ -262,7 +273,7 @@ def http_inputs(rng: random.Random, tag: int) -> Iterator[Input]:
 
 
 def random_inputs(rng: random.Random) -> Iterator[Input]:
-    """Bytes, some with the looks of a beginning."""
+    """Yield random bytes, some of them after the beginning of a valid input."""
     for _ in range(rng.choice([1, 1, 2, 5])):
         start = rng.choice(
             [b"", b"", b"GET ", b"POST /v1.0/ingest HTTP/1.1\r\n", b"\x16\x03\x01", b"PRI * HTTP/2.0\r\n\r\n"]
@@ -275,11 +286,11 @@ def random_inputs(rng: random.Random) -> Iterator[Input]:
 
 
 def talk(rng: random.Random, port: int, start: bytes, inputs: list[Input]) -> bytes | None:
-    """Sends all that, ends its side, and returns what came back; None where the end was rougher than that."""
-    with socket.create_connection(("localhost", port), ENOUGH) as client:
+    """Send `start` and `inputs`. Return the response, or None if one side ended the connection without a half-close."""
+    with socket.create_connection(("localhost", port), GRACE_SECONDS) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         ending = rng.choice(["half-close", "half-close", "half-close", "close", "reset"])
-        stream = start + b"".join(each.data for each in inputs)
+        stream = start + b"".join(item.data for item in inputs)
         if rng.randrange(8) == 0:
             stream, ending = stream[: rng.randrange(len(stream))], rng.choice(["close", "reset"])
         try:
@@ -290,7 +301,7 @@ def talk(rng: random.Random, port: int, start: bytes, inputs: list[Input]) -> by
             if ending != "half-close":
                 return None
             client.shutdown(socket.SHUT_WR)
-        except OSError as error:  # the server may have had enough of it
+        except OSError as error:  # the server may close the connection at an error
             assert not isinstance(error, TimeoutError), "the server neither reads nor ends the connection"
             return None
         answer = b""
@@ -300,12 +311,12 @@ def talk(rng: random.Random, port: int, start: bytes, inputs: list[Input]) -> by
         except ConnectionResetError:
             return None
         except TimeoutError:
-            raise AssertionError(f"not ended within {ENOUGH} s; it had sent {answer[-200:]!r}") from None
+            raise AssertionError(f"not ended within {GRACE_SECONDS} s after {answer[-200:]!r}") from None
         return answer
 
 
 def frames_of(answer: bytes) -> Iterator[tuple[int, bytes]]:
-    """Opcode and payload of the frames of a server, which are short and whole."""
+    """Yield opcode and payload of the server's frames. They must be complete, and shorter than 126 bytes."""
     at = 0
     while at < len(answer):
         head, size = answer[at], answer[at + 1]
@@ -315,7 +326,7 @@ def frames_of(answer: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def ending_of(answer: bytes) -> tuple[int, int]:
-    """The last ack and the code of the Close; all frames must be such as a server may send, in their order."""
+    """Return the last ack and the code of the Close frame. Fail if the order or content of the frames is invalid."""
     acked, code = 0, 0
     for opcode, payload in frames_of(answer):
         assert not code, "nothing comes after a Close"
@@ -331,7 +342,7 @@ def ending_of(answer: bytes) -> tuple[int, int]:
 
 
 class Fuzz:
-    """The clients that do it, a thread each, for one server."""
+    """The clients that send random input to one server, each in its own thread."""
 
     def __init__(self, running: ServerProcess, seed: int) -> None:
         self.running = running
@@ -339,13 +350,13 @@ class Fuzz:
         self.claims: list[Claim] = []
         self.inputs: dict[str, int] = defaultdict(int)
         self.connections: dict[str, int] = defaultdict(int)
-        self.answers: Counter[int] = Counter()  # close codes (0: none) and HTTP statuses
+        self.answers: Counter[int] = Counter()  # close codes (0: no Close frame) and HTTP statuses
         self.recent: dict[str, deque[tuple[str, list[Input]]]] = defaultdict(lambda: deque(maxlen=2))
         self.stop = threading.Event()
         self.only = os.environ.get("RINGOEXP_ONLY", "")
 
     def run(self, name: str) -> None:
-        """Connection after connection of the kind that `name` says, until `stop`."""
+        """Make one connection after the other until `stop`. The start of `name` is the kind of the connections."""
         kind: Callable[[random.Random, str, int], int] = getattr(self, "_" + name.split("-")[0])
         while not self.stop.is_set():
             connection = self.only or f"{name} {self.connections[name]}"
@@ -356,22 +367,23 @@ class Fuzz:
             self.inputs[name] += kind(rng, connection, rng.getrandbits(62))
             self.connections[name] += 1
 
-    def _made(self, connection: str, inputs: Iterator[Input]) -> list[Input]:
-        made = list(inputs)
-        self.recent[connection.split("-")[0]].append((connection, made))
-        return made
+    def _remember(self, connection: str, inputs: Iterator[Input]) -> list[Input]:
+        """Return the inputs as a list, and keep it for `explain`."""
+        kept = list(inputs)
+        self.recent[connection.split("-")[0]].append((connection, kept))
+        return kept
 
     def _certain(self, inputs: list[Input]) -> list[int]:
         values: list[int] = []
-        for each in inputs:
-            if each.values is None:
+        for item in inputs:
+            if item.values is None:
                 break
-            values += each.values
+            values += item.values
         return values
 
     def _websocket(self, rng: random.Random, inputs: list[Input], protocol: str, source: str = "") -> None:
-        """Sends a handshake and `inputs`, and looks at what comes back."""
-        start = b"GET /v1.0/ingest HTTP/1.1\r\n" + UPGRADE + f"{protocol}\r\n".encode()
+        """Send a handshake and `inputs`, check the response, and keep the acks as claims."""
+        start = b"GET /v1.0/ingest HTTP/1.1\r\n" + HANDSHAKE_LINES + f"{protocol}\r\n".encode()
         answer = talk(rng, self.running.port, start, inputs)
         if answer is not None:
             head, _, sent = answer.partition(b"\r\n\r\n")
@@ -383,47 +395,47 @@ class Fuzz:
                 self.claims.append(Claim(certain[:acked], acked, source))
 
     def _plain(self, rng: random.Random, connection: str, tag: int) -> int:
-        inputs = self._made(connection, plain_inputs(rng, tag))
+        inputs = self._remember(connection, plain_inputs(rng, tag))
         self._websocket(rng, inputs, "")
         return len(inputs)
 
     def _batch(self, rng: random.Random, connection: str, tag: int) -> int:
         source = uuid.UUID(int=tag << 64 | 1 << 63)
-        inputs = self._made(connection, batch_inputs(rng, source.bytes))
+        inputs = self._remember(connection, batch_inputs(rng, source.bytes))
         self._websocket(rng, inputs, f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n", str(source))
         return len(inputs)
 
     def _http(self, rng: random.Random, connection: str, tag: int) -> int:
-        inputs = self._made(connection, http_inputs(rng, tag))
+        inputs = self._remember(connection, http_inputs(rng, tag))
         answer = talk(rng, self.running.port, b"", inputs)
         if answer is not None:
             statuses = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", answer)]
             assert set(statuses) <= STATUSES, statuses
             self.answers.update(statuses)
-            for each, status in zip(inputs, statuses, strict=False):
-                if each.values is None:
+            for item, status in zip(inputs, statuses, strict=False):
+                if item.values is None:
                     break
-                assert status == 200, "a right POST before all others is answered 200"
-                self.claims.append(Claim(each.values, len(each.values)))
+                assert status == 200, "a valid POST before all others is answered 200"
+                self.claims.append(Claim(item.values, len(item.values)))
         return len(inputs)
 
     def _bytes(self, rng: random.Random, connection: str, tag: int) -> int:
-        inputs = self._made(connection, random_inputs(rng))
+        inputs = self._remember(connection, random_inputs(rng))
         talk(rng, self.running.port, b"", inputs)
         return len(inputs)
 
     def explain(self) -> None:
-        """What helps to find the input: on stderr, for a test that has failed."""
+        """Print the last inputs to stderr, to find the one that made a test fail."""
         print(f"RINGOEXP_SEED={self.seed}; the last connections of each kind:", file=sys.stderr)
         for kept in self.recent.values():
             for connection, inputs in kept:
                 print(f"RINGOEXP_ONLY='{connection}' {len(inputs)} inputs, the last ones:", file=sys.stderr)
-                for each in inputs[-4:]:
-                    print(f"  {len(each.data)} bytes: {each.data[:120]!r}", file=sys.stderr)
+                for item in inputs[-4:]:
+                    print(f"  {len(item.data)} bytes: {item.data[:120]!r}", file=sys.stderr)
 
 
 class Good:
-    """Clients that do everything right while others do not; `check` that they did not feel it."""
+    """Good clients that run beside the random ones. `check` that they were served."""
 
     def __init__(self, running: ServerProcess, stop: threading.Event) -> None:
         self.running = running
@@ -443,14 +455,14 @@ class Good:
             while not self.stop.is_set():
                 started = time.monotonic()
                 producer.send(range(producer.sent, producer.sent + 50))
-                producer.flush(ENOUGH)
+                producer.flush(GRACE_SECONDS)
                 self._timed(started)
                 self.stop.wait(0.02)
         assert producer.acked == producer.sent and producer.reconnects == 0
 
     def _stream(self) -> None:
         with RawClient(self.running.port) as client:
-            client.sock.settimeout(ENOUGH)
+            client.sock.settimeout(GRACE_SECONDS)
             while not self.stop.is_set():
                 started = time.monotonic()
                 client.send(b"".join(frame(2, struct.pack(">q", self.streamed + n)) for n in range(10)))
@@ -471,11 +483,11 @@ class Good:
         assert stored[str(self.producer.source)] == [(n, n) for n in range(self.producer.acked)]
         assert [(n, n) for n in range(self.streamed)] in stored.values()
         assert self.alive and self.streamed and self.producer.acked
-        assert self.slowest < ENOUGH
+        assert self.slowest < GRACE_SECONDS
 
 
 def check_claims(claims: list[Claim], stored: dict[str, list[tuple[int, int]]]) -> None:
-    """Every acked record is stored once, in its place."""
+    """Check that every acked record is stored once, with its sequence."""
     by_value = {records[0][1]: records for records in stored.values()}
     for claim in claims:
         records = stored[claim.source] if claim.source else by_value.get(claim.values[0], [])
@@ -486,13 +498,12 @@ def check_claims(claims: list[Claim], stored: dict[str, list[tuple[int, int]]]) 
 
 
 @pytest.mark.parametrize(("seconds", "least"), [(2.0, 8000), pytest.param(30, 100_000, marks=pytest.mark.long)])
-@pytest.mark.parametrize("role", ["publisher", "consumer"])
-def test_whatever_comes_in_the_server_stays_up_keeps_nothing_and_serves_good_clients(
+@pytest.mark.parametrize("role", ROLES)
+def test_server_survives_random_input_and_serves_good_clients(
     tmp_path: Path, role: str, seconds: float, least: int
 ) -> None:
     seed = seeded()
-    flags = ["-T", "0"] if role == "publisher" else ["-I", "false"]
-    with server(tmp_path, "-p", "0", *flags, patch="forward.workers.IDLE_SECONDS = 0.3", env=RETURNING) as running:
+    with server(tmp_path, *ROLES[role], patch="forward.workers.IDLE_SECONDS = 0.3", env=RETURNING) as running:
         assert request(running.port, "POST", "/v1.0/ingest", bytes(4))[0] == 200
         base = settled(running)
         fuzz = Fuzz(running, seed)
@@ -501,7 +512,7 @@ def test_whatever_comes_in_the_server_stays_up_keeps_nothing_and_serves_good_cli
         end = 0.0
 
         def enough() -> bool:
-            return bool(fuzz.only) or (sum(fuzz.inputs.values()) >= least and fuzz.answers.keys() >= SEEN)
+            return bool(fuzz.only) or (sum(fuzz.inputs.values()) >= least and fuzz.answers.keys() >= REQUIRED_ANSWERS)
 
         def over() -> bool:
             now = time.monotonic()
@@ -528,23 +539,23 @@ def test_whatever_comes_in_the_server_stays_up_keeps_nothing_and_serves_good_cli
                 f"base {base}; after a quarter {held[0]}; at the end {held[1]}; slowest answer {good[1].slowest:.2f} s"
             )
             print("answers", sorted(fuzz.answers.items()))
-            assert enough(), "inputs of many kinds were tried"
-            assert held[1].memory - held[0].memory < GROWTH
+            assert enough(), "the run had enough inputs, and all required answers"
+            assert held[1].memory - held[0].memory < MAX_GROWTH
             assert running.get("/v1.0/alive")[0] == 200
             counts = running.stats()
             assert running.stop() == 0
             stored: dict[str, list[tuple[int, int]]] = defaultdict(list)
-            found = rows(tmp_path / "ringoexp.db")
-            for source, sequence, value in found:
+            records_stored = rows(tmp_path / "ringoexp.db")
+            for source, sequence, value in records_stored:
                 stored[source].append((sequence, value))
             for records in stored.values():
                 records.sort()
                 assert len({sequence for sequence, _ in records}) == len(records), "stored twice"
-            assert len(found) == counts["recordsStored"]
+            assert len(records_stored) == counts["recordsStored"]
             check_claims(fuzz.claims, stored)
-            for each in good:
-                each.check(stored)
-            print(len(fuzz.claims), "connections with acks checked,", len(found), "records stored")
+            for clients in good:
+                clients.check(stored)
+            print(len(fuzz.claims), "connections with acks checked,", len(records_stored), "records stored")
         except BaseException:
             fuzz.explain()
             raise
@@ -553,19 +564,19 @@ def test_whatever_comes_in_the_server_stays_up_keeps_nothing_and_serves_good_cli
 
 REFUSED = {
     "text": frame(1, b"x" * (MAX_MESSAGE - 99)),
-    "a wrong length": frame(2, bytes(MAX_MESSAGE - 99)),
+    "an invalid length": frame(2, bytes(MAX_MESSAGE - 99)),
     "too large": frame(2, bytes(MAX_MESSAGE + 8)),
-    "no end": frame(2, bytes(MAX_MESSAGE - 96))[:-1],
-    "a fragment without the others": frame(2, bytes(MAX_MESSAGE - 96), fin=False),
+    "incomplete": frame(2, bytes(MAX_MESSAGE - 96))[:-1],
+    "a fragment without its end": frame(2, bytes(MAX_MESSAGE - 96), fin=False),
 }
 
 
-@pytest.mark.parametrize("what", ["a wrong length, posted", "a malformed batch", *REFUSED])
-def test_nothing_of_a_large_message_that_was_refused_is_kept(tmp_path: Path, what: str) -> None:
-    """Not even until Python's collector of cycles comes by, which is seldom in a server with little to do."""
-    with server(tmp_path, "-p", "0", "-T", "0", env=RETURNING) as running:
+@pytest.mark.parametrize("what", ["an invalid length, posted", "a malformed batch", *REFUSED])
+def test_refused_large_message_is_freed(tmp_path: Path, what: str) -> None:
+    """The memory must not wait for Python's cycle collector, which runs rarely in an idle server."""
+    with server(tmp_path, *ROLES["publisher"], env=RETURNING) as running:
         batch = {"Sec-WebSocket-Protocol": SUBPROTOCOL} if "batch" in what else {}
-        wrong = REFUSED.get(what, REFUSED["a wrong length"])
+        wrong = REFUSED.get(what, REFUSED["an invalid length"])
 
         def refused() -> None:
             if "posted" in what:
@@ -576,7 +587,7 @@ def test_nothing_of_a_large_message_that_was_refused_is_kept(tmp_path: Path, wha
                     client.send(wrong)
                     client.sock.shutdown(socket.SHUT_WR)
                     client.closed()
-                except OSError:  # refused before it had all arrived
+                except OSError:  # the server refused it before all of it arrived
                     pass
 
         base = settled(running)

@@ -1,10 +1,10 @@
-"""Acks against the disk: what a server had asked of the kernel when an ack left, and what a power cut leaves of it.
+"""Tests that acked records are on disk: acks leave after the sync of their records, and power cuts lose none.
 
-A server is run under strace. From the log follows, for every moment, what is certain to be on disk: what was written
-before a sync that has returned. Everything later may be there or not, whole or in part, in any order. No more is
-believed of the kernel, the file system or SQLite than POSIX says, and that a sector of 512 bytes is the unit.
+A server runs under strace. For every moment, the log shows which bytes are certainly on disk: those written before a
+sync that has returned. Later writes may be on disk or not, in whole or in part, in any order. The tests assume nothing
+of the kernel, the file system or SQLite beyond POSIX, except that a disk writes sectors of 512 bytes.
 
-Every value is sent once and tells whose it is, so that it is recognized on the pages that carry it.
+Every value is sent once and names its client, so that the tests recognize it on the pages of the database.
 """
 
 import http.client
@@ -34,41 +34,41 @@ from ringolib.storage.sqlite_file import APPLICATION_ID, SPOOL_APPLICATION_ID
 from ringolib.wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 
 TAG = 0x5AC3A55A
-"""The upper half of every value; in the lower are 8 bits for its client and 24 for its number."""
+"""The upper half of every value. The lower half has 8 bits for the client and 24 for the number of the record."""
 VALUE = re.compile(TAG.to_bytes(4, "big") + rb"(.{4})", re.DOTALL)
 SECTOR = 512
 ROLES = {
     "consumer": ["-I", "false", "-p", "0", "-D"],
     "single process": ["-p", "0", "-T", "0", "-D"],
-    "spool": ["-p", "0", "-T", "1", "-S"],  # of a publisher whose consumer is away: nobody listens there
+    "spool": ["-p", "0", "-T", "1", "-S"],  # of a publisher whose consumer is unreachable: port 1 is closed
 }
-SMALL_WAL = (
+SMALL_WAL = (  # checkpoints every 20 pages
     "store.connect = (lambda real: lambda *args:"
     " [db := real(*args), db.execute('PRAGMA wal_autocheckpoint = 20')][0])(store.connect)"
 )
-CUT_WAL = "store.WAL_LARGE = 100_000"
-UNSYNCED = SMALL_WAL.replace("wal_autocheckpoint = 20", "synchronous = {}")
-EARLY = (
+TRUNCATED_WAL = "store.LARGE_WAL_BYTES = 100_000"
+SYNCHRONOUS = SMALL_WAL.replace("wal_autocheckpoint = 20", "synchronous = {}")
+ACK_BEFORE_COMMIT = (
     "web.intake.StoreIntake.put = lambda self, block, timeout: (__import__('threading').Thread("
     "target=self._store.append, args=(block.runs, block.values)).start(), (len(block.values), 0))[1]"
 )
 
 
 class Sender:
-    """A client that knows what it has sent, in order, and the port that the log names it by."""
+    """A client that remembers the values it has sent, in order, and its port, which identifies it in the log."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.port = 0
-        self.source = b""  # unless it brings its own
-        self.sent = array("q")  # every value, in the order sent, those sent again too
+        self.source = b""  # empty if the server assigns one
+        self.sent = array("q")  # every value in the order sent, including repeated ones
 
     def value(self, sequence: int) -> int:
-        """The value of its record of that number."""
+        """Return the value of a record."""
         return TAG << 32 | self.number << 24 | sequence
 
     def one_by_one(self, server: ServerProcess, count: int) -> None:
-        """Plain messages, each sent when the last one is acked."""
+        """Send plain messages, each after the ack of the one before."""
         with RawClient(server.port) as client:
             self.port = client.sock.getsockname()[1]
             for sequence in range(count):
@@ -77,7 +77,7 @@ class Sender:
                 client.acked(sequence + 1)
 
     def stream(self, server: ServerProcess, count: int, rng: random.Random) -> None:
-        """Batches of a source of its own; some, or none, are not acked at any time, and some are sent again."""
+        """Send batches with a source of its own, without waiting for every ack, and send some records again."""
         self.source = uuid.UUID(int=rng.getrandbits(128)).bytes
         headers: dict[str, str | None] = {"Sec-WebSocket-Protocol": SUBPROTOCOL}
         with RawClient(server.port, headers) as client:
@@ -95,7 +95,7 @@ class Sender:
                     acked = client.acked(acked + 1)
 
     def post(self, server: ServerProcess, count: int) -> None:
-        """One HTTP call."""
+        """Send all records in one HTTP request."""
         self.sent = array("q", map(self.value, range(count)))
         with closing(http.client.HTTPConnection("localhost", server.port, timeout=DEADLINE)) as connection:
             connection.connect()
@@ -105,7 +105,7 @@ class Sender:
 
 
 class Ack(NamedTuple):
-    """The first `count` of a sender's records are said to be stored by a call that began there."""
+    """An ack for the first `count` records of a sender; `begun` is the line of the call in the log."""
 
     begun: int
     sender: Sender
@@ -113,7 +113,7 @@ class Ack(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """A run of a server: its calls, its clients and its acks, in order."""
+    """The record of a server's run: its calls, clients and acks, in order."""
 
     database: Path
     application_id: int
@@ -123,8 +123,8 @@ class Recording(NamedTuple):
 
 
 def record(directory: Path, role: str, patch: str, seed: int, records: int, *flags: str) -> Recording:
-    """Runs a server for four streams of `records` in all, one client that waits for each ack, and two POSTs."""
-    strace.needed()
+    """Run a server for four streams of `records` in all, one client that waits for each ack, and two POSTs."""
+    strace.need_strace()
     rng = random.Random(seed)
     log, database = directory / "strace.log", directory / "numbers.db"
     senders = [Sender(number) for number in range(7)]
@@ -138,19 +138,19 @@ def record(directory: Path, role: str, patch: str, seed: int, records: int, *fla
         for call in calls:
             call.result()
         server.kill()
-    calls_made = strace.parse(log)
+    system_calls = strace.parse(log)
     kind = SPOOL_APPLICATION_ID if role == "spool" else APPLICATION_ID
-    return Recording(database, kind, calls_made, senders, list(acks_in(calls_made, senders)))
+    return Recording(database, kind, system_calls, senders, list(acks_in(system_calls, senders)))
 
 
 def acks_in(calls: list[strace.Call], senders: list[Sender]) -> Iterator[Ack]:
-    """What the server told its clients, in order."""
+    """Yield the acks that the server sent, in order."""
     ports = {sender.port: sender for sender in senders}
     for call in calls:
         peer = re.search(r":(\d+)]$", call.path)
         if call.name not in strace.SENDS.split(",") or not peer or int(peer[1]) not in ports:
             continue
-        assert call.name == "sendto" and call.result in (None, -1, len(call.data)), f"a part was sent: {call}"
+        assert call.name == "sendto" and call.result in (None, -1, len(call.data)), f"only a part was sent: {call}"
         sender, data = ports[int(peer[1])], call.data
         if stored := re.search(rb'{"stored": (\d+)}', data):
             yield Ack(call.begun, sender, int(stored[1]))
@@ -162,11 +162,11 @@ def acks_in(calls: list[strace.Call], senders: list[Sender]) -> Iterator[Ack]:
 # Ack after sync.
 
 
-def unsynced(run: Recording) -> list[str]:
-    """What was acked before the sync that covers it had returned, or is not in the log of writes at all."""
+def early_acks(run: Recording) -> list[str]:
+    """Return the values that were acked before the sync of their write and commit returned, or were never written."""
     wal = f"{run.database}-wal"
-    written: dict[int, int] = {}  # value: where the first write that carries it ended
-    commits, syncs = [], []  # where commits ended; where syncs began and ended
+    written: dict[int, int] = {}  # value: the end of the first write that contains it
+    commits, syncs = [], []  # ends of commits; begins and ends of syncs
     committing = False
     for call in run.calls:
         if call.path != wal or not call.ok or call.ended is None:
@@ -176,8 +176,8 @@ def unsynced(run: Recording) -> list[str]:
         elif call.name == "pwrite64" and len(call.data) == 24:
             committing = call.data[4:8] != bytes(4)  # https://www.sqlite.org/fileformat2.html#walformat
         elif call.name == "pwrite64" and len(call.data) != 32:
-            for found in VALUE.finditer(call.data):
-                written.setdefault(TAG << 32 | int.from_bytes(found[1], "big"), call.ended)
+            for match in VALUE.finditer(call.data):
+                written.setdefault(TAG << 32 | int.from_bytes(match[1], "big"), call.ended)
             if committing:
                 commits.append(call.ended)
     wrong = []
@@ -185,8 +185,8 @@ def unsynced(run: Recording) -> list[str]:
     for ack in run.acks:
         for value in ack.sender.sent[known[ack.sender] : ack.count]:
             commit = bisect_left(commits, written.get(value, ack.begun))
-            done = commits[commit] if commit < len(commits) else ack.begun
-            sync = bisect_left(syncs, (done, 0))
+            committed = commits[commit] if commit < len(commits) else ack.begun
+            sync = bisect_left(syncs, (committed, 0))
             if value not in written or sync == len(syncs) or syncs[sync][1] >= ack.begun:
                 wrong.append(f"{value:x} acked at {ack.begun}, written at {written.get(value)}")
         known[ack.sender] = max(known[ack.sender], ack.count)
@@ -197,7 +197,7 @@ def unsynced(run: Recording) -> list[str]:
 
 
 class Op(NamedTuple):
-    """A write at `offset`, or, without data, a truncation to `offset`."""
+    """A write at `offset`; without data, a truncation to `offset`."""
 
     begun: int
     ended: int | None
@@ -206,7 +206,7 @@ class Op(NamedTuple):
 
 
 def apply(content: bytearray, op: Op, rng: random.Random | None = None) -> None:
-    """Changes the content; with `rng`, only in some of its sectors, and others are left full of rubbish."""
+    """Apply a write to the content. With `rng`, only some of its sectors are written, and some get random bytes."""
     if op.data is None:
         del content[op.offset :]
         content.extend(bytes(op.offset - len(content)))
@@ -218,23 +218,23 @@ def apply(content: bytearray, op: Op, rng: random.Random | None = None) -> None:
     at, end = op.offset, op.offset + len(op.data)
     while at < end:
         upto = min(end, (at // SECTOR + 1) * SECTOR)
-        fate = rng.random()
-        if fate < 0.5:
+        chance = rng.random()
+        if chance < 0.5:
             content[at:upto] = op.data[at - op.offset : upto - op.offset]
-        elif fate < 0.6:
+        elif chance < 0.6:
             content[at:upto] = rng.randbytes(upto - at)
         at = upto
 
 
 class File:
-    """An inode: what is certain to be in it, and what may be."""
+    """An inode: its certain content, and the writes that may or may not be on disk."""
 
     def __init__(self) -> None:
         self.certain = bytearray()
         self.pending: list[Op] = []
 
     def synced(self, since: int) -> None:
-        """A sync that began there has returned."""
+        """Make the writes certain that ended before `since`: a sync that began then has returned."""
         kept = []
         for op in self.pending:
             if op.ended is not None and op.ended < since:
@@ -244,7 +244,7 @@ class File:
         self.pending = kept
 
     def after_cut(self, fate: str, rng: random.Random) -> bytes:
-        """What may be left of it."""
+        """Return a possible content after a power cut."""
         content = bytearray(self.certain)
         for op in self.pending:
             dice = rng.random() if fate == "some" else {"none": 0.0, "all": 1.0}[fate]
@@ -256,17 +256,17 @@ class File:
 
 
 class Disk:
-    """The disk under a directory, as far as the calls of a log, taken one by one, determine it."""
+    """A model of the disk under a directory, fed with the calls of a log one by one."""
 
     def __init__(self, database: Path) -> None:
         self.directory = str(database.parent)
         self.paths = {f"{database}{suffix}" for suffix in ("", "-wal", "-journal")}  # -shm is rebuilt
         self.files: dict[str, File] = {}
-        self.certain: dict[str, File] = {}  # the names that are there after a cut, for sure
-        self.pending: list[tuple[int, str, File | None]] = []  # names given and taken since
+        self.certain: dict[str, File] = {}  # the names that certainly exist after a cut
+        self.pending: list[tuple[int, str, File | None]] = []  # names added and removed since the last sync
 
     def begin(self, call: strace.Call) -> None:
-        """The call has begun: what it does may be done."""
+        """Note the begin of a call: from now on its effect may be on disk."""
         if call.path in self.paths:
             if call.name == "pwrite64":
                 op = Op(call.begun, call.ended, call.numbers[-1], call.data)
@@ -280,55 +280,62 @@ class Disk:
                 del self.files[call.path]
                 self.pending.append((call.begun, call.path, None))
             else:
-                assert call.name in ("openat", "fsync", "fdatasync"), f"what does this do to the disk? {call}"
+                assert call.name in ("openat", "fsync", "fdatasync"), f"a call that the model does not know: {call}"
 
     def end(self, call: strace.Call) -> None:
-        """The call has returned: what it syncs is certain."""
+        """Note the return of a call: a sync makes earlier writes certain."""
         if call.name not in ("fsync", "fdatasync") or not call.ok:
             return
         if call.path in self.files:
             self.files[call.path].synced(call.begun)
         elif call.path == self.directory:
             for _, name, file in self.pending:
-                self._give(self.certain, name, file)
+                self._set_name(self.certain, name, file)
             self.pending = []
 
     def after_cut(self, fate: str, rng: random.Random) -> dict[str, bytes]:
-        """What may be left: files and their content. `fate` says of how much that is not certain: none, some, all."""
+        """Return possible files after a power cut, by name. `fate` decides on uncertain writes: none, some or all."""
         names = dict(self.certain)
         for _, name, file in self.pending:
             if fate == "all" or fate == "some" and rng.random() < 0.5:
-                self._give(names, name, file)
+                self._set_name(names, name, file)
         return {name: file.after_cut(fate, rng) for name, file in names.items()}
 
     @staticmethod
-    def _give(names: dict[str, File], name: str, file: File | None) -> None:
+    def _set_name(names: dict[str, File], name: str, file: File | None) -> None:
         if file:
             names[name] = file
         else:
             names.pop(name, None)
 
 
-def recovered(path: Path, run: Recording, acked: dict[Sender, int]) -> str:
-    """Opens what a power cut has left, and stores again what clients would send again. What is wrong, or ""."""
+def recover(path: Path, run: Recording, acked: dict[Sender, int]) -> str:
+    """Open the database that a power cut has left, and store the records that clients would send again.
+
+    Return a description of the first problem, or an empty string.
+    """
     try:
         with closing(store.Store(str(path), run.application_id)) as opened:
-            opened._db.execute("PRAGMA synchronous = OFF")  # this copy need not last
-            if trouble := wrong_in(path, run, {value for each in acked for value in each.sent[: acked[each]]}):
+            opened._db.execute("PRAGMA synchronous = OFF")  # for speed: this copy may be lost
+            acked_values = {value for sender in acked for value in sender.sent[: acked[sender]]}
+            if trouble := find_problem(path, run, acked_values):
                 return trouble
             streams = [sender for sender in run.senders if sender.source]
             for sender in streams:
                 values = array("q", sorted(set(sender.sent[acked.get(sender, 0) :])))
                 if values:
                     opened.append([Run(sender.source, values[0] & 0xFFFFFF, len(values))], values)
-            trouble = wrong_in(path, run, {value for sender in streams for value in sender.sent})
-            return trouble and f"{trouble}, when all was sent again"
+            trouble = find_problem(path, run, {value for sender in streams for value in sender.sent})
+            return trouble and f"{trouble}, after all records were sent again"
     except (StoreError, sqlite3.Error) as error:
         return f"{type(error).__name__}: {error}"
 
 
-def wrong_in(path: Path, run: Recording, acked: set[int]) -> str:
-    """What is wrong in a database in which all of `acked` should be, nothing that was not sent, and nothing twice."""
+def find_problem(path: Path, run: Recording, acked: set[int]) -> str:
+    """Return the first problem of a database, or an empty string.
+
+    It must contain all of `acked`, no value that was not sent, and no value twice.
+    """
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as reader:
         (check,) = reader.execute("PRAGMA integrity_check(1)").fetchone()
         if check != "ok":
@@ -338,9 +345,9 @@ def wrong_in(path: Path, run: Recording, acked: set[int]) -> str:
             "SELECT first_id, count, uuid, sequence FROM batch JOIN source ON source.id = source_id ORDER BY first_id"
         ).fetchall()
     if missing := acked - set(stored):
-        return f"{len(missing)} acked and gone, {min(missing):x} say"
+        return f"{len(missing)} acked values are lost, for example {min(missing):x}"
     if len(set(stored)) < len(stored):
-        return f"{len(stored) - len(set(stored))} are there twice"
+        return f"{len(stored) - len(set(stored))} values are stored twice"
     sources = {sender.source: sender for sender in run.senders}
     next_id = 1
     for first_id, count, source, sequence in batches:
@@ -348,13 +355,13 @@ def wrong_in(path: Path, run: Recording, acked: set[int]) -> str:
         sender = sources.get(source) or run.senders[values[0] >> 24 & 0xFF]
         begin = sender.value(sequence)
         if first_id != next_id or values != list(range(begin, begin + count)) or values[-1] > max(sender.sent):
-            return f"batch at {first_id} of {sender.number}, sequence {sequence}: other values, or a gap before it"
+            return f"batch at {first_id} of {sender.number}, sequence {sequence}: wrong values, or a gap before it"
         next_id += count
     return "" if next_id == len(stored) + 1 else "records without a batch"
 
 
 def power_cuts(run: Recording, directory: Path, rng: random.Random, cuts: int) -> dict[int, str]:
-    """Cuts the power at so many moments, half of them just after an ack; what was wrong, by moment."""
+    """Cut the power at so many moments, half of them just after an ack. Return the problems by moment."""
     moments = sorted(
         rng.choices([ack.begun for ack in run.acks], k=cuts // 2 - 1)
         + rng.choices([call.begun for call in run.calls if call.path.startswith(str(run.database))], k=cuts - cuts // 2)
@@ -366,21 +373,21 @@ def power_cuts(run: Recording, directory: Path, rng: random.Random, cuts: int) -
     disk, acks, acked, wrong = Disk(run.database), iter(run.acks), defaultdict(int), {}
     at, ack = 0, next(acks)
     for number, moment in enumerate(moments):
-        # A call that began there may be done, and has not returned: whether it has cannot be known to others.
+        # A call that begins at this moment may have its effect, but has not returned.
         while at < len(steps) and steps[at][:2] <= (moment, 0):
             (disk.end if steps[at][1] else disk.begin)(steps[at][2])
             at += 1
         while ack and ack.begun <= moment:
             acked[ack.sender] = max(acked[ack.sender], ack.count)
             ack = next(acks, None)
-        left = disk.after_cut(rng.choice(["none", "some", "some", "some", "all"]), rng)
-        place = directory / f"cut-{number}"
-        place.mkdir()
-        for name, content in left.items():
-            (place / os.path.basename(name)).write_bytes(content)
-        if trouble := recovered(place / run.database.name, run, acked):
+        files = disk.after_cut(rng.choice(["none", "some", "some", "some", "all"]), rng)
+        copy = directory / f"cut-{number}"
+        copy.mkdir()
+        for name, content in files.items():
+            (copy / os.path.basename(name)).write_bytes(content)
+        if trouble := recover(copy / run.database.name, run, acked):
             wrong[moment] = trouble
-        shutil.rmtree(place)
+        shutil.rmtree(copy)
     return wrong
 
 
@@ -394,28 +401,28 @@ def seed() -> int:
     [
         pytest.param("consumer", SMALL_WAL, id="consumer"),
         pytest.param("single process", SMALL_WAL, id="single process"),
-        pytest.param("consumer", CUT_WAL, id="consumer, a WAL that is cut"),
+        pytest.param("consumer", TRUNCATED_WAL, id="consumer, truncated WAL"),
         pytest.param("spool", SMALL_WAL, id="spool"),
     ],
 )
 @pytest.mark.parametrize("cuts", [40, pytest.param(1000, marks=pytest.mark.long)])
-def test_what_is_acked_is_synced_before_and_survives_a_power_cut(
+def test_acked_records_are_synced_first_and_survive_power_cuts(
     tmp_path: Path, seed: int, role: str, patch: str, cuts: int
 ) -> None:
-    """Whatever the disk had of what was not synced; and what is sent again afterwards is stored once."""
+    """No matter which unsynced writes reached the disk. Records that are sent again afterwards are stored once."""
     run = record(tmp_path, role, patch, seed, 8000 if cuts < 100 else 20_000)
     resets = sum(c.name == "pwrite64" and c.path == f"{run.database}-wal" and c.numbers[-1] == 0 for c in run.calls)
-    print(f"{len(run.calls)} calls, {len(run.acks)} acks, WAL begun {resets} times")
-    assert resets > 3, "several checkpoints, and the WAL was begun anew"
+    print(f"{len(run.calls)} calls, {len(run.acks)} acks, WAL restarted {resets} times")
+    assert resets > 3, "the WAL was restarted several times"
     assert len(run.acks) > 50
     for sender in run.senders:
         assert max(ack.count for ack in run.acks if ack.sender is sender) == len(sender.sent)
-    assert unsynced(run) == []
+    assert early_acks(run) == []
     assert power_cuts(run, tmp_path, random.Random(seed), cuts) == {}
 
 
-def test_a_first_page_torn_by_a_power_cut_is_recovered_from_the_wal(tmp_path: Path) -> None:
-    """It is written again at a checkpoint, from the WAL, which is kept until that is synced."""
+def test_torn_first_page_is_recovered_from_wal(tmp_path: Path) -> None:
+    """A checkpoint rewrites the page from the WAL, which stays until the page is synced."""
     running, cut = tmp_path / "running.db", tmp_path / "cut.db"
     with closing(store.Store(str(running))) as opened:
         opened.append([Run(bytes(16), 0, 1000)], array("q", range(1000)))
@@ -427,11 +434,11 @@ def test_a_first_page_torn_by_a_power_cut_is_recovered_from_the_wal(tmp_path: Pa
         assert opened.stats().held == 1000
 
 
-def test_a_first_page_torn_while_the_file_is_made_is_undone_by_the_journal(tmp_path: Path) -> None:
-    """The journal that SQLite keeps until then says that there was nothing before; so there is an empty database."""
+def test_first_page_torn_at_creation_is_rolled_back_by_journal(tmp_path: Path) -> None:
+    """The journal shows that the file was empty before, so recovery leaves an empty database."""
     path = tmp_path / "numbers.db"
     path.write_bytes(random.Random(1).randbytes(SECTOR) + bytes(4096 - SECTOR))
-    # https://www.sqlite.org/fileformat2.html#the_rollback_journal: no pages, and none before, of 4096 bytes
+    # https://www.sqlite.org/fileformat2.html#the_rollback_journal: no pages, initial size 0, pages of 4096 bytes
     head = bytes.fromhex("d9d505f920a163d7") + struct.pack(">IIIII", 0, 1, 0, SECTOR, 4096)
     path.with_name("numbers.db-journal").write_bytes(head.ljust(SECTOR, b"\0"))
     with closing(store.Store(str(path))) as opened:
@@ -439,8 +446,8 @@ def test_a_first_page_torn_while_the_file_is_made_is_undone_by_the_journal(tmp_p
         assert opened.stats().held == 3
 
 
-def test_whatever_page_is_damaged_the_store_opens_or_refuses_in_one_line(tmp_path: Path) -> None:
-    """No other exception, and nothing left open: the lock is free afterwards."""
+def test_damaged_page_is_harmless_or_refused_in_one_line(tmp_path: Path) -> None:
+    """There is no other exception, and the lock is free afterwards."""
     path = tmp_path / "numbers.db"
     with closing(store.Store(str(path))) as opened:
         opened.append([Run(bytes(16), 0, 5000)], array("q", range(5000)))
@@ -457,8 +464,8 @@ def test_whatever_page_is_damaged_the_store_opens_or_refuses_in_one_line(tmp_pat
 
 
 @pytest.mark.parametrize("file", ["database", "-wal", "directory"])
-def test_a_sync_that_did_not_happen_is_missed(tmp_path: Path, seed: int, file: str) -> None:
-    """The log of a good run, but for one file's syncs, or its directory's: the cuts must report it."""
+def test_power_cuts_detect_missing_syncs(tmp_path: Path, seed: int, file: str) -> None:
+    """The syncs of one file or of the directory are removed from the log of a good run. The test must find problems."""
     run = record(tmp_path, "consumer", SMALL_WAL, seed, 8000)
     path = {"directory": str(tmp_path), "database": str(run.database), "-wal": f"{run.database}-wal"}[file]
     kept = [call for call in run.calls if not (call.name in ("fsync", "fdatasync") and call.path == path)]
@@ -471,20 +478,20 @@ def test_a_sync_that_did_not_happen_is_missed(tmp_path: Path, seed: int, file: s
 @pytest.mark.parametrize(
     ("role", "patch", "flags"),
     [
-        pytest.param("consumer", UNSYNCED.format("OFF"), [], id="consumer, synchronous = OFF"),
-        pytest.param("consumer", UNSYNCED.format("NORMAL"), [], id="consumer, synchronous = NORMAL"),
-        pytest.param("single process", UNSYNCED.format("OFF"), [], id="single process, synchronous = OFF"),
-        pytest.param("spool", UNSYNCED.format("OFF"), [], id="spool, synchronous = OFF"),
-        pytest.param("consumer", EARLY, [], id="consumer, acks before it commits"),
+        pytest.param("consumer", SYNCHRONOUS.format("OFF"), [], id="consumer, synchronous = OFF"),
+        pytest.param("consumer", SYNCHRONOUS.format("NORMAL"), [], id="consumer, synchronous = NORMAL"),
+        pytest.param("single process", SYNCHRONOUS.format("OFF"), [], id="single process, synchronous = OFF"),
+        pytest.param("spool", SYNCHRONOUS.format("OFF"), [], id="spool, synchronous = OFF"),
+        pytest.param("consumer", ACK_BEFORE_COMMIT, [], id="consumer, acks before it commits"),
         pytest.param("single process", "", ["-A", "ring"], id="single process, acks in the ring"),
     ],
 )
-def test_a_server_that_breaks_the_promise_is_found_out(
+def test_checks_detect_server_that_acks_too_early(
     tmp_path: Path, seed: int, role: str, patch: str, flags: list[str]
 ) -> None:
-    """The two checks above, on servers that do not sync, or ack before they commit: both must report it."""
+    """Servers that do not sync, or ack before they commit, must fail both checks above."""
     run = record(tmp_path, role, patch, seed, 2000, *flags)
-    early = unsynced(run)
+    early = early_acks(run)
     wrong = power_cuts(run, tmp_path, random.Random(seed), 40)
     print(f"{len(early)} acked before the sync, {early[:1]}; {len(wrong)} of 40 cuts: {list(wrong.values())[:3]}")
     assert early and wrong

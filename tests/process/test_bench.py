@@ -1,4 +1,4 @@
-"""What the bench's figures are made of; how fast anything is, only the bench itself says."""
+"""The measuring functions of the bench. The bench itself measures speed."""
 
 import os
 import subprocess
@@ -19,21 +19,21 @@ for _ in sys.stdin:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the bench asks Linux for other processes' time")
-def test_processor_time_is_told_finer_than_a_tick_and_with_ended_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tick is 10 ms: twenty short connections took none, and what it costs to have TLS was divided by it."""
+@pytest.mark.skipif(sys.platform != "linux", reason="the bench reads the CPU time of other processes as Linux does")
+def test_cpu_seconds_is_finer_than_a_tick_and_includes_ended_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tick is 10 ms, longer than twenty short connections take; the measurement of TLS divides by their time."""
     monkeypatch.syspath_prepend(str(BENCH))
     from bench import cpu_seconds
 
     with subprocess.Popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin and process.stdout
-        told = []
+        readings = []
         for _ in range(5):
             process.stdin.write(b"\n")
             process.stdin.flush()
             assert process.stdout.readline()
-            told.append(cpu_seconds(process.pid))
+            readings.append(cpu_seconds(process.pid))
         process.stdin.close()
-    assert told == sorted(set(told)), f"each turn took some: {told}"
-    steps = [late - early for early, late in zip(told, told[1:], strict=False)]
-    assert min(steps) < 1 / os.sysconf("SC_CLK_TCK"), f"and it took less than a tick: {steps}"
+    assert readings == sorted(set(readings)), f"each turn takes some time: {readings}"
+    steps = [late - early for early, late in zip(readings, readings[1:], strict=False)]
+    assert min(steps) < 1 / os.sysconf("SC_CLK_TCK"), f"a turn takes less than a tick: {steps}"

@@ -262,7 +262,7 @@ def test_refusals_are_limited_in_log(tmp_path: Path, token_file: Path) -> None:
         "0",
         "--token_file",
         str(token_file),
-        patch="status.logs.LIMIT_SECONDS = 600",
+        patch="status.logs.RATE_LIMIT_SECONDS = 600",
     ) as running:
         for _ in range(50):
             assert running.get("/v1.0/stats")[0] == 401

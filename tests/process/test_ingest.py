@@ -1,4 +1,4 @@
-"""WebSocket sessions: what clients may send, what is refused and how, and what is stored of it."""
+"""WebSocket sessions: which messages are accepted, how others are refused, and which records are stored."""
 
 import struct
 import uuid
@@ -6,8 +6,7 @@ from array import array
 from collections.abc import Iterator
 
 import pytest
-from support.harness import RawClient, ServerProcess, eventually, frame, rows, server
-from websockets.sync.client import connect
+from support.harness import ROLES, RawClient, ServerProcess, eventually, frame, rows, server
 
 from ringolib.net.frames import MAX_MESSAGE
 from ringolib.wire import SUBPROTOCOL, Run, encode_batch, encode_plain
@@ -21,15 +20,14 @@ VALUES = array("q", [7, -7])
 @pytest.fixture(scope="module", params=["publisher", "consumer"])
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     directory = tmp_path_factory.mktemp(request.param)
-    flags = ["-p", "0", "-T", "0"] if request.param == "publisher" else ["-I", "false", "-p", "0"]
-    with server(directory, *flags) as process:
+    with server(directory, *ROLES[request.param]) as process:
         process.database = directory / "ringoexp.db"  # type: ignore[attr-defined]
         yield process
         eventually(lambda: process.stats()["connections"] <= 1, "every connection has ended")
 
 
 def stored_by(running: ServerProcess, before: int) -> list[tuple[str, int, int]]:
-    """What was stored since there were `before` records."""
+    """Return the records stored after the first `before` ones."""
     return rows(running.database)[before:]  # type: ignore[attr-defined]
 
 
@@ -56,14 +54,12 @@ def lying_batch(runs: int, tail: bytes = b"") -> bytes:
         pytest.param(frame(2, bytes(4), fin=False) + frame(2, bytes(4)), 1002, id="message within a message"),
     ],
 )
-def test_bad_input_is_refused_and_what_came_before_is_stored_and_acked(
-    running: ServerProcess, bad: bytes, code: int
-) -> None:
+def test_invalid_message_is_refused_after_earlier_ones_are_acked(running: ServerProcess, bad: bytes, code: int) -> None:
     before, refused = count(running), running.stats()["recordsRefused"]
     with RawClient(running.port) as client:
         client.send(GOOD + bad + GOOD)
-        found, reason, acked = client.closed()
-    assert (found, acked) == (code, 3)
+        closed_with, reason, acked = client.closed()
+    assert (closed_with, acked) == (code, 3)
     assert len(reason) > 5
     assert [(sequence, value) for _, sequence, value in stored_by(running, before)] == [(0, 1), (1, 2), (2, 3)]
     assert running.stats()["recordsRefused"] == refused + 1
@@ -74,8 +70,8 @@ def test_bad_input_is_refused_and_what_came_before_is_stored_and_acked(
     [
         pytest.param(b"", id="empty"),
         pytest.param(bytes(4), id="no runs"),
-        pytest.param(lying_batch(2), id="a run more than there is"),
-        pytest.param(lying_batch(2**32 - 1), id="as many runs as the count can say"),
+        pytest.param(lying_batch(2), id="one run too many in the count"),
+        pytest.param(lying_batch(2**32 - 1), id="the largest count of runs"),
         pytest.param(lying_batch(1)[:-1], id="truncated"),
         pytest.param(lying_batch(1, b"\0"), id="a byte too many"),
         pytest.param(encode_batch([RUN._replace(count=3)], VALUES), id="a value too few"),
@@ -85,7 +81,7 @@ def test_bad_input_is_refused_and_what_came_before_is_stored_and_acked(
         pytest.param(encode_batch([RUN, RUN._replace(count=0)], VALUES), id="an empty run"),
     ],
 )
-def test_a_bad_batch_is_refused_and_what_came_before_is_stored_and_acked(running: ServerProcess, bad: bytes) -> None:
+def test_invalid_batch_is_refused_after_earlier_ones_are_acked(running: ServerProcess, bad: bytes) -> None:
     good = Run(uuid.uuid4().bytes, 0, 2)
     before = count(running)
     with RawClient(running.port, BATCH) as client:
@@ -96,7 +92,7 @@ def test_a_bad_batch_is_refused_and_what_came_before_is_stored_and_acked(running
     assert stored_by(running, before) == [(source, 0, 7), (source, 1, -7)]
 
 
-def test_fragments_with_a_ping_between_them_are_one_message(running: ServerProcess) -> None:
+def test_fragments_around_a_ping_are_one_message(running: ServerProcess) -> None:
     before = count(running)
     payload = encode_plain([2**63 - 1, -(2**63)])
     with RawClient(running.port) as client:
@@ -107,7 +103,7 @@ def test_fragments_with_a_ping_between_them_are_one_message(running: ServerProce
     assert [value for _, _, value in stored_by(running, before)] == [2**63 - 1, -(2**63)]
 
 
-def test_bytes_may_come_one_at_a_time(running: ServerProcess) -> None:
+def test_frames_may_arrive_byte_by_byte(running: ServerProcess) -> None:
     before = count(running)
     with RawClient(running.port) as client:
         for byte in GOOD:
@@ -116,13 +112,13 @@ def test_bytes_may_come_one_at_a_time(running: ServerProcess) -> None:
     assert [value for _, _, value in stored_by(running, before)] == [1, 2, 3]
 
 
-def test_frames_in_the_segment_of_the_handshake_are_not_lost(running: ServerProcess) -> None:
+def test_frames_sent_with_the_handshake_are_not_lost(running: ServerProcess) -> None:
     for frames in (GOOD, GOOD * 2000):  # within what http.server buffers, and beyond
         with RawClient(running.port, behind=frames) as client:
             client.acked(3 * (len(frames) // len(GOOD)))
 
 
-def test_acks_grow_and_count_the_connections_own_records(running: ServerProcess) -> None:
+def test_acks_grow_and_count_only_their_own_connection(running: ServerProcess) -> None:
     with RawClient(running.port) as first, RawClient(running.port) as second:
         for number in range(1, 50):
             first.send(GOOD)
@@ -131,25 +127,25 @@ def test_acks_grow_and_count_the_connections_own_records(running: ServerProcess)
         assert second.acked(3) == 3
 
 
-def test_messages_of_every_plain_kind_keep_their_order(running: ServerProcess) -> None:
+def test_plain_messages_of_all_sizes_keep_their_order(running: ServerProcess) -> None:
     before = count(running)
     messages = [struct.pack(">i", -5), struct.pack(">q", -6), encode_plain([1, 2]), struct.pack(">i", 2**31 - 1)]
     with RawClient(running.port) as client:
         client.send(b"".join(frame(2, message) for message in messages))
         client.acked(5)
-    found = stored_by(running, before)
-    assert [row[1:] for row in found] == [(0, -5), (1, -6), (2, 1), (3, 2), (4, 2**31 - 1)]
-    assert uuid.UUID(found[0][0]).version == 4
+    records = stored_by(running, before)
+    assert [record[1:] for record in records] == [(0, -5), (1, -6), (2, 1), (3, 2), (4, 2**31 - 1)]
+    assert uuid.UUID(records[0][0]).version == 4
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 3999, 4999])
-def test_the_close_handshake_comes_after_the_last_ack_and_echoes_the_code(running: ServerProcess, code: int) -> None:
+def test_close_frame_follows_the_last_ack_and_echoes_the_code(running: ServerProcess, code: int) -> None:
     with RawClient(running.port) as client:
         client.send(GOOD + frame(8, struct.pack(">H", code)))
         assert client.closed() == (code, "", 3)
 
 
-def test_a_client_that_vanishes_has_what_was_read_stored(running: ServerProcess) -> None:
+def test_records_of_a_vanished_client_are_stored(running: ServerProcess) -> None:
     before = count(running)
     with RawClient(running.port) as client:
         client.send(GOOD + frame(2, bytes(8))[:-1])
@@ -158,16 +154,17 @@ def test_a_client_that_vanishes_has_what_was_read_stored(running: ServerProcess)
 
 
 def test_batches_keep_their_sources_and_are_stored_once(running: ServerProcess) -> None:
+    connect = pytest.importorskip("websockets.sync.client").connect
     before, duplicates = count(running), running.stats()["recordsDuplicate"]
     ours, theirs = uuid.uuid4(), uuid.uuid4()
     runs = [Run(ours.bytes, 0, 2), Run(theirs.bytes, 2**62, 1), Run(ours.bytes, 2, 1)]
     message = encode_batch(runs, array("q", [10, 11, 99, 12]))
     for _ in range(2):
-        with connect(running.url, subprotocols=[SUBPROTOCOL]) as client:  # type: ignore[list-item]
+        with connect(running.url, subprotocols=[SUBPROTOCOL]) as client:
             assert client.subprotocol == SUBPROTOCOL
             for number in (1, 2):
                 client.send(message)
-                assert struct.unpack(">Q", client.recv(timeout=30)) == (4 * number,)  # type: ignore[arg-type]
+                assert struct.unpack(">Q", client.recv(timeout=30)) == (4 * number,)
     assert stored_by(running, before) == [
         (str(ours), 0, 10),
         (str(ours), 1, 11),
@@ -186,7 +183,7 @@ def test_compression_and_unknown_subprotocols_are_never_negotiated(running: Serv
         assert client.closed()[0] == 1002
 
 
-def test_the_largest_message_is_taken(running: ServerProcess) -> None:
+def test_largest_message_is_accepted(running: ServerProcess) -> None:
     values = array("q", range(MAX_MESSAGE // 8))
     with RawClient(running.port) as client:
         client.send(frame(2, encode_plain(values)))

@@ -34,7 +34,9 @@ def test_connections_per_address_are_limited(tmp_path: Path) -> None:
             assert refused.status == 503 and "Retry-After: 1" in refused.head
             assert b"2 from one address" in refused.sock.recv(65536) + refused._buffer
         answer = running.get("/v1.0/ready")[2].decode()
-        assert "all 2 connections of this address (--per_address) are taken" in answer, "the limit is not the total one"
+        assert "all 2 connections of this address (--per_address) are in use" in answer, (
+            "the limit is not the total one"
+        )
         stats = running.stats()
         assert stats["refusedConnections"] == 1 and stats["connections"] == 2
         with socket.create_connection(("127.0.0.1", running.port), source_address=("127.0.0.2", 0)) as other:

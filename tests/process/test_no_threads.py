@@ -1,12 +1,14 @@
-"""When the system gives no more threads: the log says so, what runs goes on, and nothing is left open."""
+"""If the system starts no more threads, the cause is logged, running threads continue, and nothing is left open."""
 
 import logging
+import re
 import resource
 import socket
 import threading
 from array import array
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.harness import DEADLINE, RawClient, eventually, frame, free_port, request, server
@@ -24,12 +26,13 @@ from ringolib.status.readiness import Readiness
 from store import Store
 
 NONE_LEFT = "can't start new thread"
+NO_THREAD_EVENT = rf'event=no_thread error="[^"]*{NONE_LEFT}'
 SOURCE = b"s" * 16
 
 
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Lets no thread start whose name begins so."""
+    """Return a function: it makes all starts of threads fail whose name has this prefix."""
     start = threading.Thread.start
 
     def refusing(prefix: str) -> None:
@@ -43,8 +46,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return refusing
 
 
-def test_a_connection_is_closed_and_the_next_one_served_when_there_are_threads_again(tmp_path: Path) -> None:
-    """Without room for a thread's stack in its address space; really so, not made up."""
+def test_connection_without_a_thread_is_closed(tmp_path: Path) -> None:
+    """The address space has no room for a thread's stack: a real limit, not a simulated one."""
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         pid = running.process.pid
         with open(f"/proc/{pid}/statm") as statm:
@@ -52,31 +55,50 @@ def test_a_connection_is_closed_and_the_next_one_served_when_there_are_threads_a
         before = resource.prlimit(pid, resource.RLIMIT_AS, (used + 2**20, resource.RLIM_INFINITY))
         with socket.create_connection(("localhost", running.port), DEADLINE) as client:
             assert client.recv(1) == b"", "closed"
-        eventually(lambda: f'event=no_thread error="{NONE_LEFT}"' in running.errors.read_text())
+        eventually(lambda: re.search(NO_THREAD_EVENT, running.errors.read_text()))
         resource.prlimit(pid, resource.RLIMIT_AS, before)
         assert request(running.port, "GET", "/v1.0/alive")[0] == 200
         assert running.stop() == 0
 
 
 @pytest.mark.parametrize("thread", ["accept", "profiler"])
-def test_a_server_that_cannot_begin_says_so_and_leaves_nothing_open(
+def test_failed_start_names_the_cause_and_leaves_nothing_open(
     tmp_path: Path, refuse: Callable[[str], None], thread: str
 ) -> None:
     flags = ["-I", "false", "-p", "0", "-L", str(free_port()), "-D", str(tmp_path / "d")]
-    parts = App(read_arguments(flags), flags)
+    app = App(read_arguments(flags), flags)
     try:
         refuse(thread)
-        with pytest.raises(StartupError, match=f"^no thread to be had: {NONE_LEFT} "):
-            parts.start()
+        with pytest.raises(StartupError, match=NONE_LEFT):
+            app.start()
     finally:
-        parts.stop()
+        app.stop()
     Store(str(tmp_path / "d")).close()
+
+
+def test_stop_needs_no_new_thread(tmp_path: Path) -> None:
+    """A server must be able to stop when the threads are used up: that is when an operator stops it."""
+
+
+def test_failed_start_ends_the_workers(monkeypatch: pytest.MonkeyPatch, refuse: Callable[[str], None]) -> None:
+    """The thread that resolves names is the last to start, after the workers."""
+    getaddrinfo = socket.getaddrinfo
+
+    def resolve(host: str, *rest: Any, **options: Any) -> Any:
+        return getaddrinfo("127.0.0.1" if host == "consumer.test" else host, *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    flags = ["-p", "0", "-U", f"consumer.test:{free_port()}"]
+    refuse("resolve")
+    with pytest.raises(StartupError, match=NONE_LEFT):
+        App(read_arguments(flags), flags)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("forward-")]
 
 
 def test_a_stop_needs_no_more_threads(tmp_path: Path) -> None:
     """It is the one thing that has to work when they are used up."""
     patch = f"""threading.begin = threading.Thread.start; threading.error = RuntimeError({NONE_LEFT!r});
-        threading.no = lambda self: (each for each in ()).throw(threading.error);
+        threading.no = lambda self: (nothing for nothing in ()).throw(threading.error);
         threading.Thread.start = lambda self: (threading.no if self.name == "signals" else threading.begin)(self)"""
     patch = " ".join(patch.split())
     with server(tmp_path, "-p", "0", "-T", "0", patch=patch) as running:
@@ -85,11 +107,11 @@ def test_a_stop_needs_no_more_threads(tmp_path: Path) -> None:
             client.acked(1)
         assert running.stop() == 0
         assert running.tally == "ringoexp: stopped, 1 stored, 0 unstored"
-        said = running.errors.read_text()
-        assert f'event=no_thread error="{NONE_LEFT}"' in said and "Traceback" not in said
+        log = running.errors.read_text()
+        assert re.search(NO_THREAD_EVENT, log) and "Traceback" not in log
 
 
-def test_workers_that_run_do_the_work_of_those_that_cannot_start(
+def test_running_workers_drain_the_ring_if_no_more_can_start(
     tmp_path: Path, refuse: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     store, ring = Store(str(tmp_path / "d")), Ring(64)
@@ -100,14 +122,15 @@ def test_workers_that_run_do_the_work_of_those_that_cannot_start(
         assert ring.wait_committed(49, DEADLINE)
         eventually(lambda: "no_thread" in [record.msg for record in caplog.records])
         (said, *_) = [record for record in caplog.records if record.msg == "no_thread"]
-        assert said.levelno == logging.ERROR and said.args == {"error": NONE_LEFT, "workers": 1}
+        error = f"cannot start a thread: {NONE_LEFT} (ulimit -u limits threads)"
+        assert said.levelno == logging.ERROR and said.args == {"error": error, "workers": 1}
     finally:
         ring.close()
         forwarder.stop(DEADLINE)
         store.close()
 
 
-def test_a_spool_without_its_thread_is_closed_again(tmp_path: Path, refuse: Callable[[str], None]) -> None:
+def test_spool_without_its_thread_is_closed(tmp_path: Path, refuse: Callable[[str], None]) -> None:
     path = str(tmp_path / "spool")
     refuse("replay")
     with pytest.raises(RuntimeError, match=NONE_LEFT):
@@ -116,12 +139,12 @@ def test_a_spool_without_its_thread_is_closed_again(tmp_path: Path, refuse: Call
     Spool(path, 1000, LinkSink("localhost", 1), LinkState("localhost:1")).stop(DEADLINE)
 
 
-def test_a_question_that_cannot_be_asked_is_a_reason(tmp_path: Path, refuse: Callable[[str], None]) -> None:
+def test_readiness_check_without_a_thread_is_a_reason(tmp_path: Path, refuse: Callable[[str], None]) -> None:
     store = Store(str(tmp_path / "d"))
     try:
         ready = Readiness(None, store, None, None, Credentials())
         refuse("ask-")
         (reason,) = ready.reasons()
-        assert reason.detail == f"no thread to be had: {NONE_LEFT}"
+        assert reason.detail == f"cannot start a thread: {NONE_LEFT} (ulimit -u limits threads)"
     finally:
         store.close()

@@ -1,4 +1,4 @@
-"""The commands of docs/operations.md do what it says, as they stand there, while records come in."""
+"""The commands of docs/operations.md do what the document says, while records arrive."""
 
 import json
 import re
@@ -22,52 +22,52 @@ FLAGS = ("-p", "0", "-T", "0")
 
 @pytest.fixture(autouse=True)
 def tools() -> None:
+    """Skip the test if a tool of the commands is not installed."""
     for tool in ("sqlite3", "curl"):
         if not shutil.which(tool):
             pytest.skip(f"needs {tool}")
 
 
 def only(word: str) -> str:
-    """The one command with that word in it."""
-    (found,) = (line for line in COMMANDS if word in line)
-    return found
+    """Return the only command that contains `word`."""
+    (command,) = (line for line in COMMANDS if word in line)
+    return command
 
 
 def run(directory: Path, command: str) -> str:
-    """What a command prints; it must end well, and in time."""
+    """Return the output of a command, which must succeed in time."""
     done = subprocess.run(["bash", "-c", command], cwd=directory, capture_output=True, text=True, timeout=DEADLINE)
     assert (done.returncode, done.stderr) == (0, ""), (command, done)
     return done.stdout
 
 
 def fill(url: str, count: int) -> None:
+    """Store `count` records."""
     with Producer(url) as producer:
         producer.send(range(count))
 
 
-def test_every_command_is_tried_here() -> None:
+def test_every_command_of_the_document_is_tested() -> None:
     tried = ["v1.0/ready", "v1.0/stats", ".backup backup", "VACUUM INTO", "integrity_check", "db VACUUM", "UPDATE"]
     assert sorted(only(word) for word in tried) == sorted(COMMANDS)
 
 
-def test_a_server_answers_as_it_says(tmp_path: Path) -> None:
+def test_ready_and_stats_answer_as_documented(tmp_path: Path) -> None:
     with server(tmp_path, *FLAGS) as running:
         assert json.loads(run(tmp_path, only("v1.0/ready").replace("6660", str(running.port))))["ready"] is True
         assert '"recordsStored": 0' in run(tmp_path, only("v1.0/stats").replace("6660", str(running.port)))
 
 
 @pytest.mark.parametrize(("command", "name"), [(".backup backup", "backup.db"), ("VACUUM INTO", "compact.db")])
-def test_a_backup_under_load_is_whole_and_has_all_that_was_acked_before(
-    command: str, name: str, tmp_path: Path
-) -> None:
-    """And it ends, although there are commits all the time; a server opens it, and goes on where it was."""
+def test_backup_under_load_has_all_records_acked_before(command: str, name: str, tmp_path: Path) -> None:
+    """The backup ends although commits go on. A server opens it and continues from there."""
     with server(tmp_path, *FLAGS) as running:
-        fill(running.url, 500_000)  # more pages than are copied at once
-        over = threading.Event()
+        fill(running.url, 500_000)  # more pages than one step of a backup copies
+        stop = threading.Event()
 
         def load() -> None:
             with Producer(running.url) as producer:
-                while not over.wait(0.002):
+                while not stop.wait(0.002):
                     producer.send(range(10))
                     producer.flush(DEADLINE)
 
@@ -75,14 +75,14 @@ def test_a_backup_under_load_is_whole_and_has_all_that_was_acked_before(
         thread.start()
         try:
             commits = running.stats()["commits"]
-            eventually(lambda: running.stats()["commits"] > commits + 20, "records come in")
+            eventually(lambda: running.stats()["commits"] > commits + 20, "records arrive")
             acked, before = running.stats()["recordsAcked"], running.stats()["commits"]
             run(tmp_path, only(command))
             commits = running.stats()["commits"] - before
         finally:
-            over.set()
+            stop.set()
             thread.join()
-        assert commits > 0, "there were some meanwhile"
+        assert commits > 0, "no commit ran during the backup"
         assert running.stop() == 0
     check = only("integrity_check").replace("backup.db", name)
     whole, count = run(tmp_path, check).split()
@@ -93,7 +93,7 @@ def test_a_backup_under_load_is_whole_and_has_all_that_was_acked_before(
     assert len(rows(tmp_path / name)) == int(count) + 10
 
 
-def test_a_vacuum_makes_the_file_small_and_keeps_ids(tmp_path: Path) -> None:
+def test_vacuum_shrinks_the_file_and_keeps_ids(tmp_path: Path) -> None:
     path = tmp_path / "ringoexp.db"
     with server(tmp_path, *FLAGS) as running:
         fill(running.url, 200_000)
@@ -109,7 +109,7 @@ def test_a_vacuum_makes_the_file_small_and_keeps_ids(tmp_path: Path) -> None:
         assert store.stats().held == len(kept)
 
 
-def test_batches_dated_ahead_are_set_to_now_and_others_stay(tmp_path: Path) -> None:
+def test_update_corrects_only_batches_dated_in_the_future(tmp_path: Path) -> None:
     path = tmp_path / "ringoexp.db"
     with server(tmp_path, *FLAGS) as running:
         for _ in range(2):

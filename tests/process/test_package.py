@@ -1,4 +1,4 @@
-"""The package: what the sdist and the wheel have in them, and that what is installed from them works from anywhere."""
+"""The package: the contents of the sdist and the wheel, and programs installed from them."""
 
 import email
 import re
@@ -20,17 +20,17 @@ NOT_SOURCE = (".*", "__pycache__", "*.egg-info", "build", "dist", "*.db*", "*.py
 
 
 def run(*command: object, cwd: Path) -> str:
-    """What a command says that must end well."""
+    """Return the output of a command, which must succeed."""
     words = list(map(str, command))
     done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=10 * DEADLINE)
     if "No matching distribution found for" in done.stderr:
-        pytest.skip("pip cannot get what it needs: no package index")
+        pytest.skip("pip cannot reach a package index")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def venv(directory: Path, *requirements: object) -> Path:
-    """The `bin` of a new environment with these in it."""
+    """Create an environment with these packages and return its `bin` directory."""
     run(sys.executable, "-m", "venv", directory, cwd=directory.parent)
     pip = [directory / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
     run(*pip, *requirements, cwd=directory.parent)
@@ -38,7 +38,7 @@ def venv(directory: Path, *requirements: object) -> Path:
 
 
 class Built(NamedTuple):
-    """What was built from a copy of the checkout: where the copy is, the tools that built it, and the files made."""
+    """A copy of the checkout, the tools that built from it, and the files that they built."""
 
     source: Path
     tools: Path
@@ -48,7 +48,7 @@ class Built(NamedTuple):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """An sdist of the checkout, and a wheel of that sdist, as `python -m build` makes them."""
+    """Build an sdist of the checkout and a wheel of that sdist, as `python -m build` does."""
     top = tmp_path_factory.mktemp("package")
     source = top / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*NOT_SOURCE))
@@ -71,8 +71,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(source, tools, sdist, wheel)
 
 
-def works(program: Path, directory: Path) -> None:
-    """A server of it has its page, stores what its `send` sends, and ends well."""
+def check_works(program: Path, directory: Path) -> None:
+    """Check that the program serves its page, stores the records of its `send`, and stops in order."""
     assert run(program, "version", cwd=directory) == f"ringoexp {__version__}\n"
     running = ServerProcess(directory, "-p", "0", "-T", "0", program=[str(program)])
     try:
@@ -86,10 +86,10 @@ def works(program: Path, directory: Path) -> None:
     assert "Traceback" not in running.errors.read_text()
 
 
-def test_the_sdist_has_all_that_is_in_the_repository(built: Built) -> None:
+def test_sdist_has_all_files_of_the_repository(built: Built) -> None:
     with tarfile.open(built.sdist) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
-    needed = {
+    required = {
         "LICENSE",
         "README.md",
         "ringolib/web/dashboard.html",
@@ -97,20 +97,20 @@ def test_the_sdist_has_all_that_is_in_the_repository(built: Built) -> None:
         "bench/bench.py",
         "docs/metrics.md",
     }
-    assert needed | {"tests/support/harness.py", "tests/conftest.py"} <= names
+    assert required | {"tests/support/harness.py", "tests/conftest.py"} <= names
     if (ROOT / ".git").exists():
-        kept = run("git", "ls-files", cwd=ROOT).splitlines()
-        assert {name for name in kept if (ROOT / name).exists()} <= names
+        tracked = run("git", "ls-files", cwd=ROOT).splitlines()
+        assert {name for name in tracked if (ROOT / name).exists()} <= names
 
 
 def test_tests_run_from_the_unpacked_sdist(built: Built) -> None:
     (unpacked,) = (built.sdist.parent / "unpacked").iterdir()
     tests = ["tests/unit/test_wire.py", "tests/unit/test_counters.py"]
-    said = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=unpacked)
-    assert " passed" in said
+    output = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=unpacked)
+    assert " passed" in output
 
 
-def test_the_wheel_has_the_modules_the_page_and_the_licence_and_nothing_else(built: Built) -> None:
+def test_wheel_has_only_modules_page_and_licence(built: Built) -> None:
     info = f"ringoexp-{__version__}.dist-info"
     with zipfile.ZipFile(built.wheel) as packed:
         names = set(packed.namelist())
@@ -126,23 +126,23 @@ def test_the_wheel_has_the_modules_the_page_and_the_licence_and_nothing_else(bui
     assert metadata["Summary"] and metadata["License-Expression"] == "MIT"
     assert metadata["Description-Content-Type"] == "text/markdown" and "# Ringo Exp" in metadata.get_payload()
     assert "Programming Language :: Python :: 3.13" in metadata.get_all("Classifier", [])
-    needs = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
-    assert [re.split(r"[<>=]", need)[0] for need in needs] == ["simple-websocket"]
+    requirements = [text for text in metadata.get_all("Requires-Dist", []) if "extra ==" not in text]
+    assert [re.split(r"[<>=]", text)[0] for text in requirements] == ["simple-websocket"]
 
 
-def test_installed_into_a_venv_of_its_own_it_runs_from_anywhere(built: Built, tmp_path: Path) -> None:
-    """As pipx does it: an environment for this program alone, and a link to its script on the PATH."""
+def test_installed_program_runs_from_any_directory(built: Built, tmp_path: Path) -> None:
+    """As pipx installs it: an environment for this program alone, and a link to its script on the PATH."""
     program = venv(tmp_path / "venv", built.wheel) / "ringoexp"
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ringoexp").symlink_to(program)
     (tmp_path / "work").mkdir()
-    works(tmp_path / "bin" / "ringoexp", tmp_path / "work")
+    check_works(tmp_path / "bin" / "ringoexp", tmp_path / "work")
     assert not {"setup.py", "build_pyz.py", "harness.py"} & {path.name for path in (tmp_path / "venv").rglob("*.py")}
 
 
-def test_an_editable_install_runs_what_is_in_the_checkout(built: Built, tmp_path: Path) -> None:
+def test_editable_install_runs_the_checkout(built: Built, tmp_path: Path) -> None:
     pip = [built.tools / "pip", "install", "--quiet", "--disable-pip-version-check", "--no-build-isolation"]
     run(*pip, "--editable", built.source, cwd=tmp_path)
-    works(built.tools / "ringoexp", tmp_path)
+    check_works(built.tools / "ringoexp", tmp_path)
     code = "from ringolib.web import page; print(page.__file__)"
     assert run(built.tools / "python", "-c", code, cwd=tmp_path) == f"{built.source}/ringolib/web/page.py\n"

@@ -1,6 +1,6 @@
-"""Whole processes: publishers and consumers started by the README's flags, real sockets, real files, real kills.
+"""Whole processes: publishers and consumers with real sockets, real files and real kills.
 
-At the end of each the database is read: nothing acked may be missing, nothing may be there twice.
+Each test reads the database at its end: no acked record may be missing, and none may be stored twice.
 """
 
 import os
@@ -20,37 +20,42 @@ from pathlib import Path
 
 import pytest
 from support.harness import Blocked, RawClient, ServerProcess, eventually, frame, free_port, rows, seeded, server
-from websockets.exceptions import ConnectionClosed, InvalidHandshake
-from websockets.sync.client import connect
 
 from ringolib.wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 
+needs_websockets = pytest.mark.usefixtures("websockets")
 EXTREMES = [0, 1, -1, 2**31 - 1, -(2**31), 2**31, -(2**31) - 1, 2**63 - 1, -(2**63)]
 
 
-def by_source(database: Path) -> dict[str, list[int]]:
-    """The values of each source in sequence order; fails when a sequence is missing or doubled.
+@pytest.fixture
+def websockets() -> None:
+    """Skip the test if the package is not installed."""
+    pytest.importorskip("websockets")
 
-    Not in id order: workers run in parallel, so one batch of a source may be stored before an older one.
+
+def by_source(database: Path) -> dict[str, list[int]]:
+    """Return the values of each source in sequence order; fails if a sequence is missing or stored twice.
+
+    The ids may have another order: workers run in parallel, so a batch may be stored before an older one.
     """
-    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    stored: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for source, sequence, value in rows(database):
-        found[source].append((sequence, value))
-    for source, records in found.items():
+        stored[source].append((sequence, value))
+    for source, records in stored.items():
         records.sort()
         assert [sequence for sequence, _ in records] == list(range(len(records))), f"sequences of {source}"
-    return {source: [value for _, value in records] for source, records in found.items()}
+    return {source: [value for _, value in records] for source, records in stored.items()}
 
 
 def plain_frame(value: int) -> bytes:
-    """The frame of one integer: 4 bytes where it fits, else 8."""
+    """Return the frame of one integer: 4 bytes if it fits, else 8."""
     if -(2**31) <= value < 2**31:
         return frame(2, struct.pack(">i", value))
     return frame(2, struct.pack(">q", value))
 
 
 def send_raw(port: int, values: list[int]) -> None:
-    """Streams `values`, a message each, and reads acks until all are stored."""
+    """Stream `values`, one per message, and read acks until all are stored."""
     data = b"".join(map(plain_frame, values))
     with RawClient(port) as client:
         sender = Blocked(lambda: client.send(data))
@@ -61,7 +66,8 @@ def send_raw(port: int, values: list[int]) -> None:
 
 
 def send_websockets(port: int, values: list[int]) -> None:
-    """The same with a client that nobody here wrote, the tail in messages of many integers."""
+    """Do the same with another implementation of WebSocket. Most messages have many integers."""
+    connect = pytest.importorskip("websockets.sync.client").connect
     with connect(f"ws://localhost:{port}/v1.0/ingest", compression="deflate") as client:
         single = len(values) // 10
         for value in values[:single]:
@@ -73,7 +79,8 @@ def send_websockets(port: int, values: list[int]) -> None:
             (acked,) = struct.unpack(">Q", client.recv(timeout=30))
 
 
-def test_eight_connections_through_two_processes_are_stored_once_and_in_order(tmp_path: Path) -> None:
+@needs_websockets
+def test_eight_connections_are_stored_once_and_in_order(tmp_path: Path) -> None:
     seed = seeded()
     rng = random.Random(seed)
     sent = []
@@ -102,7 +109,7 @@ def test_eight_connections_through_two_processes_are_stored_once_and_in_order(tm
     assert sorted(stored.values()) == sorted(sent)
 
 
-def test_a_consumer_started_after_the_publisher_gets_everything(tmp_path: Path) -> None:
+def test_consumer_started_after_publisher_gets_everything(tmp_path: Path) -> None:
     port = free_port()
     with server(tmp_path, "-p", "0", "-T", str(port), "-r", "64") as publisher:
         values = list(range(1000))
@@ -118,7 +125,7 @@ def test_backpressure_blocks_the_client_and_keeps_memory_flat(tmp_path: Path) ->
     port = free_port()
     with server(tmp_path, "-p", "0", "-T", str(port)) as publisher:
         total, sent = 3_000_000, 0
-        # 10,000 integers, 100 a message: more bytes in all than the sockets' buffers take
+        # 10,000 integers in messages of 100. In all, they have more bytes than the buffers of the sockets.
         chunk = b"".join(frame(2, encode_plain(range(start, start + 100))) for start in range(0, 10_000, 100))
 
         def flood() -> None:
@@ -130,11 +137,11 @@ def test_backpressure_blocks_the_client_and_keeps_memory_flat(tmp_path: Path) ->
         with RawClient(publisher.port) as client:
             sender = Blocked(flood)
             eventually(lambda: publisher.stats()["ringDepth"] == 4096, "the ring is full")
-            # Blocked means: the sockets' buffers are full as well, and nothing moves any more.
+            # The client is blocked once the buffers of the sockets are full as well, and nothing moves.
             before = -1
             while before != sent:
                 before = sent
-                assert sender.still(1.0), "24 MB went into a server that cannot store them"
+                assert sender.still(1.0), "the server accepted 24 MB that it cannot store"
             full = publisher.resident()
             assert sender.still(2.0) and sent == before
             flat = publisher.resident()
@@ -145,14 +152,14 @@ def test_backpressure_blocks_the_client_and_keeps_memory_flat(tmp_path: Path) ->
                 sender.result(90)
                 assert acks.result(90) == total
     with closing(sqlite3.connect(tmp_path / "c.db")) as reader:
-        found = reader.execute(
+        counts = reader.execute(
             "SELECT count(*), count(DISTINCT sequence), max(sequence), sum(value != sequence % 10000) FROM records"
         ).fetchone()
-    assert found == (total, total, total - 1, 0)
+    assert counts == (total, total, total - 1, 0)
 
 
 class ExactlyOnceClient(threading.Thread):
-    """Streams batches of one source, and sends again, from the last ack on, whenever the connection is lost."""
+    """Streams batches of one source. After a lost connection it sends again from the last ack on."""
 
     def __init__(self, port: int, count: int, seed: int) -> None:
         super().__init__(daemon=True)
@@ -164,13 +171,17 @@ class ExactlyOnceClient(threading.Thread):
         self._rng = random.Random(seed)
 
     def run(self) -> None:
+        from websockets.exceptions import ConnectionClosed, InvalidHandshake
+
         while self.acked < len(self.values):
             try:
                 self._stream()
-            except (OSError, ConnectionClosed, InvalidHandshake):  # the last: killed while it answers, or 503: stopping
+            except (OSError, ConnectionClosed, InvalidHandshake):  # InvalidHandshake: the server was killed, or stops
                 threading.Event().wait(0.05)
 
     def _stream(self) -> None:
+        from websockets.sync.client import connect
+
         base = sent = self.acked
         with connect(f"ws://localhost:{self.port}/v1.0/ingest", subprotocols=[SUBPROTOCOL], close_timeout=1) as client:  # type: ignore[list-item]
             self.connections += 1
@@ -184,8 +195,9 @@ class ExactlyOnceClient(threading.Thread):
                 self.acked = base + count
 
 
+@needs_websockets
 @pytest.mark.parametrize("victim", ["consumer", "publisher", "publisher, politely"])
-def test_acked_records_survive_a_restart_and_none_is_doubled(tmp_path: Path, victim: str) -> None:
+def test_acked_records_survive_a_restart_without_duplicates(tmp_path: Path, victim: str) -> None:
     seed = seeded()
     rng = random.Random(seed)
     ports = {"consumer": free_port(), "publisher": free_port()}
@@ -204,7 +216,7 @@ def test_acked_records_survive_a_restart_and_none_is_doubled(tmp_path: Path, vic
             client.start()
         for turn in range(1, 4):
             eventually(lambda turn=turn: clients[0].acked > turn * 12_000, "acks")
-            threading.Event().wait(rng.random() * 0.05)  # not to synchronise: a random moment
+            threading.Event().wait(rng.random() * 0.05)  # a random moment, not a synchronisation
             role = victim.split(",")[0]
             if "politely" in victim:
                 assert running[role].stop() in (0, 3)
@@ -212,24 +224,24 @@ def test_acked_records_survive_a_restart_and_none_is_doubled(tmp_path: Path, vic
                 running[role].kill()
             acked = {str(client.source): client.acked for client in clients}
             if role == "consumer":
-                # Beyond what is acked there may be gaps: of two workers' batches the later one was stored first.
+                # After the acked records there may be gaps: workers may store a batch before an older one.
                 stored = {(source, sequence) for source, sequence, _ in rows(tmp_path / "c.db")}
                 for source, count in acked.items():
-                    assert stored >= {(source, sequence) for sequence in range(count)}, "acked and gone"
+                    assert stored >= {(source, sequence) for sequence in range(count)}, "an acked record is missing"
             running[role] = start(role)
         for client in clients:
             client.join(60)
-            assert not client.is_alive(), "everything is acked in the end"
+            assert not client.is_alive(), "not all records are acked"
     finally:
-        for each in running.values():
-            each.kill()
+        for process in running.values():
+            process.kill()
     assert by_source(tmp_path / "c.db") == {str(client.source): list(client.values) for client in clients}
     if victim != "consumer":
         assert all(client.connections > 1 for client in clients)
 
 
-def test_a_consumer_with_fewer_connections_than_workers_gets_everything(tmp_path: Path) -> None:
-    """Workers beyond its limit are refused; those that have a link go on."""
+def test_consumer_with_fewer_connections_than_workers_gets_everything(tmp_path: Path) -> None:
+    """The consumer refuses workers beyond its limit; workers with a link go on."""
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db", "-n", "2") as consumer:
         with server(tmp_path, "-p", "0", "-T", str(consumer.port), "-r", "64") as publisher:
             values = list(range(10_000))
@@ -239,7 +251,7 @@ def test_a_consumer_with_fewer_connections_than_workers_gets_everything(tmp_path
     assert [*by_source(tmp_path / "c.db").values()] == [values] * 8
 
 
-def test_clients_that_leave_while_the_ring_is_full_hold_nothing(tmp_path: Path) -> None:
+def test_lost_clients_release_everything_while_the_ring_is_full(tmp_path: Path) -> None:
     port = free_port()
     with server(tmp_path, "-p", "0", "-T", str(port), "-r", "16", "-n", "3") as publisher:
         for _ in range(2):
@@ -253,7 +265,7 @@ def test_clients_that_leave_while_the_ring_is_full_hold_nothing(tmp_path: Path) 
             eventually(lambda: publisher.stats()["recordsStored"] == 16)
 
 
-def test_a_client_that_closes_late_is_waited_for_when_the_server_stops(tmp_path: Path) -> None:
+def test_stop_waits_for_a_client_that_closes_late(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0") as publisher:
         with RawClient(publisher.port) as client:
             publisher.send_signal(signal.SIGTERM)
@@ -261,11 +273,12 @@ def test_a_client_that_closes_late_is_waited_for_when_the_server_stops(tmp_path:
             ended = Blocked(publisher.wait)
             for late in (frame(2, bytes(4)), frame(8, struct.pack(">H", 1001))):
                 assert ended.still(0.1)
-                client.send(late)  # no reset, which could destroy what the server had sent
+                client.send(late)  # a reset could destroy bytes that the server has sent
             assert client.sock.recv(1) == b""
         assert ended.result() == 0
 
 
+@needs_websockets
 def test_chained_publishers_keep_sources_and_sequences(tmp_path: Path) -> None:
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db") as consumer:
         with server(tmp_path, "-p", "0", "-T", str(consumer.port), "-r", "100") as region:
@@ -279,7 +292,7 @@ def test_chained_publishers_keep_sources_and_sequences(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_sends_the_last_ack_and_closes_1001(tmp_path: Path, number: int) -> None:
+def test_signal_sends_the_last_ack_and_closes_with_1001(tmp_path: Path, number: int) -> None:
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db") as consumer:
         with server(tmp_path, "-p", "0", "-T", str(consumer.port)) as publisher:
             with RawClient(publisher.port) as idle, RawClient(publisher.port) as busy:
@@ -308,7 +321,7 @@ def test_a_signal_sends_the_last_ack_and_closes_1001(tmp_path: Path, number: int
                 assert list(by_source(tmp_path / "c.db").values()) == [list(range(acked))]
 
 
-def test_ack_ring_acks_before_the_consumer_is_there(tmp_path: Path) -> None:
+def test_ack_ring_acks_while_the_consumer_is_unreachable(tmp_path: Path) -> None:
     port = free_port()
     with server(tmp_path, "-p", "0", "-T", str(port), "-A", "ring") as publisher:
         with RawClient(publisher.port) as client:
@@ -320,15 +333,15 @@ def test_ack_ring_acks_before_the_consumer_is_there(tmp_path: Path) -> None:
             assert list(by_source(tmp_path / "c.db").values()) == [list(range(100))]
 
 
-def test_only_one_worker_probes_while_the_consumer_is_away(tmp_path: Path) -> None:
-    """A port that accepts and hangs up: with a backlog for many workers, there is one connection at a time."""
+def test_only_one_worker_probes_an_unreachable_consumer(tmp_path: Path) -> None:
+    """A port accepts and closes. The backlog is enough for many workers, but only one connects at a time."""
     with socket.create_server(("127.0.0.1", 0)) as fake:
         fake.settimeout(30)
         with server(tmp_path, "-p", "0", "-T", str(fake.getsockname()[1]), "-r", "1000") as publisher:
             with RawClient(publisher.port) as client:
                 client.send(b"".join(map(plain_frame, range(2000))))
                 eventually(lambda: publisher.stats()["ringDepth"] == 1000)
-                for _ in range(4):  # those under way when the first one failed are among these
+                for _ in range(4):  # some of these began before the first one failed
                     early, _ = fake.accept()
                     early.close()
                 for _ in range(4):
@@ -353,10 +366,10 @@ ws.on('close', (code) => { console.log(code); process.exit(code === 1000 ? 0 : 1
 """
 
 
-def test_the_node_ws_client_works(tmp_path: Path) -> None:
+def test_node_ws_client_works(tmp_path: Path) -> None:
     modules = os.environ.get("RINGOEXP_NODE_MODULES")
     if not (modules and shutil.which("node")):
-        pytest.skip("needs node, and RINGOEXP_NODE_MODULES: a node_modules directory with ws in it")
+        pytest.skip("needs node and RINGOEXP_NODE_MODULES, a node_modules directory with ws")
     with server(tmp_path, "-p", "0", "-T", "0") as publisher:
         done = subprocess.run(
             ["node", "-e", NODE_CLIENT, "x", publisher.url],
@@ -369,9 +382,9 @@ def test_the_node_ws_client_works(tmp_path: Path) -> None:
     assert list(by_source(tmp_path / "ringoexp.db").values()) == [list(range(-2500, 2500))]
 
 
-def test_a_server_leaves_nothing_behind_but_its_database(tmp_path: Path) -> None:
+def test_stopped_server_leaves_only_its_database(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0") as publisher:
         send_raw(publisher.port, EXTREMES)
         assert publisher.stop() == 0
-    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith("stderr")}
-    assert left == {"ringoexp.db", "ringoexp.db-lock"}
+    files = {path.name for path in tmp_path.iterdir() if not path.name.startswith("stderr")}
+    assert files == {"ringoexp.db", "ringoexp.db-lock"}

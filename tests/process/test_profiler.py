@@ -399,7 +399,7 @@ def test_pipelined_requests_are_answered_in_order(shared: ProfiledServer) -> Non
 
 
 def test_profile_may_take_longer_than_request_timeout(tmp_path: Path) -> None:
-    with profiled(tmp_path, patch="web.handler.REQUEST_TIMEOUT = 0.5") as profiler:
+    with profiled(tmp_path, patch="web.handler.REQUEST_TIMEOUT_SECONDS = 0.5") as profiler:
         connection = http.client.HTTPConnection("localhost", profiler.port, timeout=DEADLINE)
         connection.request("GET", f"{BASE}profile?seconds=1")
         response = connection.getresponse()

@@ -1,5 +1,7 @@
-"""docs/protocol.md is true and enough: its vectors against our decoders, against real servers and with clients that
-nobody here wrote; its examples, and a client written from it, against servers that are killed.
+"""docs/protocol.md is correct and complete.
+
+Its vectors are tried on the decoders, on real servers, and with independent WebSocket clients. Its examples run, and a
+client written from it keeps exactly once while the server is killed.
 """
 
 import http.client
@@ -24,6 +26,7 @@ import pytest
 from support.checks import problems
 from support.harness import (
     DEADLINE,
+    ROLES,
     ROOT,
     RawClient,
     ServerProcess,
@@ -35,8 +38,6 @@ from support.harness import (
     seeded,
     server,
 )
-from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import connect
 
 from ringolib.wire import (
     SUBPROTOCOL,
@@ -54,26 +55,25 @@ DOCUMENT = (ROOT / "docs" / "protocol.md").read_text()
 VECTORS = json.loads((ROOT / "docs" / "protocol-vectors.json").read_text())
 EXAMPLE = ROOT / "docs" / "examples" / "exactly_once.mjs"
 MESSAGES = [(None, vector) for vector in VECTORS["plain"]] + [(SUBPROTOCOL, vector) for vector in VECTORS["batch"]]
-ROLES = {"publisher": ["-p", "0", "-T", "0"], "consumer": ["-I", "false", "-p", "0"]}
 
 Stored = list[dict[str, Any]]
 
 
-def each(section: str, kind: str | None = None) -> Any:
-    """Decorates a test that takes the vectors of a section one by one, of a kind: "values", or "close"."""
-    vectors = [vector for vector in VECTORS[section] if kind is None or kind in vector]
-    return pytest.mark.parametrize("vector", vectors, ids=lambda vector: vector.get("name", vector.get("payload")))
+def each_vector(section: str) -> Any:
+    """Decorate a test to run once for each vector of a section."""
+    ids = [vector.get("name", vector.get("payload")) for vector in VECTORS[section]]
+    return pytest.mark.parametrize("vector", VECTORS[section], ids=ids)
 
 
 def integers(texts: list[str]) -> list[int]:
     return [int(text) for text in texts]
 
 
-# Against the decoders.
+# The decoders.
 
 
-@each("plain")
-def test_plain_messages_mean_what_the_vectors_say(vector: dict[str, Any]) -> None:
+@each_vector("plain")
+def test_decoder_agrees_with_the_plain_vectors(vector: dict[str, Any]) -> None:
     payload = bytes.fromhex(vector["payload"])
     if "close" in vector:
         with pytest.raises(WireError) as refused:
@@ -86,8 +86,8 @@ def test_plain_messages_mean_what_the_vectors_say(vector: dict[str, Any]) -> Non
         assert encode_plain(values) == payload
 
 
-@each("batch")
-def test_batch_messages_mean_what_the_vectors_say(vector: dict[str, Any]) -> None:
+@each_vector("batch")
+def test_decoder_agrees_with_the_batch_vectors(vector: dict[str, Any]) -> None:
     payload = bytes.fromhex(vector["payload"])
     if "close" in vector:
         with pytest.raises(WireError) as refused:
@@ -95,35 +95,35 @@ def test_batch_messages_mean_what_the_vectors_say(vector: dict[str, Any]) -> Non
         assert refused.value.close_code == vector["close"]
         return
     runs = [Run(uuid.UUID(run["source"]).bytes, int(run["first"]), run["count"]) for run in vector["runs"]]
-    found = decode_batch(payload)
-    assert (found.runs, list(found.values)) == (runs, integers(vector["values"]))
-    assert encode_batch(runs, found.values) == payload
+    block = decode_batch(payload)
+    assert (block.runs, list(block.values)) == (runs, integers(vector["values"]))
+    assert encode_batch(runs, block.values) == payload
 
 
-@each("acks")
-def test_acks_mean_what_the_vectors_say(vector: dict[str, str]) -> None:
+@each_vector("acks")
+def test_decoder_agrees_with_the_ack_vectors(vector: dict[str, str]) -> None:
     assert decode_ack(bytes.fromhex(vector["payload"])) == int(vector["count"])
     assert encode_ack(int(vector["count"])).hex() == vector["payload"]
 
 
-# Against servers.
+# Servers.
 
 
 class Target(ServerProcess):
-    """A server that the vectors are tried on, and what is in its database. Each vector once: sources are known then."""
+    """A server under test, and its database. A batch vector works only once: its source is known afterwards."""
 
     def __init__(self, directory: Path, *flags: str, env: dict[str, str] | None = None) -> None:
         super().__init__(directory, *flags, env=env)
         self.database = directory / "ringoexp.db"
-        self.bytewise = False  # what is sent comes a byte at a time
+        self.bytewise = False  # clients send byte by byte
         self._seen = len(rows(self.database))
 
     def new(self) -> dict[str, list[tuple[int, int]]]:
-        """What was stored since the last time: (sequence, value) of each source."""
-        found = rows(self.database)[self._seen :]
-        self._seen += len(found)
+        """Return the records stored since the last call: source -> [(sequence, value), ...]."""
+        records = rows(self.database)[self._seen :]
+        self._seen += len(records)
         sources: dict[str, list[tuple[int, int]]] = {}
-        for source, sequence, value in sorted(found):
+        for source, sequence, value in sorted(records):
             sources.setdefault(source, []).append((sequence, value))
         return sources
 
@@ -142,7 +142,7 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    """A server that has the token of the vectors that have one."""
+    """A server that requires the token of the vectors."""
     (token,) = {vector["token"] for vector in VECTORS["handshakes"] + VECTORS["requests"] if "token" in vector}
     process = Target(tmp_path_factory.mktemp("guarded"), *ROLES["consumer"], env={"RINGOEXP_TOKEN": token})
     try:
@@ -152,17 +152,17 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 
 
 def check_stored(target: Target, expected: Stored) -> None:
-    """Exactly that was stored since the last look; a source that is not named is a random UUID."""
-    found = target.new()
+    """Check that exactly the expected records were stored since the last call. Source None means a random UUID."""
+    stored = target.new()
     unnamed = []
-    for each in expected:
-        records = list(enumerate(integers(each["values"]), int(each["first"])))
-        if each["source"] is None:
+    for run in expected:
+        records = list(enumerate(integers(run["values"]), int(run["first"])))
+        if run["source"] is None:
             unnamed.append(records)
         else:
-            assert found.pop(each["source"], []) == records
-    assert sorted(found.values()) == sorted(unnamed)
-    assert all(uuid.UUID(source).version == 4 for source in found)
+            assert stored.pop(run["source"], []) == records
+    assert sorted(stored.values()) == sorted(unnamed)
+    assert all(uuid.UUID(source).version == 4 for source in stored)
 
 
 def headers(subprotocol: str | None) -> dict[str, str | None]:
@@ -170,7 +170,7 @@ def headers(subprotocol: str | None) -> dict[str, str | None]:
 
 
 def as_stored(subprotocol: str | None, vector: dict[str, Any]) -> Stored:
-    """What is stored of a message's vector."""
+    """Return the records that a server stores for the vector of a message."""
     values = list(vector["values"])
     if subprotocol is None:
         return [{"source": None, "first": "0", "values": values}]
@@ -183,7 +183,7 @@ def as_stored(subprotocol: str | None, vector: dict[str, Any]) -> Stored:
 
 
 @pytest.mark.parametrize(("subprotocol", "vector"), MESSAGES, ids=[vector["name"] for _, vector in MESSAGES])
-def test_a_server_takes_and_refuses_messages_as_the_vectors_say(
+def test_server_answers_messages_as_the_vectors_say(
     target: Target, subprotocol: str | None, vector: dict[str, Any]
 ) -> None:
     with RawClient(target.port, headers(subprotocol)) as client:
@@ -195,8 +195,8 @@ def test_a_server_takes_and_refuses_messages_as_the_vectors_say(
     check_stored(target, [] if "close" in vector else as_stored(subprotocol, vector))
 
 
-@each("plain")
-def test_a_post_is_answered_as_the_vectors_say(target: Target, vector: dict[str, Any]) -> None:
+@each_vector("plain")
+def test_server_answers_posts_as_the_vectors_say(target: Target, vector: dict[str, Any]) -> None:
     status, _, body = request(target.port, "POST", "/v1.0/ingest", bytes.fromhex(vector["payload"]))
     assert status == vector.get("status", 200)
     if status == 200:
@@ -205,7 +205,7 @@ def test_a_post_is_answered_as_the_vectors_say(target: Target, vector: dict[str,
 
 
 def converse(target: Target, connection: dict[str, Any]) -> None:
-    """One connection of a conversation, step by step."""
+    """Perform the steps of one connection of a conversation."""
     subprotocol = connection["subprotocol"]
     with RawClient(target.port, headers(subprotocol)) as client:
         assert client.status == 101
@@ -220,38 +220,40 @@ def converse(target: Target, connection: dict[str, Any]) -> None:
                     for at in range(0, len(data), size):
                         client.send(data[at : at + size])
                 except (BrokenPipeError, ConnectionResetError):
-                    pass  # it had closed before all of that was there, as it may
+                    pass  # the server may close before it has read everything
             elif "stops" in step:
                 target.send_signal(signal.SIGTERM)
             elif "acked" in step:
                 while acked < int(step["acked"]):
-                    found = client.read_frame()
-                    assert found and found[:2] == b"\x82\x08", f"expected an ack, got {found!r}"
-                    (count,) = struct.unpack(">Q", found[2:])
+                    ack = client.read_frame()
+                    assert ack and ack[:2] == b"\x82\x08", f"expected an ack, got {ack!r}"
+                    (count,) = struct.unpack(">Q", ack[2:])
                     assert acked < count, "acks grow"
                     acked = count
-                assert found.hex() == step["frame"]
+                assert ack.hex() == step["frame"]
             elif "closed" in step:
-                found = client.read_frame()
-                assert found and found[0] == 0x88, f"expected a Close frame, got {found!r}"
-                assert (struct.unpack(">H", found[2:4])[0] if found[1] else 1005) == step["closed"]
-                found[4:].decode()
+                close = client.read_frame()
+                assert close and close[0] == 0x88, f"expected a Close frame, got {close!r}"
+                assert (struct.unpack(">H", close[2:4])[0] if close[1] else 1005) == step["closed"]
+                close[4:].decode()
                 if "frame" in step:
-                    assert found.hex() == step["frame"]
+                    assert close.hex() == step["frame"]
                 else:
-                    assert found[1] > 7, "a reason a person can act on"
+                    assert close[1] > 7, "the Close frame has a reason"
                 assert client.read_frame() is None
             else:
-                found = client.read_frame()
-                assert found and found.hex() == step["frame"]
+                received = client.read_frame()
+                assert received and received.hex() == step["frame"]
 
 
 def stops(vector: dict[str, Any]) -> bool:
     return any("stops" in step for connection in vector["connections"] for step in connection["steps"])
 
 
-@each("conversations")
-def test_conversations_go_as_the_vectors_say(target: Target, vector: dict[str, Any], tmp_path: Path) -> None:
+@each_vector("conversations")
+def test_server_answers_conversations_as_the_vectors_say(
+    target: Target, vector: dict[str, Any], tmp_path: Path
+) -> None:
     with ExitStack() as stack:
         if stops(vector):
             target = Target(tmp_path, *ROLES["publisher"])
@@ -262,18 +264,18 @@ def test_conversations_go_as_the_vectors_say(target: Target, vector: dict[str, A
 
 
 def ask(port: int, data: bytes) -> tuple[http.client.HTTPResponse, bytes]:
-    """The answer to these bytes, after which the client ends its side."""
+    """Send `data`, end the client's side unless it is a handshake, and return the response."""
     with socket.create_connection(("localhost", port), DEADLINE) as sock:
         sock.sendall(data)
-        if not data.startswith(b"GET /v1.0/ingest"):  # that is a handshake
+        if not data.startswith(b"GET /v1.0/ingest"):
             sock.shutdown(socket.SHUT_WR)
         response = http.client.HTTPResponse(sock, method=data.split()[0].decode())
         response.begin()
         return response, b"" if response.status == 101 else response.read()
 
 
-@each("handshakes")
-def test_handshakes_are_answered_as_the_vectors_say(target: Target, guarded: Target, vector: dict[str, Any]) -> None:
+@each_vector("handshakes")
+def test_server_answers_handshakes_as_the_vectors_say(target: Target, guarded: Target, vector: dict[str, Any]) -> None:
     target = guarded if "token" in vector else target
     response, body = ask(target.port, "\r\n".join([*vector["request"], "", ""]).encode())
     assert response.status == vector["status"]
@@ -283,8 +285,8 @@ def test_handshakes_are_answered_as_the_vectors_say(target: Target, guarded: Tar
         assert json.loads(body)["error"]
 
 
-@each("requests")
-def test_requests_are_answered_as_the_vectors_say(target: Target, guarded: Target, vector: dict[str, Any]) -> None:
+@each_vector("requests")
+def test_server_answers_requests_as_the_vectors_say(target: Target, guarded: Target, vector: dict[str, Any]) -> None:
     target = guarded if "token" in vector else target
     data = "\r\n".join([*vector["request"], "", ""]).encode() + bytes.fromhex(vector["body"])
     response, body = ask(target.port, data)
@@ -299,24 +301,24 @@ def test_requests_are_answered_as_the_vectors_say(target: Target, guarded: Targe
     check_stored(target, vector["stored"])
 
 
-# What a vector cannot show.
+# Cases that a vector cannot express.
 
 
-def test_what_cannot_be_stored_is_answered_1011_and_503_and_may_be_sent_again(tmp_path: Path) -> None:
-    """A consumer whose files may not grow: what came before is acked, and is there."""
+def test_failed_write_is_answered_1011_and_503(tmp_path: Path) -> None:
+    """The consumer's files may not grow beyond a limit. The records stored before it are acked, and can be read."""
     limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "x"]
     source, block = uuid.uuid4(), 1000
     with server(tmp_path, *ROLES["consumer"], under=limited) as consumer:
         with RawClient(consumer.port, headers(SUBPROTOCOL)) as client:
-            acked, found = 0, None
-            while found is None or found[0] == 2:
+            acked, received = 0, None
+            while received is None or received[0] == 2:
                 assert acked < 1_000_000
                 run = Run(source.bytes, acked, block)
                 client.send(frame(2, encode_batch([run], array("q", range(acked, acked + block)))))
-                found = client.read()
-                acked += block if found and found[0] == 2 else 0
-        assert found and found[0] == 8 and struct.unpack(">H", found[1][:2]) == (1011,)
-        assert found[1][2:].startswith(b"not stored: ")
+                received = client.read()
+                acked += block if received and received[0] == 2 else 0
+        assert received and received[0] == 8 and struct.unpack(">H", received[1][:2]) == (1011,)
+        assert received[1][2:].startswith(b"not stored: ")
         status, fields, body = request(consumer.port, "POST", "/v1.0/ingest", encode_plain(range(100_000)))
         assert (status, fields["Retry-After"], json.loads(body)["accepted"]) == (503, "5", 0)
         assert consumer.get("/v1.0/alive")[0] == 200
@@ -324,8 +326,8 @@ def test_what_cannot_be_stored_is_answered_1011_and_503_and_may_be_sent_again(tm
     assert acked > 0
 
 
-def test_a_body_that_does_not_come_in_time_is_answered_408(tmp_path: Path) -> None:
-    with server(tmp_path, *ROLES["consumer"], patch="web.handler.REQUEST_TIMEOUT = 0.2") as consumer:
+def test_late_body_is_answered_408(tmp_path: Path) -> None:
+    with server(tmp_path, *ROLES["consumer"], patch="web.handler.REQUEST_TIMEOUT_SECONDS = 0.2") as consumer:
         head = "POST /v1.0/ingest HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\n\r\n"
         with socket.create_connection(("localhost", consumer.port), DEADLINE) as sock:
             sock.sendall(head.encode() + bytes(7))
@@ -335,15 +337,17 @@ def test_a_body_that_does_not_come_in_time_is_answered_408(tmp_path: Path) -> No
         assert not rows(tmp_path / "ringoexp.db")
 
 
-# With clients that nobody here wrote.
+# Independent clients.
 
 
 def outcome(vector: dict[str, Any]) -> dict[str, int]:
-    """How a connection goes that sends this message and nothing else."""
+    """Return the expected end of a connection that sends only this message."""
     return {"close": vector["close"]} if "close" in vector else {"acked": len(vector["values"])}
 
 
-def test_the_websockets_package_sends_the_vectors(tmp_path: Path) -> None:
+def test_websockets_package_sends_the_vectors(tmp_path: Path) -> None:
+    connect = pytest.importorskip("websockets.sync.client").connect
+    connection_closed = pytest.importorskip("websockets.exceptions").ConnectionClosed
     target = Target(tmp_path, *ROLES["publisher"])
     with ExitStack() as stack:
         stack.callback(target.kill)
@@ -352,14 +356,14 @@ def test_the_websockets_package_sends_the_vectors(tmp_path: Path) -> None:
             with connect(target.url, subprotocols=offered, compression=None) as client:
                 assert client.subprotocol == subprotocol
                 client.send(bytes.fromhex(vector["payload"]))
-                found = {}
-                while found.get("acked", 0) < len(vector.get("values", [0])) and "close" not in found:
+                result: dict[str, int] = {}
+                while result.get("acked", 0) < len(vector.get("values", [0])) and "close" not in result:
                     try:
-                        found = {"acked": struct.unpack(">Q", client.recv(timeout=DEADLINE))[0]}  # type: ignore[arg-type]
-                    except ConnectionClosed as error:
+                        result = {"acked": struct.unpack(">Q", client.recv(timeout=DEADLINE))[0]}
+                    except connection_closed as error:
                         assert error.rcvd
-                        found = {"close": error.rcvd.code}
-            assert found == outcome(vector), vector["name"]
+                        result = {"close": error.rcvd.code}
+            assert result == outcome(vector), vector["name"]
             check_stored(target, [] if "close" in vector else as_stored(subprotocol, vector))
 
 
@@ -369,13 +373,13 @@ const [url, path] = process.argv.slice(2);
 const vectors = JSON.parse(require('fs').readFileSync(path));
 const send = (vector, protocols) => new Promise((resolve) => {
   const ws = new WebSocket(url, protocols);
-  const found = { name: vector.name };
+  const result = { name: vector.name };
   ws.on('open', () => ws.send(Buffer.from(vector.payload, 'hex')));
   ws.on('message', (data) => {
-    found.acked = Number(data.readBigUInt64BE());
-    if (found.acked >= vector.values.length) ws.close(1000);
+    result.acked = Number(data.readBigUInt64BE());
+    if (result.acked >= vector.values.length) ws.close(1000);
   });
-  ws.on('close', (code) => { if (code !== 1000) found.close = code; resolve(found); });
+  ws.on('close', (code) => { if (code !== 1000) result.close = code; resolve(result); });
 });
 (async () => {
   const all = [];
@@ -386,7 +390,7 @@ const send = (vector, protocols) => new Promise((resolve) => {
 """
 
 
-def test_the_node_ws_client_sends_the_vectors(tmp_path: Path) -> None:
+def test_node_ws_package_sends_the_vectors(tmp_path: Path) -> None:
     modules = os.environ.get("RINGOEXP_NODE_MODULES")
     if not (modules and shutil.which("node")):
         pytest.skip("needs node, and RINGOEXP_NODE_MODULES: a node_modules directory with ws in it")
@@ -402,64 +406,64 @@ def test_the_node_ws_client_sends_the_vectors(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == [{"name": vector["name"], **outcome(vector)} for _, vector in MESSAGES]
 
 
-# The vectors are complete, and the document says what to do about each code.
+# The vectors are complete, and the document explains each code.
 
 ELSEWHERE = {
-    ("WebSocket", 1011): "test_what_cannot_be_stored_is_answered_1011_and_503_and_may_be_sent_again",
-    ("WebSocket", 503): "test_beyond_the_limit_there_is_503_but_alive_and_stats_answer",
-    ("HTTP", 503): "test_a_post_that_is_not_stored_in_time_says_how_much_was_accepted",
+    ("WebSocket", 1011): "test_failed_write_is_answered_1011_and_503",
+    ("WebSocket", 503): "test_connection_beyond_the_limit_gets_503_but_alive_and_stats",
+    ("HTTP", 503): "test_post_not_stored_in_time_reports_the_accepted_records",
     **{
         (kind, status): "test_a_requests_head_is_limited_in_all"
         for kind in ("HTTP", "WebSocket")
         for status in (414, 431)
     },
-    ("HTTP", 408): "test_a_body_that_does_not_come_in_time_is_answered_408",
+    ("HTTP", 408): "test_late_body_is_answered_408",
 }
-"""What the README's table of refused input has, and a vector cannot show: the test that does."""
+"""The codes of the README's table of refused input that no vector can show, and their tests."""
 
 
 def refused_input() -> set[tuple[str, int]]:
-    """The close codes and statuses of the README's table of refused input, by what they answer."""
+    """Return the close codes and statuses of the README's table of refused input, as (kind, code)."""
     (table,) = re.findall(r"^\| refused input \|.*?\n\n", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    found = set()
+    codes = set()
     for line in table.strip().splitlines()[2:]:
         cells = line.split("|")[2:4]
         for kind, cell in zip(("WebSocket", "HTTP"), cells, strict=True):
-            found |= {(kind, int(code)) for code in re.findall(r"\b[1-5]\d\d\d?\b", cell)}
-    return found
+            codes |= {(kind, int(code)) for code in re.findall(r"\b[1-5]\d\d\d?\b", cell)}
+    return codes
 
 
-def shown() -> set[tuple[str, int]]:
-    """The same, of the vectors."""
-    found = {("WebSocket", vector["close"]) for _, vector in MESSAGES if "close" in vector}
-    found |= {("HTTP", vector["status"]) for vector in VECTORS["plain"] if "status" in vector}
-    found |= {("WebSocket", vector["status"]) for vector in VECTORS["handshakes"]}
-    found |= {("HTTP", vector["status"]) for vector in VECTORS["requests"]}
+def codes_of_vectors() -> set[tuple[str, int]]:
+    """Return the close codes and statuses of the vectors, as (kind, code)."""
+    codes = {("WebSocket", vector["close"]) for _, vector in MESSAGES if "close" in vector}
+    codes |= {("HTTP", vector["status"]) for vector in VECTORS["plain"] if "status" in vector}
+    codes |= {("WebSocket", vector["status"]) for vector in VECTORS["handshakes"]}
+    codes |= {("HTTP", vector["status"]) for vector in VECTORS["requests"]}
     for vector in VECTORS["conversations"]:
         for connection in vector["connections"]:
-            found |= {("WebSocket", step["closed"]) for step in connection["steps"] if "closed" in step}
-    return found
+            codes |= {("WebSocket", step["closed"]) for step in connection["steps"] if "closed" in step}
+    return codes
 
 
-def test_every_code_and_status_of_the_readme_is_in_a_vector_or_has_its_own_test() -> None:
-    assert len(refused_input()) > 15, "it can find them"
-    assert refused_input() - shown() == set(ELSEWHERE)
+def test_every_code_of_the_readme_has_a_vector_or_a_test() -> None:
+    assert len(refused_input()) > 15, "the table was found"
+    assert refused_input() - codes_of_vectors() == set(ELSEWHERE)
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for test in ELSEWHERE.values():
         assert f"def {test}(" in tests
 
 
-def test_the_document_says_what_to_do_about_every_code_and_status() -> None:
-    for kind, code in refused_input() | shown() - {("WebSocket", 4321)}:  # that is a client's own
+def test_document_explains_every_code_and_status() -> None:
+    for kind, code in refused_input() | codes_of_vectors() - {("WebSocket", 4321)}:  # a client's own code
         table = "what it means for a client" if code < 1000 else "what the client does"
-        (found,) = re.findall(rf"^\| [^\n]*{table} \|.*?\n\n", DOCUMENT, re.MULTILINE | re.DOTALL)
-        assert re.search(rf"^\|[^|]*\b{code}\b", found, re.MULTILINE), (kind, code)
+        (text,) = re.findall(rf"^\| [^\n]*{table} \|.*?\n\n", DOCUMENT, re.MULTILINE | re.DOTALL)
+        assert re.search(rf"^\|[^|]*\b{code}\b", text, re.MULTILINE), (kind, code)
 
 
-def test_the_document_describes_every_field_of_the_vectors() -> None:
+def test_document_describes_every_field_of_the_vectors() -> None:
     def fields(value: Any) -> set[str]:
         if isinstance(value, dict):
-            return set(value).union(*(fields(each) for name, each in value.items() if name not in ("headers", "json")))
+            return set(value).union(*(fields(item) for name, item in value.items() if name not in ("headers", "json")))
         return set().union(*map(fields, value)) if isinstance(value, list) else set()
 
     section = DOCUMENT[DOCUMENT.index("\n## The vectors") :]
@@ -470,7 +474,7 @@ def test_the_document_describes_every_field_of_the_vectors() -> None:
 # The examples.
 
 
-def test_the_documents_python_client_runs_as_it_stands(tmp_path: Path) -> None:
+def test_python_client_of_the_document_runs_unchanged(tmp_path: Path) -> None:
     (program,) = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
     with server(tmp_path, *ROLES["publisher"]) as publisher:
         program = program.replace("6660", str(publisher.port))
@@ -480,10 +484,8 @@ def test_the_documents_python_client_runs_as_it_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_client_written_from_the_document_stores_exactly_once_while_the_server_is_killed(
-    tmp_path: Path, role: str
-) -> None:
-    """In Node, without packages. What is acked is in the killed server's files; in the end all is there, once."""
+def test_example_client_keeps_exactly_once_while_server_is_killed(tmp_path: Path, role: str) -> None:
+    """The client runs in Node, without packages. Acked records are in the killed server's files, each once."""
     if not shutil.which("node"):
         pytest.skip("needs node")
     rng = random.Random(seeded())
@@ -495,7 +497,7 @@ def test_a_client_written_from_the_document_stores_exactly_once_while_the_server
         lines = (tmp_path / "out").read_text().split("\n")[:-1]
         return int(lines[-1].removeprefix("acked ")) if lines else 0
 
-    def wrong(dead: bool) -> list[str]:
+    def violations(dead: bool) -> list[str]:
         return problems(database, {source: sent}, {source: acked()}, dead)
 
     running = ServerProcess(tmp_path, *flags)
@@ -506,18 +508,18 @@ def test_a_client_written_from_the_document_stores_exactly_once_while_the_server
     try:
         for _ in range(rounds):
             more = array("q", rng.randbytes(8 * 15_000))
-            least = len(sent) + rng.randrange(8_000)
+            minimum = len(sent) + rng.randrange(8_000)
             sent += more
             client.stdin.write("".join(f"{value}\n" for value in more).encode())
             client.stdin.flush()
-            eventually(lambda least=least: acked() >= least, "acks")
+            eventually(lambda minimum=minimum: acked() >= minimum, "acks")
             running.kill()
-            assert not wrong(dead=True)
+            assert not violations(dead=True)
             running = ServerProcess(tmp_path, *flags)
         client.stdin.close()
         assert client.wait(DEADLINE) == 0, (tmp_path / "errors").read_text()
         assert acked() == len(sent) == rounds * 15_000
-        assert not wrong(dead=False)
+        assert not violations(dead=False)
         assert running.stop() == 0
     finally:
         client.kill()
@@ -527,15 +529,15 @@ def test_a_client_written_from_the_document_stores_exactly_once_while_the_server
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "message"),
     [("frame", "closed with 1007"), ("status", "refused: HTTP/1.1 404")],
 )
-def test_that_client_gives_up_when_it_is_refused_for_good(tmp_path: Path, answer: str, said: str) -> None:
+def test_example_client_stops_at_a_permanent_error(tmp_path: Path, answer: str, message: str) -> None:
     if not shutil.which("node"):
         pytest.skip("needs node")
     with server(tmp_path, *ROLES["consumer"]) as consumer:
         url = consumer.url + ("s" if answer == "status" else "")
-        first = str(2**63 - 2 if answer == "frame" else 0)  # two records more than there are numbers
+        first = str(2**63 - 2 if answer == "frame" else 0)  # only the first of the three records has a valid sequence
         command = ["node", str(EXAMPLE), url, str(uuid.uuid4()), first]
         done = subprocess.run(command, input="1\n2\n3\n", capture_output=True, text=True, timeout=DEADLINE)
-    assert done.returncode == 1 and said in done.stderr
+    assert done.returncode == 1 and message in done.stderr

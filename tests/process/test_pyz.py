@@ -1,6 +1,6 @@
-"""`ringoexp.pyz`: what is in it, and that it does all the program does, on every Python there is here.
+"""`ringoexp.pyz`: its contents, and that it does everything that the program does, on every Python on this machine.
 
-It runs with `-I -S`, without environment, from directories of its own: nothing that is installed can help it.
+It runs with `-I -S`, without environment variables, in its own directories: no installed package can help it.
 """
 
 import ast
@@ -42,19 +42,19 @@ SITE = str(importlib.metadata.distribution("h11").locate_file(""))
 
 @functools.cache
 def pythons() -> dict[tuple[int, int], str]:
-    """Every Python there is on the PATH and in pyenv, one of each minor version, the tests' own first of its kind."""
+    """Return the Pythons on the PATH and in pyenv, one for each minor version. The tests' own Python comes first."""
     versions = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
     paths = [os.path.realpath(sys.executable), *map(str, sorted(versions.glob("*/bin/python")))]
     names = ["python2.7", *(f"python3.{minor}" for minor in range(30))]
     paths += [path for name in names if (path := shutil.which(name))]
-    found: dict[tuple[int, int], str] = {}
+    by_version: dict[tuple[int, int], str] = {}
     for path in paths:
         code = "import sqlite3, sys; print('%d %d' % sys.version_info[:2])"
         done = subprocess.run([path, "-c", code], capture_output=True, text=True)
-        if done.returncode == 0:  # not a shim of pyenv's for what is not chosen
+        if done.returncode == 0:  # a shim of pyenv fails for a version that is not selected
             major, minor = map(int, done.stdout.split())
-            found.setdefault((major, minor), path)
-    return found
+            by_version.setdefault((major, minor), path)
+    return by_version
 
 
 GOOD = {version: path for version, path in sorted(pythons().items()) if version >= (3, 10)}
@@ -65,7 +65,7 @@ this_python = os.path.realpath(sys.executable)
 
 @pytest.fixture(scope="module")
 def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file as `python build_pyz.py` makes it, alone in a directory."""
+    """The file that `python tools/build_pyz.py` builds, alone in a directory."""
     directory = tmp_path_factory.mktemp("built")
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools/build_pyz.py")],
@@ -81,7 +81,7 @@ def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[list[str]]:
-    """A command that runs what follows without environment, with a home that cannot be written and is not."""
+    """A command prefix that clears the environment. HOME is not writable and must stay empty."""
     home = tmp_path / "home"
     home.mkdir(mode=0o555)
     yield ["env", "-i", f"HOME={home}"]
@@ -89,12 +89,12 @@ def alone(tmp_path: Path) -> Iterator[list[str]]:
 
 
 def run(command: list[str], directory: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """A command to its end."""
+    """Run a command to its end."""
     return subprocess.run(command, cwd=directory, input=stdin, capture_output=True, text=True, timeout=DEADLINE)
 
 
 def post(port: int, *values: int) -> tuple[int, int]:
-    """Status of a POST of these values, and how many are stored, it says."""
+    """Send these values with POST; return the status and the number that the response gives as stored."""
     headers = {"Content-Type": "application/octet-stream"}
     status, _, body = request(port, "POST", "/v1.0/ingest", struct.pack(f">{len(values)}q", *values), headers)
     return status, json.loads(body)["stored"]
@@ -123,8 +123,8 @@ def test_one_file_is_the_whole_program(pyz: Path, alone: list[str], tmp_path: Pa
         assert running.tally == "ringoexp: stopped, 1002 stored, 0 unstored"
     finally:
         running.kill()
-    left = {path.name for path in work.iterdir()} - {running.errors.name}
-    assert left == {"ringoexp.db", "ringoexp.db-lock"}
+    files = {path.name for path in work.iterdir()} - {running.errors.name}
+    assert files == {"ringoexp.db", "ringoexp.db-lock"}
     stored = [value for _, _, value in rows(work / "ringoexp.db")]
     assert sorted(stored) == sorted([*range(1000), 42, -(2**63)])
     assert "Traceback" not in running.errors.read_text()
@@ -144,7 +144,7 @@ def test_exit_statuses_are_kept(pyz: Path, alone: list[str], tmp_path: Path, pyt
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 
-def test_exit_status_3_is_kept_when_records_stay_unstored(pyz: Path, alone: list[str], tmp_path: Path) -> None:
+def test_exit_status_is_3_if_records_stay_unstored(pyz: Path, alone: list[str], tmp_path: Path) -> None:
     patched = f"""
 import runpy, sys
 sys.path.insert(0, {str(pyz)!r})
@@ -165,7 +165,7 @@ runpy.run_path({str(pyz)!r}, run_name="__main__")
 
 
 @each_python
-def test_publisher_and_consumer_from_one_file(pyz: Path, alone: list[str], tmp_path: Path, python: str) -> None:
+def test_publisher_and_consumer_run_from_one_file(pyz: Path, alone: list[str], tmp_path: Path, python: str) -> None:
     program = [python, "-I", "-S", str(pyz)]
     consumer = ServerProcess(tmp_path, "-I", "false", "-p", "0", "-D", "numbers.db", program=program, under=alone)
     try:
@@ -183,10 +183,8 @@ def test_publisher_and_consumer_from_one_file(pyz: Path, alone: list[str], tmp_p
 @pytest.mark.parametrize(
     "missing", ["wsproto/", "h11/", "simple_websocket/", "ringolib/counters.py", "ringolib/status/profiler.py"]
 )
-def test_a_file_that_lacks_something_does_not_run_here(
-    pyz: Path, alone: list[str], tmp_path: Path, missing: str
-) -> None:
-    """What the tests above would otherwise not notice: it is installed for this Python, and beside these tests."""
+def test_incomplete_file_does_not_run(pyz: Path, alone: list[str], tmp_path: Path, missing: str) -> None:
+    """Check the other tests: they could not notice a missing file if an installed package replaced it."""
     with zipfile.ZipFile(pyz) as whole, zipfile.ZipFile(tmp_path / "part.pyz", "w") as part:
         for info in whole.infolist():
             if not info.filename.startswith(missing):
@@ -195,7 +193,7 @@ def test_a_file_that_lacks_something_does_not_run_here(
     assert done.returncode == 1 and "ModuleNotFoundError" in done.stderr
 
 
-def test_it_runs_by_itself_under_any_name(pyz: Path, tmp_path: Path) -> None:
+def test_file_is_executable_under_any_name(pyz: Path, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python3").symlink_to(this_python)
     shutil.copy(pyz, tmp_path / "numbers")
@@ -204,14 +202,14 @@ def test_it_runs_by_itself_under_any_name(pyz: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("ringoexp ")
 
 
-def test_a_program_of_ones_own_may_import_from_it(pyz: Path, tmp_path: Path) -> None:
+def test_other_programs_can_import_from_the_file(pyz: Path, tmp_path: Path) -> None:
     code = "from ringolib.client import producer; import wsproto\n"
     code += "print(producer.Producer.__name__, producer.__file__, wsproto.__file__)"
     done = run(["env", "-i", f"PYTHONPATH={pyz}", this_python, "-S", "-c", code], tmp_path)
     assert done.stdout == f"Producer {pyz}/ringolib/client/producer.py {pyz}/wsproto/__init__.py\n", done.stderr
 
 
-def test_ctrl_c_while_it_imports_ends_it_without_a_traceback(pyz: Path, tmp_path: Path) -> None:
+def test_ctrl_c_during_imports_ends_without_a_traceback(pyz: Path, tmp_path: Path) -> None:
     slow = f"""
 import runpy, sys, time
 class Slow:
@@ -233,7 +231,7 @@ runpy.run_path({str(pyz)!r}, run_name="__main__")
     assert process.returncode == -signal.SIGINT
 
 
-def test_a_new_file_may_take_its_place_while_it_runs(pyz: Path, tmp_path: Path) -> None:
+def test_running_program_survives_replacement_of_its_file(pyz: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.pyz"
     shutil.copy(pyz, mine)
     running = ServerProcess(tmp_path, "-p", "0", "-T", "0", program=[this_python, "-I", "-S", str(mine)])
@@ -252,8 +250,8 @@ def test_a_new_file_may_take_its_place_while_it_runs(pyz: Path, tmp_path: Path) 
     assert "Traceback" not in running.errors.read_text()
 
 
-def test_a_python_that_is_too_old_says_so_in_one_line(pyz: Path, tmp_path: Path) -> None:
-    """Real ones, where there are any, and this one, which says it were one."""
+def test_old_python_gets_a_one_line_error(pyz: Path, tmp_path: Path) -> None:
+    """Old Pythons on this machine, and this one with another version number."""
     pretend = f"import runpy, sys; sys.version_info = (3, 9, 18); runpy.run_path({str(pyz)!r}, run_name='__main__')"
     commands = [((3, 9), [this_python, "-I", "-S", "-c", pretend])]
     commands += [(version, [path, str(pyz), "-p", "0", "-T", "0"]) for version, path in OLD.items()]
@@ -264,7 +262,7 @@ def test_a_python_that_is_too_old_says_so_in_one_line(pyz: Path, tmp_path: Path)
     assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_a_checkout_says_so_too_to_a_python_that_can_read_it(tmp_path: Path) -> None:
+def test_old_python_gets_a_one_line_error_from_a_checkout(tmp_path: Path) -> None:
     pretend = "import runpy, sys; sys.version_info = (3, 9, 18); runpy.run_path(sys.argv[1], run_name='__main__')"
     commands = [[this_python, "-c", pretend, str(ROOT / "ringoexp.py")]]
     commands += [[path, str(ROOT / "ringoexp.py")] for version, path in OLD.items() if version >= (3, 8)]
@@ -274,16 +272,18 @@ def test_a_checkout_says_so_too_to_a_python_that_can_read_it(tmp_path: Path) -> 
         assert re.fullmatch(r"ringoexp: error: this is Python 3.[89], Python 3.10 or newer is needed\n", done.stderr)
 
 
-def test_the_first_thing_to_run_has_no_new_syntax() -> None:
+def test_main_module_has_no_new_syntax() -> None:
     tree = ast.parse(build_pyz.MAIN, feature_version=(3, 4))
-    assert isinstance(tree.body[0], ast.Import) and isinstance(tree.body[1], ast.If), "sys, and then the version"
+    assert isinstance(tree.body[0], ast.Import) and isinstance(tree.body[1], ast.If), (
+        "import sys, then check the version"
+    )
     assert build_pyz.MAIN.isascii()
     assert not re.search(r"\bprint\b|\bf\"|\bnonlocal\b|\bfrom\b.*:", build_pyz.MAIN)
 
 
-def test_everything_is_in_it_and_nothing_else(pyz: Path) -> None:
-    ours = {path.relative_to(ROOT).as_posix() for path in program_files()}
-    theirs = {
+def test_file_holds_exactly_the_program_and_its_dependencies(pyz: Path) -> None:
+    own = {path.relative_to(ROOT).as_posix() for path in program_files()}
+    dependencies = {
         str(path.relative_to(SITE))
         for package in build_pyz.DEPENDENCIES.values()
         for path in Path(SITE, package).rglob("*.py")
@@ -292,25 +292,25 @@ def test_everything_is_in_it_and_nothing_else(pyz: Path) -> None:
         names = packed.namelist()
         licences = {name: packed.read(name).decode() for name in names if "LICENSE" in name}
         infos = packed.infolist()
-    assert set(names) == ours | theirs | {"__main__.py", "ringolib/web/dashboard.html"} | set(licences)
+    assert set(names) == own | dependencies | {"__main__.py", "ringolib/web/dashboard.html"} | set(licences)
     assert names == sorted(names)
     assert {(info.date_time, info.external_attr >> 16, info.create_system) for info in infos} == {
         ((1980, 1, 1, 0, 0, 0), 0o100644, 3)
     }
     assert licences.pop("LICENSE") == (ROOT / "LICENSE").read_text()
-    whose = {name.split("/")[1].rsplit("-", 1)[0] for name in licences}
-    assert whose == set(build_pyz.DEPENDENCIES) and all("Copyright" in text for text in licences.values())
+    packages = {name.split("/")[1].rsplit("-", 1)[0] for name in licences}
+    assert packages == set(build_pyz.DEPENDENCIES) and all("Copyright" in text for text in licences.values())
 
 
-def test_it_is_small_and_executable(pyz: Path) -> None:
+def test_file_is_small_and_executable(pyz: Path) -> None:
     assert pyz.stat().st_size < MAX_BYTES
     assert stat.S_IMODE(pyz.stat().st_mode) == 0o755
     assert pyz.read_bytes().startswith(b"#!/usr/bin/env python3\n")
 
 
 @each_python
-def test_whoever_builds_it_makes_the_same_bytes(pyz: Path, tmp_path: Path, python: str) -> None:
-    """Another directory, other times and modes of its files, another order, umask, locale, zone and Python."""
+def test_build_is_reproducible(pyz: Path, tmp_path: Path, python: str) -> None:
+    """Build with another directory, file times, modes, order, umask, locale, time zone and Python."""
     source = tmp_path / "elsewhere"
     source.mkdir()
     for name in sorted([*map(str, program_files()), *map(str, [PAGE_FILE, ROOT / "tools/build_pyz.py"])], reverse=True):
@@ -330,9 +330,9 @@ def test_whoever_builds_it_makes_the_same_bytes(pyz: Path, tmp_path: Path, pytho
     assert re.fullmatch(r"mine: \d+ bytes, sha256 [0-9a-f]{64}, with simple-websocket .*\n", done.stdout)
 
 
-def test_what_cannot_be_built_is_said_in_one_line(pyz: Path, tmp_path: Path) -> None:
+def test_build_error_is_one_line(pyz: Path, tmp_path: Path) -> None:
     script = str(ROOT / "tools/build_pyz.py")
-    for command, status, said in (
+    for command, status, message in (
         ([this_python, "-I", "-S", script], 1, "simple-websocket is not installed"),
         ([sys.executable, script, "none/ringoexp.pyz"], 1, "No such file or directory"),
         ([sys.executable, script, ""], 1, ". is a directory: name a file in it"),
@@ -341,22 +341,22 @@ def test_what_cannot_be_built_is_said_in_one_line(pyz: Path, tmp_path: Path) -> 
         ([sys.executable, script, "--help"], 2, "usage: python tools/build_pyz.py [OUTPUT]"),
     ):
         done = run(command, tmp_path)
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1) and said in done.stderr
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1) and message in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         (["h11/__init__.py"], "its licence"),
         (["h11-1.dist-info/LICENSE"], "its files"),
         (["h11/__init__.py", "h11/fast.so", "h11-1.dist-info/LICENSE"], "h11/fast.so is not Python"),
     ],
 )
-def test_packages_that_are_not_as_they_should_be_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: list[str], said: str
+def test_build_refuses_broken_packages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: list[str], message: str
 ) -> None:
-    """An installed copy of h11, with these files only, in front of the real one."""
+    """A copy of h11 with only these files is installed in front of the real one."""
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
@@ -365,5 +365,5 @@ def test_packages_that_are_not_as_they_should_be_are_refused(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: h11\nVersion: 1\n")
     (info / "RECORD").write_text("".join(f"{name},,\n" for name in files))
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(BuildError, match=f"^h11 1: .*{re.escape(said)}"):
+    with pytest.raises(BuildError, match=f"^h11 1: .*{re.escape(message)}"):
         build_pyz.contents()

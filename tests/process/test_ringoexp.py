@@ -1,4 +1,4 @@
-"""The command line: every flag right and wrong, what a user sees when it cannot run, signals, the README's tables."""
+"""The command line: flags, startup errors, signals, and the tables of the README."""
 
 import json
 import os
@@ -33,8 +33,7 @@ from support.harness import (
 
 import ringoexp
 from ringoexp import main
-from ringolib import app as assembly
-from ringolib import options
+from ringolib import app, options
 from ringolib.app import App, StartupError, is_own_consumer
 from ringolib.options import OPTIONS, Option, Settings, read_arguments
 from ringolib.wire import SUBPROTOCOL, Run, encode_batch
@@ -44,7 +43,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def run(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """`python ringoexp.py` with these flags, to its end."""
+    """Run `python ringoexp.py` with these flags to its end."""
     return subprocess.run(
         [sys.executable, str(ROOT / "ringoexp.py"), *flags],
         cwd=directory,
@@ -55,32 +54,32 @@ def run(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def usage_error(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """The one line that these flags are refused with."""
-    with pytest.raises(SystemExit) as ended:
+    """Return the one-line error for these flags."""
+    with pytest.raises(SystemExit) as exit_info:
         read_arguments(flags)
-    said = capsys.readouterr()
-    assert (ended.value.code, said.out) == (2, "")
-    assert said.err.startswith("ringoexp: error: ") and said.err.count("\n") == 1
-    return said.err
+    output = capsys.readouterr()
+    assert (exit_info.value.code, output.out) == (2, "")
+    assert output.err.startswith("ringoexp: error: ") and output.err.count("\n") == 1
+    return output.err
 
 
 @pytest.mark.parametrize("word", ["help", "--help", "-h"])
-def test_help_shows_every_option_with_its_default_in_groups(word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+def test_help_shows_every_option_with_its_default(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
         main([word])
-    said = capsys.readouterr()
-    assert (ended.value.code, said.err) == (0, "")
-    shown = " ".join(said.out.split())
+    output = capsys.readouterr()
+    assert (exit_info.value.code, output.err) == (0, "")
+    text = " ".join(output.out.split())
     for option in OPTIONS:
-        assert f"-{option.short}" in shown and f"--{option.long}" in shown and option.help in shown
+        assert f"-{option.short}" in text and f"--{option.long}" in text and option.help in text
         if option.default != "" and option.long != "debug":
             default = "off" if option.default is None else str(option.default).lower()
-            assert f"{option.help} (default {default})" in shown
+            assert f"{option.help} (default {default})" in text
     for group in ("basic:", "publisher:", "consumer:", "system:", "common:", "examples:"):
-        assert f"\n{group}\n" in said.out
-    for example in re.findall(r"^    ringoexp (.*)$", said.out, re.MULTILINE):
+        assert f"\n{group}\n" in output.out
+    for example in re.findall(r"^    ringoexp (.*)$", output.out, re.MULTILINE):
         read_arguments(example.split())
-    assert len(re.findall(r"^    ringoexp ", said.out, re.MULTILINE)) == 2
+    assert len(re.findall(r"^    ringoexp ", output.out, re.MULTILINE)) == 2
 
 
 @pytest.mark.parametrize("word", ["version", "--version", "-V"])
@@ -89,7 +88,7 @@ def test_version(word: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"ringoexp {options.__version__}\n", "")
 
 
-def test_the_table_and_the_settings_are_the_same_in_the_same_order() -> None:
+def test_settings_have_the_fields_of_the_options_table() -> None:
     assert [option.long for option in OPTIONS] == [field.name for field in fields(Settings)]
     assert read_arguments([]) == Settings(**{option.long: option.default for option in OPTIONS})
 
@@ -120,7 +119,7 @@ GOOD: dict[str, list[tuple[str, Any]]] = {
 }
 
 
-NEEDED = {
+REQUIRED = {
     "tls_key": ["--tls_cert", "c"],
     "client_ca": ["--tls_cert", "c"],
     "consumer_ca": ["--consumer_tls"],
@@ -129,17 +128,17 @@ NEEDED = {
 
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.long != "debug"], ids=lambda o: o.long)
-def test_every_flag_in_every_spelling(option: Option) -> None:
-    more = NEEDED.get(option.long, [])
+def test_flag_is_read_in_every_spelling(option: Option) -> None:
+    others = REQUIRED.get(option.long, [])
     for text, value in GOOD.get(option.long) or [("a b.pem", "a b.pem")]:
         for flag in {f"--{option.long}", f"--{option.long.replace('_', '-')}"}:
-            assert getattr(read_arguments([flag, text, *more]), option.long) == value
-            assert getattr(read_arguments([f"{flag}={text}", *more]), option.long) == value
+            assert getattr(read_arguments([flag, text, *others]), option.long) == value
+            assert getattr(read_arguments([f"{flag}={text}", *others]), option.long) == value
         if option.short:
             assert getattr(read_arguments([f"-{option.short}", text]), option.long) == value
 
 
-def test_debug_has_no_value() -> None:
+def test_debug_takes_no_value() -> None:
     assert read_arguments(["-d"]).debug and read_arguments(["--debug"]).debug
 
 
@@ -162,7 +161,7 @@ def test_debug_has_no_value() -> None:
         (["-I", "false", "-I", "true"], True),
     ],
 )
-def test_is_publisher_in_every_form(words: list[str], value: bool) -> None:
+def test_is_publisher_accepts_every_form(words: list[str], value: bool) -> None:
     assert read_arguments(words).is_publisher is value
 
 
@@ -201,33 +200,33 @@ BAD: dict[str, list[str]] = {
         for text in BAD.get(option.long, ())
     ],
 )
-def test_a_bad_value_is_one_line_with_flag_value_and_what_is_accepted(
+def test_bad_value_error_names_flag_value_and_accepted_form(
     option: Option, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = usage_error(capsys, f"--{option.long}={text}")
-    assert f"argument {option.shown}" in said
-    assert repr(text) in said or f" {text} " in said
-    assert "not accepted: " in said
+    output = usage_error(capsys, f"--{option.long}={text}")
+    assert f"argument {option.flags}" in output
+    assert repr(text) in output or f" {text} " in output
+    assert "not accepted: " in output
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--no_such_flag"], "'--no_such_flag' is not a flag"),
         (["stray"], "'stray' is not a flag"),
-        (["-S", "spool.db", "-I", "false"], "a consumer has nobody to spool for"),
+        (["-S", "spool.db", "-I", "false"], "only a publisher has a spool"),
         (["--ring", "5"], "'--ring' is not a flag"),
         (["-p"], "-p/--port: expected one argument"),
         (["-A", "ring", "-I", "false"], "a consumer has no ring"),
         (["-L", "65536"], "1 to 65535, 0 or less for off"),
-        (["--tls_key", "k.pem"], "--tls_key: 'k.pem' is of no use without --tls_cert"),
-        (["--client_ca", "c.pem"], "--client_ca: 'c.pem' is of no use without --tls_cert"),
-        (["--consumer_ca", "c.pem"], "--consumer_ca: 'c.pem' is of no use without --consumer_tls"),
+        (["--tls_key", "k.pem"], "--tls_key: 'k.pem' requires --tls_cert"),
+        (["--client_ca", "c.pem"], "--client_ca: 'c.pem' requires --tls_cert"),
+        (["--consumer_ca", "c.pem"], "--consumer_ca: 'c.pem' requires --consumer_tls"),
         (["--consumer_tls", "-I", "false"], "a consumer has no links"),
     ],
 )
-def test_other_bad_usage_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert said in usage_error(capsys, *words)
+def test_bad_usage_error_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in usage_error(capsys, *words)
 
 
 @pytest.mark.parametrize(
@@ -260,19 +259,19 @@ def test_other_bad_usage_is_one_line(words: list[str], said: str, capsys: pytest
         (["-U", "unix:a.sock"], False),
     ],
 )
-def test_a_publisher_whose_consumer_has_its_own_address_is_its_own(words: list[str], own: bool) -> None:
+def test_own_consumer_is_detected_by_address(words: list[str], own: bool) -> None:
     assert is_own_consumer(read_arguments(words)) is own
 
 
 def cannot_run(directory: Path, *flags: str) -> str:
-    """The one line that a server which cannot start ends with."""
+    """Return the one-line error of a server that cannot start."""
     done = run(directory, *flags)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("ringoexp: error: ") and done.stderr.count("\n") == 1
     return done.stderr
 
 
-def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
+def test_port_in_use_error_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert f"cannot listen on localhost:{port}: " in cannot_run(tmp_path, "-p", str(port))
@@ -280,42 +279,42 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", ["-H", "-U"])
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 70, "a..b"])
-def test_a_host_that_does_not_resolve_is_one_line(tmp_path: Path, flag: str, host: str) -> None:
+def test_unresolved_host_error_is_one_line(tmp_path: Path, flag: str, host: str) -> None:
     assert f"{flag} {host}: " in cannot_run(tmp_path, "-p", "0", flag, host)
 
 
-def test_a_port_in_use_on_one_address_of_several_is_one_line_that_names_it(tmp_path: Path) -> None:
+def test_port_in_use_error_names_the_address(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        said = cannot_run(tmp_path, "-p", str(port), "-H", "localhost")
-        assert f"cannot listen on localhost:{port}: Address already in use at 127.0.0.1:{port} (" in said
+        output = cannot_run(tmp_path, "-p", str(port), "-H", "localhost")
+        assert f"cannot listen on localhost:{port}: Address already in use at 127.0.0.1:{port} (" in output
 
 
-def test_an_address_of_another_machine_is_one_line(tmp_path: Path) -> None:
+def test_foreign_address_error_is_one_line(tmp_path: Path) -> None:
     assert "cannot listen on 192.0.2.1:" in cannot_run(tmp_path, "-p", "0", "-H", "192.0.2.1")
 
 
 @pytest.mark.parametrize("consumer", [True, False])
-def test_a_database_that_cannot_be_opened_is_one_line(tmp_path: Path, consumer: bool) -> None:
+def test_unusable_database_error_is_one_line(tmp_path: Path, consumer: bool) -> None:
     (tmp_path / "directory").mkdir()
-    (tmp_path / "text").write_text("some text, and not a little of it\n" * 50)
+    (tmp_path / "text").write_text("text, not SQLite\n" * 100)
     with closing(sqlite3.connect(tmp_path / "other")) as other:
-        other.execute("CREATE TABLE theirs(x)")
+        other.execute("CREATE TABLE other(x)")
     flags = ["-p", "0", *(["-I", "false"] if consumer else ["-T", "0"])]
-    for name, said in [
+    for name, message in [
         ("directory", "is a directory"),
         ("text", "not a SQLite file"),
         ("other", "another application"),
         ("missing/file", "No such file or directory"),
     ]:
         line = cannot_run(tmp_path, *flags, "-D", name)
-        assert name in line and said in line
+        assert name in line and message in line
     with server(tmp_path, *flags, "-D", "used"):
         assert "in use by another ringoexp" in cannot_run(tmp_path, *flags, "-D", "used")
 
 
-def test_a_start_that_fails_makes_no_file(tmp_path: Path) -> None:
-    """Its port is taken, or what -D names cannot be a database."""
+def test_failed_start_creates_no_file(tmp_path: Path) -> None:
+    """The port is in use, or the file of -D is not a database."""
     (tmp_path / "text").write_text("precious\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -325,13 +324,13 @@ def test_a_start_that_fails_makes_no_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
-def test_a_database_for_a_publisher_that_has_none_is_refused(tmp_path: Path) -> None:
-    said = cannot_run(tmp_path, "-p", "0", "-D", "mine.db")
-    assert "-D mine.db: this publisher has no database, it forwards to localhost:6660" in said
+def test_forwarding_publisher_refuses_a_database(tmp_path: Path) -> None:
+    output = cannot_run(tmp_path, "-p", "0", "-D", "mine.db")
+    assert "-D mine.db: this publisher has no database, it forwards to localhost:6660" in output
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_its_package_it_says_what_to_install(tmp_path: Path) -> None:
+def test_missing_package_error_names_the_package(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-S", "-E", str(ROOT / "ringoexp.py"), "-p", "0"],
         cwd=tmp_path,
@@ -343,35 +342,33 @@ def test_without_its_package_it_says_what_to_install(tmp_path: Path) -> None:
     assert "pip install simple-websocket" in done.stderr
 
 
-def test_when_no_thread_is_to_be_had_it_says_so_and_leaves_nothing_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_thread_error_at_startup_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_thread(*unused: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(assembly, "Forwarder", no_thread)
+    monkeypatch.setattr(app, "Forwarder", no_thread)
     port, database = free_port(), str(tmp_path / "d")
     flags = ["-p", str(port), "-T", str(port), "-D", database]
-    with pytest.raises(StartupError, match="no thread to be had"):
+    with pytest.raises(StartupError, match="cannot start a thread: can't start new thread"):
         App(read_arguments(flags), flags)
     assert not accepts(port)
     Store(database).close()
 
 
-@pytest.mark.parametrize("out", ["a pipe nobody reads", "a full disk"])
-def test_output_that_nobody_takes_does_not_disturb(tmp_path: Path, out: str) -> None:
+@pytest.mark.parametrize("out", ["a closed pipe", "a full disk"])
+def test_server_runs_if_stdout_cannot_be_written(tmp_path: Path, out: str) -> None:
     if out == "a full disk":
-        to = os.open("/dev/full", os.O_WRONLY)
+        stdout = os.open("/dev/full", os.O_WRONLY)
     else:
-        reading, to = os.pipe()
+        reading, stdout = os.pipe()
         os.close(reading)
     port = free_port()
     with open(tmp_path / "errors", "wb") as errors:
         flags = ["-p", str(port), "-T", str(port)]
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "ringoexp.py"), *flags], cwd=tmp_path, stdout=to, stderr=errors
+            [sys.executable, str(ROOT / "ringoexp.py"), *flags], cwd=tmp_path, stdout=stdout, stderr=errors
         )
-    os.close(to)
+    os.close(stdout)
     try:
         eventually(lambda: accepts(port))
         process.send_signal(signal.SIGTERM)
@@ -382,7 +379,7 @@ def test_output_that_nobody_takes_does_not_disturb(tmp_path: Path, out: str) -> 
     assert (tmp_path / "errors").read_text() == ""
 
 
-def test_a_name_that_stdout_cannot_show_is_escaped(tmp_path: Path) -> None:
+def test_stdout_escapes_characters_it_cannot_encode(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
     command = [sys.executable, str(ROOT / "ringoexp.py"), "-p", "0", "-T", "0", "-D", "z\xe9ro.db"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -394,33 +391,33 @@ def test_a_name_that_stdout_cannot_show_is_escaped(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
-def test_ctrl_c_while_the_installed_program_still_imports_has_its_default_effect(tmp_path: Path) -> None:
+def test_ctrl_c_during_imports_has_its_default_effect(tmp_path: Path) -> None:
     code = "import signal, sys; sys.argv = ['/usr/bin/ringoexp']; import ringoexp; print(signal.getsignal(2).name)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
     assert done.stdout == "SIG_DFL\n", done.stderr
 
 
-def test_debug_shows_the_cause(tmp_path: Path) -> None:
+def test_debug_log_shows_the_cause_of_a_startup_error(tmp_path: Path) -> None:
     done = run(tmp_path, "-p", "0", "-d", "-U", "no-such-host.invalid")
     assert "gaierror" in done.stderr and done.stderr.splitlines()[-1].startswith("ringoexp: error: ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("role", [["-T", "0"], ["-I", "false"]])
-def test_a_signal_ends_an_idle_server_at_once(tmp_path: Path, number: int, role: list[str]) -> None:
+def test_signal_stops_an_idle_server_at_once(tmp_path: Path, number: int, role: list[str]) -> None:
     with server(tmp_path, "-p", "0", *role) as running:
         assert running.stop(number) == 0
         assert running.tally == "ringoexp: stopped, 0 stored, 0 unstored"
 
 
 def draining(directory: Path, seconds: float) -> ServerProcess:
-    """A publisher whose consumer is away, which gives up draining after `seconds`."""
+    """Return a publisher that has no consumer and drains for `seconds`."""
     flags = ["-p", "0", "-T", str(free_port()), "-r", "10"]
     return ServerProcess(directory, *flags, patch=f"app.DRAIN_SECONDS = {seconds}")
 
 
-def test_a_stop_that_leaves_batches_unstored_does_not_say_that_they_will_not_be(tmp_path: Path) -> None:
-    """1001 says to a publisher's link that what was not acked may go elsewhere; the last of these may be stored yet."""
+def test_stop_with_unstored_batches_closes_with_1011(tmp_path: Path) -> None:
+    """With 1001, a publisher would send unacked records to another consumer, but the last batch may still be stored."""
     running = draining(tmp_path, 0.5)
     try:
         with RawClient(running.port, {"Sec-WebSocket-Protocol": SUBPROTOCOL}) as client:
@@ -433,8 +430,8 @@ def test_a_stop_that_leaves_batches_unstored_does_not_say_that_they_will_not_be(
 
 
 @pytest.mark.parametrize("records", [5, 50])
-def test_what_cannot_be_stored_is_counted_and_ends_with_3(tmp_path: Path, records: int) -> None:
-    """With 50 records the session is blocked in the full ring; with 5 it waits for their ack."""
+def test_unstored_records_are_counted_and_exit_with_3(tmp_path: Path, records: int) -> None:
+    """With 50 records the session is blocked by the full ring; with 5 it waits for their ack."""
     running = draining(tmp_path, 0.5)
     try:
         with RawClient(running.port) as client:
@@ -451,14 +448,14 @@ def test_what_cannot_be_stored_is_counted_and_ends_with_3(tmp_path: Path, record
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_a_draining_server_at_once(tmp_path: Path, number: int) -> None:
+def test_second_signal_ends_a_draining_server_at_once(tmp_path: Path, number: int) -> None:
     running = draining(tmp_path, 600)
     try:
         with RawClient(running.port) as client:
             client.send(frame(2, bytes(4)))
             eventually(lambda: running.stats()["ringDepth"] == 1)
             running.send_signal(number)
-            eventually(lambda: refusal(running.port), "it takes no more")
+            eventually(lambda: refusal(running.port), "it accepts no records")
             ended = Blocked(running.process.wait)
             assert ended.still()
             eventually(lambda: running.send_signal(number) or running.process.poll() is not None)
@@ -468,27 +465,27 @@ def test_a_second_signal_ends_a_draining_server_at_once(tmp_path: Path, number: 
     assert "Traceback" not in running.errors.read_text()
 
 
-def test_a_second_signal_ends_a_server_that_hangs_in_a_call_too(tmp_path: Path) -> None:
-    """A statement of SQLite's that does not end stands for a disk that hangs."""
+def test_second_signal_ends_a_server_that_hangs(tmp_path: Path) -> None:
+    """An endless SQLite statement simulates a disk that hangs."""
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
     patch = f"store.Store.close = lambda self: self._db.execute('{endless}').fetchone()"
     running = ServerProcess(tmp_path, "-p", "0", "-T", "0", patch=patch)
     try:
         running.send_signal(signal.SIGTERM)
-        end = Blocked(running.process.wait)
-        assert end.still(ringoexp.SAME_SIGNAL)
+        ended = Blocked(running.process.wait)
+        assert ended.still(ringoexp.SAME_SIGNAL_SECONDS)
         running.send_signal(signal.SIGTERM)
-        for _ in range(10):  # it may have got to the first one late
-            if end.still(ringoexp.SAME_SIGNAL + ringoexp.STUCK_SECONDS):
+        for _ in range(10):  # the first one may have been handled late
+            if ended.still(ringoexp.SAME_SIGNAL_SECONDS + ringoexp.STUCK_SECONDS):
                 running.send_signal(signal.SIGTERM)
-        assert end.result() == 128 + signal.SIGTERM
+        assert ended.result() == 128 + signal.SIGTERM
     finally:
         running.kill()
 
 
 @pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT), (2, 2, 2)])
-def test_signals_that_come_together_are_one(tmp_path: Path, numbers: tuple[int, ...]) -> None:
-    """A shell and a process manager may both send one. SIGSTOP makes sure that they come together."""
+def test_simultaneous_signals_count_as_one(tmp_path: Path, numbers: tuple[int, ...]) -> None:
+    """A shell and a process manager may both send one. SIGSTOP makes them arrive together."""
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         with RawClient(running.port) as client:
             client.send(frame(2, bytes(4)))
@@ -502,7 +499,7 @@ def test_signals_that_come_together_are_one(tmp_path: Path, numbers: tuple[int, 
 
 
 def refusal(port: int) -> str:
-    """Why a POST is refused for now; empty if it is not, or if the server has just begun to stop and cuts it off."""
+    """Return why a POST is refused for now; empty if it is accepted, or the stopping server cuts the connection."""
     try:
         status, headers, body = request(port, "POST", "/v1.0/ingest", b"no integer")
     except ConnectionError:
@@ -511,7 +508,7 @@ def refusal(port: int) -> str:
     return str(json.loads(body)["error"]) if status == 503 else ""
 
 
-def test_a_draining_server_takes_no_more_and_still_says_how_it_is(tmp_path: Path) -> None:
+def test_draining_server_refuses_records_and_answers_stats(tmp_path: Path) -> None:
     running = draining(tmp_path, 600)
     try:
         with RawClient(running.port) as client:
@@ -527,58 +524,58 @@ def test_a_draining_server_takes_no_more_and_still_says_how_it_is(tmp_path: Path
     assert "Traceback" not in running.errors.read_text()
 
 
-def test_who_looks_on_keeps_no_server_from_ending(tmp_path: Path) -> None:
-    """Its connection, quiet between two requests, and one that has asked for nothing yet."""
+def test_idle_http_connections_do_not_delay_the_stop(tmp_path: Path) -> None:
+    """One connection idles between two requests, others have not sent a request yet."""
     running = draining(tmp_path, 3)
     try:
-        with RawClient(running.port) as client, ExitStack() as lookers:
+        with RawClient(running.port) as client, ExitStack() as stack:
             client.send(frame(2, bytes(4)))
             eventually(lambda: running.stats()["ringDepth"] == 1)
             running.send_signal(signal.SIGTERM)
             eventually(lambda: refusal(running.port))
             for _ in range(3):
-                lookers.enter_context(socket.create_connection(("localhost", running.port)))
+                stack.enter_context(socket.create_connection(("localhost", running.port)))
             assert running.wait() == 3
     finally:
         running.kill()
     assert "Traceback" not in running.errors.read_text()
 
 
-def test_who_goes_on_asking_keeps_no_server_from_ending(tmp_path: Path) -> None:
-    """A client that has sent a thousand requests on one connection, and does not wait for answers."""
+def test_pipelined_requests_do_not_delay_the_stop(tmp_path: Path) -> None:
+    """A client sends requests on one connection without waiting for the responses."""
     with (
         server(tmp_path, "-p", "0", "-T", "0") as running,
-        socket.create_connection(("localhost", running.port), DEADLINE) as asker,
+        socket.create_connection(("localhost", running.port), DEADLINE) as client,
     ):
-        asker.sendall(b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert asker.recv(100)
+        client.sendall(b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(100)
         stop = threading.Event()
 
-        def ask() -> None:
+        def write() -> None:
             try:
                 while not stop.is_set():
-                    asker.sendall(b"GET /v1.0/stats HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10)
+                    client.sendall(b"GET /v1.0/stats HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10)
             except OSError:
-                pass  # ended by the server
+                pass  # the server closed the connection
 
         def read() -> None:
             try:
-                while asker.recv(65536):
+                while client.recv(65536):
                     pass
             except OSError:
                 pass
 
-        calls = Blocked(ask), Blocked(read)
+        calls = Blocked(write), Blocked(read)
         try:
             assert running.stop(deadline=20) == 0
         finally:
             stop.set()
-        for each in calls:
-            each.result()
+        for call in calls:
+            call.result()
 
 
-def test_a_draining_server_without_descriptors_waits_for_some(tmp_path: Path) -> None:
-    """It must not try to accept all the time."""
+def test_draining_server_without_descriptors_does_not_spin(tmp_path: Path) -> None:
+    """It must not try to accept in a busy loop."""
     running = draining(tmp_path, 600)
     try:
         with RawClient(running.port) as client, ExitStack() as waiting:
@@ -589,20 +586,20 @@ def test_a_draining_server_without_descriptors_waits_for_some(tmp_path: Path) ->
             for _ in range(3):
                 waiting.enter_context(socket.create_connection(("localhost", running.port)))
             running.send_signal(signal.SIGTERM)
-            tried = 0
 
-            def told() -> int:
+            def failures() -> int:
                 return sum(map(int, re.findall(r"event=cannot_accept .*count=(\d+)", running.errors.read_text())))
 
-            tried = eventually(told)
+            before = eventually(failures)
             began = time.monotonic()
-            eventually(lambda: told() > tried + 3)
-            assert told() - tried < 50 * (time.monotonic() - began), "five times a second"
+            eventually(lambda: failures() > before + 3)
+            assert failures() - before < 50 * (time.monotonic() - began), "five times a second"
     finally:
         running.kill()
 
 
 def accepts(port: int) -> bool:
+    """True if a server listens on this port."""
     try:
         socket.create_connection(("localhost", port)).close()
     except OSError:
@@ -610,13 +607,13 @@ def accepts(port: int) -> bool:
     return True
 
 
-def test_the_limit_of_open_files_is_raised_to_what_all_threads_may_need(tmp_path: Path) -> None:
-    """As far as that may be: the hard limit stays, and a soft one that is higher."""
+def test_descriptor_limit_is_raised_for_all_threads(tmp_path: Path) -> None:
+    """The hard limit is not raised, and a higher soft limit is kept."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for soft, most, expected in (("256", "100000", 700 + 256), ("256", "500", 500), ("20000", "30000", 20000)):
-        if hard != resource.RLIM_INFINITY and hard < int(most):
+    for soft, hard_limit, expected in (("256", "100000", 700 + 256), ("256", "500", 500), ("20000", "30000", 20000)):
+        if hard != resource.RLIM_INFINITY and hard < int(hard_limit):
             continue
-        limited = ["bash", "-c", f'ulimit -Sn {soft} && ulimit -Hn {most} && exec "$@"', "x"]
+        limited = ["bash", "-c", f'ulimit -Sn {soft} && ulimit -Hn {hard_limit} && exec "$@"', "x"]
         with server(tmp_path, "-p", "0", "-T", "0", "--threads", "700", under=limited) as running:
             assert resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE)[0] == expected
 
@@ -627,19 +624,19 @@ def test_procs_limits_the_cores(tmp_path: Path) -> None:
         assert re.search(r"^Cpus_allowed_list:\s*\d+$", status, re.MULTILINE)
 
 
-def test_the_readmes_flags_are_the_tables() -> None:
-    section = README[README.index("\n## Flags\n") : README.index("\n## Who may come in\n")]
-    found = re.findall(r"^\| (?:`-(\w)` )?\| `--(\w+)` \| (.*?) \|", section, re.MULTILINE)
-    shown = {"name": "empty", "debug": "off"} | {option.long: "off" for option in OPTIONS if option.default is None}
+def test_readme_lists_the_flags_of_the_options_table() -> None:
+    section = README.partition("\n## Flags\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (?:`-(\w)` )?\| `--(\w+)` \| (.*?) \|", section, re.MULTILINE)
+    defaults = {"name": "empty", "debug": "off"} | {option.long: "off" for option in OPTIONS if option.default is None}
     expected = [
-        (option.short, option.long, shown.get(option.long, f"`{str(option.default).lower()}`")) for option in OPTIONS
+        (option.short, option.long, defaults.get(option.long, f"`{str(option.default).lower()}`")) for option in OPTIONS
     ]
     flags = {option.long for option in OPTIONS}
-    assert [row for row in found if row[1] in flags] == expected
+    assert [row for row in rows if row[1] in flags] == expected
 
 
 @pytest.mark.parametrize("role", [["-T", "0"], ["-I", "false"]])
-def test_the_readme_explains_every_key_of_the_stats(tmp_path: Path, role: list[str]) -> None:
+def test_readme_explains_every_key_of_the_stats(tmp_path: Path, role: list[str]) -> None:
     with server(tmp_path, "-p", "0", *role) as running:
         report = json.loads(running.get("/v1.0/stats")[2])
     assert report["options"] == ["-p", "0", *role]
@@ -648,7 +645,7 @@ def test_the_readme_explains_every_key_of_the_stats(tmp_path: Path, role: list[s
         assert not missing, f"{section}: {missing}"
 
 
-def test_the_readmes_byte_example_and_python_client_work(tmp_path: Path) -> None:
+def test_readme_python_client_works(tmp_path: Path) -> None:
     (client,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert len(client.strip().splitlines()) <= 10
     with server(tmp_path, "-p", "0", "-T", "0") as running:

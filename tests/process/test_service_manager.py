@@ -175,7 +175,7 @@ def test_watchdog_is_silent_while_the_server_is_not_alive(
         ("p.ring._lock", ("-T", "0")),
         ("p.store._lock", ("-T", "0")),
         ("p.store._lock", ("-I", "false")),
-        ("p.server._lock", ("-T", "0")),
+        ("p.server.table._lock", ("-T", "0")),
         ("p.totals._lock", ("-I", "false")),
         ("p.forwarder._lock", ("-T", "0")),
     ],
@@ -213,7 +213,7 @@ def test_watchdog_continues_while_the_disk_hangs(tmp_path: Path, manager: Manage
 
 
 def test_watchdog_is_silent_after_the_acceptor_has_ended(tmp_path: Path, manager: Manager) -> None:
-    patch = "web.connections.Connections._crowded = lambda self: 1 / 0; web.connections.threading.excepthook = print"
+    patch = "web.table.ConnectionTable._is_full = lambda self: 1 / 0; web.connections.threading.excepthook = print"
     with managed_server(tmp_path, manager, "-p", "0", "-T", "0", period=0.4, patch=patch) as running:
         manager.until("WATCHDOG")
         socket.create_connection(("localhost", running.port)).close()
@@ -295,7 +295,7 @@ def test_second_signal_ends_the_first_process_of_a_container(tmp_path: Path, num
             eventually(lambda: running.stats()["recordsReceived"] == 1)
             os.kill(pid, number)
             eventually(lambda: "event=draining" in running.errors.read_text())
-            assert Blocked(running.process.wait).still(ringoexp.SAME_SIGNAL)
+            assert Blocked(running.process.wait).still(ringoexp.SAME_SIGNAL_SECONDS)
             os.kill(pid, number)
             assert running.wait() == 128 + number
 

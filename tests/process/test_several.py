@@ -1,5 +1,7 @@
-"""Publishers with several consumers, as real processes: work spreads, who fails is left out until it is back, and what
-is in doubt goes where it may be stored already.
+"""Publishers with several consumers, as real processes.
+
+The work spreads over the consumers, a failing one gets no batches until it recovers, and a batch in doubt goes only
+where it may be stored already.
 """
 
 import json
@@ -37,11 +39,14 @@ from ringolib.client import producer
 from ringolib.storage.interface import Storage
 from ringolib.wire import decode_batch, encode_ack, encode_plain
 
-QUICK = f"{SHORT_TIMES}; status.probe.FRESH = 0.05; status.probe.PATIENCE = 0.5; status.readiness.STUCK = 0.1"
+QUICK = (
+    f"{SHORT_TIMES}; status.probe.CACHE_SECONDS = 0.05; status.probe.ANSWER_TIMEOUT_SECONDS = 0.5; "
+    "status.readiness_rules.RING_STUCK_SECONDS = 0.1"
+)
 
 
 class Fleet:
-    """Consumers, each with a database of its own, on ports that stay theirs, and a publisher in front of them."""
+    """Consumers with separate databases, on ports that they keep, and a publisher in front of them."""
 
     def __init__(self, directory: Path, *flags: str, consumers: int = 2, patch: str = QUICK) -> None:
         self._directory = directory
@@ -78,52 +83,49 @@ class Fleet:
         return [each["state"] for each in self.publisher.stats()["consumers"]]
 
     def problems(self, load: Load) -> list[str]:
-        """How the databases together break the promise, by what is acked now: each record is in one of them, once."""
+        """Return the violations of the promise: each record that is acked now is in one of the databases, once."""
         acked = load.acked()
-        found = []
-        spans: dict[uuid.UUID, list[int]] = {}
+        violations = []
+        sequences: dict[uuid.UUID, list[int]] = {}
         for database in self.databases:
-            found += problems(database, load.sent, {}, dead=True)
-            for of, sequence, _ in rows(database):
-                spans.setdefault(uuid.UUID(of), []).append(sequence)
+            violations += problems(database, load.sent, {}, dead=True)
+            for source_id, sequence, _ in rows(database):
+                sequences.setdefault(uuid.UUID(source_id), []).append(sequence)
         for source, count in acked.items():
-            stored = spans.get(source, [])
+            stored = sequences.get(source, [])
             if len(set(stored)) < len(stored):
-                found.append(f"{source}: {len(stored) - len(set(stored))} records are in both databases")
+                violations.append(f"{source}: {len(stored) - len(set(stored))} records are in both databases")
             if missing := set(range(count)) - set(stored):
-                found.append(f"{source}: {len(missing)} of {count} acked records are in none")
-        return found
+                violations.append(f"{source}: {len(missing)} of {count} acked records are in none")
+        return violations
 
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Producers that never send again: with separate databases that might be stored in the other one, too."""
+    """Producers must not send a record again: with separate databases the other one might store it, too."""
     short_times(monkeypatch)
     monkeypatch.setattr(producer, "STALL_TIMEOUT", 600)
 
 
 @pytest.mark.parametrize("rounds", [6, pytest.param(50, marks=pytest.mark.long)])
 @pytest.mark.parametrize("fault", ["kill", "stop"])
-def test_consumers_fail_in_turns_and_each_record_is_in_one_database_once(
-    tmp_path: Path, fault: str, rounds: int
-) -> None:
-    """One or both, for a while."""
+def test_failing_consumers_store_each_record_in_one_database_once(tmp_path: Path, fault: str, rounds: int) -> None:
+    """One consumer or both fail for a short time."""
     rng = Random(seeded())
     with Fleet(tmp_path, "-r", "8192") as fleet, Load(fleet.publisher.url, rng) as load:
         for _ in range(rounds):
             load.goes_on()
-            Event().wait(rng.uniform(0, 0.1))  # not to synchronise: a random moment
+            Event().wait(rng.uniform(0, 0.1))  # a random moment; nothing depends on it
             victims = rng.choice(([0], [1], [0, 1]))
-            for each in victims:
-                number = signal.SIGKILL if fault == "kill" else signal.SIGSTOP
-                fleet.consumers[each].send_signal(number)
+            for number in victims:
+                fleet.consumers[number].send_signal(signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
             Event().wait(rng.uniform(0, 3 * TIMEOUT))
-            for each in victims:
+            for number in victims:
                 if fault == "kill":
-                    fleet.consumers[each].kill()
-                    fleet.start(each)
+                    fleet.consumers[number].kill()
+                    fleet.start(number)
                 else:
-                    fleet.consumers[each].send_signal(signal.SIGCONT)
+                    fleet.consumers[number].send_signal(signal.SIGCONT)
         load.goes_on()
         load.finish()
         eventually(lambda: fleet.states() == ["up", "up"])
@@ -136,7 +138,7 @@ def test_consumers_fail_in_turns_and_each_record_is_in_one_database_once(
 
 
 def post(running: ServerProcess, *values: int) -> int:
-    """The status of a POST of these."""
+    """POST these values, and return the status."""
     return request(running.port, "POST", "/v1.0/ingest", encode_plain(values))[0]
 
 
@@ -145,22 +147,22 @@ def values(fleet: Fleet) -> list[list[int]]:
 
 
 def log(running: ServerProcess, event: str) -> list[str]:
-    """Which consumers such lines name."""
+    """Return the consumers that the log lines of this event name."""
     return re.findall(rf"event={event} consumer=(\S+)", running.errors.read_text())
 
 
-DIES = (
+STORE_AND_DIE = (
     "web.intake.StoreIntake.put = lambda self, block, timeout: (self._store.append(*block), __import__('os')._exit(9))"
 )
 
 
-def test_a_consumer_that_stores_and_dies_before_its_ack_gets_that_batch_again_and_nobody_else(tmp_path: Path) -> None:
-    """What came at the same time, over another connection, is stored and acked meanwhile."""
+def test_batch_unacked_by_killed_consumer_goes_only_to_it_again(tmp_path: Path) -> None:
+    """Meanwhile the records of another connection are stored and acked."""
     with Fleet(tmp_path) as fleet, RawClient(fleet.publisher.port) as unlucky:
         eventually(lambda: fleet.publisher.stats()["consumers"][1]["state"] != "down")
         for number in (0, 1):
             fleet.kill(number)
-            fleet.start(number, DIES)
+            fleet.start(number, STORE_AND_DIE)
         unlucky.send(frame(2, encode_plain([1, 2, 3])))
         eventually(lambda: any(each.process.poll() == 9 for each in fleet.consumers.values()))
         dead = 0 if fleet.consumers[0].process.poll() == 9 else 1
@@ -180,12 +182,12 @@ def test_a_consumer_that_stores_and_dies_before_its_ack_gets_that_batch_again_an
         fleet.kill(dead)
         fleet.start(dead)
         assert unlucky.acked(3) == 3
-        assert sorted(sum(values(fleet), [])) == [1, 2, 3, *range(10, 30)], "once in all"
+        assert sorted(sum(values(fleet), [])) == [1, 2, 3, *range(10, 30)], "once in total"
         assert values(fleet)[dead][:3] == [1, 2, 3]
         assert fleet.consumers[dead].stats()["recordsDuplicate"] == 3
 
 
-def test_one_that_is_away_is_left_out_until_it_is_back_and_all_say_so(tmp_path: Path) -> None:
+def test_unreachable_consumer_gets_nothing_and_is_reported_down(tmp_path: Path) -> None:
     with Fleet(tmp_path) as fleet:
         for value in range(20):
             assert post(fleet.publisher, value) == 200
@@ -217,7 +219,7 @@ def test_one_that_is_away_is_left_out_until_it_is_back_and_all_say_so(tmp_path: 
         waiting = Blocked(lambda: post(fleet.publisher, 300))
         assert waiting.still(0.3)
         fleet.start(1)
-        assert waiting.result() == 200, "with no record but this one to tell that it is back"
+        assert waiting.result() == 200, "this record alone shows that the consumer is up again"
         fleet.start(0)
         eventually(lambda: fleet.states() == ["up", "up"])
         had = len(values(fleet)[0])
@@ -227,13 +229,13 @@ def test_one_that_is_away_is_left_out_until_it_is_back_and_all_say_so(tmp_path: 
         assert downs.count(fleet.address(1)) == 1 <= ups.count(fleet.address(1)) <= 2
 
 
-def test_one_that_hangs_holds_up_what_it_has_and_nothing_else(tmp_path: Path) -> None:
+def test_hanging_consumer_delays_only_its_own_batches(tmp_path: Path) -> None:
     with Fleet(tmp_path) as fleet:
         for value in range(10):
             assert post(fleet.publisher, value) == 200
         fleet.consumers[0].send_signal(signal.SIGSTOP)
         posts: list[Blocked] = []
-        while not posts or not posts[-1].still(2 * TIMEOUT):  # until it has one
+        while not posts or not posts[-1].still(2 * TIMEOUT):  # until the stopped consumer has one
             value = 100 + len(posts)
             posts.append(Blocked(lambda value=value: post(fleet.publisher, value)))
         eventually(lambda: fleet.states() == ["down", "up"])
@@ -246,12 +248,12 @@ def test_one_that_hangs_holds_up_what_it_has_and_nothing_else(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("state", ["up", "one away", "both away", "one hangs", "both hang"])
-def test_it_stops_in_order_and_in_time_in_every_state(tmp_path: Path, state: str) -> None:
+def test_publisher_stops_in_time_in_every_state(tmp_path: Path, state: str) -> None:
     with Fleet(tmp_path, patch=f"{QUICK}; app.DRAIN_SECONDS = 1") as fleet:
         for value in range(10):
             assert post(fleet.publisher, value) == 200
-        for each in {"one": [0], "both": [0, 1]}.get(state.split()[0], []):
-            fleet.consumers[each].send_signal(signal.SIGSTOP if "hang" in state else signal.SIGKILL)
+        for number in {"one": [0], "both": [0, 1]}.get(state.split()[0], []):
+            fleet.consumers[number].send_signal(signal.SIGSTOP if "hang" in state else signal.SIGKILL)
         if state != "up":
             eventually(lambda: "down" in fleet.states())
         with RawClient(fleet.publisher.port) as client:
@@ -265,13 +267,13 @@ def test_it_stops_in_order_and_in_time_in_every_state(tmp_path: Path, state: str
         stored = int(re.search(r"(\d+) stored", fleet.publisher.tally)[1])  # type: ignore[index]
         assert f"{stored} stored, {11 - stored} unstored" in fleet.publisher.tally
         assert status == (0 if stored == 11 else 3)
-        if state != "one hangs":  # either had it
+        if state != "one hangs":  # either consumer had the last record
             assert stored == (10 if "both" in state else 11)
 
 
-@pytest.mark.skipif(not hasattr(Storage, "identity"), reason="needs stores that say which they are")
-def test_consumers_that_are_stopped_in_order_leave_nothing_in_doubt(tmp_path: Path) -> None:
-    """What they have not acked by their goodbye they do not have: it goes elsewhere at once."""
+@pytest.mark.skipif(not hasattr(Storage, "identity"), reason="needs stores with an identity")
+def test_consumers_stopped_in_order_leave_nothing_in_doubt(tmp_path: Path) -> None:
+    """They have stored no record that they have not acked before their goodbye, so it goes elsewhere at once."""
     with Fleet(tmp_path, "-r", "8192") as fleet, Load(fleet.publisher.url, Random(seeded())) as load:
         for turn in range(6):
             load.goes_on()
@@ -286,8 +288,8 @@ def test_consumers_that_are_stopped_in_order_leave_nothing_in_doubt(tmp_path: Pa
         assert not fleet.problems(load)
 
 
-def test_what_is_in_doubt_goes_at_once_to_another_consumer_of_the_same_store(tmp_path: Path) -> None:
-    """As consumers in front of one ClickHouse are."""
+def test_batch_in_doubt_goes_to_another_consumer_of_same_store(tmp_path: Path) -> None:
+    """This is the case for consumers in front of one ClickHouse."""
     stored: list[int] = []
     fates = iter(["dies"])
     lock = threading.Lock()
@@ -314,7 +316,7 @@ def test_what_is_in_doubt_goes_at_once_to_another_consumer_of_the_same_store(tmp
         assert time.monotonic() - began < 5 and stored == [1, 2, 1, 2]
 
 
-def test_a_token_and_tls_are_for_all_alike_and_each_has_its_own_name(tmp_path: Path) -> None:
+def test_token_and_tls_apply_to_all_consumers(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     pair = authority.issue("localhost")
     (tmp_path / "token").write_text("secret")
@@ -341,13 +343,14 @@ def test_a_token_and_tls_are_for_all_alike_and_each_has_its_own_name(tmp_path: P
         assert [value for _, _, value in rows(tmp_path / "0.db")] == list(range(10))
 
 
-def test_each_address_of_a_name_is_a_consumer_and_a_new_one_is_found(tmp_path: Path) -> None:
+def test_new_address_of_a_name_becomes_a_consumer(tmp_path: Path) -> None:
     port, names = free_port(), tmp_path / "names"
     names.write_text("127.0.0.1 127.0.0.2")
     find = f"[net.addresses.Endpoint(each, port, host) for each in open({str(names)!r}).read().split()]"
     patch = (
-        f"{QUICK}; forward.discovery.SOON = 0.1; forward.discovery.resolve_endpoints = lambda host, port: {find};"
-        " app.find = lambda host, port: [(2, ('127.0.0.1' if host == 'localhost' else '127.0.0.9', port))];"
+        f"{QUICK}; forward.discovery.MIN_RESOLVE_INTERVAL_SECONDS = 0.1;"
+        f" forward.discovery.resolve_endpoints = lambda host, port: {find};"
+        " app.resolve = lambda host, port: [(2, ('127.0.0.1' if host == 'localhost' else '127.0.0.9', port))];"
         " forward.workers.IDLE_SECONDS = 0.2; net.addresses.x = 1"
     )
     ends: ServerProcess | None = None
@@ -367,7 +370,7 @@ def test_each_address_of_a_name_is_a_consumer_and_a_new_one_is_found(tmp_path: P
         names.write_text("127.0.0.1 127.0.0.3")
         assert ends
         ends.kill()
-        eventually(lambda: known() == ["127.0.0.1", "127.0.0.3"])  # or a record might be in doubt at the one that ended
+        eventually(lambda: known() == ["127.0.0.1", "127.0.0.3"])  # else a record might be in doubt at the killed one
         assert post(publisher, 10) == 200
         eventually(lambda: len(publisher.stats()["consumers"]) == 2)
         eventually(lambda: post(publisher, 11) == 200 and rows(tmp_path / "3.db"))

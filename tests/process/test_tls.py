@@ -37,7 +37,7 @@ from support.harness import (
 
 from ringolib.client.producer import Producer, ProducerError
 from ringolib.forward.link import LinkSink
-from ringolib.forward.sink import SinkError
+from ringolib.forward.sink import NotStored
 from ringolib.net.credentials import CredentialFiles, Credentials
 from ringolib.net.tls import client_context, server_context
 from ringolib.wire import Block, Run
@@ -177,7 +177,7 @@ def test_tls_to_port_without_tls_is_reported_on_both_sides(authority: Authority,
         assert producer.trouble == "it does not speak TLS on this port"
         producer.close()
         assert not_ready(running) == []
-        eventually(lambda: "a client speaks TLS where none is spoken" in running.errors.read_text())
+        eventually(lambda: "a client sent TLS to a port without TLS" in running.errors.read_text())
 
 
 def test_stop_during_tls_traffic_loses_no_acked_records(authority: Authority, pair: Pair, tmp_path: Path) -> None:
@@ -245,8 +245,8 @@ def test_link_over_tls_to_own_server_is_refused(authority: Authority, pair: Pair
         serving = Blocked(serve)
         link = LinkSink("localhost", port, is_own=lambda address: address[1][1] == port, credentials=credentials)
         block = Block([Run(uuid.uuid4().bytes, 0, 1)], array("q", [1]))
-        for _ in range(2):  # the second `store` must not use the link of the first
-            with pytest.raises(SinkError, match="that is this server itself"):
+        for _ in range(2):  # nor is it used the next time
+            with pytest.raises(NotStored, match="that is this server itself"):
                 link.store(block)
             serving.result()
             serving = Blocked(serve)

@@ -1,4 +1,4 @@
-"""HTTP: routes, headers, refusals, the limit on connections, and handshakes that are not."""
+"""The HTTP server: routes, headers, errors, the limit on connections, and invalid handshakes."""
 
 import json
 import re
@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from support.harness import (
     DEADLINE,
-    HANDSHAKE,
+    ROLES,
+    UPGRADE,
     Blocked,
     RawClient,
     ServerProcess,
@@ -35,8 +36,7 @@ OCTETS = {"Content-Type": "application/octet-stream"}
 @pytest.fixture(scope="module", params=["publisher", "consumer"])
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     directory = tmp_path_factory.mktemp(request.param)
-    flags = ["-T", "0"] if request.param == "publisher" else ["-I", "false"]
-    with server(directory, "-p", "0", "-N", "Ringo the 1st", *flags) as process:
+    with server(directory, "-N", "Ringo the 1st", *ROLES[request.param]) as process:
         process.database = directory / "ringoexp.db"  # type: ignore[attr-defined]
         yield process
 
@@ -46,7 +46,7 @@ def values(running: ServerProcess) -> list[int]:
 
 
 def raw(port: int, data: bytes, half_close: bool = False) -> bytes:
-    """Everything that comes back for these bytes, up to the end of the stream."""
+    """Send `data` over a new connection. Return all bytes received up to the end of the stream."""
     with socket.create_connection(("localhost", port), DEADLINE) as client:
         client.sendall(data)
         if half_close:
@@ -67,7 +67,7 @@ def status(answer: bytes) -> int:
 
 @pytest.mark.parametrize("path", ["/v1.0/alive", "/v1.0/stats", "/v1.0/alive?now"])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_alive_and_stats_have_the_exact_headers(running: ServerProcess, path: str, method: str) -> None:
+def test_alive_and_stats_send_the_documented_headers(running: ServerProcess, path: str, method: str) -> None:
     ids = set()
     for _ in range(2):
         code, headers, body = request(running.port, method, path)
@@ -85,7 +85,7 @@ def test_alive_and_stats_have_the_exact_headers(running: ServerProcess, path: st
     assert len(ids) == 2
 
 
-def test_stats_count_what_came_in(running: ServerProcess) -> None:
+def test_stats_count_received_records_and_bytes(running: ServerProcess) -> None:
     before = running.stats()
     assert request(running.port, "POST", "/v1.0/ingest", encode_plain([1, 2, 3]))[0] == 200
     after = running.stats()
@@ -111,7 +111,7 @@ def test_stats_count_what_came_in(running: ServerProcess) -> None:
         ("BREW", "/v1.0/alive", 405, "GET, HEAD"),
     ],
 )
-def test_unknown_paths_and_wrong_methods(
+def test_unknown_path_is_404_and_wrong_method_is_405(
     running: ServerProcess, method: str, path: str, expected: int, allow: str | None
 ) -> None:
     code, headers, body = request(running.port, method, path)
@@ -136,7 +136,7 @@ def test_unknown_paths_and_wrong_methods(
         ("nonsense", 406),
     ],
 )
-def test_accept_must_admit_json(running: ServerProcess, accept: str, expected: int) -> None:
+def test_accept_header_must_include_json(running: ServerProcess, accept: str, expected: int) -> None:
     for path in ("/v1.0/alive", "/v1.0/stats"):
         assert running.get(path, Accept=accept)[0] == expected
     assert request(running.port, "POST", "/v1.0/ingest", bytes(4), {"Accept": accept})[0] == expected
@@ -158,7 +158,9 @@ def test_content_type_of_a_get_must_be_json(running: ServerProcess, kind: str, e
         (encode_plain([2**63 - 1, 0, -1]), [2**63 - 1, 0, -1]),
     ],
 )
-def test_a_post_is_answered_when_all_is_stored(running: ServerProcess, body: bytes, expected: list[int]) -> None:
+def test_post_is_answered_after_all_records_are_stored(
+    running: ServerProcess, body: bytes, expected: list[int]
+) -> None:
     before = len(values(running))
     code, _, answer = request(running.port, "POST", "/v1.0/ingest", body, OCTETS)
     assert (code, json.loads(answer)) == (200, {"stored": len(expected)})
@@ -166,7 +168,7 @@ def test_a_post_is_answered_when_all_is_stored(running: ServerProcess, body: byt
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 5, 12])
-def test_a_post_of_another_length_is_400(running: ServerProcess, size: int) -> None:
+def test_post_of_an_invalid_length_is_400(running: ServerProcess, size: int) -> None:
     code, _, answer = request(running.port, "POST", "/v1.0/ingest", bytes(size), OCTETS)
     assert code == 400 and str(size) in json.loads(answer)["error"]
 
@@ -177,7 +179,7 @@ def test_a_post_of_another_length_is_400(running: ServerProcess, size: int) -> N
         pytest.param("Connection: close", bytes(4), 411, id="no length"),
         pytest.param("Transfer-Encoding: chunked", b"4\r\n\0\0\0\0\r\n0\r\n\r\n", 411, id="chunked"),
         pytest.param("Transfer-Encoding: chunked\r\nContent-Length: 4", bytes(4), 411, id="both"),
-        pytest.param("Content-Length: 8", bytes(4), 400, id="fewer bytes than it says"),
+        pytest.param("Content-Length: 8", bytes(4), 400, id="fewer bytes than announced"),
         pytest.param("Content-Length: four", bytes(4), 400, id="not a number"),
         pytest.param("Content-Length: -4", bytes(4), 400, id="negative"),
         pytest.param("Content-Length: +4", bytes(4), 400, id="signed"),
@@ -192,7 +194,7 @@ def test_a_post_of_another_length_is_400(running: ServerProcess, size: int) -> N
         pytest.param("Content-Length: 4\r\nOrigin: http://[", bytes(4), 403, id="broken origin"),
     ],
 )
-def test_a_refused_post_stores_nothing_and_its_body_is_never_a_request(
+def test_refused_post_stores_nothing_and_its_body_is_no_request(
     running: ServerProcess, headers: str, body: bytes, expected: int
 ) -> None:
     before = len(values(running))
@@ -203,7 +205,7 @@ def test_a_refused_post_stores_nothing_and_its_body_is_never_a_request(
     assert len(values(running)) == before
 
 
-def test_a_body_hidden_behind_a_get_is_never_a_request(running: ServerProcess) -> None:
+def test_unread_body_is_not_parsed_as_a_request(running: ServerProcess) -> None:
     before = len(values(running))
     hidden = post("Content-Length: 4", bytes(4))
     for start in (
@@ -219,30 +221,30 @@ def test_a_body_hidden_behind_a_get_is_never_a_request(running: ServerProcess) -
     [
         pytest.param(b"Content-Length: 0\r\nContent-Length: %d", id="two lengths"),
         pytest.param(b"Content-Length : %d", id="a blank before the colon"),
-        pytest.param(b"no header\r\nContent-Length: %d", id="behind a line that is none"),
+        pytest.param(b"no header\r\nContent-Length: %d", id="after a malformed line"),
         pytest.param(b"X: y\r\n Content-Length: %d", id="folded"),
-        pytest.param(b"X: y\rContent-Length: %d", id="behind a lone CR"),
-        pytest.param(b"X: y\0\r\nContent-Length: %d", id="behind a NUL"),
+        pytest.param(b"X: y\rContent-Length: %d", id="after a lone CR"),
+        pytest.param(b"X: y\0\r\nContent-Length: %d", id="after a NUL"),
     ],
 )
-def test_what_another_server_may_take_for_a_body_is_never_a_request(running: ServerProcess, hiding: bytes) -> None:
-    """Nor is a header what it may take for none (RFC 9112 section 11.2)."""
+def test_ambiguous_headers_do_not_smuggle_a_request(running: ServerProcess, hiding: bytes) -> None:
+    """A proxy in front of the server may interpret these headers differently (RFC 9112 section 11.2)."""
     hidden = b"GET /v1.0/stats HTTP/1.1\r\nHost: x\r\n\r\n"
     head = b"GET /v1.0/alive HTTP/1.1\r\nHost: x\r\n" + hiding.replace(b"%d", b"%d" % len(hidden)) + b"\r\n\r\n"
     answer = raw(running.port, head + hidden)
     assert answer.count(b"HTTP/1.1") == 1 and b"startTime" not in answer
     if b"\r\nContent-Length: 0" not in head:
-        assert status(answer) == 400 and b"a line of the headers is none" in answer
+        assert status(answer) == 400 and b"malformed header line" in answer
 
 
-def test_the_servers_own_pages_may_write(running: ServerProcess) -> None:
+def test_pages_of_the_server_itself_may_write(running: ServerProcess) -> None:
     own = f"localhost:{running.port}"
     assert request(running.port, "POST", "/v1.0/ingest", bytes(4), {"Origin": f"http://{own}"})[0] == 200
     with RawClient(running.port, {"Host": own, "Origin": f"http://{own.upper()}"}) as client:
         assert client.status == 101
 
 
-def test_requests_on_one_connection_are_answered_in_order(running: ServerProcess) -> None:
+def test_pipelined_requests_are_answered_in_order(running: ServerProcess) -> None:
     before = len(values(running))
     data = post("Content-Length: 4", b"\0\0\0\1") + post("Content-Length: 5", b"POST ")
     data += post("Content-Length: 4", b"\0\0\0\2") + post("Content-Length: 4\r\nConnection: close", b"\0\0\0\3")
@@ -261,7 +263,7 @@ def test_requests_on_one_connection_are_answered_in_order(running: ServerProcess
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
     ],
 )
-def test_what_is_not_http_gets_an_error(running: ServerProcess, data: bytes) -> None:
+def test_malformed_request_gets_an_error(running: ServerProcess, data: bytes) -> None:
     answer = raw(running.port, data)
     assert b'{"error": ' in answer
     assert running.get("/v1.0/alive")[0] == 200
@@ -277,7 +279,7 @@ def test_what_is_not_http_gets_an_error(running: ServerProcess, data: bytes) -> 
         pytest.param({"Sec-WebSocket-Version": "8"}, 426, id="old version"),
         pytest.param({"Upgrade": None}, 426, id="no upgrade"),
         pytest.param({"Upgrade": "h2c"}, 426, id="another upgrade"),
-        pytest.param({"Connection": "keep-alive"}, 426, id="connection does not upgrade"),
+        pytest.param({"Connection": "keep-alive"}, 426, id="connection without upgrade"),
         pytest.param({"Host": None}, 400, id="no host"),
         pytest.param({"Origin": "http://elsewhere.example"}, 403, id="foreign origin"),
         pytest.param({"Origin": "http://localhost:1"}, 403, id="another port"),
@@ -285,7 +287,7 @@ def test_what_is_not_http_gets_an_error(running: ServerProcess, data: bytes) -> 
         pytest.param({"Sec-WebSocket-Protocol": "\0"}, 400, id="garbled subprotocol"),
     ],
 )
-def test_a_refused_handshake_is_a_plain_http_error(
+def test_invalid_handshake_gets_an_http_error(
     running: ServerProcess, changed: dict[str, str | None], expected: int
 ) -> None:
     with RawClient(running.port, changed) as client:
@@ -294,7 +296,7 @@ def test_a_refused_handshake_is_a_plain_http_error(
         assert "Content-Type: application/json;charset=utf-8" in client.head
 
 
-def test_a_handshake_is_answered_101(running: ServerProcess) -> None:
+def test_valid_handshake_is_answered_101(running: ServerProcess) -> None:
     with RawClient(running.port, {"Connection": "keep-alive, Upgrade", "Upgrade": "WebSocket"}) as client:
         assert client.status == 101
         lines = dict(line.split(": ", 1) for line in client.head.split("\r\n")[1:])
@@ -303,12 +305,11 @@ def test_a_handshake_is_answered_101(running: ServerProcess) -> None:
         assert UUID4.fullmatch(lines["x-request-id"])
 
 
-def test_a_handshake_in_http_1_0_is_refused(running: ServerProcess) -> None:
-    lines = "".join(f"{name}: {value}\r\n" for name, value in HANDSHAKE.items())
-    assert status(raw(running.port, f"GET /v1.0/ingest HTTP/1.0\r\n{lines}\r\n".encode())) == 400
+def test_handshake_in_http_1_0_is_refused(running: ServerProcess) -> None:
+    assert status(raw(running.port, UPGRADE.replace(b"HTTP/1.1", b"HTTP/1.0"))) == 400
 
 
-def test_beyond_the_limit_there_is_503_but_alive_and_stats_answer(tmp_path: Path) -> None:
+def test_connection_beyond_the_limit_gets_503_but_alive_and_stats(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0", "-n", "2") as running:
         with RawClient(running.port) as first, RawClient(running.port) as second:
             with RawClient(running.port) as third:
@@ -324,9 +325,11 @@ def test_beyond_the_limit_there_is_503_but_alive_and_stats_answer(tmp_path: Path
             assert fourth.status == 101
 
 
-def test_a_post_that_is_not_stored_in_time_says_how_much_was_accepted(tmp_path: Path) -> None:
+def test_post_not_stored_in_time_reports_the_accepted_records(tmp_path: Path) -> None:
     port = free_port()
-    with server(tmp_path, "-p", "0", "-T", str(port), "-r", "10", patch="wsserver.INGEST_TIMEOUT = 1") as running:
+    with server(
+        tmp_path, "-p", "0", "-T", str(port), "-r", "10", patch="wsserver.INGEST_TIMEOUT_SECONDS = 1"
+    ) as running:
         code, headers, body = request(running.port, "POST", "/v1.0/ingest", encode_plain(range(15)))
         assert (code, json.loads(body)["accepted"]) == (503, 10)
         assert int(headers["Retry-After"]) > 0
@@ -335,16 +338,13 @@ def test_a_post_that_is_not_stored_in_time_says_how_much_was_accepted(tmp_path: 
             eventually(lambda: [row[2] for row in rows(tmp_path / "c.db")] == list(range(10)))
 
 
-def test_connections_beyond_the_limit_are_bounded_too_and_do_not_wait_long(tmp_path: Path) -> None:
+def test_refused_connections_are_bounded_and_time_out_soon(tmp_path: Path) -> None:
     with server(
         tmp_path,
-        "-p",
-        "0",
-        "-T",
-        "0",
+        *ROLES["publisher"],
         "-n",
         "1",
-        patch="web.connections.MAX_REFUSED = 5; web.handler.REFUSED_TIMEOUT = 0.2",
+        patch="web.table.MAX_REFUSED = 5; web.handler.REFUSED_TIMEOUT_SECONDS = 0.2",
     ) as running:
         with RawClient(running.port), ExitStack() as idle:
             for _ in range(50):
@@ -352,13 +352,13 @@ def test_connections_beyond_the_limit_are_bounded_too_and_do_not_wait_long(tmp_p
             tasks = Path(f"/proc/{running.process.pid}/task")
             eventually(lambda: len(list(tasks.iterdir())) >= 5)
             assert len(list(tasks.iterdir())) < 15
-            assert running.get("/v1.0/alive")[0] == 200, "the idle ones are given up after a moment"
+            assert running.get("/v1.0/alive")[0] == 200, "idle connections beyond the limit are closed soon"
             stopping = Blocked(running.stop)
             assert stopping.result() == 0
 
 
-def test_a_request_has_a_deadline_however_slowly_it_trickles(tmp_path: Path) -> None:
-    with server(tmp_path, "-p", "0", "-T", "0", patch="web.handler.REQUEST_TIMEOUT = 0.5") as running:
+def test_slowly_sent_request_is_ended_at_its_deadline(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0", patch="web.handler.REQUEST_TIMEOUT_SECONDS = 0.5") as running:
         with socket.create_connection(("localhost", running.port), DEADLINE) as client:
 
             def ended() -> bool:
@@ -374,7 +374,7 @@ def test_a_request_has_a_deadline_however_slowly_it_trickles(tmp_path: Path) -> 
             eventually(ended, deadline=10)
 
 
-def test_a_content_length_may_have_zeros_before_it(running: ServerProcess) -> None:
+def test_content_length_may_have_leading_zeros(running: ServerProcess) -> None:
     body = encode_plain([12345])
     zeros = post(f"Content-Length: {'0' * 30}8", body)
     answer = raw(running.port, zeros + b"GET /v1.0/alive HTTP/1.1\r\n\r\n", half_close=True)
@@ -393,7 +393,7 @@ def test_curl_stores_a_file(running: ServerProcess, tmp_path: Path, size: int) -
 
 
 @pytest.mark.parametrize(
-    ("said", "status"),
+    ("data", "status"),
     [
         (b"GET / HTTP/2.0\r\n\r\n", 505),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
@@ -402,13 +402,9 @@ def test_curl_stores_a_file(running: ServerProcess, tmp_path: Path, size: int) -
         (b"GET /v1.0/alive\r\n\r\n", 200),
     ],
 )
-def test_what_is_no_request_is_answered_with_a_status_line_too(tmp_path: Path, said: bytes, status: int) -> None:
-    with server(tmp_path, "-p", "0", "-T", "0") as running:
-        with socket.create_connection(("localhost", running.port), DEADLINE) as sock:
-            sock.sendall(said)
-            answer = b""
-            while data := sock.recv(65536):
-                answer += data
+def test_response_to_a_malformed_request_has_a_status_line(tmp_path: Path, data: bytes, status: int) -> None:
+    with server(tmp_path, *ROLES["publisher"]) as running:
+        answer = raw(running.port, data)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status) and b"Content-Type: application/json" in head
     assert status == 200 or json.loads(body)["error"]

@@ -1,5 +1,6 @@
-"""What the fault tests share: the seed, servers to be killed, a load of producers that keep their source, and the check
-of a database against what they sent and what was acked.
+"""Parts of the fault tests: servers to kill, a load of producers, and a check of the database.
+
+The check compares a database with the records that the producers sent and the number of acked records.
 """
 
 import os
@@ -26,16 +27,17 @@ from support.harness import DEADLINE, Blocked, ServerProcess, eventually, free_p
 from support.proxy import Proxy
 
 TIMEOUT = 0.5
-"""Seconds after which either end gives up a silent link, where SHORT_TIMES and `short_times` apply."""
+"""Seconds after which either end drops a silent link, with SHORT_TIMES and `short_times`."""
 SHORT_TIMES = (
-    f"forward.link.ACK_TIMEOUT = {TIMEOUT}; forward.spool.PATIENCE = {TIMEOUT}; timing.BACKOFF_MAX_SECONDS = 0.2;"
+    f"forward.link.ACK_TIMEOUT_SECONDS = {TIMEOUT}; forward.spool.ACK_TIMEOUT_SECONDS = {TIMEOUT};"
+    "timing.BACKOFF_MAX_SECONDS = 0.2;"
     f"net.websocket_client.CONNECT_TIMEOUT = {TIMEOUT}; net.sockets.CLOSE_TIMEOUT = {TIMEOUT}"
 )
-"""The servers' patch."""
+"""The patch for servers."""
 
 
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for producers in this process, which also keep less unacked."""
+    """Set the same times for producers in this process, and a lower limit of unacked records."""
     monkeypatch.setattr(producer, "STALL_TIMEOUT", TIMEOUT)
     monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.2)
     monkeypatch.setattr(producer, "MAX_UNACKED", 20_000)
@@ -48,9 +50,10 @@ VICTIMS = (("consumer",), ("publisher",), ("consumer", "publisher"))
 
 
 class Servers:
-    """A publisher and its consumer, with short timeouts, on ports that stay theirs when they are killed.
+    """A publisher and its consumer, with short timeouts. They keep their ports when they are killed and started again.
 
-    If `proxied`, with a proxy before each, by the name of its link. If `spooling`, the publisher has a spool.
+    If `proxied`, each is reached through a proxy, which `proxies` holds by the name of its link. If `spooling`, the
+    publisher has a spool.
     """
 
     def __init__(self, directory: Path, proxied: bool = False, spooling: bool = False) -> None:
@@ -84,50 +87,52 @@ class Servers:
             assert "Traceback" not in errors.read_text()
 
     def start(self, *roles: str) -> None:
+        """Start the servers of these roles."""
         for role in roles:
             self.running[role] = ServerProcess(self._directory, *self._flags[role], patch=SHORT_TIMES)
 
     def problems(self, load: "Load", still: Collection[str]) -> list[str]:
-        """How the databases break the promise, by what is acked now, while the servers of these roles do nothing."""
-        acked = load.acked()  # before a database is read
-        # The spool first: what leaves it afterwards is at the consumer by then.
-        elsewhere = spans(self.spool, "publisher" in still) if self.spool else {}
-        return problems(self.database, load.sent, acked, "consumer" in still, whole=False, elsewhere=elsewhere)
+        """Return how the databases break the promise for the records acked now. The servers in `still` do not run."""
+        acked = load.acked()  # before the databases are read
+        # Read the spool first: a record that leaves it later is already at the consumer.
+        spooled = spans(self.spool, "publisher" in still) if self.spool else {}
+        return problems(self.database, load.sent, acked, "consumer" in still, whole=False, elsewhere=spooled)
 
     def kill(self, *roles: str) -> None:
-        """All of them before any is waited for."""
+        """Kill the servers of these roles. Signal all of them before waiting for the first."""
         for role in roles:
             self.running[role].send_signal(signal.SIGKILL)
         for role in roles:
             self.running[role].kill()
 
     def stop(self, *roles: str) -> None:
-        """Returns when every thread of them stands still, until `go_on`."""
+        """Stop all threads of these servers until `go_on`, and return when they are stopped."""
         for role in roles:
             self.running[role].send_signal(signal.SIGSTOP)
         for role in roles:
             os.waitid(os.P_PID, self.running[role].process.pid, os.WSTOPPED)
 
     def go_on(self, *roles: str) -> None:
+        """Continue stopped servers."""
         for role in roles:
             self.running[role].send_signal(signal.SIGCONT)
 
 
 class Load:
-    """Producers that send random values, a few at a time, until `finish`; each keeps its source, and what it sent."""
+    """Producers that send a few random values at a time until `finish`. `sent` holds the values by source."""
 
     def __init__(self, url: str, rng: random.Random, producers: int = 3) -> None:
         self.sent: dict[uuid.UUID, array[int]] = {}
         self.producers = [producer.Producer(url) for _ in range(producers)]
         self._done = Event()
         self._feeders = []
-        for each in self.producers:
-            self.sent[each.source] = array("q")
+        for sender in self.producers:
+            self.sent[sender.source] = array("q")
             seed = rng.getrandbits(64)
-            self._feeders.append(Blocked(partial(self._feed, each, random.Random(seed))))
+            self._feeders.append(Blocked(partial(self._feed, sender, random.Random(seed))))
 
     def _feed(self, sender: producer.Producer, rng: random.Random) -> None:
-        while not self._done.wait(rng.uniform(0, 0.03)):  # the pace of the load
+        while not self._done.wait(rng.uniform(0, 0.03)):  # the rate of the load
             values = array("q", rng.randbytes(8 * rng.choice((1, 10, 100, 300))))
             self.sent[sender.source] += values
             sender.send(values)
@@ -137,39 +142,40 @@ class Load:
 
     def __exit__(self, *unused: object) -> None:
         self._done.set()
-        for each, feeder in zip(self.producers, self._feeders, strict=True):
-            each.close()
+        for sender, feeder in zip(self.producers, self._feeders, strict=True):
+            sender.close()
             assert not feeder.still(DEADLINE)
 
     def acked(self) -> dict[uuid.UUID, int]:
-        """How many records of each source are acked."""
-        return {each.source: each.acked for each in self.producers}
+        """Return the number of acked records by source."""
+        return {sender.source: sender.acked for sender in self.producers}
 
     def reconnects(self) -> int:
-        return sum(each.reconnects for each in self.producers)
+        """Return the number of reconnects of all producers."""
+        return sum(sender.reconnects for sender in self.producers)
 
     def goes_on(self) -> None:
-        """Returns when every producer has acks that it had not before."""
+        """Wait until every producer has received new acks."""
         before = self.acked()
 
-        def ahead() -> bool:
+        def all_acked_more() -> bool:
             for feeder in self._feeders:
-                assert feeder.still(0) or feeder.result(), "a producer has given up"
+                assert feeder.still(0) or feeder.result(), "a producer has failed"
             return all(count > before[source] for source, count in self.acked().items())
 
-        eventually(ahead, "everybody's records are acked")
+        eventually(all_acked_more, "new acks for every producer")
 
     def finish(self) -> None:
-        """Sends no more, and returns when all is acked."""
+        """Stop sending, and wait until all records are acked."""
         self._done.set()
         for feeder in self._feeders:
             feeder.result(60)
-        for each in self.producers:
-            each.flush(60)
+        for sender in self.producers:
+            sender.flush(60)
         assert self.acked() == {source: len(values) for source, values in self.sent.items()}
 
     def problems(self, database: Path, dead: bool = False, whole: bool = False) -> list[str]:
-        """How the database breaks the promise, by what is acked now."""
+        """Return how the database breaks the promise for the records acked now."""
         acked = self.acked()  # before the database is read
         return problems(database, self.sent, acked, dead, whole)
 
@@ -182,13 +188,13 @@ def problems(
     whole: bool = True,
     elsewhere: Mapping[uuid.UUID, Sequence[tuple[int, int]]] | None = None,
 ) -> list[str]:
-    """How the database breaks the promise: the first `acked` of each source are there, none twice, each as sent.
+    """Return how the database breaks the promise: the first `acked` records of each source are stored, once, as sent.
 
-    `dead` says that its writer is killed or stopped: then a copy of the files is recovered, and they stay as they are.
-    Values and the file itself are looked at if it is to be `whole`: ten times the work, so for the end. What is
-    `elsewhere`, in a spool, is not missing.
+    If its writer is `dead`, killed or stopped, a copy of the files is read, so that recovery does not change them.
+    `whole` checks the values and the file as well; it takes ten times as long. Records `elsewhere`, in a spool, are not
+    missing.
     """
-    found = []
+    errors = []
     with _reader(database, dead) as reader:
         batches = reader.execute(
             "SELECT uuid, sequence, count, first_id FROM batch LEFT JOIN source ON source.id = source_id"
@@ -196,7 +202,7 @@ def problems(
         ).fetchall()
         records, highest = reader.execute("SELECT count(*), coalesce(max(id), 0) FROM record").fetchone()
         if whole:
-            found += [said for (said,) in reader.execute("PRAGMA quick_check") if said != "ok"]
+            errors += [message for (message,) in reader.execute("PRAGMA quick_check") if message != "ok"]
             values = array("q", (value for (value,) in reader.execute("SELECT value FROM record ORDER BY id")))
     at = 0
     stored: dict[uuid.UUID, list[tuple[int, int]]] = defaultdict(list)
@@ -204,47 +210,47 @@ def problems(
         source = uuid.UUID(bytes=name or bytes(16))
         stored[source].append((sequence, sequence + count))
         if first_id != at + 1:
-            found.append(f"ids: a batch begins at {first_id}, not {at + 1}")
+            errors.append(f"ids: a batch begins at {first_id}, not {at + 1}")
         if whole and values[at : at + count] != sent.get(source, array("q"))[sequence : sequence + count]:
-            found.append(f"{source}: of the records from {sequence} on, {count}, some were never sent")
+            errors.append(f"{source}: of the records from {sequence} on, {count}, some were never sent")
         at += count
     if not at == records == highest:
-        found.append(f"ids: {at} records in batches, {records} in all, the last is {highest}")
+        errors.append(f"ids: {at} records in batches, {records} in all, the last is {highest}")
     for source in {*stored, *acked}:
         end = 0
         for first, after in sorted(stored[source]):
             if first < end:
-                found.append(f"{source}: records {first} to {min(end, after) - 1} are stored twice")
+                errors.append(f"{source}: records {first} to {min(end, after) - 1} are stored twice")
             end = max(end, after)
         end = 0
         anywhere = [*stored[source], *(elsewhere or {}).get(source, ())]
         for first, after in [*sorted(anywhere), (acked.get(source, 0), 0)]:
             if first > end < acked.get(source, 0):
-                found.append(f"{source}: records {end} to {min(first, acked[source]) - 1} are acked and not stored")
+                errors.append(f"{source}: records {end} to {min(first, acked[source]) - 1} are acked and not stored")
             end = max(end, after)
-    return found
+    return errors
 
 
 def spans(database: Path, dead: bool) -> dict[uuid.UUID, list[tuple[int, int]]]:
-    """Which records of each source a database holds, as `[first, end)`."""
-    found: dict[uuid.UUID, list[tuple[int, int]]] = defaultdict(list)
+    """Return the records of each source in a database as intervals `[first, end)`."""
+    intervals: dict[uuid.UUID, list[tuple[int, int]]] = defaultdict(list)
     with _reader(database, dead) as reader:
         for name, sequence, count in reader.execute(
             "SELECT uuid, sequence, count FROM batch JOIN source ON source.id = source_id"
         ):
-            found[uuid.UUID(bytes=name)].append((sequence, sequence + count))
-    return found
+            intervals[uuid.UUID(bytes=name)].append((sequence, sequence + count))
+    return intervals
 
 
 @contextmanager
 def _reader(database: Path, dead: bool) -> Iterator[sqlite3.Connection]:
-    """A connection that sees one state of the database."""
-    with TemporaryDirectory(dir=database.parent) as apart:
+    """Open a connection that sees one state of the database."""
+    with TemporaryDirectory(dir=database.parent) as copies:
         if dead:
             for path in database.parent.glob(f"{database.name}*"):
                 if not path.name.endswith(("-shm", "-lock")):
-                    shutil.copy(path, apart)
-            database = Path(apart) / database.name
+                    shutil.copy(path, copies)
+            database = Path(copies) / database.name
         with closing(sqlite3.connect(f"file:{database}?mode={'rw' if dead else 'ro'}", uri=True)) as reader:
             reader.execute("BEGIN")
             yield reader

@@ -154,7 +154,11 @@ def answer_handshake(
         if not data:
             raise LinkClosed
         head += data
-    (key,) = re.findall(rb"Sec-WebSocket-Key: (\S+)", head)
+    keys = re.findall(rb"Sec-WebSocket-Key: (\S+)", head)
+    if not keys:  # `GET /v1.0/ready` of a publisher that asks
+        sock.sendall(b"HTTP/1.1 426 Upgrade Required\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+        raise LinkClosed
+    (key,) = keys
     lines = [
         "HTTP/1.1 101 Switching Protocols",
         "Upgrade: websocket",

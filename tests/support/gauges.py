@@ -1,4 +1,4 @@
-"""What a server process holds, and how the fault tests are seeded."""
+"""Measure the memory, threads and descriptors of a server process, and find errors in its log."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import NamedTuple
 from support.harness import DEADLINE, ServerProcess, eventually
 
 RETURNING = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""Environment of a server whose memory is watched: what it frees goes back to the system, so that growth is held."""
+"""Environment of a server whose memory is measured: it returns freed memory to the system, so growth is in use."""
 
 
 class Usage(NamedTuple):
-    """Resident bytes that are no file's, threads, and descriptors."""
+    """Anonymous resident memory in bytes, threads, and descriptors."""
 
     memory: int
     threads: int
@@ -22,7 +22,7 @@ class Usage(NamedTuple):
 
 
 def usage(process: ServerProcess) -> Usage:
-    """What the process holds now."""
+    """Return the present usage of a server."""
     proc = Path(f"/proc/{process.process.pid}")
     fields = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
     memory = int(fields["RssAnon"].split()[0]) * 1024
@@ -30,19 +30,19 @@ def usage(process: ServerProcess) -> Usage:
 
 
 def settled(process: ServerProcess) -> Usage:
-    """What the process holds once its last connections have ended: the same ten times in a row."""
-    seen = [usage(process)]
+    """Wait until the last connections have ended, and return the usage once it is constant."""
+    measured = [usage(process)]
 
-    def same() -> bool:
-        seen.append(usage(process))
-        return len({each[1:] for each in seen[-10:]}) == 1 and len(seen) > 10
+    def is_constant() -> bool:
+        measured.append(usage(process))
+        return len({(now.threads, now.descriptors) for now in measured[-10:]}) == 1 and len(measured) > 10
 
-    eventually(same)
-    return seen[-1]
+    eventually(is_constant)
+    return measured[-1]
 
 
 def back_to(process: ServerProcess, base: Usage, deadline: float = DEADLINE) -> Usage:
-    """Waits until threads and descriptors are no more than in `base`; what is held then."""
+    """Wait until threads and descriptors are not above `base`, and return the usage then."""
     now = base
 
     def returned() -> bool:
@@ -53,12 +53,12 @@ def back_to(process: ServerProcess, base: Usage, deadline: float = DEADLINE) -> 
     try:
         eventually(returned, deadline=deadline)
     except AssertionError:
-        raise AssertionError(f"clients are gone, but the server holds {now}; before them it held {base}") from None
+        raise AssertionError(f"all clients have gone, but the server uses {now}; before them {base}") from None
     return now
 
 
 def complaints(process: ServerProcess) -> str:
-    """What the server has logged that it should not: errors and tracebacks."""
+    """Return the lines of the log that must not be there: errors and tracebacks."""
     lines = process.errors.read_text(errors="replace").splitlines()
-    bad = ("level=ERROR", "level=CRITICAL", "Traceback", "Exception")
+    bad = ("level=error", "level=critical", "Traceback", "Exception")
     return "\n".join(line for line in lines if any(word in line for word in bad))

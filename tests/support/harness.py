@@ -276,6 +276,9 @@ def rows(database: Path) -> list[tuple[str, int, int]]:
     return records
 
 
+ROLES = {"publisher": ["-p", "0", "-T", "0"], "consumer": ["-I", "false", "-p", "0"]}
+"""The options of a server on a free port: a publisher with its own database, and a consumer."""
+
 HANDSHAKE = {
     "Host": "localhost",
     "Upgrade": "websocket",
@@ -283,6 +286,11 @@ HANDSHAKE = {
     "Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(),
     "Sec-WebSocket-Version": "13",
 }
+
+
+HANDSHAKE_LINES = "".join(f"{name}: {value}\r\n" for name, value in HANDSHAKE.items()).encode()
+UPGRADE = b"GET /v1.0/ingest HTTP/1.1\r\n" + HANDSHAKE_LINES + b"\r\n"
+"""A whole upgrade request."""
 
 
 def frame(

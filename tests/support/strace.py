@@ -1,7 +1,7 @@
-"""A server under strace: what it asked of the kernel, as typed calls in the order in which they began and ended.
+"""A server under strace: its system calls as typed objects, in the order in which they began and ended.
 
-strace stops a thread before and after each traced call, and writes both down in the order in which it sees them. So a
-call that is written to have ended before another began did end before it, whichever threads made them.
+strace stops a thread before and after each traced call, and logs both in the order in which it sees them. If the log
+shows that one call ended before another began, then it did, even if different threads made them.
 """
 
 import os
@@ -32,10 +32,11 @@ _PATH = re.compile(r"\w+<((?:\\x[0-9a-f]{2})+|[^<]*?\](?=>)|[^<>]*)>")
 
 @dataclass
 class Call:
-    """One system call. `begun` and `ended` are places in the log; `ended` is None when it did not end.
+    """One system call. `begun` and `ended` are line numbers in the log; `ended` is None if the call did not end.
 
-    `path` is that of the descriptor, or what a call that opens, renames or removes names first. `numbers` are the plain
-    integers among the arguments, `flags` the arguments without strings and descriptors, as strace writes them.
+    `path` belongs to the descriptor; for a call that opens, renames or removes a file, it is the first name. `numbers`
+    are the plain integers among the arguments. `flags` are the arguments without strings and descriptors, as strace
+    prints them.
     """
 
     thread: int
@@ -51,12 +52,12 @@ class Call:
 
     @property
     def data(self) -> bytes:
-        """What a write writes."""
+        """Return the bytes that a write writes."""
         return self.strings[0]
 
     @property
     def ok(self) -> bool:
-        """True when it ended without an error."""
+        """True if the call ended without an error."""
         return self.result is not None and self.result >= 0
 
 
@@ -65,13 +66,13 @@ def _unhex(text: str) -> bytes:
 
 
 def _call(thread: int, begun: int, ended: int | None, text: str) -> Call:
-    """The call of one whole line of the log, or of two that were put together."""
-    found = _CALL.fullmatch(text)
-    assert found, f"strace wrote {text[:200]!r}"
-    name, arguments, result, error = found.groups()
+    """Parse one call from one line of the log, or from two joined lines."""
+    match = _CALL.fullmatch(text)
+    assert match, f"strace wrote {text[:200]!r}"
+    name, arguments, result, error = match.groups()
     strings = []
     for string, cut in _STRING.findall(arguments):
-        assert not cut, f"strace has cut a string short: {text[:200]!r}"
+        assert not cut, f"strace has truncated a string: {text[:200]!r}"
         strings.append(_unhex(string))
     bare = _STRING.sub("", arguments)
     descriptor = _PATH.match(bare)
@@ -80,38 +81,38 @@ def _call(thread: int, begun: int, ended: int | None, text: str) -> Call:
         path = _unhex(path).decode()
     if name in ("openat", "open", "creat", "unlink", "unlinkat", "rename", "renameat", "truncate"):
         path = os.path.join(path, strings[0].decode())
-    numbers = [int(each) for each in bare.split(", ") if each.lstrip("-").isdigit()]
+    numbers = [int(argument) for argument in bare.split(", ") if argument.lstrip("-").isdigit()]
     value = None if result == "?" else int(result, 0)
     return Call(thread, name, begun, ended, path, strings, numbers, _PATH.sub("", bare), value, error.strip())
 
 
 def parse(log: Path) -> list[Call]:
-    """The calls of a log, in the order in which they began."""
+    """Return the calls of a log, in the order in which they began."""
     calls: list[Call] = []
     open_calls: dict[int, tuple[int, str]] = {}
     with open(log, encoding="latin-1") as lines:
-        for place, line in enumerate(lines):
-            found = _LINE.fullmatch(line.rstrip("\n"))
-            assert found, f"strace wrote {line[:200]!r}"
-            thread, text = int(found[1]), found[2]
+        for number, line in enumerate(lines):
+            match = _LINE.fullmatch(line.rstrip("\n"))
+            assert match, f"strace wrote {line[:200]!r}"
+            thread, text = int(match[1]), match[2]
             if text.startswith(("---", "+++", "???")) or "<... ??? resumed>" in line[:60]:
-                continue  # signals and ends; a thread killed as it made a call, which then was not made
+                continue  # a signal, an exit, or a call that was not made because the thread was killed
             if text.endswith(_UNFINISHED):
-                open_calls[thread] = (place, text.removesuffix(_UNFINISHED))
+                open_calls[thread] = (number, text.removesuffix(_UNFINISHED))
             elif "resumed>" in line[:60]:
                 begun, begin = open_calls.pop(thread)
-                calls.append(_call(thread, begun, place, begin + text))
+                calls.append(_call(thread, begun, number, begin + text))
             else:
-                calls.append(_call(thread, place, place, text))
-    for thread, (begun, begin) in open_calls.items():  # it was killed within these
+                calls.append(_call(thread, number, number, text))
+    for thread, (begun, begin) in open_calls.items():  # the thread was killed during these calls
         calls.append(_call(thread, begun, None, f"{begin.rstrip(', ')}) = ?"))
     calls.sort(key=lambda call: call.begun)
     return calls
 
 
 @cache
-def why_not() -> str:
-    """Why nothing can be traced here; empty where it can."""
+def reason_to_skip() -> str:
+    """Return why strace cannot be used here; empty if it can."""
     if not shutil.which("strace"):
         return "needs strace"
     probe = subprocess.run(
@@ -119,39 +120,39 @@ def why_not() -> str:
         capture_output=True,
         text=True,
     )
-    said = probe.stderr.strip()
-    return f"strace may not trace here: {said[-200:]}" if probe.returncode or said else ""
+    output = probe.stderr.strip()
+    return f"strace may not trace here: {output[-200:]}" if probe.returncode or output else ""
 
 
-def needed() -> None:
-    """Skips the test where nothing can be traced."""
-    if reason := why_not():
+def need_strace() -> None:
+    """Skip the test if strace cannot be used."""
+    if reason := reason_to_skip():
         pytest.skip(reason)
 
 
 def command(log: Path, *options: str) -> list[str]:
-    """The command that runs a server under strace. The server keeps its own pid: strace is a grandchild (-D)."""
+    """Return the command that runs a server under strace. With -D, strace is the grandchild, not the server."""
     return ["strace", "-D", "-f", "-q", "--seccomp-bpf", "-o", str(log), *options]
 
 
-def finished(log: Path, pid: int) -> None:
-    """Returns once strace has written the last of that process, which has ended."""
+def wait_for_end(log: Path, pid: int) -> None:
+    """Wait until strace has logged the end of a process."""
     end = re.compile(rf"^{pid} +\+\+\+ ", re.MULTILINE)
 
-    def over() -> bool:
+    def has_ended() -> bool:
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - 65536))
             return bool(end.search(file.read().decode("latin-1")))
 
-    eventually(over, "strace has written everything")
+    eventually(has_ended, "strace has logged the end")
 
 
 @contextmanager
 def traced(directory: Path, log: Path, *flags: str, patch: str = "") -> Iterator[ServerProcess]:
-    """A server of which everything that it writes, syncs, names and sends is in `log`, complete afterwards."""
+    """Run a server and log its writes, syncs, file operations and sends. The log is complete when the context ends."""
     trace = ",".join([WRITES, NAMES, SYNCS, SENDS])
-    # Of each call what it is asked to do, all of it: strings whole and in hexadecimal, descriptors with their paths.
+    # Log strings untruncated and in hexadecimal, and descriptors with their paths.
     options = ["-yy", "-xx", "-s", "33554432", "-e", f"trace={trace}"]
     with server(directory, *flags, patch=patch, under=command(log, *options)) as running:
         yield running
-    finished(log, running.process.pid)
+    wait_for_end(log, running.process.pid)

@@ -1,10 +1,12 @@
-"""Threads that take turns: one runs at a time, and who goes on is drawn at random. The same draws, the same run.
+"""A deterministic scheduler for threads: one thread runs at a time, and a seed decides which one runs next.
 
-`Turns` stands in for `threading` and for the clock in the rooms under test. A thread may lose its turn where it takes
-a lock, waits, or calls `switch`; with `fine`, before every line of these rooms. Time passes when all wait, and now and
-then before. When all wait for ever, or it does not end after `most` turns, that is an error, as is what ends a thread.
+`Turns` replaces `threading` and the clock in the modules under test. A thread may lose its turn when it takes a lock,
+waits, or calls `switch`, and also before every line of the files in `traced`. Time passes when all threads wait, and
+sometimes before. A run fails if all threads wait forever, if it takes more than `max_turns` turns, or if a thread ends
+with an exception. The same seed gives the same run.
 """
 
+import math
 import sys
 import threading
 from collections.abc import Callable
@@ -15,42 +17,42 @@ from typing import Any
 
 
 class Over(BaseException):
-    """This run is over: every thread ends where it is."""
+    """The run is over: every thread ends where it is."""
 
 
 class Task:
-    """One thread, and what it waits for."""
+    """One thread, and the reason why it waits."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.gate = threading.Lock()  # who holds the turn opens the next one's
+        self.gate = threading.Lock()  # the thread that passes the turn on opens the gate of the next one
         self.gate.acquire()
         self.until: Callable[[], bool] | None = None
         self.deadline: float | None = None
         self.done = False
-        self.wants: Callable[[], bool] | None = None  # what it waits for, when somebody is to notify it
+        self.predicate: Callable[[], bool] | None = None  # of the condition that it waits on
 
 
 class Turns:
-    """The threads, their clock, and whose turn it is. Made by the thread that is to take part as the first."""
+    """The scheduler of a run. The thread that makes it takes part as the first task, `main`."""
 
-    def __init__(self, rng: Random, often: float, most: int, fine: tuple[str, ...] = ()) -> None:
+    def __init__(self, rng: Random, switch_rate: float, max_turns: int, traced: tuple[str, ...] = ()) -> None:
         self.rng = rng
         self.now = 0.0
         self.over = False
         self.error: BaseException | None = None
         self.may_start: Callable[[str], bool] = lambda name: True
         self.passed = 0
-        self._choosing = False  # who is next: what is asked for that is nobody's turn
-        self._often = often  # of all points where a turn may end, this part
-        self._most = most
-        self._fine = fine
+        self._choosing = False  # the scheduler calls predicates, which must not switch
+        self._switch_rate = switch_rate  # the share of possible switches that take place
+        self._max_turns = max_turns
+        self._traced = traced
         self._main = Task("main")
         self._tasks = [self._main]
         self._threads: list[threading.Thread] = []
-        self._of: dict[threading.Thread, Task] = {threading.current_thread(): self._main}
+        self._task_of: dict[threading.Thread, Task] = {threading.current_thread(): self._main}
 
-    # In place of `threading`.
+    # In place of `threading` and the clock.
 
     current_thread = staticmethod(threading.current_thread)
 
@@ -66,59 +68,59 @@ class Turns:
     def monotonic(self) -> float:
         return self.now
 
-    # What threads do.
+    # Called by the threads of the run.
 
-    def switch(self, often: float | None = None) -> None:
-        """Another thread may go on here."""
+    def switch(self, rate: float | None = None) -> None:
+        """Let another thread run, with the probability `rate`."""
         if self.over:
             raise Over
-        if self.rng.random() < (self._often if often is None else often):
-            self._pass(self._of[threading.current_thread()])
+        if self.rng.random() < (self._switch_rate if rate is None else rate):
+            self._pass(self._task_of[threading.current_thread()])
 
     def block(self, until: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Others go on until this is true or time is up; whether it is."""
+        """Let others run until `until` is true or the time is up. Return whether it is true."""
         if self.over:
             raise Over
         if not until() and (timeout is None or timeout > 0):
-            task = self._of[threading.current_thread()]
+            task = self._task_of[threading.current_thread()]
             task.until, task.deadline = until, None if timeout is None else self.now + timeout
             self._pass(task)
             task.until = task.deadline = None
         return until()
 
-    def noting(self, wait_until: Callable[..., bool]) -> Callable[..., bool]:
-        """A function that waits on a condition for a predicate, which must not be true when all threads wait."""
+    def watched(self, wait_until: Callable[..., bool]) -> Callable[..., bool]:
+        """Wrap `timing.wait_until`: the run fails if all threads wait although the predicate of one is true."""
 
-        def noted(condition: Condition, predicate: Callable[[], bool], deadline: float | None) -> bool:
-            task = self._of[threading.current_thread()]
-            task.wants = predicate
+        def wait(condition: Condition, predicate: Callable[[], bool], deadline: float = math.inf) -> bool:
+            task = self._task_of[threading.current_thread()]
+            task.predicate = predicate
             try:
                 return wait_until(condition, predicate, deadline)
             finally:
-                task.wants = None
+                task.predicate = None
 
-        return noted
+        return wait
 
     def sleep(self, seconds: float) -> None:
         self.block(lambda: False, seconds)
 
     def start(self, thread: "Thread") -> None:
-        task = self._of[thread] = thread.task
+        task = self._task_of[thread] = thread.task
         self._tasks.append(task)
         self._threads.append(thread)
 
     def run(self, thread: "Thread") -> None:
-        """A thread's life, from its first turn to its last."""
+        """Run a thread from its first turn to its last."""
         thread.task.gate.acquire()
         try:
             if self.over:
                 return
-            if self._fine:
+            if self._traced:
                 sys.settrace(self._trace)
             try:
                 thread.work()
             finally:
-                if self._fine:
+                if self._traced:
                     sys.settrace(None)
             thread.task.done = True
             self._tasks.remove(thread.task)
@@ -126,20 +128,20 @@ class Turns:
         except Over:
             pass
         except BaseException as error:
-            if not self.over:  # it had the turn
+            if not self.over:  # this thread has the turn
                 self.error, self.over = error, True
                 self._main.gate.release()
 
-    def fail(self, what: str) -> None:
-        """The run is over, as this was found: no room under test has a say in it."""
+    def fail(self, reason: str) -> None:
+        """End the run as failed. The modules under test cannot catch it."""
         if not self.over:
-            self.error, self.over = AssertionError(what), True
-            if self._of[threading.current_thread()] is not self._main:
+            self.error, self.over = AssertionError(reason), True
+            if self._task_of[threading.current_thread()] is not self._main:
                 self._main.gate.release()
         raise Over
 
     def end(self) -> None:
-        """Ends all threads, wherever they are. For the first one."""
+        """End all threads, wherever they are. Called by the first thread."""
         self.over = True
         for task in self._tasks:
             if task is not self._main and task.gate.locked():
@@ -148,9 +150,9 @@ class Turns:
             threading.Thread.join(thread, 20)
             assert not threading.Thread.is_alive(thread)
 
-    def waiting(self) -> str:
-        """Who is there, for people."""
-        return ", ".join(f"{each.name}{' waits' if each.until else ''}" for each in self._tasks)
+    def describe(self) -> str:
+        """Return the names of the threads, and which of them wait, for messages."""
+        return ", ".join(f"{task.name}{' waits' if task.until else ''}" for task in self._tasks)
 
     def _pass(self, task: Task) -> None:
         following = self._next()
@@ -161,47 +163,47 @@ class Turns:
                 raise Over
 
     def _next(self) -> Task:
-        """Whose turn it is now."""
+        """Choose the task that runs next. If all wait, move the clock to the next deadline."""
         self.passed += 1
-        if self.passed > self._most:
-            self.fail(f"no end after {self.passed} turns, {self.now:.1f} s: {self.waiting()}")
+        if self.passed > self._max_turns:
+            self.fail(f"no end after {self.passed} turns, {self.now:.1f} s: {self.describe()}")
         self._choosing = True
         self.now += self.rng.random() * 0.002
         if self.rng.random() < 0.02:
             self._leap(60)
-        while not (ready := [each for each in self._tasks if self._is_ready(each)]):
-            if lost := [each.name for each in self._tasks if each.wants and each.wants()]:
-                self.fail(f"nobody has woken {', '.join(lost)}")
+        while not (ready := [task for task in self._tasks if self._is_ready(task)]):
+            if forgotten := [task.name for task in self._tasks if task.predicate and task.predicate()]:
+                self.fail(f"not notified: {', '.join(forgotten)}")
             if not self._leap():
-                self.fail(f"nobody goes on after {self.now:.1f} s: {self.waiting()}")
+                self.fail(f"deadlock after {self.now:.1f} s: {self.describe()}")
         self._choosing = False
         return self.rng.choice(ready)
 
     def _is_ready(self, task: Task) -> bool:
         return task.until is None or (task.deadline is not None and task.deadline <= self.now) or task.until()
 
-    def _leap(self, most: float = float("inf")) -> bool:
-        """It is later now, at most by so many seconds, so that somebody's time is up; False when nobody's is."""
+    def _leap(self, limit: float = float("inf")) -> bool:
+        """Move the clock to the next deadline within `limit` seconds. Return False if there is no such deadline."""
         ahead = [
-            each.deadline
-            for each in self._tasks
-            if each.deadline is not None and self.now < each.deadline < self.now + most
+            task.deadline
+            for task in self._tasks
+            if task.deadline is not None and self.now < task.deadline < self.now + limit
         ]
         if ahead:
             self.now = min(ahead)
         return bool(ahead)
 
     def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
-        return self._line if Path(frame.f_code.co_filename).name in self._fine else None
+        return self._trace_line if Path(frame.f_code.co_filename).name in self._traced else None
 
-    def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
+    def _trace_line(self, frame: FrameType, event: str, arg: Any) -> Any:
         if event == "line" and not self._choosing:
             self.switch(0.03)
-        return self._line
+        return self._trace_line
 
 
 class Lock:
-    """A `threading.Lock`, before and after which another thread may go on."""
+    """A `threading.Lock` with a possible switch before it is taken."""
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
@@ -227,7 +229,7 @@ class Lock:
 
 
 class Condition:
-    """A `threading.Condition`: who of those that wait is notified is drawn."""
+    """A `threading.Condition` that notifies a random one of the waiting threads."""
 
     def __init__(self, turns: Turns, lock: Lock) -> None:
         self._turns = turns
@@ -256,10 +258,10 @@ class Condition:
 
 
 class Thread(threading.Thread):
-    """A thread that goes on when it is its turn."""
+    """A real thread that runs only when it has the turn."""
 
     def __init__(self, turns: Turns, target: Callable[..., None], args: Any, name: str) -> None:
-        super().__init__(name=name, daemon=True)  # daemon: so that a test that fails ends
+        super().__init__(name=name, daemon=True)  # daemon: a failed test must not keep the process alive
         self._turns = turns
         self.work = lambda: target(*args)
         self.task = Task(name)

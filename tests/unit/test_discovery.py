@@ -1,4 +1,4 @@
-"""Which consumers a publisher has: the list of its flags, and the addresses of names, which come and go."""
+"""The consumers of a publisher: the list in its options, and the addresses of names, which come and go."""
 
 import logging
 import socket
@@ -11,7 +11,7 @@ import pytest
 from support.harness import Blocked, eventually, free_port, server
 
 from ringolib import options
-from ringolib.forward import discovery as consumers
+from ringolib.forward import discovery
 from ringolib.forward.destination import Destination
 from ringolib.forward.discovery import Consumers
 from ringolib.net import addresses
@@ -19,7 +19,7 @@ from ringolib.net.addresses import AddressError, Endpoint, parse_hosts, resolve_
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         ("a", [("a", 6660)]),
         ("a:1", [("a", 1)]),
@@ -32,12 +32,12 @@ from ringolib.net.addresses import AddressError, Endpoint, parse_hosts, resolve_
         ("a,a:1", [("a", 6660), ("a", 1)]),
     ],
 )
-def test_a_list_of_hosts(text: str, found: list[tuple[str, int]]) -> None:
-    assert parse_hosts(text, 6660) == found
+def test_list_of_hosts_is_parsed(text: str, expected: list[tuple[str, int]]) -> None:
+    assert parse_hosts(text, 6660) == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a,,b", "HOST, HOST:PORT"),
         ("a,", "HOST, HOST:PORT"),
@@ -56,173 +56,176 @@ def test_a_list_of_hosts(text: str, found: list[tuple[str, int]]) -> None:
         ("a:6660,a", "named twice"),
     ],
 )
-def test_what_is_no_list_of_hosts_is_one_line(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_list_of_hosts_is_a_one_line_error(
+    text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         options.read_arguments(["-U", text])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1
     assert error.startswith("ringoexp: error: argument -U/--consumer_hostname")
-    assert f": {text!r} is not accepted: " in error and said in error
+    assert f": {text!r} is not accepted: " in error and message in error
 
 
-def test_the_settings_know_the_consumers_and_one_is_written_as_ever() -> None:
-    for text, shown, found in [
+def test_settings_contain_consumers_and_show_a_single_one_plainly() -> None:
+    for text, shown, expected in [
         ("[::1]", "::1", [("::1", 7)]),
         ("a:1,b", "a:1,b", [("a", 1), ("b", 7)]),
         ("a:1", "a:1", [("a", 1)]),
     ]:
         settings = options.read_arguments(["-U", text, "-T", "7"])
-        assert (settings.consumer_hostname, settings.consumers) == (shown, found)
+        assert (settings.consumer_hostname, settings.consumers) == (shown, expected)
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["-U", "a,b", "-S", "s"], "-S/--spool: 's' is not accepted with several consumers"),
         (["-U", "a,b", "-T", "0", "-p", "0"], "-T/--consumer_port: 0 is not accepted"),
         (["-U", "a:6660,a", "-T", "6660"], "named twice"),
     ],
 )
-def test_flags_that_do_not_go_together_with_several(
-    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_options_that_conflict_with_several_consumers_are_refused(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         options.read_arguments(flags)
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
-def answers(monkeypatch: pytest.MonkeyPatch, names: dict[str, Sequence[str]]) -> None:
-    """A name service that knows these, as they are when it is asked."""
+def fake_names(monkeypatch: pytest.MonkeyPatch, names: dict[str, Sequence[str]]) -> None:
+    """Simulate a name service that knows these names, at the time of each query."""
 
     def getaddrinfo(host: str, port: int, *unused: Any, **more: Any) -> list[Any]:
         if host not in names:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return [
-            (socket.AF_INET6, socket.SOCK_STREAM, 6, "", (each, port, 0, 0))
-            if ":" in each
-            else (socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, port))
-            for each in names[host]
+            (socket.AF_INET6, socket.SOCK_STREAM, 6, "", (address, port, 0, 0))
+            if ":" in address
+            else (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
+            for address in names[host]
         ]
 
     monkeypatch.setattr(addresses.socket, "getaddrinfo", getaddrinfo)
 
 
 @pytest.mark.parametrize(
-    ("known", "found"),
+    ("known", "expected"),
     [
         (["10.0.0.1"], ["name"]),
         (["::1"], ["name"]),
-        (["10.0.0.1", "::1"], ["name"]),  # one server that has both
+        (["10.0.0.1", "::1"], ["name"]),  # one server with an address of each family
         (["10.0.0.1", "10.0.0.2"], ["10.0.0.1", "10.0.0.2"]),
         (["fd00::1", "fd00::2", "10.0.0.1"], ["fd00::1", "fd00::2"]),
         (["fd00::1", "fd00::2", "10.0.0.1", "10.0.0.2"], ["10.0.0.1", "10.0.0.2"]),
     ],
 )
-def test_each_address_of_a_name_with_several_is_a_consumer(
-    known: list[str], found: list[str], monkeypatch: pytest.MonkeyPatch
+def test_each_address_of_a_name_is_a_consumer(
+    known: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers(monkeypatch, {"name": known, "localhost": ["127.0.0.1", "127.0.0.2"]})
-    assert resolve_endpoints("name", 7) == [Endpoint(each, 7, "name") for each in found]
+    fake_names(monkeypatch, {"name": known, "localhost": ["127.0.0.1", "127.0.0.2"]})
+    assert resolve_endpoints("name", 7) == [Endpoint(address, 7, "name") for address in expected]
     for host in ("localhost", "127.0.0.1", "::1", "unix:x"):
-        assert resolve_endpoints(host, 7) == [Endpoint(host, 7, host)], "one, and nobody is asked"
+        assert resolve_endpoints(host, 7) == [Endpoint(host, 7, host)], "one consumer, without a query"
     with pytest.raises(AddressError, match="cannot be resolved"):
         resolve_endpoints("other", 7)
 
 
-class Told:
-    """In place of a forwarder: notes what it is told."""
+class FakeForwarder:
+    """In place of a forwarder: records the calls."""
 
     def __init__(self) -> None:
         self.now: list[str] = []
         self.kept: list[str] = []
 
     def change(self, added: Sequence[Destination], dropped: Sequence[Destination]) -> None:
-        self.now = [each for each in self.now if each not in [str(gone.place) for gone in dropped]]
-        self.now += [str(each.place) for each in added]
+        gone = [str(destination.endpoint) for destination in dropped]
+        self.now = [address for address in self.now if address not in gone]
+        self.now += [str(destination.endpoint) for destination in added]
 
     def keep(self, destination: Destination) -> bool:
-        self.kept.append(str(destination.place))
+        self.kept.append(str(destination.endpoint))
         return True
 
 
-def destination(place: Endpoint, lost: Callable[[], None]) -> Destination:
-    return Destination(lambda connected: None, place=place, lost=lost)  # type: ignore[arg-type,return-value]
+def make(endpoint: Endpoint, on_link_lost: Callable[[], None]) -> Destination:
+    return Destination(lambda connected: None, endpoint=endpoint, on_link_lost=on_link_lost)  # type: ignore[arg-type,return-value]
 
 
-def test_names_are_resolved_again_when_a_link_fails_and_now_and_then(
+def test_names_are_resolved_after_link_failure_and_regularly(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(consumers, "SOON", 0.01)
+    monkeypatch.setattr(discovery, "MIN_RESOLVE_INTERVAL_SECONDS", 0.01)
     names = {"name": ["10.0.0.1", "10.0.0.2"]}
-    answers(monkeypatch, names)
-    running = Consumers([("name", 7), ("127.0.0.1", 7), ("later", 7)], destination)
+    fake_names(monkeypatch, names)
+    running = Consumers([("name", 7), ("127.0.0.1", 7), ("later", 7)], make)
     assert [record.args for record in caplog.records] == [
         {"reason": "-U later:7: the host's name cannot be resolved ([Errno -2] Name or service not known)"}
     ]
-    told = Told()
-    told.now = [str(each.place) for each in running.destinations]
-    assert told.now == ["10.0.0.1:7", "10.0.0.2:7", "127.0.0.1:7"]
-    running.start(told)
+    forwarder = FakeForwarder()
+    forwarder.now = [str(destination.endpoint) for destination in running.destinations]
+    assert forwarder.now == ["10.0.0.1:7", "10.0.0.2:7", "127.0.0.1:7"]
+    running.start(forwarder)
     try:
         names["name"] = ["10.0.0.2", "10.0.0.3"]
         names["later"] = ["10.0.0.9"]
-        assert "10.0.0.3:7" not in told.now
-        running.destinations[0].lost()
-        eventually(lambda: sorted(told.now) == ["10.0.0.2:7", "10.0.0.3:7", "127.0.0.1:7", "later:7"])
+        assert "10.0.0.3:7" not in forwarder.now
+        running.destinations[0].on_link_lost()
+        eventually(lambda: sorted(forwarder.now) == ["10.0.0.2:7", "10.0.0.3:7", "127.0.0.1:7", "later:7"])
         eventually(lambda: len(running.destinations) == 4)
-        del names["name"]  # the name service fails: all stays as it is
-        running.lost()
-        kept = len(told.kept)
-        eventually(lambda: len(told.kept) > kept and len(running.destinations) == 4)
-        monkeypatch.setattr(consumers, "NOW_AND_THEN", 0.01)
+        del names["name"]  # the name service fails, so the consumers stay the same
+        running.on_link_lost()
+        kept = len(forwarder.kept)
+        eventually(lambda: len(forwarder.kept) > kept and len(running.destinations) == 4)
+        monkeypatch.setattr(discovery, "RESOLVE_INTERVAL_SECONDS", 0.01)
         names["name"] = ["10.0.0.3"]
-        running.lost()
-        eventually(lambda: sorted(told.now) == ["127.0.0.1:7", "later:7", "name:7"])
+        running.on_link_lost()
+        eventually(lambda: sorted(forwarder.now) == ["127.0.0.1:7", "later:7", "name:7"])
         names["name"] = ["10.0.0.3", "10.0.0.4"]
-        eventually(lambda: len(told.now) == 4)
+        eventually(lambda: len(forwarder.now) == 4)
     finally:
         running.stop(20)
     assert "resolve" not in [thread.name for thread in threading.enumerate()]
     assert {"added": "10.0.0.3:7 later:7", "gone": "10.0.0.1:7"} in [record.args for record in caplog.records]
 
 
-def test_without_names_nobody_is_asked_and_no_thread_runs() -> None:
-    running = Consumers([("127.0.0.1", 7), ("localhost", 8), ("unix:x", 0)], destination)
-    running.start(Told())
+def test_hosts_without_names_start_no_thread() -> None:
+    running = Consumers([("127.0.0.1", 7), ("localhost", 8), ("unix:x", 0)], make)
+    running.start(FakeForwarder())
     assert "resolve" not in [thread.name for thread in threading.enumerate()]
     running.stop(0)
 
 
-def test_if_no_name_resolves_that_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers(monkeypatch, {})
+def test_no_resolvable_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_names(monkeypatch, {})
     with pytest.raises(AddressError, match="-U a:1: "):
-        Consumers([("a", 1), ("b", 1)], destination)
+        Consumers([("a", 1), ("b", 1)], make)
 
 
-def test_with_a_spool_a_name_is_one_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers(monkeypatch, {"name": ["10.0.0.1", "10.0.0.2"]})
-    running = Consumers([("name", 7)], destination, by_name=True)
-    assert [each.place for each in running.destinations] == [Endpoint("name", 7, "name")]
-    running.start(Told())
+def test_name_is_one_consumer_with_a_spool(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_names(monkeypatch, {"name": ["10.0.0.1", "10.0.0.2"]})
+    running = Consumers([("name", 7)], make, by_name=True)
+    assert [destination.endpoint for destination in running.destinations] == [Endpoint("name", 7, "name")]
+    running.start(FakeForwarder())
     assert "resolve" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_a_name_service_that_hangs_holds_no_stop_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_does_not_wait_for_hanging_name_service(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, go_on = threading.Event(), threading.Event()
-    answers(monkeypatch, {"name": ["10.0.0.1", "10.0.0.2"]})
-    running = Consumers([("name", 7)], destination)
-    monkeypatch.setattr(consumers, "SOON", 0)
-    monkeypatch.setattr(consumers, "resolve_endpoints", lambda host, port: (asked.set(), go_on.wait(30), [])[2])
-    running.start(Told())
-    running.lost()
+    fake_names(monkeypatch, {"name": ["10.0.0.1", "10.0.0.2"]})
+    running = Consumers([("name", 7)], make)
+    monkeypatch.setattr(discovery, "MIN_RESOLVE_INTERVAL_SECONDS", 0)
+    monkeypatch.setattr(discovery, "resolve_endpoints", lambda host, port: (asked.set(), go_on.wait(30), [])[2])
+    running.start(FakeForwarder())
+    running.on_link_lost()
     assert asked.wait(20)
     Blocked(lambda: running.stop(0.05)).result()
     go_on.set()
 
 
-def test_an_own_address_among_several_is_one_line(tmp_path: Path) -> None:
+def test_own_address_among_several_consumers_is_a_one_line_error(tmp_path: Path) -> None:
     port = free_port()
     with (
         pytest.raises(AssertionError) as failed,
@@ -233,14 +236,15 @@ def test_an_own_address_among_several_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in str(failed.value)
 
 
-def test_one_consumer_with_its_port_may_be_its_own(tmp_path: Path) -> None:
+def test_single_consumer_may_be_the_publisher_itself(tmp_path: Path) -> None:
     port = free_port()
     with server(tmp_path, "-p", str(port), "-U", f"localhost:{port}") as running:
         assert "storing in ringoexp.db" in running.greeting
         assert running.stats()["consumers"] == []
 
 
-def test_one_address_that_two_names_have_is_one_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers(monkeypatch, {"a": ["10.0.0.1", "10.0.0.2"], "b": ["10.0.0.2", "10.0.0.3"]})
-    found = [str(each.place) for each in Consumers([("a", 1), ("b", 1)], destination).destinations]
-    assert found == ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"]
+def test_address_shared_by_two_names_is_one_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_names(monkeypatch, {"a": ["10.0.0.1", "10.0.0.2"], "b": ["10.0.0.2", "10.0.0.3"]})
+    running = Consumers([("a", 1), ("b", 1)], make)
+    endpoints = [str(destination.endpoint) for destination in running.destinations]
+    assert endpoints == ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"]

@@ -1,4 +1,4 @@
-"""`ringoexp send` and its Producer: all stored, once, in order, whatever fails in between."""
+"""`ringoexp send` and its Producer: every record is stored once and in order, whatever fails."""
 
 import json
 import os
@@ -36,20 +36,20 @@ from support.harness import (
 from ringolib import timing
 from ringolib.client import producer
 from ringolib.client import send as command
-from ringolib.client.producer import Producer, ProducerError
+from ringolib.client.producer import Producer, ProducerError, Target, parse_url
 from ringolib.net import sockets
 from ringolib.wire import decode_batch, encode_ack
 
 
 @pytest.fixture(autouse=True)
-def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "BACKOFF_FIRST_SECONDS", 0.005)
     monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.05)
     monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.2)
 
 
 def send(directory: Path, *flags: str, given: bytes = b"") -> "subprocess.CompletedProcess[str]":
-    """`ringoexp send` with these flags, to its end."""
+    """Run `ringoexp send` with these flags and this input to its end."""
     command = [sys.executable, str(ROOT / "ringoexp.py"), "send", *flags]
     done = subprocess.run(command, cwd=directory, input=given, capture_output=True, timeout=60)
     assert b"Traceback" not in done.stderr
@@ -58,7 +58,7 @@ def send(directory: Path, *flags: str, given: bytes = b"") -> "subprocess.Comple
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A complete system for tests that leave it as it was, but for its records."""
+    """A complete system for tests that only add records to it."""
     directory = tmp_path_factory.mktemp("shared")
     with server(directory, "-p", "0", "-T", "0") as running:
         running.database = directory / "ringoexp.db"  # type: ignore[attr-defined]
@@ -67,7 +67,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 @contextmanager
 def peer(answer: Callable[[Link], object]) -> Iterator[str]:
-    """A server that nobody here wrote, with `answer` for each connection; its URL."""
+    """Run a server that calls `answer` for each connection, and yield its URL."""
     with fake_consumer(answer) as port:
         yield f"ws://localhost:{port}/v1.0/ingest"
 
@@ -83,7 +83,7 @@ def test_lines_of_a_pipe_are_stored_in_order(tmp_path: Path) -> None:
     assert in_order(tmp_path / "ringoexp.db", summary["source"]) == values
 
 
-def test_the_readmes_three_lines(tmp_path: Path) -> None:
+def test_readme_producer_example_works(tmp_path: Path) -> None:
     (lines,) = re.findall(r"^```\n(from ringoexp.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         script = lines.replace("6660", str(running.port))
@@ -91,15 +91,15 @@ def test_the_readmes_three_lines(tmp_path: Path) -> None:
     assert [value for _, _, value in rows(tmp_path / "ringoexp.db")] == [1, 2, 3]
 
 
-def test_the_readme_lists_the_flags() -> None:
+def test_readme_lists_the_flags_of_send() -> None:
     text = (ROOT / "README.md").read_text()
-    for action in command.parser()._actions:
+    for action in command.make_parser()._actions:
         for flag in action.option_strings:
             written = "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag  # or with hyphens
             assert f"`{written}`" in text or flag in ("-h", "--help")
 
 
-def test_a_binary_file(tmp_path: Path) -> None:
+def test_binary_file_is_stored(tmp_path: Path) -> None:
     (tmp_path / "numbers").write_bytes(struct.pack(">3q", 5, -5, 2**62))
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         done = send(tmp_path, "--url", running.url, "--binary", "--json", "numbers")
@@ -109,19 +109,19 @@ def test_a_binary_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", ["x", "1.5", "1 2", "1_0", "9223372036854775808", "٣", "--1", "caf\xe9"])
-def test_a_bad_line_is_named_and_what_came_before_is_stored(shared: ServerProcess, tmp_path: Path, bad: str) -> None:
+def test_bad_line_is_named_and_lines_before_it_are_stored(shared: ServerProcess, tmp_path: Path, bad: str) -> None:
     done = send(tmp_path, "--url", shared.url, "--json", given=f"7\n\n -8 \n{bad}\n9\n".encode())
     summary = json.loads(done.stdout)
-    said, rest = done.stderr.splitlines()
+    error, hint = done.stderr.splitlines()
     assert done.returncode == 2
-    assert "line 4 is not a whole number" in said and (bad in said or "\\" in said)
-    assert rest.endswith(
-        f"2 of 2 acked; send what follows the first 2 integers with --source {summary['source']} --first 2"
+    assert "line 4 is not a whole number" in error and (bad in error or "\\" in error)
+    assert hint.endswith(
+        f"2 of 2 acked; send the integers after the first 2 with --source {summary['source']} --first 2"
     )
     assert in_order(shared.database, json.loads(done.stdout)["source"]) == [7, -8]
 
 
-def test_a_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
+def test_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
     lines = [str(value) for value in range(200_000)]
     lines[150_000] = "oops"
     with server(tmp_path, "-p", "0", "-T", "0") as running:
@@ -131,7 +131,7 @@ def test_a_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--url", "http://localhost/"], "ws://HOST:PORT"),
         (["--url", "ws://localhost:99999/"], "ws://HOST:PORT"),
@@ -141,7 +141,8 @@ def test_a_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
         (["--url", "ws://localhost:6660/\xe9"], "ws://HOST:PORT"),
         (["--url", "ws://localhost:6660/?a=1"], "ws://HOST:PORT"),
         (["--url", "ws://me:secret@localhost:6660/"], "a name or a password in it is not accepted"),
-        (["--key", "key.pem"], "is of no use without --cert"),
+        (["--url", "ws://me:secret@localhost:99999/"], "a name or a password in it is not accepted"),
+        (["--key", "key.pem"], "requires --cert"),
         (["--url", "ws+unix::/v1.0/ingest"], "ws+unix:PATH:/v1.0/ingest"),
         (["--url", "ws+unix:///tmp/x.sock:/a b"], "ws+unix:PATH:/v1.0/ingest"),
         (["--first", "-1"], "a whole number from 0"),
@@ -149,10 +150,10 @@ def test_a_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
         (["--nope"], "unrecognized arguments"),
     ],
 )
-def test_bad_usage_is_one_line(tmp_path: Path, flags: list[str], said: str) -> None:
+def test_bad_usage_is_one_line(tmp_path: Path, flags: list[str], message: str) -> None:
     done = send(tmp_path, *flags)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("ringoexp send: error: ") and said in done.stderr
+    assert done.stderr.startswith("ringoexp send: error: ") and message in done.stderr
     assert "secret" not in done.stderr
 
 
@@ -163,20 +164,20 @@ def test_empty_lines_are_skipped(shared: ServerProcess, tmp_path: Path, given: b
     assert in_order(shared.database, json.loads(done.stdout)["source"]) == [1, 2]
 
 
-def test_numbers_beyond_the_last_are_said_in_one_line(tmp_path: Path) -> None:
+def test_sequence_overflow_error_names_the_limit(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         done = send(tmp_path, "--url", running.url, "--first", str(2**63 - 3), given=b"1\n2\n3\n4\n")
     assert done.returncode == 2 and "sequences end at 2**63 - 1" in done.stderr
 
 
-def test_a_closed_stdin_is_one_line(tmp_path: Path) -> None:
+def test_closed_stdin_error_is_one_line(tmp_path: Path) -> None:
     command = f"exec {sys.executable} {ROOT / 'ringoexp.py'} send <&-"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
     assert (done.returncode, done.stderr) == (1, "ringoexp send: error: stdin: it is closed\n")
 
 
 @pytest.mark.parametrize("streams", ["2>&-", ">/dev/full", ">&-", "2>/dev/full"])
-def test_what_nobody_can_read_stops_nothing(shared: ServerProcess, tmp_path: Path, streams: str) -> None:
+def test_unwritable_output_does_not_stop_send(shared: ServerProcess, tmp_path: Path, streams: str) -> None:
     source = uuid.uuid4()
     flags = f"--json --source {source} --url {shared.url}"
     command = f"echo 7 | {sys.executable} {ROOT / 'ringoexp.py'} send {flags} {streams}"
@@ -185,7 +186,7 @@ def test_what_nobody_can_read_stops_nothing(shared: ServerProcess, tmp_path: Pat
     assert in_order(shared.database, source) == [7]
 
 
-def test_why_it_makes_no_progress_is_said_once(tmp_path: Path) -> None:
+def test_connection_trouble_is_printed_once(tmp_path: Path) -> None:
     port = free_port()
     url = f"ws://localhost:{port}/v1.0/ingest"
     command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", url]
@@ -200,19 +201,19 @@ def test_why_it_makes_no_progress_is_said_once(tmp_path: Path) -> None:
         assert running.stderr.read() == ""
 
 
-def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_missing_file_error_is_one_line(tmp_path: Path) -> None:
     done = send(tmp_path, "nowhere")
     assert (done.returncode, done.stderr) == (1, "ringoexp send: error: nowhere: No such file or directory\n")
 
 
-def test_a_server_that_refuses_for_good_ends_it(tmp_path: Path) -> None:
+def test_permanent_refusal_ends_send(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         done = send(tmp_path, "--url", running.url.replace("ingest", "nothing"), given=b"1\n")
     assert done.returncode == 1 and "refused with HTTP status 404" in done.stderr
     assert "0 of 1 acked; send all of it again with --source " in done.stderr
 
 
-def test_what_is_sent_before_the_server_is_there_is_stored_once_it_is(tmp_path: Path) -> None:
+def test_records_sent_before_the_server_starts_are_stored(tmp_path: Path) -> None:
     port = free_port()
     with Producer(f"ws://localhost:{port}/v1.0/ingest") as sender:
         sender.send(range(1000))
@@ -225,7 +226,7 @@ def test_what_is_sent_before_the_server_is_there_is_stored_once_it_is(tmp_path: 
 
 
 @pytest.mark.parametrize("victim", ["consumer", "publisher"])
-def test_servers_are_killed_and_everything_is_stored_once(tmp_path: Path, victim: str) -> None:
+def test_killed_servers_keep_exactly_once(tmp_path: Path, victim: str) -> None:
     seed = seeded()
     rng = random.Random(seed)
     ports = {"consumer": free_port(), "publisher": free_port()}
@@ -244,19 +245,19 @@ def test_servers_are_killed_and_everything_is_stored_once(tmp_path: Path, victim
                 known = sender.acked
                 if victim == "consumer":
                     held = {sequence for _, sequence, _ in rows(tmp_path / "c.db")}
-                    assert held >= set(range(known)), "acked and gone"
+                    assert held >= set(range(known)), "an acked record is missing"
                 running[victim] = ServerProcess(tmp_path, *flags[victim])
             call.result()
             sender.flush(60)
             assert (sender.reconnects > 0) == (victim == "publisher")
     finally:
-        for each in running.values():
-            each.kill()
+        for process in running.values():
+            process.kill()
     assert in_order(tmp_path / "c.db", sender.source) == list(values)
 
 
-def test_a_killed_sender_goes_on_with_its_source(tmp_path: Path) -> None:
-    """What it had sent and did not know to be acked is sent again, and stored once."""
+def test_killed_sender_resumes_with_its_source(tmp_path: Path) -> None:
+    """Records that were sent, but not known to be acked, are sent again and stored once."""
     source = uuid.uuid4()
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", running.url, "--source", str(source)]
@@ -274,23 +275,23 @@ def test_a_killed_sender_goes_on_with_its_source(tmp_path: Path) -> None:
     assert in_order(tmp_path / "ringoexp.db", source) == list(range(60_000))
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+def test_ctrl_c_ends_send_with_130(tmp_path: Path) -> None:
     url = f"ws://localhost:{free_port()}/v1.0/ingest"
     command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", url]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stdin and running.stderr
         running.stdin.write(b"1\n2\n")
         running.stdin.flush()
-        # It reads, and then waits for more: only then the signal.
-        eventually(lambda: "pipe_read" in Path(f"/proc/{running.pid}/wchan").read_text() or stat_sleeps(running.pid))
+        # Send the signal once it has read the lines and waits for more.
+        eventually(lambda: "pipe_read" in Path(f"/proc/{running.pid}/wchan").read_text() or is_sleeping(running.pid))
         eventually(lambda: len(os.listdir(f"/proc/{running.pid}/task")) > 1)
         running.send_signal(signal.SIGINT)
-        said = running.stderr.read().decode()
-    assert running.returncode == 130 and "Traceback" not in said
-    assert "interrupted" in said
+        errors = running.stderr.read().decode()
+    assert running.returncode == 130 and "Traceback" not in errors
+    assert "interrupted" in errors
 
 
-def test_ctrl_c_before_the_first_record_is_one_line_too(
+def test_ctrl_c_before_the_first_record_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*unused: object) -> None:
@@ -303,12 +304,13 @@ def test_ctrl_c_before_the_first_record_is_one_line_too(
     assert capsys.readouterr().err == "ringoexp send: error: interrupted\n"
 
 
-def stat_sleeps(pid: int) -> bool:
+def is_sleeping(pid: int) -> bool:
+    """True if the main thread of a process sleeps in the kernel."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
-def test_acks_that_stand_for_a_part_of_a_message_and_lost_links() -> None:
-    """Every connection is cut after some records; what was not acked comes again under the same numbers."""
+def test_partial_acks_and_lost_links_keep_exactly_once() -> None:
+    """Every connection is cut after some records; unacked records are sent again with the same numbers."""
     seen: dict[int, int] = {}
     links: list[int] = []
     source = uuid.uuid4()
@@ -337,7 +339,7 @@ def test_acks_that_stand_for_a_part_of_a_message_and_lost_links() -> None:
     assert seen == {number: number for number in range(5000)}
 
 
-def test_a_stalled_server_is_given_up_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_producer_reconnects_to_a_stalled_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.2)
     links: list[int] = []
 
@@ -353,7 +355,7 @@ def test_a_stalled_server_is_given_up_and_tried_again(monkeypatch: pytest.Monkey
     assert len(links) == 3
 
 
-def test_a_server_that_acks_nothing_is_given_up_though_records_trickle(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_without_acks_is_stalled_while_records_arrive_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.3)
     links: list[int] = []
 
@@ -373,7 +375,7 @@ def test_a_server_that_acks_nothing_is_given_up_though_records_trickle(monkeypat
         sender.close()
 
 
-def test_ctrl_c_counts_again_once_it_is_said_how_to_go_on(
+def test_ctrl_c_handler_is_restored_after_the_result_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*unused: object) -> None:
@@ -387,17 +389,17 @@ def test_ctrl_c_counts_again_once_it_is_said_how_to_go_on(
     assert capsys.readouterr().err == "ringoexp send: error: interrupted\n"
 
 
-def test_without_a_thread_for_the_progress_it_sends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none_to_be_had(self: threading.Thread) -> None:
+def test_send_works_without_a_progress_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     progress = command._Progress(None)  # type: ignore[arg-type]
-    monkeypatch.setattr(threading.Thread, "start", none_to_be_had)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
     with progress:
         pass
 
 
-def test_send_waits_while_too_much_is_not_acked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_send_waits_while_too_many_records_are_unacked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(producer, "MAX_UNACKED", 10)
     monkeypatch.setattr(producer, "CHUNK_RECORDS", 5)
     gate = threading.Event()
@@ -419,8 +421,8 @@ def test_send_waits_while_too_much_is_not_acked(monkeypatch: pytest.MonkeyPatch)
         assert sender.acked == 13
 
 
-def test_acks_count_while_the_server_is_slow_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reads a little at a time, and each time acks what it has; no message is taken whole in a STALL_TIMEOUT."""
+def test_acks_are_progress_while_the_server_reads_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server reads and acks a little at a time; it takes longer than STALL_TIMEOUT to read a whole message."""
     monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -429,17 +431,17 @@ def test_acks_count_while_the_server_is_slow_to_read(monkeypatch: pytest.MonkeyP
         with raw_link(listener) as peer:
             start = monotonic()
             acked = 0
-            while monotonic() < start + 2.0:  # four times the patience
+            while monotonic() < start + 2.0:  # four times STALL_TIMEOUT
                 assert peer.recv(2048)
                 acked += 10
                 peer.sendall(b"\x82\x08" + encode_ack(acked))
-                threading.Event().wait(0.02)  # the server's slowness
+                threading.Event().wait(0.02)  # the server reads slowly
             eventually(lambda: sender.acked == acked)
             assert sender.reconnects == 0
             sender.close()
 
 
-def test_an_ack_of_more_than_was_sent_is_not_believed() -> None:
+def test_ack_beyond_sent_records_drops_the_connection() -> None:
     links: list[int] = []
 
     def answer(connection: Link) -> None:
@@ -453,7 +455,7 @@ def test_an_ack_of_more_than_was_sent_is_not_believed() -> None:
     assert len(links) == 2
 
 
-def test_what_nobody_expected_reaches_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_error_reaches_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*unused: object) -> None:
         raise ZeroDivisionError("a bug")
 
@@ -465,7 +467,7 @@ def test_what_nobody_expected_reaches_who_waits(monkeypatch: pytest.MonkeyPatch)
     sender.close()
 
 
-def test_close_ends_a_flush_and_does_not_wait_for_a_server_that_reads_nothing() -> None:
+def test_close_ends_flush_while_the_server_reads_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         sender = Producer(f"ws://127.0.0.1:{listener.getsockname()[1]}/")
         sender.send(range(producer.CHUNK_RECORDS * 60))
@@ -478,7 +480,7 @@ def test_close_ends_a_flush_and_does_not_wait_for_a_server_that_reads_nothing() 
             closing.result(producer.STALL_TIMEOUT / 4)
 
 
-def test_a_refusal_for_good_reaches_send_and_flush() -> None:
+def test_permanent_refusal_reaches_send_and_flush() -> None:
     def answer(connection: Link) -> None:
         connection.recv()
         connection.close(1007, "no")
@@ -493,7 +495,7 @@ def test_a_refusal_for_good_reaches_send_and_flush() -> None:
         sender.close()
 
 
-def test_misuse_is_said() -> None:
+def test_producer_refuses_misuse() -> None:
     with pytest.raises(ValueError, match="ws://"):
         Producer("localhost:6660")
     with pytest.raises(ValueError, match="first"):
@@ -508,20 +510,34 @@ def test_misuse_is_said() -> None:
         sender.send([1])
     with pytest.raises(RuntimeError, match="mine"), Producer(f"ws://localhost:{free_port()}/") as other:
         other.send([1])
-        raise RuntimeError("mine")  # and it does not wait for a flush
+        raise RuntimeError("mine")  # the block ends without a flush
     assert not [thread for thread in threading.enumerate() if thread.name == "producer"]
 
 
+@pytest.mark.parametrize(
+    ("url", "target"),
+    [
+        ("ws://host", Target("host", 80, "/v1.0/ingest", False)),
+        ("wss://HOST/", Target("host", 443, "/v1.0/ingest", True)),
+        ("ws://[::1]:6660/a@b", Target("::1", 6660, "/a@b", False)),
+        ("ws+unix:/tmp/me@x.sock:/v1.0/ingest", Target("unix:/tmp/me@x.sock", 80, "/v1.0/ingest", False)),
+        ("ws+unix:///tmp/x.sock", Target("unix:/tmp/x.sock", 80, "/v1.0/ingest", False)),
+    ],
+)
+def test_parse_url_returns_the_parts(url: str, target: Target) -> None:
+    assert parse_url(url) == target
+
+
 @pytest.mark.parametrize("path", ["", "/", "/v1.0/ingest"])
-def test_the_path_may_be_left_out(tmp_path: Path, path: str) -> None:
+def test_url_path_may_be_left_out(tmp_path: Path, path: str) -> None:
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         with Producer(f"ws://localhost:{running.port}{path}") as producer:
             producer.send([1])
         assert producer.acked == 1
 
 
-def test_a_server_that_is_no_websocket_there_ends_it_with_a_hint(tmp_path: Path) -> None:
-    """200, as of a page, or a redirect: the next time it would be the same."""
+def test_http_answer_without_upgrade_is_permanent(tmp_path: Path) -> None:
+    """A status of 200 or a redirect would be the same for the next attempt."""
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         url = f"ws://localhost:{running.port}/v1.0/alive"
         with pytest.raises(ProducerError, match="HTTP status 200: is that the /v1.0/ingest of a ringoexp"):

@@ -1,4 +1,4 @@
-"""The ring: what it guarantees to producers and workers, each rule by itself and all of them under load."""
+"""The ring: each guarantee to producers and workers by itself, then all of them under load."""
 
 import random
 import threading
@@ -27,7 +27,7 @@ def ring_of(capacity: int, *values: int) -> Ring:
 
 
 def check(ring: Ring) -> None:
-    """The ring's invariant, from its snapshot."""
+    """Check the invariant of the ring in its statistics."""
     stats = ring.stats()
     assert 0 <= stats.committed <= stats.cursor
     assert stats.depth == stats.cursor - stats.committed <= stats.capacity
@@ -35,13 +35,13 @@ def check(ring: Ring) -> None:
 
 
 @pytest.mark.parametrize("capacity", [0, -1])
-def test_a_ring_has_at_least_one_slot(capacity: int) -> None:
+def test_ring_has_at_least_one_slot(capacity: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Ring(capacity)
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 7])
-def test_values_come_out_as_they_went_in_whatever_the_wrap(capacity: int) -> None:
+def test_values_keep_their_order_across_the_wrap(capacity: int) -> None:
     ring = Ring(capacity)
     out: list[int] = []
     for first in range(0, 60, 3):
@@ -57,14 +57,14 @@ def test_values_come_out_as_they_went_in_whatever_the_wrap(capacity: int) -> Non
     assert out == [value for first in range(0, 60, 3) for value in (first, first + 1, -first - 2)]
 
 
-def test_put_returns_the_sequence_after_the_last_and_no_values_are_no_change() -> None:
+def test_put_returns_the_cursor_and_empty_put_changes_nothing() -> None:
     ring = ring_of(4, 1, 2, 3)
     assert ring.put(ints(), A, 3) == 3
     assert ring.put(ints(4), A, 3) == 4
     assert ring.cursor == 4
 
 
-def test_put_copies_and_takes_views() -> None:
+def test_put_accepts_views_and_copies_values() -> None:
     values = ints(1, 2, 3)
     ring = Ring(4)
     with memoryview(values)[1:] as view:
@@ -73,12 +73,12 @@ def test_put_copies_and_takes_views() -> None:
     assert list(ring.reserve(4).values) == [2, 3]
 
 
-def test_extremes_of_64_bits_pass() -> None:
+def test_ring_holds_smallest_and_largest_64_bit_values() -> None:
     ring = ring_of(2, 2**63 - 1, -(2**63))
     assert list(ring.reserve(2).values) == [2**63 - 1, -(2**63)]
 
 
-def test_put_blocks_while_full_and_a_reserved_slot_is_not_free() -> None:
+def test_put_blocks_until_commit_frees_slots() -> None:
     ring = ring_of(2, 1, 2)
     call = Blocked(lambda: ring.put(ints(3), A, 2))
     assert call.still()
@@ -89,7 +89,7 @@ def test_put_blocks_while_full_and_a_reserved_slot_is_not_free() -> None:
     assert ring.stats().times_full == 1
 
 
-def test_more_than_fits_goes_in_piece_by_piece() -> None:
+def test_put_larger_than_ring_goes_in_piece_by_piece() -> None:
     ring = Ring(2)
     call = Blocked(lambda: ring.put(ints(*range(5)), A, 0))
     out: list[int] = []
@@ -102,11 +102,12 @@ def test_more_than_fits_goes_in_piece_by_piece() -> None:
     assert out == list(range(5))
 
 
-def test_full_says_how_many_are_in_and_a_timed_out_put_leaves_no_trace() -> None:
+def test_full_reports_accepted_count_and_rest_leaves_no_trace() -> None:
     ring = Ring(3)
     with pytest.raises(Full) as full:
         ring.put(ints(*range(5)), A, 0, 0.01)
     assert full.value.accepted == 3
+    assert not isinstance(full.value, OSError), "`except OSError` for a lost connection must not catch it"
     with pytest.raises(Full) as full:
         ring.put(ints(7), A, 5, 0)
     assert full.value.accepted == 0
@@ -118,7 +119,7 @@ def test_full_says_how_many_are_in_and_a_timed_out_put_leaves_no_trace() -> None
     assert ring.cursor == 4
 
 
-def test_a_commit_wakes_every_producer_whatever_the_size_of_its_block() -> None:
+def test_commit_wakes_all_producers_that_fit() -> None:
     ring = ring_of(4, 1, 2, 3, 4)
     calls = [Blocked(lambda n=n: ring.put(ints(*range(n)), A, 0)) for n in (1, 2, 1)]
     assert all(call.still(0.02) for call in calls)
@@ -127,7 +128,7 @@ def test_a_commit_wakes_every_producer_whatever_the_size_of_its_block() -> None:
         call.result()
 
 
-def test_batches_finish_in_any_order_but_only_the_gapless_prefix_is_free() -> None:
+def test_commit_frees_only_the_gapless_prefix() -> None:
     ring = ring_of(6, *range(6))
     first, second, third = (ring.reserve(2) for _ in range(3))
     ring.commit(third)
@@ -142,7 +143,7 @@ def test_batches_finish_in_any_order_but_only_the_gapless_prefix_is_free() -> No
     assert ring.stats().depth == 0
 
 
-def test_a_requeued_batch_comes_first_unchanged_and_the_oldest_before_the_others() -> None:
+def test_reserve_returns_oldest_requeued_batch_first_unchanged() -> None:
     ring = ring_of(6, *range(6))
     first, second, third = (ring.reserve(2) for _ in range(3))
     ring.requeue(third)
@@ -155,7 +156,7 @@ def test_a_requeued_batch_comes_first_unchanged_and_the_oldest_before_the_others
     assert ring.committed == 6
 
 
-def test_a_batch_lands_once() -> None:
+def test_batch_cannot_be_committed_or_requeued_twice() -> None:
     ring = ring_of(2, 1, 2)
     batch, other = ring.reserve(1), ring.reserve(1)
     ring.commit(batch)
@@ -170,7 +171,7 @@ def test_a_batch_lands_once() -> None:
         ring.commit(Batch(1, 2, [], 0))  # equal is not identical
 
 
-def test_reserve_blocks_until_there_is_something_or_its_time_is_over() -> None:
+def test_reserve_blocks_until_put_or_timeout() -> None:
     ring = Ring(2)
     with pytest.raises(TimeoutError):
         ring.reserve(1, 0.01)
@@ -180,7 +181,7 @@ def test_reserve_blocks_until_there_is_something_or_its_time_is_over() -> None:
     assert list(call.result().values) == [5]
 
 
-def test_two_waiting_workers_share_what_one_put_brought() -> None:
+def test_two_waiting_workers_share_the_values_of_one_put() -> None:
     ring = Ring(4)
     calls = [Blocked(lambda: ring.reserve(1)) for _ in range(2)]
     assert all(call.still(0.02) for call in calls)
@@ -188,7 +189,7 @@ def test_two_waiting_workers_share_what_one_put_brought() -> None:
     assert sorted(call.result().values[0] for call in calls) == [1, 2]
 
 
-def test_runs_merge_where_they_continue_and_are_cut_where_a_batch_ends() -> None:
+def test_adjacent_runs_merge_and_batches_split_runs() -> None:
     ring = Ring(20)
     ring.put(ints(0, 1), A, 0)
     ring.put(ints(2), A, 2)
@@ -201,7 +202,7 @@ def test_runs_merge_where_they_continue_and_are_cut_where_a_batch_ends() -> None
     assert ring.reserve(9).runs == [Run(A, 6, 1)]
 
 
-def test_after_close_nothing_goes_in_but_all_comes_out() -> None:
+def test_closed_ring_refuses_put_and_hands_out_the_rest() -> None:
     ring = ring_of(3, 1, 2)
     ring.close()
     with pytest.raises(Closed) as closed:
@@ -215,7 +216,7 @@ def test_after_close_nothing_goes_in_but_all_comes_out() -> None:
         ring.reserve(1)
 
 
-def test_close_wakes_a_blocked_put_which_says_how_many_are_in() -> None:
+def test_close_wakes_blocked_put_which_reports_accepted_count() -> None:
     ring = Ring(2)
     call = Blocked(lambda: ring.put(ints(1, 2, 3), A, 0))
     assert call.still()
@@ -225,14 +226,14 @@ def test_close_wakes_a_blocked_put_which_says_how_many_are_in() -> None:
     assert closed.value.accepted == 2
 
 
-def test_after_close_a_worker_waits_for_what_is_in_flight_and_may_come_back() -> None:
-    for come_back in (True, False):
+def test_reserve_of_closed_ring_waits_for_batches_in_flight() -> None:
+    for requeued in (True, False):
         ring = ring_of(2, 1)
         batch = ring.reserve(1)
         ring.close()
         call = Blocked(lambda ring=ring: ring.reserve(1))
         assert call.still()
-        if come_back:
+        if requeued:
             ring.requeue(batch)
             assert call.result() is batch
         else:
@@ -241,7 +242,7 @@ def test_after_close_a_worker_waits_for_what_is_in_flight_and_may_come_back() ->
                 call.result()
 
 
-def test_close_wakes_every_idle_worker_of_an_empty_ring() -> None:
+def test_close_wakes_all_idle_workers_of_empty_ring() -> None:
     ring = Ring(1)
     calls = [Blocked(lambda: ring.reserve(1)) for _ in range(3)]
     assert all(call.still(0.02) for call in calls)
@@ -267,11 +268,11 @@ def test_abort_ends_every_wait() -> None:
             call.result()
     assert calls[2].result() is False
     assert calls[3].result() is False
-    ring.commit(batch)  # what was under way may still land
+    ring.commit(batch)  # a batch in flight can still be committed
     assert ring.wait_committed(1, 0) and ring.join(0)
 
 
-def test_wait_committed_blocks_until_everything_before_is_stored() -> None:
+def test_wait_committed_blocks_until_all_before_is_stored() -> None:
     ring = ring_of(3, 1, 2, 3)
     first, second = ring.reserve(1), ring.reserve(2)
     call = Blocked(lambda: ring.wait_committed(2))
@@ -282,7 +283,7 @@ def test_wait_committed_blocks_until_everything_before_is_stored() -> None:
     assert ring.wait_committed(4, 0.01) is False
 
 
-def test_workers_are_wanted_when_something_waits_and_nobody_does() -> None:
+def test_ring_wants_workers_if_values_wait_and_no_worker_does() -> None:
     ring = Ring(4)
     assert not ring.wants_workers
     ring.put(ints(1), A, 0)
@@ -293,7 +294,7 @@ def test_workers_are_wanted_when_something_waits_and_nobody_does() -> None:
     assert ring.wants_workers
 
 
-def test_what_is_stored_beyond_a_gap_is_counted() -> None:
+def test_stored_counts_values_after_a_gap() -> None:
     ring = ring_of(5, 1, 2, 3)
     first, second = ring.reserve(1), ring.reserve(2)
     ring.commit(second)
@@ -302,7 +303,7 @@ def test_what_is_stored_beyond_a_gap_is_counted() -> None:
     assert (ring.stats().stored, ring.stats().committed) == (3, 3)
 
 
-def test_a_batch_that_cannot_be_copied_is_reserved_again_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_is_reserved_again_if_its_copy_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     ring = ring_of(5, 1, 2, 3)
 
     def no_memory(start: int, end: int) -> "array[int]":
@@ -317,7 +318,7 @@ def test_a_batch_that_cannot_be_copied_is_reserved_again_by_the_next(monkeypatch
     assert (list(batch.values), batch.end) == ([1, 2], 2)
 
 
-def test_stats_agree_and_show_the_age_of_the_oldest_in_flight() -> None:
+def test_stats_are_consistent_and_show_age_of_oldest_batch() -> None:
     ring = ring_of(5, 1, 2, 3, 4)
     assert ring.stats().oldest_in_flight == 0
     batch = ring.reserve(3)
@@ -328,7 +329,7 @@ def test_stats_agree_and_show_the_age_of_the_oldest_in_flight() -> None:
     assert (ring.stats().depth, ring.stats().high_water, ring.stats().oldest_in_flight) == (1, 4, 0)
 
 
-def test_the_age_of_a_batch_that_fails_again_and_again_counts_from_the_first_time(
+def test_age_of_requeued_batch_counts_from_first_reserve(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [100.0]
@@ -343,7 +344,7 @@ def test_the_age_of_a_batch_that_fails_again_and_again_counts_from_the_first_tim
     assert ring.stats().oldest_in_flight == 0
 
 
-def test_the_layout_says_where_what_is() -> None:
+def test_layout_shows_ranges_in_flight_and_finished() -> None:
     ring = ring_of(8, *range(8))
     assert ring.layout() == (8, 0, 0, 8, [], [])
     first, second, third, fourth = (ring.reserve(1) for _ in range(4))
@@ -358,7 +359,7 @@ def test_the_layout_says_where_what_is() -> None:
     assert ring.layout() == (8, 4, 4, 8, [], [])
 
 
-def test_many_producers_and_failing_workers_lose_and_double_nothing() -> None:
+def test_failing_workers_lose_and_duplicate_nothing_under_load() -> None:
     seed = seeded()
     ring = Ring(37)
     sources = [bytes([number]) * 16 for number in range(6)]
@@ -424,26 +425,26 @@ def test_many_producers_and_failing_workers_lose_and_double_nothing() -> None:
     assert ring.stats().high_water <= 37
 
 
-def test_a_marked_batch_goes_to_who_takes_its_mark_and_keeps_it() -> None:
+def test_marked_batch_goes_to_worker_that_accepts_its_mark() -> None:
     ring = ring_of(5, 1, 2, 3)
     ring.requeue(ring.reserve(1), "here")
     assert ring.marks() == [("here", 1)]
-    assert ring.has_for(lambda mark: mark == "here") and not ring.has_for(lambda mark: False)
-    assert ring.reserve(1, takes=lambda mark: mark == "there").start == 1, "others go on with newer ones"
-    batch = ring.reserve(5, takes=lambda mark: mark == "here")
-    assert (list(batch.values), batch.runs) == ([1], [Run(A, 0, 1)]), "the older one first, unchanged"
-    assert ring.marks() == [("here", 1)], "in flight, too"
+    assert ring.has_marked_for(lambda mark: mark == "here") and not ring.has_marked_for(lambda mark: False)
+    assert ring.reserve(1, accepts=lambda mark: mark == "there").start == 1, "other workers go on with newer values"
+    batch = ring.reserve(5, accepts=lambda mark: mark == "here")
+    assert (list(batch.values), batch.runs) == ([1], [Run(A, 0, 1)]), "the oldest batch comes first, unchanged"
+    assert ring.marks() == [("here", 1)], "also while it is in flight"
     ring.requeue(batch)
-    assert ring.reserve(5, takes=lambda mark: False).start == 2
+    assert ring.reserve(5, accepts=lambda mark: False).start == 2
     with pytest.raises(TimeoutError):
-        ring.reserve(5, 0.01, takes=lambda mark: False)
+        ring.reserve(5, 0.01, accepts=lambda mark: False)
     batch = ring.reserve(5)
-    assert batch.start == 0, "who has no such condition takes all"
+    assert batch.start == 0, "a worker without a filter gets every batch"
     ring.commit(batch)
     assert not ring.marks()
 
 
-def test_a_marked_batch_frees_its_slots_and_is_not_stored() -> None:
+def test_marked_batch_frees_its_slots_and_is_not_stored() -> None:
     ring = ring_of(4, 1, 2, 3, 4)
     doubt, other = ring.reserve(2), ring.reserve(2)
     ring.requeue(doubt, "here")
@@ -455,28 +456,28 @@ def test_a_marked_batch_frees_its_slots_and_is_not_stored() -> None:
     assert ring.stats().stored == 2 and ring.committed == 4
     assert ring.is_stored(4, since=2) and ring.wait_committed(4, 0, since=2)
     assert not ring.is_stored(4, since=1) and not ring.wait_committed(4, 0, since=1)
-    assert not ring.is_stored(6, since=2), "nor what was never reserved"
+    assert not ring.is_stored(6, since=2), "values that were never reserved are not stored"
     waiting = Blocked(lambda: ring.wait_committed(4, DEADLINE))
     joining = Blocked(lambda: (ring.close(), ring.join(DEADLINE)))
     assert waiting.still() and joining.still()
-    ring.commit(ring.reserve(9, takes=lambda mark: False))
-    idle = Blocked(lambda: ring.reserve(1, takes=lambda mark: False))
-    assert joining.still() and idle.still(), "what is set aside may be marked anew"
+    ring.commit(ring.reserve(9, accepts=lambda mark: False))
+    idle = Blocked(lambda: ring.reserve(1, accepts=lambda mark: False))
+    assert joining.still() and idle.still(), "a batch that is set aside may be requeued"
     batch = ring.reserve(9)
-    assert (batch.start, list(batch.values)) == (0, [1, 2]), "other values are in its slots by now"
+    assert (batch.start, list(batch.values)) == (0, [1, 2]), "its slots hold other values by now"
     ring.commit(batch)
     assert waiting.result() and joining.result() == (None, True) and ring.stats().stored == 6
     with pytest.raises(Closed):
         idle.result()
 
 
-def test_what_is_set_aside_is_bounded_and_the_rest_stays_in_its_slots() -> None:
+def test_marked_batches_beyond_the_limit_stay_in_their_slots() -> None:
     ring = Ring(4)
     for turn in range(2):
         ring.put(ints(1, 2, 3), A, 3 * turn, 0)
         ring.requeue(ring.reserve(3), "here")
         check(ring)
-    assert ring.stats().depth == 3 == ring.stats().backlog, "as the first three are set aside already"
+    assert ring.stats().depth == 3 == ring.stats().backlog, "only the first batch is set aside"
     first = ring.reserve(4)
     assert first.start == 0 and ring.stats().in_flight == 0
     ring.commit(first)
@@ -485,34 +486,34 @@ def test_what_is_set_aside_is_bounded_and_the_rest_stays_in_its_slots() -> None:
     assert ring.stats().stored == ring.committed == 6
 
 
-def test_what_found_no_room_beside_the_ring_is_set_aside_as_soon_as_there_is_some() -> None:
-    """Or else one that never comes back holds up a ring that has room."""
+def test_marked_batch_is_set_aside_once_there_is_room() -> None:
+    """Otherwise a batch that is never accepted again would block a ring that has room."""
     ring = Ring(4)
     for turn, mark in enumerate(["back", "gone"]):
         ring.put(ints(1, 2, 3, 4), A, 4 * turn, 0)
-        ring.requeue(ring.reserve(4, takes=lambda mark: False), mark)
+        ring.requeue(ring.reserve(4, accepts=lambda mark: False), mark)
     producer = Blocked(lambda: ring.put(ints(5), A, 8, DEADLINE))
     assert producer.still()
-    ring.commit(ring.reserve(4, takes=lambda mark: mark == "back"))
+    ring.commit(ring.reserve(4, accepts=lambda mark: mark == "back"))
     assert producer.result() == 9 and ring.is_stored(4) and not ring.is_stored(8, since=4)
     check(ring)
     assert ring.stats().depth == 1 and ring.stats().stored == 4
 
 
-def test_a_mark_wakes_every_worker_as_only_one_may_take_it() -> None:
+def test_marked_batch_wakes_all_workers() -> None:
     ring = ring_of(9, 1)
     batch = ring.reserve(1)
     others = [Blocked(lambda: ring.reserve(1, 1, lambda mark: mark == "there")) for _ in range(3)]
     mine = Blocked(lambda: ring.reserve(1, DEADLINE, lambda mark: mark == "here"))
-    assert mine.still() and all(each.still(0) for each in others)
+    assert mine.still() and all(other.still(0) for other in others)
     ring.requeue(batch, "here")
     assert mine.result() is batch
-    for each in others:
+    for other in others:
         with pytest.raises(TimeoutError):
-            each.result()
+            other.result()
 
 
-def test_workers_are_not_wanted_for_what_only_some_may_take() -> None:
+def test_marked_batches_alone_want_no_workers() -> None:
     ring = ring_of(9, 1)
     ring.requeue(ring.reserve(1), "here")
     assert not ring.wants_workers
@@ -520,23 +521,23 @@ def test_workers_are_not_wanted_for_what_only_some_may_take() -> None:
     assert ring.wants_workers
 
 
-def test_places_that_fail_with_batches_in_doubt_lose_and_double_nothing_and_nobody_is_told_too_early() -> None:
-    """Three places: a batch that failed in doubt may be stored there already, and is stored there only."""
+def test_batches_in_doubt_are_never_lost_doubled_or_acked_early() -> None:
+    """With three stores: a batch that may be stored in one of them is stored in that one only."""
     seed = seeded()
     ring = Ring(23)
-    places: list[dict[tuple[bytes, int], int]] = [{} for _ in range(3)]
+    stores: list[dict[tuple[bytes, int], int]] = [{} for _ in range(3)]
     sources = [bytes([number]) * 16 for number in range(5)]
     errors: list[BaseException] = []
     lock = threading.Lock()
     doubts = []
 
-    def keep(place: int, batch: ringbuffer.Batch) -> None:
+    def keep(store: int, batch: ringbuffer.Batch) -> None:
         values = iter(batch.values)
         with lock:
             for run in batch.runs:
                 for sequence in range(run.first, run.first + run.count):
                     value = next(values)
-                    assert places[place].setdefault((run.source, sequence), value) == value
+                    assert stores[store].setdefault((run.source, sequence), value) == value
 
     def produce(number: int) -> None:
         rng, first = random.Random(seed + number), 0
@@ -550,32 +551,32 @@ def test_places_that_fail_with_batches_in_doubt_lose_and_double_nothing_and_nobo
             if rng.random() < 0.1 and ring.wait_committed(end, rng.choice((0.001, 20)), since):
                 assert ring.is_stored(end, since)
                 with lock:
-                    known = set().union(*places)
+                    known = set().union(*stores)
                 assert all((sources[number], n) in known for n in range(first - size, first))
 
     def work(number: int) -> None:
-        rng, place = random.Random(-seed - number), number % 3
+        rng, store = random.Random(-seed - number), number % 3
         while True:
             try:
-                batch = ring.reserve(rng.randrange(1, 30), rng.choice((None, 0.001)), lambda mark: mark == place)
+                batch = ring.reserve(rng.randrange(1, 30), rng.choice((None, 0.001)), lambda mark: mark == store)
             except Closed:
                 return
             except TimeoutError:
                 continue
-            assert batch.mark in (None, place)
+            assert batch.mark in (None, store)
             check(ring)
             fate = rng.random()
             if fate < 0.1:
-                ring.requeue(batch)  # certainly not sent
+                ring.requeue(batch)  # surely not sent
             elif fate < 0.3:
                 if fate < 0.2:
-                    keep(place, batch)
+                    keep(store, batch)
                 doubts.append(batch)
-                ring.requeue(batch, place)
+                ring.requeue(batch, store)
                 if rng.random() < 0.1:
-                    time.sleep(0.01)  # away
+                    time.sleep(0.01)  # the store is down
             else:
-                keep(place, batch)
+                keep(store, batch)
                 ring.commit(batch)
 
     def guarded(job: object, number: int) -> None:
@@ -596,19 +597,19 @@ def test_places_that_fail_with_batches_in_doubt_lose_and_double_nothing_and_nobo
     for thread in workers:
         thread.join(20)
     assert not errors and not any(thread.is_alive() for thread in producers + workers)
-    assert sum(map(len, places)) == 15_000, "each in one place"
-    assert set().union(*places) == {(source, k) for source in sources for k in range(3000)}
+    assert sum(map(len, stores)) == 15_000, "each record is in one store"
+    assert set().union(*stores) == {(source, k) for source in sources for k in range(3000)}
     assert len(doubts) > 20 and not ring.marks() and ring.stats().stored == 15_000
 
 
-def test_producers_that_give_up_leave_no_one_waiting_beside_free_slots() -> None:
-    """A slot's one notification may go to a producer whose time is just over."""
+def test_timed_out_producers_do_not_swallow_notifications() -> None:
+    """The single notification for a free slot may go to a producer that times out at that moment."""
     seed = seeded()
     rng = random.Random(seed)
     ring = Ring(3)
 
-    def produce(number: int, patience: list[float]) -> None:
-        for turn, timeout in enumerate(patience):
+    def produce(number: int, timeouts: list[float]) -> None:
+        for turn, timeout in enumerate(timeouts):
             done, size = 0, 1 + turn % 5
             while done < size:
                 try:
@@ -617,11 +618,11 @@ def test_producers_that_give_up_leave_no_one_waiting_beside_free_slots() -> None
                 except Full as full:
                     done += full.accepted
 
-    patience = [[rng.choice([0, 1e-5, 1e-4]) for _ in range(300)] for _ in range(6)]
-    producers = [Blocked(lambda n=n: produce(n, patience[n])) for n in range(6)]
+    timeouts = [[rng.choice([0, 1e-5, 1e-4]) for _ in range(300)] for _ in range(6)]
+    producers = [Blocked(lambda n=n: produce(n, timeouts[n])) for n in range(6)]
     total = 6 * 60 * (1 + 2 + 3 + 4 + 5)
     while ring.committed < total:
         ring.commit(ring.reserve(2, DEADLINE))
-    for each in producers:
-        each.result()
+    for producer in producers:
+        producer.result()
     assert ring.cursor == total

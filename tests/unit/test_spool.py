@@ -1,4 +1,4 @@
-"""The spool: while the consumer is away what it is given is on disk, afterwards it is at the consumer, once."""
+"""The spool: records are on disk while the consumer is down, and reach the consumer once when it is up again."""
 
 import logging
 import random
@@ -11,17 +11,16 @@ from pathlib import Path
 
 import pytest
 from support.harness import Blocked, ServerProcess, eventually, free_port, in_order, rows, seeded, server
+from support.short_times import short_times  # noqa: F401  (a fixture for every test here)
 
 from ringbuffer import Ring
-from ringolib import timing
 from ringolib.client.producer import Producer
 from ringolib.forward import spool
 from ringolib.forward.destination import Destination
 from ringolib.forward.link import LinkState
-from ringolib.forward.sink import SinkError
+from ringolib.forward.sink import InDoubt, NotStored
 from ringolib.forward.spool import Spool, SpoolSink
 from ringolib.forward.workers import Forwarder
-from ringolib.net import sockets
 from ringolib.storage.interface import StoreError
 from ringolib.wire import Block, Run
 from store import Store
@@ -30,7 +29,7 @@ SOURCE = b"s" * 16
 
 
 class FakeLink:
-    """A link to a consumer that is there as long as `error` is None; keeps the first value of each record."""
+    """A link to a consumer that is up while `error` is None. It keeps the first value of each record."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
@@ -50,7 +49,7 @@ class FakeLink:
     def idle(self) -> None: ...
 
     def abort(self) -> None:
-        self.error = SinkError("aborted")
+        self.error = NotStored("aborted")
 
     def close(self) -> None:
         self.ready = False
@@ -64,16 +63,9 @@ def keep(stored: dict[tuple[bytes, int], int], block: Block) -> None:
             stored.setdefault((run.source, sequence), next(values))
 
 
-@pytest.fixture(autouse=True)
-def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "BACKOFF_FIRST_SECONDS", 0.001)
-    monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.01)
-    monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.2)
-
-
 @contextmanager
-def spooling(path: Path, link: FakeLink, most: int = 1000) -> Iterator[Spool]:
-    running = Spool(str(path), most, link, LinkState("there:1"))  # type: ignore[arg-type]
+def spooling(path: Path, link: FakeLink, max_records: int = 1000) -> Iterator[Spool]:
+    running = Spool(str(path), max_records, link, LinkState("there:1"))  # type: ignore[arg-type]
     try:
         yield running
     finally:
@@ -89,17 +81,15 @@ def expected(end: int) -> dict[tuple[bytes, int], int]:
     return {(SOURCE, n): n * 10 for n in range(end)}
 
 
-def test_what_a_failing_link_refuses_is_spooled_and_forwarded_in_order_once_it_works(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_blocks_are_spooled_then_forwarded_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     link, replay = FakeLink(), FakeLink()
-    link.error = replay.error = SinkError("away")
+    link.error = replay.error = InDoubt("away")
     with spooling(tmp_path / "s", replay) as running:
         sink = SpoolSink(link, running)  # type: ignore[arg-type]
         for n in range(0, 50, 10):
             sink.store(a_block(n, n + 10))
-        assert link.calls == 1, "from then on, to the spool at once"
+        assert link.calls == 1, "later blocks go to the spool at once"
         eventually(lambda: replay.calls > 3)
         stats = running.stats()
         assert (stats.depth, stats.forwarded) == (50, 0) and stats.oldest >= 0
@@ -110,16 +100,16 @@ def test_what_a_failing_link_refuses_is_spooled_and_forwarded_in_order_once_it_w
         eventually(lambda: running.stats() == (0, 0.0, 50))
         assert running.state.stats()[:3] == ("up", None, 0)
         assert replay.stored == expected(50) and list(replay.stored) == list(expected(50))
-        eventually(lambda: replay.closed == 1, "it needs no link while there is nothing to forward")
+        eventually(lambda: replay.closed == 1, "it keeps no link while the spool is empty")
         sink.store(a_block(50, 60))
-        assert link.calls == 2 and running.depth == 0, "directly again"
-    said = [record.getMessage() for record in caplog.records]
-    assert said == ["link_down", "link_up", "spool_empty"], "once per change"
+        assert link.calls == 2 and running.depth == 0, "blocks go over the link again"
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["link_down", "link_up", "spool_empty"], "once per change"
 
 
-def test_workers_with_a_working_link_use_it_while_others_spool(tmp_path: Path) -> None:
+def test_workers_with_links_use_them_while_others_spool(tmp_path: Path) -> None:
     good, bad, replay = FakeLink(), FakeLink(), FakeLink()
-    bad.error = replay.error = SinkError("refused with HTTP status 503")
+    bad.error = replay.error = NotStored("refused with HTTP status 503")
     with spooling(tmp_path / "s", replay) as running:
         sink = SpoolSink(good, running)  # type: ignore[arg-type]
         sink.store(a_block(0, 1))
@@ -127,52 +117,50 @@ def test_workers_with_a_working_link_use_it_while_others_spool(tmp_path: Path) -
         sink.store(a_block(2, 3))
         assert running.away and good.calls == 2 and good.ready
         sink.idle()
-        assert not good.ready, "an idle one makes room for the one that forwards the spool"
+        assert not good.ready, "an idle link makes room for the link of the spool"
         replay.error = None
         eventually(lambda: running.depth == 0)
 
 
-def test_a_full_spool_refuses_and_takes_again_when_there_is_room(tmp_path: Path) -> None:
+def test_full_spool_refuses_until_there_is_room(tmp_path: Path) -> None:
     link, replay = FakeLink(), FakeLink()
-    link.error = replay.error = SinkError("away")
-    with spooling(tmp_path / "s", replay, most=100) as running:
+    link.error = replay.error = NotStored("away")
+    with spooling(tmp_path / "s", replay, max_records=100) as running:
         sink = SpoolSink(link, running)  # type: ignore[arg-type]
         sink.store(a_block(0, 60))
-        with pytest.raises(SinkError, match="spool is full, it has at most 100 records"):
+        with pytest.raises(NotStored, match="spool is full, it has at most 100 records"):
             sink.store(a_block(60, 101))
         sink.store(a_block(60, 100))
         calls = link.calls
-        with pytest.raises(SinkError, match="full"):
+        with pytest.raises(NotStored, match="full"):
             sink.store(a_block(100, 101))
-        assert link.calls > calls, "with a full spool the link is tried"
+        assert link.calls > calls, "if the spool is full, the link is tried"
         link.error = None
         sink.store(a_block(100, 101))
-        assert not running.away, "and says that the consumer is back"
+        assert not running.away, "and its ack marks the consumer up"
         replay.error = None
         eventually(lambda: running.depth == 0)
     assert {**replay.stored, **link.stored} == expected(101)
 
 
-def test_blocks_on_their_way_count_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_being_stored_count_towards_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replay, gate = FakeLink(), threading.Event()
-    replay.error = SinkError("away")
-    with spooling(tmp_path / "s", replay, most=10) as running:
+    replay.error = NotStored("away")
+    with spooling(tmp_path / "s", replay, max_records=10) as running:
         append = running.store.append
         monkeypatch.setattr(running.store, "append", lambda *block: (gate.wait(30), append(*block)))
         first = Blocked(lambda: running.append(a_block(0, 6)))
-        eventually(lambda: running._coming == 6)
-        with pytest.raises(SinkError, match="full"):
+        eventually(lambda: running._incoming == 6)
+        with pytest.raises(NotStored, match="full"):
             running.append(a_block(6, 12))
         gate.set()
         first.result()
         assert running.depth == 6
 
 
-def test_a_spool_that_cannot_store_says_so_and_the_link_is_tried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_spool_reports_error_and_link_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     link, replay = FakeLink(), FakeLink()
-    link.error = replay.error = SinkError("away")
+    link.error = replay.error = NotStored("away")
     with spooling(tmp_path / "s", replay) as running:
         sink = SpoolSink(link, running)  # type: ignore[arg-type]
 
@@ -181,16 +169,16 @@ def test_a_spool_that_cannot_store_says_so_and_the_link_is_tried(
 
         monkeypatch.setattr(running.store, "append", broken)
         for _ in range(2):
-            with pytest.raises(SinkError, match="disk is full"):
+            with pytest.raises(NotStored, match="disk is full"):
                 sink.store(a_block(0, 5))
         link.error = None
         sink.store(a_block(0, 5))
         assert link.stored == expected(5) and not running.away
 
 
-def test_a_full_spool_is_forwarded_after_a_restart(tmp_path: Path) -> None:
+def test_spooled_records_are_forwarded_after_a_restart(tmp_path: Path) -> None:
     replay = FakeLink()
-    replay.error = SinkError("away")
+    replay.error = NotStored("away")
     with spooling(tmp_path / "s", replay) as running:
         for n in range(10):
             running.append(a_block(n, n + 1))
@@ -202,10 +190,10 @@ def test_a_full_spool_is_forwarded_after_a_restart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["oldest", "delete"])
-def test_the_thread_lives_on_after_errors(
+def test_replay_thread_survives_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
 ) -> None:
-    """Of the store, and some that nobody expected; what was forwarded and not deleted is forwarded again."""
+    """The errors are of the store, and unexpected ones. Records forwarded and not deleted are forwarded again."""
     replay = FakeLink()
     with spooling(tmp_path / "s", replay) as running:
         works = getattr(running.store, method)
@@ -221,20 +209,19 @@ def test_the_thread_lives_on_after_errors(
         eventually(lambda: running.stats().forwarded == 5)
         assert running.depth == 0 and replay.calls == (4 if method == "delete" else 1)
     assert replay.stored == expected(5)
-    said = [str(record.args) for record in caplog.records if record.msg == "replay_error"]
-    assert len(said) == 2 and "disk I/O error" in said[0] and "a bug" in said[1], "what is known is said once"
+    messages = [str(record.args) for record in caplog.records if record.msg == "replay_error"]
+    assert len(messages) == 2, "a repeated error is logged once"
+    assert "disk I/O error" in messages[0] and "a bug" in messages[1]
 
 
-def test_a_spool_that_cannot_be_read_does_not_make_the_consumer_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Then nobody but the workers can find out that it is back."""
+def test_unreadable_spool_does_not_make_the_consumer_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then only the workers can find out that the consumer is up again."""
     link, replay = FakeLink(), FakeLink()
-    link.error = SinkError("away")
+    link.error = NotStored("away")
     with spooling(tmp_path / "s", replay) as running:
         oldest = running.store.oldest
         monkeypatch.setattr(
-            running.store, "oldest", lambda most: (_ for _ in ()).throw(StoreError("s: disk I/O error"))
+            running.store, "oldest", lambda limit: (_ for _ in ()).throw(StoreError("s: disk I/O error"))
         )
         sink = SpoolSink(link, running)  # type: ignore[arg-type]
         sink.store(a_block(0, 5))
@@ -247,35 +234,35 @@ def test_a_spool_that_cannot_be_read_does_not_make_the_consumer_away(
     assert replay.stored == expected(5)
 
 
-def test_a_link_too_slow_for_much_gets_less_at_a_time(tmp_path: Path) -> None:
+def test_slow_link_gets_smaller_blocks(tmp_path: Path) -> None:
     class Slow(FakeLink):
         def store(self, block: Block) -> None:
-            self.error = SinkError("no ack within 30 s") if len(block.values) > 100 else None
+            self.error = NotStored("no ack within 30 s") if len(block.values) > 100 else None
             super().store(block)
 
     replay = Slow()
-    with spooling(tmp_path / "s", replay, most=10_000) as running:
+    with spooling(tmp_path / "s", replay, max_records=10_000) as running:
         for n in range(0, 5000, 50):
             running.append(a_block(n, n + 50))
         eventually(lambda: running.depth == 0)
     assert replay.stored == expected(5000)
 
 
-def test_the_spool_leaves_its_disk_some_room_to_delete_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spool_leaves_disk_space_free_for_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     link, replay = FakeLink(), FakeLink()
-    link.error = replay.error = SinkError("away")
+    link.error = replay.error = NotStored("away")
     with spooling(tmp_path / "s", replay) as running:
         sink = SpoolSink(link, running)  # type: ignore[arg-type]
-        monkeypatch.setattr(spool, "ROOM", 2**62)
-        with pytest.raises(SinkError, match="of its disk are free: make room"):
+        monkeypatch.setattr(spool, "MIN_FREE_BYTES", 2**62)
+        with pytest.raises(NotStored, match="of its disk are free: make room"):
             sink.store(a_block(0, 5))
         assert not sink.ready
-        monkeypatch.setattr(spool, "ROOM", 0)
+        monkeypatch.setattr(spool, "MIN_FREE_BYTES", 0)
         sink.store(a_block(0, 5))
         assert sink.ready
 
 
-def test_many_workers_spool_and_forward_at_random_and_everything_arrives_once(tmp_path: Path) -> None:
+def test_flaky_links_and_spool_deliver_every_record_once(tmp_path: Path) -> None:
     seed = seeded()
     rng = random.Random(seed)
     stored: dict[tuple[bytes, int], int] = {}
@@ -289,10 +276,10 @@ def test_many_workers_spool_and_forward_at_random_and_everything_arrives_once(tm
                     keep(stored, block)
             self.ready = not fails
             if fails:
-                raise SinkError("flaky")
+                raise InDoubt("flaky")
 
     ring = Ring(64)
-    with spooling(tmp_path / "s", Flaky(), most=200) as running:
+    with spooling(tmp_path / "s", Flaky(), max_records=200) as running:
         workers = Forwarder(ring, [Destination(lambda connected: SpoolSink(Flaky(), running))], 8, 200)  # type: ignore[arg-type]
         for n in range(0, 3000, 50):
             ring.put(array("q", range(n * 10, n * 10 + 500, 10)), SOURCE, n, 20)
@@ -307,11 +294,11 @@ def test_many_workers_spool_and_forward_at_random_and_everything_arrives_once(tm
 
 @pytest.fixture
 def port() -> int:
-    """A port where nobody listens but who is told to."""
+    """A free port: nothing listens there until a test starts a server on it."""
     return free_port()
 
 
-def test_a_publisher_acks_while_the_consumer_is_away_and_survives_with_a_full_spool(tmp_path: Path, port: int) -> None:
+def test_publisher_acks_into_spool_and_survives_kill(tmp_path: Path, port: int) -> None:
     own = free_port()
     flags = ["-p", str(own), "-T", str(port), "-S", "s.spool"]
     values = array("q", random.randbytes(8 * 300_000))
@@ -320,7 +307,7 @@ def test_a_publisher_acks_while_the_consumer_is_away_and_survives_with_a_full_sp
         assert running.greeting.endswith(", spooling in s.spool\n")
         with Producer(running.url) as sender:
             sender.send(values[:200_000])
-            sender.flush(30)  # nobody there, and all is acked
+            sender.flush(30)  # acked without a consumer
             assert running.stats()["spoolDepth"] == 200_000
             running.kill()
             assert in_order(tmp_path / "s.spool", sender.source) == list(values[:200_000])
@@ -330,7 +317,7 @@ def test_a_publisher_acks_while_the_consumer_is_away_and_survives_with_a_full_sp
             stats = running.stats()
             assert stats["spoolDepth"] == 300_000 and stats["spoolOldestMs"] > 0 and stats["consumerAwayMs"] > 0
             with server(tmp_path, "-I", "false", "-p", str(port), "-D", "c.db") as consumer:
-                eventually(lambda: running.stats()["spoolForwarded"] >= 50_000, "it forwards")
+                eventually(lambda: running.stats()["spoolForwarded"] >= 50_000, "the spool is being forwarded")
                 consumer.kill()
             eventually(lambda: running.stats()["consumerAwayMs"] > 0)
             with server(tmp_path, "-I", "false", "-p", str(port), "-D", "c.db") as consumer:
@@ -348,7 +335,7 @@ def test_a_publisher_acks_while_the_consumer_is_away_and_survives_with_a_full_sp
     assert in_order(tmp_path / "c.db", sender.source) == [*values, 1, 2, 3]
 
 
-def test_a_full_spool_is_backpressure_and_nothing_is_lost(tmp_path: Path, port: int) -> None:
+def test_full_spool_causes_backpressure_and_loses_nothing(tmp_path: Path, port: int) -> None:
     values = array("q", range(100_000))
     with server(tmp_path, "-p", "0", "-T", str(port), "-S", "s", "--spool_max", "30000", "-r", "1024") as publisher:
         with Producer(publisher.url) as sender:
@@ -365,13 +352,13 @@ def test_a_full_spool_is_backpressure_and_nothing_is_lost(tmp_path: Path, port: 
     assert in_order(tmp_path / "c.db", sender.source) == list(values)
 
 
-def test_a_consumer_that_takes_and_never_answers_is_away_too(tmp_path: Path) -> None:
+def test_unresponsive_consumer_is_down(tmp_path: Path) -> None:
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db") as consumer:
         flags = ["-p", "0", "-T", str(consumer.port), "-S", "s"]
         with server(
             tmp_path,
             *flags,
-            patch="forward.spool.PATIENCE = 0.5; net.websocket_client.CONNECT_TIMEOUT = 0.5",
+            patch="forward.spool.ACK_TIMEOUT_SECONDS = 0.5; net.websocket_client.CONNECT_TIMEOUT = 0.5",
         ) as publisher:
             with Producer(publisher.url) as sender:
                 sender.send(range(1000))
@@ -385,7 +372,7 @@ def test_a_consumer_that_takes_and_never_answers_is_away_too(tmp_path: Path) -> 
     assert in_order(tmp_path / "c.db", sender.source) == list(range(50_000))
 
 
-def test_a_stop_while_the_consumer_is_away_leaves_all_in_the_spool(tmp_path: Path, port: int) -> None:
+def test_stop_while_consumer_is_down_leaves_records_in_spool(tmp_path: Path, port: int) -> None:
     with server(tmp_path, "-p", "0", "-T", str(port), "-S", "s", "-A", "ring") as publisher:
         with Producer(publisher.url) as sender:
             sender.send(range(50_000))
@@ -395,7 +382,7 @@ def test_a_stop_while_the_consumer_is_away_leaves_all_in_the_spool(tmp_path: Pat
     assert in_order(tmp_path / "s", sender.source) == list(range(50_000))
 
 
-def test_a_publisher_whose_consumers_name_turns_out_to_be_its_own_keeps_its_spool(tmp_path: Path, port: int) -> None:
+def test_publisher_never_forwards_its_spool_to_itself(tmp_path: Path, port: int) -> None:
     unknown = (
         "socket.tries = []; socket.getaddrinfo = (lambda real: lambda host, *args, **kw: real('nowhere.invalid' if"
         " host == 'me.lan' and (socket.tries.append(1) or len(socket.tries) < 2) else"
@@ -412,7 +399,7 @@ def test_a_publisher_whose_consumers_name_turns_out_to_be_its_own_keeps_its_spoo
     assert in_order(tmp_path / "s", sender.source) == list(range(100))
 
 
-def test_a_publisher_with_a_spool_starts_while_the_consumers_name_does_not_resolve(tmp_path: Path) -> None:
+def test_publisher_with_spool_starts_without_resolving_consumer(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-U", "nowhere.invalid", "-T", "1", "-S", "s") as publisher:
         with Producer(publisher.url) as sender:
             sender.send(range(100))
@@ -422,21 +409,21 @@ def test_a_publisher_with_a_spool_starts_while_the_consumers_name_does_not_resol
 
 
 @pytest.mark.parametrize(
-    ("prepare", "flags", "said"),
+    ("prepare", "flags", "message"),
     [
         (lambda path: None, ["-T", "0"], "stores in its own database, it needs no spool"),
         (lambda path: Store(str(path)).close(), ["-T", "1"], "is a consumer's database, not a publisher's spool"),
         (lambda path: path.mkdir(), ["-T", "1"], "is a directory"),
     ],
 )
-def test_a_spool_that_cannot_be_is_one_line(tmp_path: Path, prepare: object, flags: list[str], said: str) -> None:
+def test_unusable_spool_is_a_one_line_error(tmp_path: Path, prepare: object, flags: list[str], message: str) -> None:
     prepare(tmp_path / "s")  # type: ignore[operator]
-    with pytest.raises(AssertionError, match=said) as refused:
+    with pytest.raises(AssertionError, match=message) as refused:
         ServerProcess(tmp_path, "-p", "0", *flags, "-S", "s")
     assert str(refused.value).count("ringoexp: error: ") == 1 and "Traceback" not in str(refused.value)
 
 
-def test_one_spool_is_not_for_two(tmp_path: Path) -> None:
+def test_spool_in_use_is_refused(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "1", "-S", "s"):
         with pytest.raises(AssertionError, match="in use by another ringoexp"):
             ServerProcess(tmp_path, "-p", "0", "-T", "1", "-S", "s")

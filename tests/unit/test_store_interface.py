@@ -1,4 +1,4 @@
-"""The face of a store is enough: a server runs on one that has nothing else."""
+"""Tests that a server needs only the methods of the store interface."""
 
 import json
 import threading
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 from support.harness import RawClient, frame, request
 
-from ringolib import app as assembly
+from ringolib.app import App
 from ringolib.counters import Histogram
 from ringolib.options import read_arguments
 from ringolib.storage.interface import Sizes, Storage, StoreError, StoreStats
@@ -18,7 +18,7 @@ from store import Store
 
 
 class Memory:
-    """A store with the face and no more, which forgets everything at its end."""
+    """A store in memory with only the methods of the interface."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -53,26 +53,26 @@ class Memory:
 
 
 @pytest.fixture(params=[["-T", "0"], ["-I", "false"]], ids=["publisher", "consumer"])
-def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[assembly.App]:
-    monkeypatch.setattr(assembly, "Store", Memory)
-    made = assembly.App(read_arguments(["-p", "0", *request.param]), [])
+def app(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[App]:
+    monkeypatch.setattr("ringolib.app.Store", Memory)
+    app = App(read_arguments(["-p", "0", *request.param]), [])
     try:
-        made.start()
-        yield made
+        app.start()
+        yield app
     finally:
-        made.stop()
-    assert made.store and made.store.closed  # type: ignore[attr-defined]
+        app.stop()
+    assert app.store and app.store.closed  # type: ignore[attr-defined]
 
 
-def test_a_server_needs_of_its_store_what_the_face_says_and_nothing_else(parts: assembly.App) -> None:
-    face = {name for name in vars(Storage) if not name.startswith("_")}
-    store: Memory = parts.store  # type: ignore[assignment]
+def test_server_uses_only_the_store_interface(app: App) -> None:
+    interface = {name for name in vars(Storage) if not name.startswith("_")}
+    store: Memory = app.store  # type: ignore[assignment]
     assert (
         {name for name in [*vars(Memory), "path", "identity"] if not name.startswith("_")}
-        == face
+        == interface
         <= {*dir(Store), "path", "identity"}
     )
-    port = parts.server.port
+    port = app.server.port
     with RawClient(port, {"Sec-WebSocket-Protocol": SUBPROTOCOL}) as client:
         for times in (1, 2):
             client.send(frame(2, encode_batch([Run(bytes(16), 5, 2)], array("q", [7, -7]))))
@@ -84,11 +84,11 @@ def test_a_server_needs_of_its_store_what_the_face_says_and_nothing_else(parts: 
     assert request(port, "GET", "/metrics")[0] == request(port, "GET", "/v1.0/ready")[0] == 200
 
 
-def test_what_it_says_is_what_the_others_say(parts: assembly.App) -> None:
-    parts.store.fails = "memory: it is tired"  # type: ignore[union-attr]
-    status, _, body = request(parts.server.port, "GET", "/v1.0/ready")
+def test_store_error_is_the_readiness_detail(app: App) -> None:
+    app.store.fails = "memory: out of order"  # type: ignore[union-attr]
+    status, _, body = request(app.server.port, "GET", "/v1.0/ready")
     reasons = json.loads(body)["reasons"]
-    assert (status, [(each["code"], each["detail"]) for each in reasons]) == (
+    assert (status, [(reason["code"], reason["detail"]) for reason in reasons]) == (
         503,
-        [("store_failing", "memory: it is tired")],
+        [("store_failing", "memory: out of order")],
     )

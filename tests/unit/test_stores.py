@@ -1,4 +1,4 @@
-"""What holds for every store, on SQLite, on ClickHouse as old as Debian's, and on a current one, by chdb."""
+"""Tests that every store must pass: SQLite, ClickHouse as old as Debian's, and a current ClickHouse (chdb)."""
 
 import random
 import threading
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from support.clickhouses import ChdbServer, ClickHouseServer, need_chdb, need_clickhouse
-from support.harness import Blocked, eventually, rows, seeded
+from support.databases import A_TEXT, A, B, block, stored_values
+from support.harness import Blocked, eventually, seeded
 
 from ringolib.storage.clickhouse import store as clickhouse
 from ringolib.storage.clickhouse.store import ClickHouse
@@ -18,12 +19,9 @@ from ringolib.storage.interface import Storage, StoreError
 from ringolib.wire import Run
 from store import Store
 
-A, B = b"a" * 16, b"b" * 16
-A_TEXT = "61616161-6161-6161-6161-616161616161"
-
 
 class Kind:
-    """A store of some kind, and how to read its database without it."""
+    """A kind of store, an open store of it, and a way to read its database without the store."""
 
     def __init__(
         self, name: str, make: Callable[[], Storage], records: Callable[[], dict[tuple[str, int], int]]
@@ -38,24 +36,24 @@ class Kind:
         self.store = self.make()
 
 
-@pytest.fixture(scope="module", params=["sqlite", "clickhouse 18.16", "clickhouse of today"])
+@pytest.fixture(scope="module", params=["sqlite", "clickhouse 18.16", "current clickhouse"])
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ClickHouseServer | ChdbServer | None]:
     if request.param == "sqlite":
         yield None
         return
-    made: ClickHouseServer | ChdbServer
+    running: ClickHouseServer | ChdbServer
     if request.param == "clickhouse 18.16":
         need_clickhouse()
-        made = ClickHouseServer(tmp_path_factory.mktemp("clickhouse"))
+        running = ClickHouseServer(tmp_path_factory.mktemp("clickhouse"))
     else:
         need_chdb()
-        made = ChdbServer(tmp_path_factory.mktemp("chdb"))
+        running = ChdbServer(tmp_path_factory.mktemp("chdb"))
     try:
-        yield made
+        yield running
     finally:
-        made.kill()
+        running.kill()
 
 
 @pytest.fixture
@@ -66,42 +64,30 @@ def kind(
     if server:
         database = server.create_database()
         target = parse_url(server.url(database))
-        made = Kind("clickhouse", lambda: ClickHouse(target), lambda: server.records(database))
+        kind = Kind("clickhouse", lambda: ClickHouse(target), lambda: server.records(database))
     else:
         path = tmp_path / "numbers.db"
-
-        def records() -> dict[tuple[str, int], int]:
-            found = rows(path)
-            known = {(source, sequence): value for source, sequence, value in found}
-            assert len(known) == len(found), "a record is there twice"
-            return known
-
-        made = Kind("sqlite", lambda: Store(str(path)), records)
+        kind = Kind("sqlite", lambda: Store(str(path)), lambda: stored_values(path))
     try:
-        yield made
+        yield kind
     finally:
-        made.store.close()
+        kind.store.close()
 
 
-def block(source: bytes, first: int, end: int) -> tuple[list[Run], "array[int]"]:
-    """Records `first` to `end`, with values that tell their sequence."""
-    return [Run(source, first, end - first)], array("q", range(first * 10, end * 10, 10))
-
-
-def test_what_is_appended_is_there_as_it_came(kind: Kind) -> None:
+def test_appended_records_are_stored_unchanged(kind: Kind) -> None:
     kind.store.append([Run(A, 0, 2), Run(B, 7, 1)], array("q", [2**63 - 1, -(2**63), 5]))
     kind.store.append([Run(A, 2, 1)], array("q", [0]))
-    of_b = str(uuid.UUID(bytes=B))
-    assert kind.records() == {(A_TEXT, 0): 2**63 - 1, (A_TEXT, 1): -(2**63), (A_TEXT, 2): 0, (of_b, 7): 5}
+    b_text = str(uuid.UUID(bytes=B))
+    assert kind.records() == {(A_TEXT, 0): 2**63 - 1, (A_TEXT, 1): -(2**63), (A_TEXT, 2): 0, (b_text, 7): 5}
     stats = kind.store.stats()
     assert (stats.stored, stats.commits, stats.failed_commits, stats.error) == (4, 2, 0, None)
 
 
-def test_bytes_of_a_source_and_its_text_are_in_the_same_order(kind: Kind) -> None:
+def test_source_text_keeps_order_of_bytes(kind: Kind) -> None:
     source = bytes(range(0xF0, 0x100))
     for name in (source, source[::-1]):
         kind.store.append([Run(name, 1, 1)], array("q", [1]))
-    assert {of for of, _ in kind.records()} == {str(uuid.UUID(bytes=name)) for name in (source, source[::-1])}
+    assert {text for text, _ in kind.records()} == {str(uuid.UUID(bytes=name)) for name in (source, source[::-1])}
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 1025, 65_536, 100_000])
@@ -117,8 +103,8 @@ def test_blocks_of_every_size_are_stored_whole(kind: Kind, size: int, first: int
     [[(10, 20)], [(5, 12)], [(18, 30)], [(5, 30)], [(0, 60)], [(0, 5), (3, 8), (0, 8)], [(50, 51), (49, 50), (48, 52)]],
 )
 @pytest.mark.parametrize("reopened", [False, True])
-def test_the_first_value_stays(kind: Kind, runs: list[tuple[int, int]], reopened: bool) -> None:
-    """Stored already: 10..19 and 30..39. Also of runs of one block that overlap."""
+def test_first_value_of_a_record_stays(kind: Kind, runs: list[tuple[int, int]], reopened: bool) -> None:
+    """The records 10..19 and 30..39 are stored already. Runs of one block may overlap, too."""
     model: dict[tuple[str, int], int] = {}
     number = iter(range(1000))
 
@@ -138,7 +124,7 @@ def test_the_first_value_stays(kind: Kind, runs: list[tuple[int, int]], reopened
     assert kind.records() == model
 
 
-def test_random_runs_store_the_first_value_of_each_sequence(kind: Kind) -> None:
+def test_random_runs_keep_first_value_of_each_sequence(kind: Kind) -> None:
     rng = random.Random(seeded())
     model: dict[tuple[str, int], int] = {}
     for turn in range(40):
@@ -155,13 +141,13 @@ def test_random_runs_store_the_first_value_of_each_sequence(kind: Kind) -> None:
     assert kind.records() == model
 
 
-def test_the_block_is_left_as_it_was(kind: Kind) -> None:
+def test_append_does_not_change_the_block(kind: Kind) -> None:
     runs, values = block(A, 65_530, 65_550)
     kind.store.append(runs, values)
     assert (runs, values) == block(A, 65_530, 65_550)
 
 
-def test_many_threads_append_at_once(kind: Kind) -> None:
+def test_many_threads_append_concurrently(kind: Kind) -> None:
     calls = [Blocked(lambda n=n: kind.store.append(*block(A, 100 * n, 100 * n + 150))) for n in range(16)]
     for call in calls:
         call.result()
@@ -169,7 +155,7 @@ def test_many_threads_append_at_once(kind: Kind) -> None:
     assert kind.store.stats().commits <= 16
 
 
-def test_a_closed_store_takes_nothing_and_says_so(kind: Kind) -> None:
+def test_closed_store_refuses_appends_and_checks(kind: Kind) -> None:
     kind.store.append(*block(A, 0, 5))
     for _ in range(2):
         kind.store.close()
@@ -179,24 +165,24 @@ def test_a_closed_store_takes_nothing_and_says_so(kind: Kind) -> None:
     assert kind.store.stats().stored == 5 and len(kind.records()) == 5
 
 
-def test_who_waits_when_it_is_closed_is_stored(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_stores_waiting_blocks(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clickhouse, "INSERT_INTERVAL_SECONDS", 30.0)
     kind.store.append(*block(A, 0, 1))
     waiting = [Blocked(lambda n=n: kind.store.append(*block(A, n, n + 1))) for n in (1, 2, 3)]
     if isinstance(kind.store, ClickHouse):
         store = kind.store
         eventually(lambda: len(store._queue) == 3)
-        assert all(each.still(0.01) for each in waiting)
+        assert all(call.still(0.01) for call in waiting)
     else:
-        for each in waiting:
-            each.result()
+        for call in waiting:
+            call.result()
     kind.store.close()
-    for each in waiting:
-        each.result(5)
+    for call in waiting:
+        call.result(5)
     assert len(kind.records()) == 4
 
 
-def test_identity_is_the_databases_own(kind: Kind, tmp_path: Path) -> None:
+def test_identity_belongs_to_the_database(kind: Kind, tmp_path: Path) -> None:
     identity = kind.store.identity
     assert str(uuid.UUID(identity)) == identity
     kind.reopen()
@@ -206,26 +192,26 @@ def test_identity_is_the_databases_own(kind: Kind, tmp_path: Path) -> None:
     assert other.identity != identity
 
 
-def test_a_check_stores_nothing(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_stores_nothing(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     kind.store.append(*block(A, 0, 5))
     kind.store.check()
     monkeypatch.setattr(clickhouse, "SUCCESS_VALID_SECONDS", 0.0)
-    monkeypatch.setattr("store.TRUST_SECONDS", 0.0)
+    monkeypatch.setattr("store.SUCCESS_VALID_SECONDS", 0.0)
     before = kind.store.stats()
     kind.store.check()
     assert kind.store.stats() == before
     assert len(kind.records()) == 5
 
 
-def test_stats_do_not_wait_for_a_commit(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stats_do_not_wait_for_commit(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, entered = threading.Event(), threading.Event()
     name = "_insert" if isinstance(kind.store, ClickHouse) else "_write"
-    inside = getattr(kind.store, name)
+    write = getattr(kind.store, name)
 
-    def slow(*what: object) -> object:
+    def slow(*arguments: object) -> object:
         entered.set()
         assert gate.wait(30)
-        return inside(*what)
+        return write(*arguments)
 
     monkeypatch.setattr(kind.store, name, slow)
     call = Blocked(lambda: kind.store.append(*block(A, 0, 5)))

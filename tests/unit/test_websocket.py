@@ -230,7 +230,7 @@ def test_client_that_closes_its_side_still_gets_its_acks() -> None:
 
 
 def test_session_waits_for_client_that_sent_close_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "PATIENCE", 0.01)
+    monkeypatch.setattr(session_module, "WAIT_SECONDS", 0.01)
     ring = Ring(10)
     with connected(ServerConnection) as (connection, client):
         run = Blocked(lambda: Session(connection, RingIntake(ring), Totals(), threading.Event()).run(b""))
@@ -436,7 +436,7 @@ def test_messages_before_an_unanswerable_ping_count() -> None:
 
 
 def test_first_record_is_acked_while_second_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "PATIENCE", 600.0)
+    monkeypatch.setattr(session_module, "WAIT_SECONDS", 600.0)
     ring = Ring(10)
     pieces = iter([frame(2, bytes(4)), frame(2, bytes(4))])
 

@@ -24,7 +24,7 @@ from ringolib.net import tls
 from ringolib.storage.clickhouse import schema
 from ringolib.storage.clickhouse.http import ClickHouseError, PermanentError, RetryableError, Server
 from ringolib.storage.clickhouse.url import Target
-from ringolib.storage.group_commit import CommitResult, GroupCommit, PendingBlock
+from ringolib.storage.group_commit import CommitResult, GroupCommit, PendingBlock, Turn
 from ringolib.storage.interface import Sizes, StoreError
 from ringolib.wire import Run
 
@@ -113,9 +113,9 @@ class ClickHouse(GroupCommit):
     servers may delete a record. Raises StoreError if the database is not available.
     """
 
-    MAX_GROUPED = 500_000
+    MAX_GROUP_COST = 500_000
     RUN_COST = 16
-    SLOW = 5.0
+    SLOW_COMMIT_SECONDS = 5.0
 
     def __init__(self, target: Target, cluster: str | None = None, retain_days: float | None = None) -> None:
         super().__init__(target.display_url)
@@ -159,7 +159,7 @@ class ClickHouse(GroupCommit):
         error = self._check_hosts()
         with self._lock:
             # While records are being inserted, only they show whether inserts succeed.
-            doubtful = self._leading or monotonic() - self._failed_at < FAILURE_VALID_SECONDS
+            doubtful = self._turn is Turn.COMMIT or monotonic() - self._failed_at < FAILURE_VALID_SECONDS
             if error or not doubtful:
                 self._error = str(error) if error else None
         if error:
@@ -221,9 +221,13 @@ class ClickHouse(GroupCommit):
                 server.close()
         return first_error
 
-    def _pace(self) -> float:
+    def _gather_seconds(self) -> float:
         assert self._lock.locked()
-        return 0.0 if self._queued >= FULL_INSERT_RECORDS else self._began_at + INSERT_INTERVAL_SECONDS - monotonic()
+        return (
+            0.0
+            if self._queued_cost >= FULL_INSERT_RECORDS
+            else self._started_at + INSERT_INTERVAL_SECONDS - monotonic()
+        )
 
     def _write(self, group: list[PendingBlock]) -> CommitResult:
         """Insert `group`. Duplicates count as stored."""
@@ -231,7 +235,9 @@ class ClickHouse(GroupCommit):
         # A later block never gets an earlier time, even if the clock goes back.
         arrived_ns = max(time.time_ns(), self._last_ns + 1)
         self._last_ns = arrived_ns + sum(len(block.runs) for block in group)
-        deadline = max(group[0].since + INSERT_TIMEOUT_SECONDS, started + INSERT_TIMEOUT_SECONDS * MIN_TIMEOUT_SHARE)
+        deadline = max(
+            group[0].arrived_at + INSERT_TIMEOUT_SECONDS, started + INSERT_TIMEOUT_SECONDS * MIN_TIMEOUT_SHARE
+        )
         self._insert(encode(((block.runs, block.values) for block in group), arrived_ns), deadline)
         return CommitResult(sum(len(block.values) for block in group), 0, self._records)
 
@@ -304,7 +310,7 @@ class ClickHouse(GroupCommit):
         except (ClickHouseError, ValueError) as error:
             log.debug("not_measured", {"reason": str(error)})
 
-    def _failed(self, cause: BaseException) -> StoreError:
+    def _describe_failure(self, cause: BaseException) -> StoreError:
         return self._store_error(cause)
 
     def _store_error(self, cause: BaseException) -> StoreError:
