@@ -1,17 +1,17 @@
 """The ingest loop: one thread, `ingest`, with a selector, owns every WebSocket after its upgrade.
 
 A turn of the loop has four steps. It reads from the clients that are ready, without blocking. It decodes the data
-(`session`). It offers all blocks to the intake at once. It sends the acks of the records that are stored by now. No step
-waits, and the work for one client in a turn is bounded, so no client delays the others.
+(`session`). It offers all blocks to the intake at once. It sends the acks of the records that are stored by now. No
+step waits, and the work for one client in a turn is bounded, so no client delays the others.
 
-Blocks that the intake has no room for wait in `_backlog`. The loop reads from no client until the backlog is empty: that
-is the backpressure, and the backlog is at most the reads of one turn.
+Blocks that the intake has no room for wait in `_backlog`. The loop reads from no client until the backlog is empty:
+that is the backpressure, and the backlog is at most the reads of one turn.
 
-A commit wakes the loop once through a socket pair, however many clients wait for it: any thread may call `_wake`. `add`,
-`stop` and `abort` leave their news under `_lock`. Everything else belongs to the thread.
+A commit wakes the loop once through a socket pair, however many clients wait for it: any thread may call `_wake`.
+`add`, `stop` and `abort` leave their news under `_lock`. Everything else belongs to the thread.
 
 An error in the work for one client ends that client's connection with 1011. After an error in the loop's own
-bookkeeping, acks may be wrong. So `_fatal` ends the process: acknowledged records are on disk, and a restart is correct.
+bookkeeping, acks may be wrong. So `_fatal` ends the process: acked records are on disk, and a restart is correct.
 """
 
 import heapq
