@@ -159,9 +159,10 @@ class Session:
             self._ending = (code, reason)
 
     def end_of_stream(self, now: float) -> None:
-        """The client has ended its side without a Close frame: it gets the acks of the next PATIENCE_SECONDS."""
-        self.end(*LOST)
-        self._close_by = now + PATIENCE_SECONDS
+        """The client has ended its side. If no Close frame came before, it gets the acks of PATIENCE_SECONDS more."""
+        if not self.ending:
+            self.end(*LOST)
+            self._close_by = now + PATIENCE_SECONDS
 
     def replace_ending(self, code: int, reason: str) -> None:
         """Close with this code and reason instead."""
