@@ -144,7 +144,7 @@ class IngestLoop:
             self._wake()
 
     def stop(self) -> None:
-        """Read no more, and close each connection once what it has sent is stored."""
+        """Take no more records, and close each connection once what it has sent is stored."""
         with self._lock:
             self._stop_requested = True
         self._wake()
@@ -197,11 +197,11 @@ class IngestLoop:
         self._settle(now)
         if self._backlog:
             self._offer_backlog(now)
-        if self._paused_at is None and not self._stopping:
+        if self._paused_at is None:  # during a stop, too: what is read then is ignored, but the end of a stream counts
             if not self._ready and self._readers.fileno() in events:
                 self._ready.extend(key.data for key, _ in self._readers.select(0))
             self._read_all(now)
-        elif self._paused_at is not None:
+        else:
             self._check_gone(now)
         self._expire(now)
         self._count()
@@ -298,8 +298,8 @@ class IngestLoop:
     def _receive(self, client: Client, data: bytes, now: float) -> int:
         """Decode data of a client, and queue the block; how many records it has."""
         session = client.session
-        if session.closing:
-            return 0
+        if session.ending is not None:
+            return 0  # what comes after it is ignored
         self._bytes += len(data)
         try:
             block = session.receive(data, now)
@@ -476,6 +476,9 @@ class IngestLoop:
                 self._writers.unregister(client.sock)
             had, client.unsent = client.unsent, rest
             session.sent(sent > 0, len(rest), now)
+            if session.lost and not client.eof:  # it does not read
+                self._drop(client)
+                return
             if had and not rest:
                 self._flush(client, now)  # what became due meanwhile
                 return

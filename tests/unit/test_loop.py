@@ -352,6 +352,37 @@ def test_stop_reads_no_more_and_closes_with_1001_after_the_ack(world: World) -> 
     assert call.result() == ack(1) + b"\x88" + bytes([2 + len("the server is stopping")]) + struct.pack(">H", 1001)
 
 
+def test_loop_does_not_spin_while_a_stop_waits_for_records(world: World) -> None:
+    client = world.connect()
+    client.sendall(plain(1))
+    batch = world.ring.reserve(10, DEADLINE)
+    turns: list[int] = []
+    real = world.loop._turn
+    world.loop._turn = lambda: real() and turns.append(1) is None  # type: ignore[method-assign]
+    world.loop.stop()
+    client.sendall(plain(2))
+    assert Blocked(lambda: read(client, 1)).still(0.3)
+    assert len(turns) < 10
+    world.ring.commit(batch)
+
+
+def test_stop_ends_a_connection_as_soon_as_the_client_has_answered(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringolib.web.session.CLOSE_TIMEOUT_SECONDS", 600.0)
+    client = world.connect()
+    client.sendall(plain(1))
+    world.store()
+    assert read(client, 10) == ack(1)
+    world.loop.stop()
+    client.sendall(plain(2))
+    assert struct.unpack(">H", read_all(client)[2:4]) == (1001,)
+    client.sendall(CLOSE)
+    client.close()
+    eventually(lambda: world.ended)
+    assert world.loop.join(DEADLINE) and world.totals.snapshot().received == 1
+
+
 def test_stop_with_unstored_batches_closes_with_1011() -> None:
     with running() as world:
         client = world.connect(batches=True)
