@@ -62,6 +62,7 @@ class Client:
         "marks",
         "put",
         "waiting",
+        "paused",
         "scheduled",
         "reading",
         "is_tls",
@@ -76,6 +77,7 @@ class Client:
         self.marks: deque[tuple[Any, int, float]] = deque()  # (ticket, the connection's records up to it, when read)
         self.put = 0  # records of the connection that the intake has
         self.waiting = 0  # blocks in the backlog
+        self.paused = 0.0  # seconds of the loop's pauses that its session knows of
         self.scheduled = inf  # the earliest entry in the heap of deadlines
         self.reading = False
         self.is_tls = isinstance(sock, TLSSocket)
@@ -114,6 +116,7 @@ class IngestLoop:
         self._deadlines: list[tuple[float, int, Client]] = []
         self._counter = 0
         self._paused_at: float | None = None
+        self._paused_seconds = 0.0  # of the pauses before
         self._gone_checked_at = 0.0
         self._stopping = False
         self._buffer = bytearray(READ_SIZE)
@@ -231,6 +234,7 @@ class IngestLoop:
                 self._close(client)
                 continue
             self._clients.add(client)
+            client.paused = self._paused_until(now)
             self._totals.client_opened(client.session.batches)
             self._readers.register(client.sock, selectors.EVENT_READ, client)
             client.reading = True
@@ -300,6 +304,8 @@ class IngestLoop:
         session = client.session
         if session.ending is not None:
             return 0  # what comes after it is ignored
+        if self._paused_seconds > client.paused:
+            self._excuse(client, now)
         self._bytes += len(data)
         try:
             block = session.receive(data, now)
@@ -366,8 +372,7 @@ class IngestLoop:
                 self._paused_at = self._gone_checked_at = now
                 self._poll.unregister(self._readers)
         elif self._paused_at is not None:
-            for client in self._clients:
-                client.session.paused(now - self._paused_at)
+            self._paused_seconds += now - self._paused_at
             self._paused_at = None
             self._poll.register(self._readers, select.POLLIN)
 
@@ -521,13 +526,27 @@ class IngestLoop:
 
     # Time.
 
-    def _schedule(self, client: Client) -> None:
+    def _schedule(self, client: Client, earliest: float = 0.0) -> None:
         """Note the client's next deadline, if it is earlier than the one that is noted."""
-        deadline = client.session.next_deadline
+        deadline = max(earliest, client.session.next_deadline)
         if deadline < client.scheduled:
             client.scheduled = deadline
             self._counter += 1
             heapq.heappush(self._deadlines, (deadline, self._counter, client))
+
+    def _paused_until(self, now: float) -> float:
+        """Return the seconds for which the loop has not read, in all its pauses."""
+        return self._paused_seconds + (0.0 if self._paused_at is None else now - self._paused_at)
+
+    def _excuse(self, client: Client, now: float) -> None:
+        """Tell the client's session of the pauses since the last call: the loop has not heard the client then.
+
+        Called when it matters. A full ring pauses the loop often, so a pause must not cost a step for each client.
+        """
+        paused = self._paused_until(now)
+        if paused > client.paused:
+            client.session.paused(paused - client.paused)
+            client.paused = paused
 
     def _expire(self, now: float) -> None:
         """Look after the clients whose deadline has come."""
@@ -537,6 +556,7 @@ class IngestLoop:
                 continue
             client.scheduled = inf
             session = client.session
+            self._excuse(client, now)
             if session.next_deadline <= now:
                 if session.closing:
                     self._drop(client)
@@ -546,7 +566,8 @@ class IngestLoop:
                     self._drop(client)
                     continue
                 self._flush(client, now)
-            self._schedule(client)
+            # In a pause the deadline moves on with the time.
+            self._schedule(client, 0.0 if self._paused_at is None else now + GONE_CHECK_SECONDS)
 
     def _count(self) -> None:
         """Add the turn's figures to the totals."""

@@ -13,6 +13,7 @@ from support.harness import DEADLINE, Blocked, RawClient, ServerProcess, eventua
 
 from ringbuffer import Batch, Ring
 from ringolib.counters import Totals
+from ringolib.net import protocol
 from ringolib.storage.interface import StoreError
 from ringolib.web import loop as module
 from ringolib.web.intake import RingIntake, StoreIntake
@@ -307,6 +308,25 @@ def test_clients_that_leave_while_the_ring_is_full_are_dropped() -> None:
         other = world.connect()
         other.sendall(plain(4))
         assert list(world.store().values) == [4] and read(other, 10) == ack(1)
+
+
+def test_pause_of_the_loop_does_not_count_as_the_silence_of_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PING_AFTER_SECONDS", "PING_TIMEOUT_SECONDS", "MESSAGE_TIMEOUT_SECONDS"):
+        monkeypatch.setattr(f"ringolib.web.session.{name}", 0.2)
+    monkeypatch.setattr(module, "GONE_CHECK_SECONDS", 0.01)
+    with running(capacity=2) as world:
+        client, silent = world.connect(), world.connect()
+        client.sendall(plain(1, 2, 3) + plain(4)[:5])
+        eventually(lambda: world.loop._paused_at is not None)
+        pause = Blocked(lambda: eventually(lambda: world.ended))
+        assert pause.still(1.0), "nobody is given up"
+        client.sendall(plain(4)[5:])
+        world.store()
+        world.store()
+        eventually(lambda: world.ring.cursor == 4)
+        pause.result()
+        assert world.ended[0].ending == (1006, "connection lost: no answer to a ping within 0 s"), "after the pause"
+        assert read(silent, 2) == protocol.PING
 
 
 def test_error_in_one_session_ends_that_session_only(world: World) -> None:
