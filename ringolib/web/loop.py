@@ -204,6 +204,7 @@ class IngestLoop:
             if not self._ready and self._readers.fileno() in events:
                 self._ready.extend(key.data for key, _ in self._readers.select(0))
             self._read_all(now)
+            self._settle(now)  # with `-A ring` the records are acked as soon as they are in the ring
         else:
             self._check_gone(now)
         self._expire(now)

@@ -18,7 +18,7 @@ from ringolib.storage.interface import StoreError
 from ringolib.web import loop as module
 from ringolib.web.intake import RingIntake, StoreIntake
 from ringolib.web.loop import IngestLoop
-from ringolib.web.session import Session
+from ringolib.web.session import PING_AFTER_SECONDS, Session
 from ringolib.wire import Block, Run, encode_batch
 
 CLOSE = frame(8, struct.pack(">H", 1000))
@@ -35,11 +35,11 @@ def ack(count: int) -> bytes:
 class World:
     """A loop over a ring, and what became of its clients."""
 
-    def __init__(self, ring: Ring) -> None:
+    def __init__(self, ring: Ring, ack_in_ring: bool = False) -> None:
         self.ring = ring
         self.totals = Totals()
         self.ended: list[Session] = []
-        self.loop = IngestLoop(RingIntake(ring), self.totals)
+        self.loop = IngestLoop(RingIntake(ring, ack_in_ring), self.totals)
         self._sockets: list[socket.socket] = []
 
     def connect(self, rest: bytes = b"", session: Session | None = None, batches: bool = False) -> socket.socket:
@@ -104,6 +104,14 @@ def test_record_is_acked_once_it_is_stored(world: World) -> None:
     assert call.still()
     world.ring.commit(batch)
     assert call.result() == ack(1) and list(batch.values) == [5]
+
+
+def test_record_in_the_ring_is_acked_at_once_with_ack_in_ring() -> None:
+    world = World(Ring(10), ack_in_ring=True)
+    client = world.connect()
+    client.sendall(plain(5))
+    assert Blocked(lambda: read(client, 10)).result(PING_AFTER_SECONDS / 2) == ack(1), "before any deadline wakes the loop"
+    world.close()
 
 
 def test_data_behind_the_handshake_is_not_lost(world: World) -> None:
