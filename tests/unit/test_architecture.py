@@ -24,7 +24,7 @@ FORBIDDEN = {
     "ringolib.net": {"ringolib.wire", "ringolib.counters", "ringolib.storage"},
     "ringbuffer": {"ringolib.net", "ringolib.storage", "store", "socket", "sqlite3"},
     "store": {"ringolib.net", "ringolib.storage.clickhouse"},
-    "ringolib.storage": {"ringbuffer"},
+    "ringolib.storage": {"ringbuffer", "store"},
     "ringolib.client": {"ringolib.forward"},
     "ringolib.forward": {"ringolib.client"},
     "ringolib.web": {"ringolib.forward", "ringolib.client", "ringolib.storage.clickhouse", "store", "sqlite3"},
