@@ -44,6 +44,8 @@ OFFER_RECORDS = 65_536
 """Records after which a turn offers what it has read, before it reads on."""
 MAX_MARKS = 1024
 """Reads of one client, and offers, whose acks are kept apart while their records wait to be stored."""
+MAX_STALE_DEADLINES = 1000
+"""Deadlines of clients that are gone, beyond as many as there are clients, before they are removed."""
 GONE_CHECK_SECONDS = 1.0
 """How often a client that is not read from is asked whether it is still there."""
 EXIT_FATAL = 70  # EX_SOFTWARE, sysexits.h
@@ -517,6 +519,8 @@ class IngestLoop:
         client.marks.clear()
         self._totals.client_closed(client.session.batches)
         self._close(client)
+        if len(self._deadlines) > 2 * len(self._clients) + MAX_STALE_DEADLINES:
+            self._forget_deadlines()
 
     def _close(self, client: Client) -> None:
         """Close the socket of a client that is not, or not any more, in the loop."""
@@ -534,6 +538,12 @@ class IngestLoop:
             client.scheduled = deadline
             self._counter += 1
             heapq.heappush(self._deadlines, (deadline, self._counter, client))
+
+    def _forget_deadlines(self) -> None:
+        """Remove the entries of clients that are gone: each keeps its client in memory until its time comes."""
+        live = [entry for entry in self._deadlines if entry[2] in self._clients and entry[0] == entry[2].scheduled]
+        heapq.heapify(live)
+        self._deadlines = live
 
     def _paused_until(self, now: float) -> float:
         """Return the seconds for which the loop has not read, in all its pauses."""

@@ -302,6 +302,18 @@ def test_reset_connection_ends_and_its_records_are_stored(world: World) -> None:
     listener.close()
 
 
+def test_clients_that_are_gone_leave_nothing_in_the_loop(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_STALE_DEADLINES", 10)
+    for _ in range(100):
+        world.connect().close()
+    eventually(lambda: len(world.ended) == 100)
+    client = world.connect()
+    client.sendall(plain(1))
+    world.store()
+    assert read(client, 10) == ack(1)
+    assert len(world.loop._deadlines) <= 2 + 10 and len(world.loop._clients) == 1
+
+
 def test_clients_that_leave_while_the_ring_is_full_are_dropped() -> None:
     with running(capacity=2) as world:
         client = world.connect()

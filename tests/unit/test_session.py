@@ -4,6 +4,7 @@ import struct
 import tracemalloc
 import uuid
 from array import array
+from collections.abc import Callable
 from math import inf
 
 import pytest
@@ -266,6 +267,16 @@ def test_large_message_leaves_no_memory_behind(session: Session) -> None:
     session.receive(frame(2, bytes(1_000_000)), 0.0)
     session.receive(frame(2, bytes(999_992), fin=False) + frame(0, bytes(8)), 0.0)
     assert session.held == 0
+
+
+@pytest.mark.parametrize("begin", [frame(2, bytes(2_000_000))[:-1], frame(2, bytes(1_000_000), fin=False)])
+@pytest.mark.parametrize("ends", [lambda s: s.end(*GOING_AWAY), lambda s: s.end_of_stream(0.0), lambda s: s.expire(1e9)])
+def test_unfinished_message_is_freed_at_the_end(session: Session, begin: bytes, ends: Callable[[Session], None]) -> None:
+    session.receive(begin, 0.0)
+    assert session.held >= 1_000_000
+    session.expire(module.PING_AFTER_SECONDS)
+    ends(session)
+    assert session.ending and session.held == 0 and not session.has_input
 
 
 def test_message_in_tiny_fragments_needs_its_own_size_only(session: Session) -> None:
