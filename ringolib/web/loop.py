@@ -237,7 +237,7 @@ class IngestLoop:
                 self._close(client)
                 continue
             self._clients.add(client)
-            client.paused = self._paused_until(now)
+            client.paused = self._paused_seconds
             self._totals.client_opened(client.session.batches)
             self._readers.register(client.sock, selectors.EVENT_READ, client)
             client.reading = True
@@ -531,9 +531,11 @@ class IngestLoop:
 
     # Time.
 
-    def _schedule(self, client: Client, earliest: float = 0.0) -> None:
+    def _schedule(self, client: Client) -> None:
         """Note the client's next deadline, if it is earlier than the one that is noted."""
-        deadline = max(earliest, client.session.next_deadline)
+        deadline = client.session.next_deadline
+        if self._paused_at is not None:  # some deadlines do not apply now, and stay in the past
+            deadline = max(deadline, self._gone_checked_at + GONE_CHECK_SECONDS)
         if deadline < client.scheduled:
             client.scheduled = deadline
             self._counter += 1
@@ -545,19 +547,14 @@ class IngestLoop:
         heapq.heapify(live)
         self._deadlines = live
 
-    def _paused_until(self, now: float) -> float:
-        """Return the seconds for which the loop has not read, in all its pauses."""
-        return self._paused_seconds + (0.0 if self._paused_at is None else now - self._paused_at)
-
     def _excuse(self, client: Client, now: float) -> None:
         """Tell the client's session of the pauses since the last call: the loop has not heard the client then.
 
         Called when it matters. A full ring pauses the loop often, so a pause must not cost a step for each client.
         """
-        paused = self._paused_until(now)
-        if paused > client.paused:
-            client.session.paused(paused - client.paused)
-            client.paused = paused
+        if self._paused_seconds > client.paused:
+            client.session.paused(self._paused_seconds - client.paused, now)
+            client.paused = self._paused_seconds
 
     def _expire(self, now: float) -> None:
         """Look after the clients whose deadline has come."""
@@ -567,18 +564,19 @@ class IngestLoop:
                 continue
             client.scheduled = inf
             session = client.session
-            self._excuse(client, now)
+            reading = self._paused_at is None
+            if reading:
+                self._excuse(client, now)
             if session.next_deadline <= now:
                 if session.closing:
                     self._drop(client)
                     continue
-                session.expire(now)
+                session.expire(now, reading)
                 if session.lost:
                     self._drop(client)
                     continue
                 self._flush(client, now)
-            # In a pause the deadline moves on with the time.
-            self._schedule(client, 0.0 if self._paused_at is None else now + GONE_CHECK_SECONDS)
+            self._schedule(client)
 
     def _count(self) -> None:
         """Add the turn's figures to the totals."""
