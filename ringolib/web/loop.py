@@ -28,6 +28,7 @@ from time import monotonic
 from typing import Any
 
 from ringolib.counters import Totals
+from ringolib.net import sockets
 from ringolib.net.tls_socket import TLSSocket
 from ringolib.storage.interface import StoreError
 from ringolib.timing import start_thread
@@ -144,9 +145,22 @@ class IngestLoop:
             if not late:
                 self._added.append((client, rest))
         if late:  # the server has stopped
+            self._send_away(client)
             self._close(client)
         else:
             self._wake()
+
+    def _send_away(self, client: Client) -> None:
+        """Close a connection for which there is no loop any more. This waits for the client for a moment."""
+        now = monotonic()
+        client.session.end(*GOING_AWAY)
+        client.session.close(now)
+        try:
+            client.sock.settimeout(sockets.CLOSE_TIMEOUT)
+            client.sock.sendall(client.session.data_to_send(now))
+        except OSError:
+            return  # the connection is lost
+        sockets.linger(client.sock)
 
     def stop(self) -> None:
         """Take no more records, and close each connection once what it has sent is stored."""

@@ -148,14 +148,18 @@ class ConnectionTable:
         with self._lock:
             return self._entries[threading.current_thread()].address_full
 
-    def detach(self) -> object:
-        """Record that the calling thread's connection is a WebSocket from now on, and not this thread's any more.
+    def mark_websocket(self) -> None:
+        """Record that the calling thread's connection becomes a WebSocket: a stop must not end its reading side."""
+        with self._lock:
+            thread = threading.current_thread()
+            self._entries[thread] = self._entries[thread]._replace(websocket=True)
 
-        Return the key to `remove` it by.
+    def detach(self) -> object:
+        """Record that the calling thread's connection is not this thread's any more. Return the key to `remove` it by.
         """
         key = object()
         with self._lock:
-            self._entries[key] = self._entries.pop(threading.current_thread())._replace(websocket=True)
+            self._entries[key] = self._entries.pop(threading.current_thread())
         return key
 
     def count_refused(self) -> None:

@@ -425,6 +425,19 @@ def test_stop_ends_a_connection_as_soon_as_the_client_has_answered(
     assert world.loop.join(DEADLINE) and world.totals.snapshot().received == 1
 
 
+def test_client_that_comes_after_the_end_of_the_loop_is_closed_with_1001(world: World) -> None:
+    world.loop.stop()
+    assert world.loop.join(DEADLINE)
+    ours, client = socket.socketpair()
+    with client:
+        adding = Blocked(lambda: world.loop.add(ours, Session(False, module.monotonic()), b"", world.ended.append))
+        assert struct.unpack(">H", read_all(client)[2:4]) == (1001,)
+        client.sendall(CLOSE)
+        client.shutdown(socket.SHUT_WR)
+        adding.result()
+    assert len(world.ended) == 1
+
+
 def test_stop_with_unstored_batches_closes_with_1011() -> None:
     with running() as world:
         client = world.connect(batches=True)
