@@ -28,6 +28,7 @@ from time import monotonic
 from typing import Any
 
 from ringolib.counters import Totals
+from ringolib.net.poller import Poller
 from ringolib.net.tls_socket import TLSSocket
 from ringolib.storage.interface import StoreError
 from ringolib.timing import start_thread
@@ -40,6 +41,8 @@ log = logging.getLogger("ringoexp.ingest")
 READ_SIZE = 256 * 1024
 """Bytes read from a client that is alone; of several that are ready, each gets SHARED_READ_SIZE in a turn."""
 SHARED_READ_SIZE = 64 * 1024
+SMALL_READ_SIZE = 2048
+"""Bytes read from a client whose last read was small: to allocate as much as `recv` may return costs time."""
 OFFER_RECORDS = 65_536
 """Records after which a turn offers what it has read, before it reads on."""
 MAX_MARKS = 1024
@@ -56,6 +59,8 @@ class Client:
 
     __slots__ = (
         "sock",
+        "descriptor",
+        "bulk",
         "session",
         "on_end",
         "unsent",
@@ -70,6 +75,8 @@ class Client:
 
     def __init__(self, sock: Any, session: Session, on_end: Callable[[Session], None]) -> None:
         self.sock = sock
+        self.descriptor: int = sock.fileno()
+        self.bulk = False  # its last read filled the buffer of a small read
         self.session = session
         self.on_end = on_end
         self.unsent = b""
@@ -103,8 +110,9 @@ class IngestLoop:
 
         # The thread's.
         self._clients: set[Client] = set()
-        self._readers = selectors.DefaultSelector()
-        self._writers = selectors.DefaultSelector()
+        self._by_descriptor: dict[int, Client] = {}
+        self._readers = Poller(selectors.EVENT_READ)
+        self._writers = Poller(selectors.EVENT_WRITE)
         self._ready: deque[Client] = deque()  # to be read from
         self._again: deque[Client] = deque()  # with input that is here already
         # Offers that are not stored yet, in order: the last ticket of each, and the clients that have a part in it.
@@ -192,14 +200,14 @@ class IngestLoop:
         if self._wake_receiver.fileno() in events:
             self._take_news(now)
         if self._writers.fileno() in events:
-            for key, _ in self._writers.select(0):
-                self._flush(key.data, now)
+            for descriptor in self._writers.ready():
+                self._flush(self._by_descriptor[descriptor], now)
         self._settle(now)
         if self._backlog:
             self._offer_backlog(now)
         if self._paused_at is None and not self._stopping:
             if not self._ready and self._readers.fileno() in events:
-                self._ready.extend(key.data for key, _ in self._readers.select(0))
+                self._ready.extend([self._by_descriptor[descriptor] for descriptor in self._readers.ready()])
             self._read_all(now)
         elif self._paused_at is not None:
             self._check_gone(now)
@@ -232,7 +240,8 @@ class IngestLoop:
                 continue
             self._clients.add(client)
             self._totals.client_opened(client.session.batches)
-            self._readers.register(client.sock, selectors.EVENT_READ, client)
+            self._by_descriptor[client.descriptor] = client
+            self._readers.register(client.descriptor)
             client.reading = True
             if rest:
                 self._receive(client, rest, now)
@@ -280,8 +289,12 @@ class IngestLoop:
         try:
             if client.is_tls:
                 data = client.sock.recv(size, socket.MSG_DONTWAIT)
+            elif client.bulk:
+                data = bytes(self._view[: client.sock.recv_into(self._buffer, size)])
+                client.bulk = len(data) >= SMALL_READ_SIZE
             else:
-                data = bytes(self._view[: client.sock.recv_into(self._view[:size])])
+                data = client.sock.recv(SMALL_READ_SIZE)
+                client.bulk = len(data) == SMALL_READ_SIZE
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -331,12 +344,13 @@ class IngestLoop:
             self._drop(client)
             return
         session.end_of_stream(now)
+        self._schedule(client)
         self._advance(client, now)
 
     def _stop_reading(self, client: Client) -> None:
         if client.reading:
             client.reading = False
-            self._readers.unregister(client.sock)
+            self._readers.unregister(client.descriptor)
 
     def _offer_backlog(self, now: float) -> None:
         """Offer the backlog to the intake, and pause or resume reading as there is room."""
@@ -471,14 +485,16 @@ class IngestLoop:
             self._acked += session.acked - before
             rest = unsent[sent:]
             if rest and not client.unsent:
-                self._writers.register(client.sock, selectors.EVENT_WRITE, client)
+                self._writers.register(client.descriptor)
             elif not rest and client.unsent:
-                self._writers.unregister(client.sock)
+                self._writers.unregister(client.descriptor)
             had, client.unsent = client.unsent, rest
-            session.sent(sent > 0, len(rest), now)
-            if had and not rest:
-                self._flush(client, now)  # what became due meanwhile
-                return
+            if rest or had:
+                session.sent(sent > 0, len(rest), now)
+                if not rest:
+                    self._flush(client, now)  # what became due meanwhile
+                    return
+                self._schedule(client)
         if session.closing and not client.unsent:
             try:
                 client.sock.shutdown(socket.SHUT_WR)
@@ -487,7 +503,7 @@ class IngestLoop:
             if client.eof:
                 self._drop(client)
                 return
-        self._schedule(client)
+            self._schedule(client)
 
     def _drop(self, client: Client) -> None:
         """Close the socket."""
@@ -496,7 +512,8 @@ class IngestLoop:
         self._clients.discard(client)
         self._stop_reading(client)
         if client.unsent:
-            self._writers.unregister(client.sock)
+            self._writers.unregister(client.descriptor)
+        del self._by_descriptor[client.descriptor]
         if client.waiting:  # records that the intake has not taken
             kept: deque[tuple[Client, Block, float]] = deque()
             for entry in self._backlog:
