@@ -223,7 +223,7 @@ class Handler(WebHandler):
         """Run the session of a WebSocket to its end, and log it. `frames` are bytes that came with the handshake."""
         batches = connection.subprotocol == SUBPROTOCOL
         client = {"client": peer_name(self.client_address), "kind": "batches" if batches else "plain"}
-        log.info("connected", {**client})
+        log.info("connected", client)
         self.server.totals.client_opened(batches)
         started = monotonic()
         session = Session(connection, self.server.intake, self.server.totals, self.server.stopping)
