@@ -13,7 +13,7 @@ import sys
 # Before the other imports, which an older Python cannot read.
 if sys.version_info < (3, 10):
     sys.exit("ringoexp: error: this is Python %d.%d, Python 3.10 or newer is needed" % sys.version_info[:2])
-if __name__ == "__main__" or sys.argv[0].endswith("ringoexp"):  # the program, also by its installed script
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "ringoexp":  # the program, also by its installed script
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
     if os.getpid() == 1:  # the first process of a container, for which no signal has a default effect
         for signal_number in (signal.SIGINT, signal.SIGTERM):

@@ -100,7 +100,7 @@ class Totals:
             self._refused += records
 
     def add_acked(self, records: int, latencies: Sequence[float] = ()) -> None:
-        """Count records as acked. `latencies` are the seconds from each read that the ack completes to the ack."""
+        """Count records as acked. `latencies`: the seconds from each read to the ack of its last record."""
         with self._lock:
             self._acked += records
             self._latencies.extend(latencies)

@@ -23,7 +23,7 @@ OTHER_THREADS = 128
 """Threads that do not serve an admitted connection or a worker, for example to refuse other connections."""
 EXIT_USAGE = 2
 NO_PORT = -1
-"""Default port that tells a host without a port from a host with one."""
+"""Passed to `parse_hosts` as the default port, to see whether a host has a port of its own."""
 
 
 class Option(NamedTuple):
@@ -131,7 +131,7 @@ def _host(text: str) -> str:
 
 
 def _hosts(text: str) -> str:
-    """Parse one host, or several with commas, each with or without a port. One host without a port is a `_host`."""
+    """Parse hosts with commas, each with or without a port. A single host without a port is checked as -H is."""
     try:
         hosts = parse_hosts(_not_empty(text), NO_PORT)
     except ValueError as error:
@@ -302,7 +302,7 @@ def _requires(option: str, needed: str) -> Conflict:
 
 
 def _consumer_port_missing(s: Settings, role: Role) -> bool:
-    """True if a consumer has port 0. Only a publisher on any free port may be its own consumer that way."""
+    """True if a publisher's consumer has port 0, and that is not the publisher's own port (-p 0)."""
     missing = any(not port and not unix_path(host) for host, port in s.consumers)
     may_be_own = not s.port and not unix_path(s.hostname) and len(s.consumers) == 1
     return s.is_publisher and missing and not may_be_own

@@ -29,7 +29,7 @@ class SelectorPoller:
 
     def fileno(self) -> int:
         """The poller's own descriptor: readable if a descriptor is ready."""
-        return self._selector.fileno()  # type: ignore[no-any-return]
+        return self._selector.fileno()
 
     def close(self) -> None:
         """Close the poller."""

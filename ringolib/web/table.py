@@ -12,6 +12,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from ringolib.net.addresses import UNIX_PEER
+from ringolib.net.sockets import shut_down
 from ringolib.timing import deadline_after, wait_until
 
 MAX_REFUSED = 64
@@ -211,7 +212,4 @@ class ConnectionTable:
             for entry in self._entries.values():
                 if entry.websocket and not websockets:
                     continue
-                try:
-                    entry.sock.shutdown(how)
-                except OSError:
-                    pass  # closed already
+                shut_down(entry.sock, how)

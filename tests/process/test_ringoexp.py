@@ -36,6 +36,7 @@ from ringoexp import main
 from ringolib import app, options
 from ringolib.app import App, StartupError, is_own_consumer
 from ringolib.options import OPTIONS, Option, Settings, read_arguments
+from ringolib.timing import ThreadError
 from ringolib.wire import SUBPROTOCOL, Run, encode_batch
 from store import Store
 
@@ -344,7 +345,7 @@ def test_missing_package_error_names_the_package(tmp_path: Path) -> None:
 
 def test_thread_error_at_startup_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_thread(*unused: object) -> None:
-        raise RuntimeError("can't start new thread")
+        raise ThreadError("cannot start a thread: can't start new thread (ulimit -u limits threads)")
 
     monkeypatch.setattr(app, "Forwarder", no_thread)
     port, database = free_port(), str(tmp_path / "d")
