@@ -328,7 +328,7 @@ def _open_server(
                 "-T, with the same port as -p"
             )
         raise StartupError(f"{error} ({hint})") from error
-    limits = Limits(settings.max_connections, settings.per_address)
+    limits = Limits(settings.connections, settings.per_address, threads=settings.max_request_threads)
     server = Server(listeners, settings.name, limits, credentials, totals)
     undo.callback(server.close)
     return server

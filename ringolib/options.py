@@ -208,8 +208,8 @@ OPTIONS = (
     Option("", "per_address", 0, _limit, "limits",
            "maximum number of connections from one client address; 0: no limit"),
     Option("", "threads", DEFAULT_THREADS, _whole_number(512, 10**6), "limits",
-           "maximum number of threads: one for each connection and worker, 128 for the rest; the server refuses "
-           "connections beyond it, as with -n"),
+           "maximum number of threads: one for each HTTP connection and worker, 128 for the rest; a WebSocket needs no "
+           "thread; the server refuses HTTP connections beyond it, as with -n"),
     Option("X", "procs", 0, _limit, "system", "processor cores to use; 0: all available"),
     Option("L", "profiler_port", 0, _optional_port, "system", "port of the profiler, /debug/pprof/; 0 or less: off"),
     Option("", "profiler_host", "localhost", _host, "system", "address the profiler listens on"),
@@ -264,10 +264,9 @@ class Settings:
         return f"{', '.join(rest)} and {last}" if rest else last
 
     @property
-    def max_connections(self) -> int:
-        """The limit of admitted connections: `connections`, but not more than `threads` leaves room for."""
-        room = self.threads - OTHER_THREADS - (self.max_workers if self.is_publisher else 0)
-        return min(self.connections or room, room)
+    def max_request_threads(self) -> int:
+        """The limit of threads that serve HTTP connections: what workers and other threads leave of `threads`."""
+        return self.threads - OTHER_THREADS - (self.max_workers if self.is_publisher else 0)
 
     @property
     def max_workers(self) -> int:
