@@ -170,11 +170,12 @@ class Session:
         self._protocol.discard()
 
     @property
-    def replies_due(self) -> bool:
-        """True if `data_to_send` has something besides an ack."""
-        return bool(self._protocol.replies or self._out)
+    def needs_attention(self) -> bool:
+        """True after `receive` if there is more to do than to store the block: input left, a reply, or an ending."""
+        protocol = self._protocol
+        return bool(protocol.replies or self._out or self._ending or protocol.ending or protocol.has_input)
 
-    def data_to_send(self, now: float) -> bytes:
+    def data_to_send(self) -> bytes:
         """Return what is to be sent now, in whole frames: pongs and pings, then the ack that is due, then the Close
         frame. Call it only when everything that it returned before is with the system: acks are cumulative, so the
         newest one replaces those that could not be sent.

@@ -15,6 +15,7 @@ from ringbuffer import Batch, Ring
 from ringolib.counters import Totals
 from ringolib.net import protocol
 from ringolib.storage.interface import StoreError
+from ringolib.web import deadlines
 from ringolib.web import loop as module
 from ringolib.web.intake import RingIntake, StoreIntake
 from ringolib.web.loop import IngestLoop
@@ -305,7 +306,7 @@ def test_reset_connection_ends_and_its_records_are_stored(world: World) -> None:
 
 
 def test_clients_that_are_gone_leave_nothing_in_the_loop(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_STALE_DEADLINES", 10)
+    monkeypatch.setattr(deadlines, "MAX_STALE_ENTRIES", 10)
     for _ in range(100):
         world.connect().close()
     eventually(lambda: len(world.ended) == 100)
@@ -313,7 +314,7 @@ def test_clients_that_are_gone_leave_nothing_in_the_loop(world: World, monkeypat
     client.sendall(plain(1))
     world.store()
     assert read(client, 10) == ack(1)
-    assert len(world.loop._deadlines) <= 2 + 10 and len(world.loop._clients) == 1
+    assert len(world.loop._deadlines._heap) <= 2 + 10 and len(world.loop._clients) == 1
 
 
 def test_clients_that_leave_while_the_ring_is_full_are_dropped() -> None:
