@@ -14,10 +14,10 @@ Buffer = bytes | bytearray
 MAX_MESSAGE = 8 * 1024 * 1024
 """Bytes in one message or HTTP body, at most."""
 MAX_MIXED = 256
-"""Messages in one MixedMessages, at most: behind them, there may be many frames of one size again."""
+"""Small frames that are taken with a step each, at most, before a look for frames of one size."""
 _ALL_BYTES = bytes(range(256))
-_SMALL_SIZES = bytes(byte - 0x80 if byte in range(0x84, 0xFE, 4) else 0 for byte in range(256))
-"""For the second byte of a frame: the payload's size, if the frame is masked and the size a multiple of 4 below 126."""
+_SMALL_SIZES = bytes(byte - 0x80 if 0x80 < byte < 0x80 + 126 else 0 for byte in range(256))
+"""For the second byte of a frame: the payload's size, if the frame is masked and its length is in this byte; else 0."""
 
 
 class Messages(NamedTuple):
@@ -73,14 +73,15 @@ def take_frames(data: Buffer, start: int, head: FrameHead) -> tuple[MessageGroup
     `head` is the head of the first frame, which is simple and whole in `data`.
     """
     size = head.payload_size
-    if 64 < size < 126 and size % 4 == 0:
-        return _take_mixed(data, start)
+    in_columns = size % 4 == 0 and size <= 64
+    if size < 126 and not in_columns:
+        return _take_small(data, start)
     step = head.size + size
     count = _count_alike(data, start, step, head.size - 4)
     end = start + count * step
-    if size % 4 == 0 and size <= 64:
+    if in_columns:
         if count < 8 + size:  # as measured: slices cost more than a step for each of so few frames
-            return _take_mixed(data, start)
+            return _take_small(data, start)
         return Messages(_unmask_columns(data, start + head.size - 4, step, end, size, count), size), end
     with memoryview(data) as view:
         payloads = [_unmask(data[at - 4 : at], view[at : at + size]) for at in range(start + head.size, end, step)]
@@ -109,10 +110,10 @@ def _count_alike(data: Buffer, start: int, step: int, length: int) -> int:
     return count
 
 
-def _take_mixed(data: Buffer, start: int) -> tuple[MessageGroup, int]:
+def _take_small(data: Buffer, start: int) -> tuple[MessageGroup, int]:
     """Return the messages of the small frames from `start` on, at most MAX_MIXED, and where they end.
 
-    A small frame is simple, and its payload is a multiple of 4 bytes, below 126. The first one is whole in `data`.
+    A small frame is simple, and its payload is below 126 bytes. The first one is whole in `data`.
     """
     payloads, keys = [], []
     at = start
@@ -125,7 +126,8 @@ def _take_mixed(data: Buffer, start: int) -> tuple[MessageGroup, int]:
         if end > last + 1:
             break
         payloads.append(data[body:end])
-        keys.append(data[body - 4 : body] * (size >> 2))
+        key = data[body - 4 : body] * (size + 3 >> 2)
+        keys.append(key[:size] if size & 3 else key)
         at = end
     unmasked = _xor(b"".join(keys), b"".join(payloads))
     sizes = list(map(len, payloads))
