@@ -80,7 +80,7 @@ def take_frames(data: Buffer, start: int, head: FrameHead) -> tuple[MessageGroup
     count = _count_alike(data, start, step, head.size - 4)
     end = start + count * step
     if in_columns:
-        if count < 8 + size:  # as measured: slices cost more than a step for each of so few frames
+        if count < 6 + size:  # as measured: slices cost more than a step for each of so few frames
             return _take_small(data, start)
         return Messages(_unmask_columns(data, start + head.size - 4, step, end, size, count), size), end
     with memoryview(data) as view:
