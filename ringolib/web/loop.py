@@ -30,6 +30,7 @@ from ringolib.counters import Totals
 from ringolib.net.poller import Poller
 from ringolib.storage.interface import StoreError
 from ringolib.timing import log_unexpected, start_thread
+from ringolib.web import session as session_module
 from ringolib.web.client import Client, Mark
 from ringolib.web.deadlines import Deadlines
 from ringolib.web.intake import Intake
@@ -82,7 +83,7 @@ class IngestLoop:
         self._readers = Poller(selectors.EVENT_READ)
         self._writers = Poller(selectors.EVENT_WRITE)
         self._ready: deque[Client] = deque()  # to be read in this turn, or in the next one
-        self._again: deque[Client] = deque()  # with input that has been read already
+        self._again: dict[Client, None] = {}  # with input that has been read already; each once, in order
         self._buffer = memoryview(bytearray(READ_SIZE))
         # Records on their way.
         self._backlog: deque[tuple[Client, Block, float]] = deque()  # and when each block was read
@@ -230,7 +231,7 @@ class IngestLoop:
         if rest:
             self._receive(client, rest, now)
         if client.is_tls:
-            self._again.append(client)  # its first data may be decrypted already
+            self._again[client] = None  # its first data may be decrypted already
 
     # Reading.
 
@@ -238,14 +239,14 @@ class IngestLoop:
         """Read once from each client that is ready, up to OFFER_RECORDS records, and offer the blocks."""
         records = 0
         limit = READ_SIZE if len(self._ready) == 1 else SHARED_READ_SIZE
-        for _ in range(len(self._again)):
-            client = self._again.popleft()
-            if client not in self._clients:
+        again, self._again = self._again, {}
+        for client in again:
+            if not client.reading:  # it is gone, or has ended its side
                 continue
             if client.session.has_input:
                 records += self._receive(client, b"", now)
-                if client.is_tls and not client.session.has_input:
-                    self._again.append(client)
+                if client.is_tls:
+                    self._again[client] = None
             elif client.is_tls:
                 records += self._read(client, limit, now)
         while self._ready and records < OFFER_RECORDS:
@@ -268,7 +269,7 @@ class IngestLoop:
             self._end_input(client, now)
             return 0
         if client.is_tls:
-            self._again.append(client)  # more may be decrypted already, which the poller does not see
+            self._again[client] = None  # more may be decrypted already, which the poller does not see
         return self._receive(client, data, now)
 
     def _receive(self, client: Client, data: bytes, now: float) -> int:
@@ -293,7 +294,7 @@ class IngestLoop:
             self._backlog.append((client, block, now))
         if session.needs_attention:
             if session.has_input:
-                self._again.append(client)
+                self._again[client] = None
             if session.refused:
                 session.refused = False
                 self._totals.add_refused()
@@ -382,10 +383,10 @@ class IngestLoop:
             client.session.paused(self._paused_seconds - client.pause_seen, now)
             client.pause_seen = self._paused_seconds
 
-    def _schedule(self, client: Client) -> None:
-        """Note the client's next deadline. Some deadlines do not apply in a pause, although they have passed."""
+    def _schedule(self, client: Client, latest: float = inf) -> None:
+        """Note the client's next deadline, or `latest`. In a pause, deadlines that do not apply may have passed."""
         earliest = 0.0 if self._paused_at is None else self._gone_checked_at + GONE_CHECK_SECONDS
-        self._deadlines.schedule(client, earliest)
+        self._deadlines.schedule(client, earliest, latest)
 
     # Acks.
 
@@ -507,7 +508,8 @@ class IngestLoop:
                     self._drop(client)
                     continue
                 self._send(client, now)
-            self._schedule(client)
+            # The answer to a ping may make the next ping due earlier than the end of the wait for that answer.
+            self._schedule(client, latest=now + session_module.PING_AFTER_SECONDS)
 
     def _count(self) -> None:
         """Add the turn's figures to the totals."""
