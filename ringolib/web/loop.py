@@ -170,7 +170,7 @@ class IngestLoop:
             for descriptor in self._writers.ready():
                 self._send(self._by_descriptor[descriptor], now)
         self._settle(now)
-        if self._backlog:
+        if self._backlog or self._paused_at is not None:  # the clients of the backlog may have left
             self._offer_backlog(now)
         if self._paused_at is None:
             # During a stop, too: data is ignored then, but the end of a stream counts.
@@ -422,10 +422,19 @@ class IngestLoop:
         return known
 
     def _fail(self, client: Client, error: StoreError) -> None:
-        """Records of a client could not be stored."""
+        """Records of a client could not be stored. No later one may be acked, as an ack covers all earlier records."""
         self._totals.add_refused(client.taken - client.session.stored_count)
-        client.marks.clear()
+        self._forget_records(client)
         client.session.end(1011, f"not stored: {error}")
+
+    def _forget_records(self, client: Client) -> None:
+        """Ack no more records of a client, and drop those that the intake has not taken."""
+        client.marks.clear()
+        if client.waiting:
+            dropped = [block for owner, block, _ in self._backlog if owner is client]
+            self._totals.add_refused(sum(len(block.values) for block in dropped))
+            self._backlog = deque(entry for entry in self._backlog if entry[0] is not client)
+            client.waiting = 0
 
     # Sending and ending.
 
@@ -483,11 +492,7 @@ class IngestLoop:
         if client.writing:
             self._writers.unregister(client.descriptor)
         del self._by_descriptor[client.descriptor]
-        if client.waiting:
-            dropped = [block for owner, block, _ in self._backlog if owner is client]
-            self._totals.add_refused(sum(len(block.values) for block in dropped))
-            self._backlog = deque(entry for entry in self._backlog if entry[0] is not client)
-        client.marks.clear()
+        self._forget_records(client)
         self._totals.client_closed(client.session.batches)
         client.close()
         self._deadlines.forget_gone(self._clients)

@@ -18,7 +18,7 @@ from ringolib.net.tls_socket import TLSSocket
 from ringolib.storage.interface import StoreError
 from ringolib.web import deadlines
 from ringolib.web import loop as module
-from ringolib.web.intake import RingIntake, StoreIntake
+from ringolib.web.intake import Intake, RingIntake, StoreIntake
 from ringolib.web.loop import IngestLoop
 from ringolib.web.session import PING_AFTER_SECONDS, PING_TIMEOUT_SECONDS, Session
 from ringolib.wire import Block, Run, encode_batch
@@ -37,11 +37,11 @@ def ack(count: int) -> bytes:
 class World:
     """A loop over a ring, and what became of its clients."""
 
-    def __init__(self, ring: Ring, ack_in_ring: bool = False) -> None:
+    def __init__(self, ring: Ring, ack_in_ring: bool = False, intake: Intake | None = None) -> None:
         self.ring = ring
         self.totals = Totals()
         self.ended: list[Session] = []
-        self.loop = IngestLoop(RingIntake(ring, ack_in_ring), self.totals)
+        self.loop = IngestLoop(intake or RingIntake(ring, ack_in_ring), self.totals)
         self._sockets: list[socket.socket] = []
 
     def connect(self, rest: bytes = b"", session: Session | None = None, batches: bool = False) -> socket.socket:
@@ -408,6 +408,22 @@ def test_next_ping_comes_in_time_after_the_answer_to_a_ping(world: World, monkey
     assert world.ended == []
 
 
+def test_loop_reads_on_after_the_client_it_paused_for_has_left() -> None:
+    with running(capacity=2) as world:
+        other = world.connect()
+        other.sendall(plain(9))
+        world.store()
+        assert read(other, 10) == ack(1)
+        client = world.connect()
+        client.sendall(plain(1, 2, 3))
+        eventually(lambda: world.loop._paused_at is not None)
+        client.close()
+        eventually(lambda: world.ended)
+        world.store()
+        other.sendall(plain(4))
+        assert list(world.store().values) == [4] and read(other, 10) == ack(2)
+
+
 def test_error_in_one_session_ends_that_session_only(world: World) -> None:
     class Faulty(Session):
         __slots__ = ()
@@ -511,12 +527,13 @@ class Memory:
     def __init__(self) -> None:
         self.blocks: list[tuple[list[Run], list[int]]] = []
         self.fails = False
+        self.fails_for: set[int] = set()  # values
         self.may_commit = threading.Event()
         self.may_commit.set()
 
     def append(self, runs: list[Run], values: "array[int]") -> None:
         assert self.may_commit.wait(DEADLINE)
-        if self.fails:
+        if self.fails or self.fails_for & set(values):
             raise StoreError("disk full")
         self.blocks.append((list(runs), list(values)))
 
@@ -550,6 +567,32 @@ def test_failed_commit_is_the_outcome_of_its_blocks_only() -> None:
     eventually(lambda: intake.passed(good))
     assert isinstance(intake.outcome(bad), StoreError) and intake.outcome(good) is True
     intake.stop(DEADLINE)
+
+
+def test_no_record_behind_a_failed_one_is_acked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one in the same commit's successor, nor one that waits in the loop's backlog. An ack would cover both."""
+    monkeypatch.setattr("ringolib.web.intake.MAX_QUEUED", 1)
+    store = Memory()
+    store.may_commit.clear()
+    store.fails_for = {1}
+    intake = StoreIntake(store)  # type: ignore[arg-type]
+    world = World(Ring(1), intake=intake)
+    client, other = world.connect(), world.connect()
+    client.sendall(plain(1))
+    eventually(lambda: world.totals.snapshot().received == 1 and not intake._queue, "1 is in a commit")
+    client.sendall(plain(2))
+    eventually(lambda: world.totals.snapshot().received == 2, "2 is in the queue")
+    client.sendall(plain(3))
+    eventually(lambda: world.loop._paused_at is not None, "3 is in the backlog")
+    other.sendall(plain(4))
+    store.may_commit.set()
+    data = read_all(client)
+    assert data[0] == 0x88 and struct.unpack(">H", data[2:4]) == (1011,), "no ack before the Close frame"
+    assert read(other, 10) == ack(1)
+    world.close()
+    intake.stop(DEADLINE)
+    assert [values for _, values in store.blocks] == [[2], [4]] and world.ended[0].acked == 0
+    assert world.totals.snapshot().refused == 3
 
 
 def test_queue_of_a_stalled_store_is_bounded() -> None:
