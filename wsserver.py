@@ -244,7 +244,7 @@ class Handler(WebHandler):
     def _hand_over(self, batches: bool, frames: bytes) -> None:
         """Give the connection to the ingest loop. `frames` are bytes that came with the handshake."""
         client = {"client": peer_name(self.client_address), "kind": "batches" if batches else "plain"}
-        log.info("connected", client)
+        log.info("connected", {**client})
         started = monotonic()
         release = self.server.detach(self.connection)
 

@@ -315,7 +315,10 @@ def test_intermittent_io_errors_fail_only_their_commits(
     Store(str(database)).close()  # so that the server writes nothing at its start, which could fail
     under = strace.command(log, f"-P{database}{file}", "-e", f"inject={call}:error=EIO:when={first}+{step}")
     flags = ["-I", "false", "-p", "0", "-D", str(database)]
-    patch = "net.websocket.READ_SIZE = 4096; store.LARGE_WAL_BYTES = 200_000"
+    patch = (  # many small commits
+        "web.loop.READ_SIZE = web.loop.SHARED_READ_SIZE = 4096; web.intake.MAX_QUEUED = 1000;"
+        " store.LARGE_WAL_BYTES = 200_000"
+    )
     with server(tmp_path, *flags, under=under, patch=patch) as running, ExitStack() as stack:
         producers = [stack.enter_context(closing(Producer(running.url))) for _ in range(4)]
         for producer in producers:

@@ -3,6 +3,7 @@
 import socket
 import struct
 import threading
+import tracemalloc
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -455,6 +456,94 @@ def test_client_that_reads_no_acks_gets_the_newest_one(world: World) -> None:
     theirs.close()
 
 
+def slow_reader(world: World) -> socket.socket:
+    """Return a client that the system buffers little for: the loop's sends are soon stuck."""
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    theirs.settimeout(DEADLINE)
+    world.loop.add(ours, Session(False, module.monotonic()), b"", world.ended.append)
+    world._sockets.append(theirs)
+    return theirs
+
+
+def test_client_that_never_reads_is_given_up_when_acks_are_stuck(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringolib.web.session.STALL_TIMEOUT_SECONDS", 0.05)
+    client = slow_reader(world)
+    for number in range(1, 5000):
+        try:
+            client.sendall(plain(1))
+        except OSError:
+            break
+        eventually(lambda: world.ring.cursor == number or world.ended)  # noqa: B023
+        if world.ended:
+            break
+        world.store()
+    eventually(lambda: world.ended)
+    assert world.ended[0].ending == (1006, "connection lost: the client has read nothing for 0 s")
+
+
+def test_client_that_reads_no_pongs_is_given_up(world: World) -> None:
+    client = slow_reader(world)
+    ending = (1006, "connection lost: the client does not read")
+    with pytest.raises(OSError):
+        for _ in range(100_000):
+            client.sendall(frame(9, bytes(100)) * 100)
+    eventually(lambda: world.ended)
+    assert world.ended[0].ending == ending
+
+
+def test_pongs_for_a_late_reader_are_sent_without_a_new_message(world: World) -> None:
+    client = slow_reader(world)
+    pings = 400
+    client.sendall(frame(9, bytes(100)) * pings)
+    eventually(lambda: world.loop._clients and next(iter(world.loop._clients)).unsent)
+    assert read(client, 102 * pings) == (b"\x8a\x64" + bytes(100)) * pings
+
+
+def test_first_record_is_acked_while_the_second_is_not_stored(world: World) -> None:
+    client = world.connect()
+    client.sendall(plain(1))
+    first = world.ring.reserve(1, DEADLINE)
+    client.sendall(plain(2))
+    eventually(lambda: world.ring.cursor == 2)
+    world.ring.commit(first)
+    assert read(client, 10) == ack(1)
+    world.store()
+    assert read(client, 10) == ack(2)
+
+
+def test_marks_of_a_long_wait_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_MARKS", 5)
+    client = world.connect()
+    for number in range(1, 101):
+        client.sendall(plain(number))
+        eventually(lambda: world.ring.cursor == number)  # noqa: B023
+    (served,) = world.loop._clients
+    assert len(served.marks) <= 5 and len(world.loop._offers) <= 5
+    world.store()
+    last = b""
+    while last != ack(100):
+        last = read(client, 10)
+
+
+def test_idle_connection_keeps_no_received_bytes(world: World) -> None:
+    client = world.connect()
+    message = frame(2, bytes(400_000))
+    client.sendall(message)
+    eventually(lambda: world.ring.cursor == 50_000)
+    world.store()
+    assert read(client, 10) == ack(50_000)
+    tracemalloc.start()
+    try:
+        for number in range(2, 4):
+            client.sendall(message)
+            world.store()
+            assert read(client, 10) == ack(number * 50_000)
+        eventually(lambda: tracemalloc.get_traced_memory()[0] < 100_000)
+    finally:
+        tracemalloc.stop()
+
+
 def test_stop_reads_no_more_and_closes_with_1001_after_the_ack(world: World) -> None:
     client = world.connect()
     client.sendall(plain(1))
@@ -591,7 +680,8 @@ def test_no_record_behind_a_failed_one_is_acked(monkeypatch: pytest.MonkeyPatch)
     assert read(other, 10) == ack(1)
     world.close()
     intake.stop(DEADLINE)
-    assert [values for _, values in store.blocks] == [[2], [4]] and world.ended[0].acked == 0
+    assert [values for _, values in store.blocks] == [[2], [4]]
+    assert sorted((session.received, session.acked) for session in world.ended) == [(1, 1), (3, 0)]
     assert world.totals.snapshot().refused == 3
 
 

@@ -197,6 +197,34 @@ def test_finished_message_ends_its_timeout(session: Session) -> None:
     assert session.ending is None
 
 
+def test_silent_client_with_half_a_frame_is_given_up(session: Session) -> None:
+    session.receive(frame(2, bytes(1000))[:500], 1.0)
+    session.expire(1.0 + module.PING_AFTER_SECONDS)
+    session.expire(session.next_deadline)
+    assert session.lost and session.ending and "no answer to a ping" in session.ending[1]
+
+
+def test_messages_finished_in_time_keep_the_connection_open(session: Session) -> None:
+    """Every read ends within a frame, so a message is unfinished at any time."""
+    whole = plain(1)
+    session.receive(whole[:5], 0.0)
+    for now in range(10, 1000, 10):
+        session.expire(now)
+        assert list(session.receive(whole[5:] + whole[:5], now).values) == [1]
+    assert session.ending is None and session.received == 99
+
+
+def test_ping_in_two_pieces_is_not_an_unfinished_message(session: Session) -> None:
+    ping = frame(9, b"two pieces")
+    session.receive(ping[:5], 1.0)
+    session.receive(ping[5:], 2.0)
+    assert session.data_to_send().endswith(b"two pieces")
+    for now in range(20, 400, 10):
+        session.receive(frame(10, b""), now)
+        session.expire(now)
+    assert session.ending is None
+
+
 def test_client_that_reads_nothing_is_given_up(session: Session) -> None:
     session.sent(progress=False, rest=10, now=1.0)
     session.sent(progress=False, rest=10, now=5.0)
