@@ -225,6 +225,7 @@ def test_records_sent_before_the_server_starts_are_stored(tmp_path: Path) -> Non
     assert in_order(tmp_path / "ringoexp.db", sender.source) == list(range(1000))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["consumer", "publisher"])
 def test_killed_servers_keep_exactly_once(tmp_path: Path, victim: str) -> None:
     seed = seeded()
