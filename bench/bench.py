@@ -137,10 +137,10 @@ def system(ring: int, *flags: str) -> Iterator[tuple[Process, Process, Path]]:
 
 
 @contextmanager
-def own_consumer() -> Iterator[tuple[Process, Path]]:
+def own_consumer(*flags: str) -> Iterator[tuple[Process, Path]]:
     """Run a publisher that is its own consumer; yield it and its database."""
     with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory, ExitStack() as stack:
-        process = Process(directory, "-p", "0", "-T", "0")
+        process = Process(directory, "-p", "0", "-T", "0", *flags)
         stack.callback(process.stop)
         yield process, Path(directory, "ringoexp.db")
 
@@ -311,7 +311,8 @@ def idle_connections(clients: int) -> tuple[float, float, float]:
 
     All clients connect one after another. Then each sends one message, and is idle.
     """
-    with own_consumer() as (server, _):
+    # The default of --threads admits fewer than 10,000 connections.
+    with own_consumer("--threads", "20000") as (server, _):
         before, started = server.resident(), time.perf_counter()
         with crowd.connect(server.port, clients) as members:
             handshakes = clients / (time.perf_counter() - started)

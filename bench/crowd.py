@@ -24,7 +24,7 @@ from dataclasses import dataclass
 HANDSHAKES_IN_FLIGHT = 200
 TIMEOUT_SECONDS = 30.0
 SPARE_FILES = 256
-"""Descriptors that a process needs beside those of its clients."""
+"""Descriptors that a process has open beside its clients."""
 ACK_HEAD, ACK_BYTES = b"\x82\x08", 10
 PING = 0x89
 

@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from math import isnan, nan
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -68,9 +69,14 @@ class Figures(NamedTuple):
 
     rate: float  # acked messages per second
     cores: float  # processor time of the server per second
-    p50: float = 0.0
-    p99: float = 0.0
+    p50: float = nan
+    p99: float = nan
     served: float = 1.0  # share of the due messages that were sent and acked
+
+    def __str__(self) -> str:
+        latency = "" if isnan(self.p50) else f", p50 {milliseconds(self.p50)}, p99 {milliseconds(self.p99)} ms"
+        served = "" if self.served == 1 else f", {self.served:.1%} served"
+        return f"{self.rate:,.0f}/s{latency}, {self.cores:.2f} cores{served}"
 
 
 class Tools(NamedTuple):
@@ -107,7 +113,7 @@ class LineServer(NamedTuple):
     request: bytes
     answers: Callable[[bytes], int]
     window: int  # unanswered requests when streaming
-    count: Callable[[], int]  # the number of stored records
+    total: Callable[[], int]  # returns the number of stored records
 
     def measure(self, case: Case, seconds: float) -> Figures:
         """Run a workload of one client for about `seconds`."""
@@ -116,14 +122,14 @@ class LineServer(NamedTuple):
             sent, taken, rate = enough(
                 seconds, lambda messages: pump(self.sock, self.request, messages, self.answers, self.window)
             )
-            latencies = [0.0]
+            latencies = []
         else:
             started = time.perf_counter()
             latencies = ping_pong(self.sock, self.request, self.answers, seconds)
             taken, sent = time.perf_counter() - started, len(latencies)
             rate = sent / taken
         cores = (cpu_seconds(self.pid) - before) / taken
-        check(self.count(), sent)
+        check(self.total(), sent)
         return Figures(rate, cores, *crowd.percentiles(latencies)[:2])
 
 
@@ -262,10 +268,9 @@ def ringoexp_large(tools: Tools) -> Iterator[WebSocketServer]:
 @contextmanager
 def go(tools: Tools) -> Iterator[WebSocketServer]:
     """rival.go: one commit for all messages since the last commit."""
-    missing = Missing("apt install golang-go golang-github-gorilla-websocket-dev golang-github-mattn-go-sqlite3-dev")
     sources = [GO_PATH / "src/github.com" / name for name in ("gorilla/websocket", "mattn/go-sqlite3")]
     if not shutil.which("go") or not all(map(Path.exists, sources)):
-        raise missing
+        raise Missing("apt install golang-go golang-github-{gorilla-websocket,mattn-go-sqlite3}-dev")
     program = tools.directory / "rival"
     if not program.exists():
         env = {**os.environ, "GO111MODULE": "off", "GOFLAGS": "", "CGO_ENABLED": "1", "GOPATH": str(GO_PATH)}
@@ -464,8 +469,12 @@ def tables(figures: dict[str, dict[Case, Figures]]) -> list[str]:
         lambda run: f"{milliseconds(run.p50)} / {milliseconds(run.p99)}",
     )
     cores = table("cores used by the server", CROWDS, figures, lambda run: f"{run.cores:.2f}")
-    served = table("messages served of those due", (SLOW,), figures, lambda run: f"{run.served:.1%}")
-    return [*rates, *acks, *cores, *served]
+    late = [
+        f"{name}, {SLOW.title}: served {by_case[SLOW].served:.1%} of the messages that were due"
+        for name, by_case in figures.items()
+        if SLOW in by_case and by_case[SLOW].served < 1
+    ]
+    return [*rates, *acks, *cores, "", *(late or [f"{SLOW.title}: all served all messages"])]
 
 
 def measure(tools: Tools, seconds: float, rounds: int) -> tuple[dict[str, dict[Case, Figures]], dict[str, str]]:
@@ -484,7 +493,7 @@ def measure(tools: Tools, seconds: float, rounds: int) -> tuple[dict[str, dict[C
                 except Missing as reason:
                     missing[name] = str(reason)
                     continue
-                say(f"  {name}: {run.rate:,.0f}/s, p50 {run.p50:.2f}, p99 {run.p99:.2f} ms, {run.cores:.2f} cores")
+                say(f"  {name}: {run}")
                 runs.setdefault(name, {}).setdefault(case, []).append(run)
     return {name: {case: median(all_) for case, all_ in by_case.items()} for name, by_case in runs.items()}, missing
 
@@ -510,10 +519,12 @@ def main() -> None:
         figures, missing = measure(tools, arguments.seconds, arguments.rounds)
     if note:
         print(note)
-    print(f"medians of {arguments.rounds} rounds of {arguments.seconds:g} s; one message in flight for each client")
-    print("\n".join(tables(figures)))
+    print(
+        f"Medians of {arguments.rounds} runs of about {arguments.seconds:g} s. Clients have one message in flight each."
+    )
+    print("\n".join(tables(figures)), end="\n\n" if missing else "\n")
     for name, reason in missing.items():
-        print(f"\n{name}: not installed:\n  {reason}")
+        print(f"{name} is not installed:\n  {reason}")
 
 
 if __name__ == "__main__":
