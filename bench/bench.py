@@ -311,8 +311,7 @@ def idle_connections(clients: int) -> tuple[float, float, float]:
 
     All clients connect one after another. Then each sends one message, and is idle.
     """
-    # The default of --threads admits fewer than 10,000 connections.
-    with own_consumer("--threads", "20000") as (server, _):
+    with own_consumer() as (server, _):
         before, started = server.resident(), time.perf_counter()
         with crowd.connect(server.port, clients) as members:
             handshakes = clients / (time.perf_counter() - started)
