@@ -137,10 +137,10 @@ def system(ring: int, *flags: str) -> Iterator[tuple[Process, Process, Path]]:
 
 
 @contextmanager
-def own_consumer(*flags: str) -> Iterator[tuple[Process, Path]]:
+def own_consumer() -> Iterator[tuple[Process, Path]]:
     """Run a publisher that is its own consumer; yield it and its database."""
     with tempfile.TemporaryDirectory(prefix="ringoexp-bench-") as directory, ExitStack() as stack:
-        process = Process(directory, "-p", "0", "-T", "0", *flags)
+        process = Process(directory, "-p", "0", "-T", "0")
         stack.callback(process.stop)
         yield process, Path(directory, "ringoexp.db")
 
