@@ -7,15 +7,17 @@ one source. A *block* is the content of one or more messages: its runs, in order
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from struct import Struct
 from typing import NamedTuple
 
 Buffer = bytes | bytearray
-MessageGroup = tuple[Buffer, int]
-"""Payloads and size: one or more messages of `size` bytes each, end to end.
+MessageGroup = tuple[Buffer, int | Sequence[int]]
+"""Messages, end to end, and either the size of each of them or all their sizes.
 
-A plain tuple, as this module imports nothing of the program. `ringolib.net.frames.Messages` has the same shape.
+A plain tuple, as this module imports nothing of the program. `ringolib.net.frames.Messages` and `MixedMessages` have
+the same shape. An empty message is alone in its group, and its size is 0.
 """
 
 INGEST_PATH = "/v1.0/ingest"
@@ -33,6 +35,8 @@ _RUN = Struct(">16sQI")
 _ACK = Struct(">Q")
 _SWAP = sys.byteorder == "little"
 _SIGNS = bytes(0x00 if byte < 0x80 else 0xFF for byte in range(256))
+_UPPER_HALVES = [4 * _SIGNS[byte : byte + 1] for byte in range(256)]
+"""For the first byte of a 32-bit integer: the four bytes in front of it that make it a 64-bit integer."""
 
 
 class Run(NamedTuple):
@@ -90,11 +94,15 @@ def decode_plain(payload: Buffer) -> "array[int]":
 def decode_plain_messages(groups: Sequence[MessageGroup]) -> tuple["array[int]", WireError | None]:
     """Return the integers of plain messages, in order, up to the first malformed message, and that message's error.
 
-    A group is decoded as one block, without a step for each message.
+    A group is decoded as one block. Messages of one size need no step for each message.
     """
     values = array("q")
     for payloads, size in groups:
-        if len(payloads) == size:
+        if not isinstance(size, int):
+            decoded, failure = _decode_mixed(payloads, size)
+            if failure:
+                return values + decoded, failure
+        elif len(payloads) == size:
             try:
                 decoded = decode_plain(payloads)
             except WireError as error:
@@ -151,8 +159,7 @@ def decode_batch_messages(groups: Sequence[MessageGroup]) -> tuple[Block, WireEr
     """Return the joined blocks of batch messages up to the first malformed message, and that message's error."""
     joined = Block([], array("q"))
     for payloads, size in groups:
-        for start in range(0, len(payloads) or 1, size or 1):
-            message = payloads[start : start + size]
+        for message in _split(payloads, size):
             try:
                 block = decode_batch(message)
             except WireError as error:
@@ -198,6 +205,47 @@ def _int32s(payloads: Buffer) -> "array[int]":
     values = array("q")
     values.frombytes(wide)
     return _swapped(values)
+
+
+def _decode_mixed(payloads: Buffer, sizes: Sequence[int]) -> tuple["array[int]", WireError | None]:
+    """Return the integers of plain messages of these sizes up to the first malformed one, and that one's error."""
+    error = None
+    different = set(sizes)
+    malformed = {size for size in different if size != 4 and size % 8}
+    if malformed:
+        valid = next(i for i, size in enumerate(sizes) if size in malformed)
+        error = _plain_error(sizes[valid])
+        sizes = sizes[:valid]
+        payloads = payloads[: sum(sizes)]
+    if 4 in different:
+        payloads = _widen_int32s(payloads, sizes)
+    values = array("q")
+    values.frombytes(payloads)
+    return _swapped(values), error
+
+
+def _widen_int32s(payloads: Buffer, sizes: Sequence[int]) -> bytes:
+    """Return `payloads`, plain messages of these sizes, with 8 bytes for each message of 4."""
+    parts: list[Buffer] = []
+    copied = at = 0
+    for size in sizes:
+        if size == 4:
+            parts.append(payloads[copied:at])
+            parts.append(_UPPER_HALVES[payloads[at]])
+            copied = at
+        at += size
+    parts.append(payloads[copied:])
+    return b"".join(parts)
+
+
+def _split(payloads: Buffer, size: int | Sequence[int]) -> Iterator[Buffer]:
+    """Yield the messages of a group one by one."""
+    if isinstance(size, int):
+        for start in range(0, len(payloads) or 1, size or 1):
+            yield payloads[start : start + size]
+    else:
+        for length, end in zip(size, accumulate(size), strict=True):
+            yield payloads[end - length : end]
 
 
 def _plain_error(size: int) -> WireError:

@@ -1,7 +1,10 @@
-"""WebSocket frames in blocks: decode all messages of one size that follow each other in a few operations.
+"""WebSocket frames in blocks: decode many messages that follow each other in a few operations.
 
-Pure functions on bytes, no I/O. This is the fast path of `websocket.Connection`. It decodes *simple* frames only: a
+Pure functions on bytes, no I/O. This is the fast path of `protocol.Protocol`. It decodes *simple* frames only: a
 simple frame is one whole binary message, masked by a client. wsproto judges all other frames.
+
+Frames of one size are decoded with one slice for each byte of a frame, whatever their number. Small frames of mixed
+sizes need a short step each: their payloads and masks are collected and unmasked together.
 """
 
 from typing import NamedTuple
@@ -10,7 +13,11 @@ Buffer = bytes | bytearray
 
 MAX_MESSAGE = 8 * 1024 * 1024
 """Bytes in one message or HTTP body, at most."""
+MAX_MIXED = 256
+"""Small frames that are taken with a step each, at most, before a look for frames of one size."""
 _ALL_BYTES = bytes(range(256))
+_SMALL_SIZES = bytes(byte - 0x80 if 0x80 < byte < 0x80 + 126 else 0 for byte in range(256))
+"""For the second byte of a frame: the payload's size, if the frame is masked and its length is in this byte; else 0."""
 
 
 class Messages(NamedTuple):
@@ -22,9 +29,15 @@ class Messages(NamedTuple):
     payloads: Buffer
     size: int
 
-    def split(self) -> list[Buffer]:
-        """Return the messages one by one."""
-        return [self.payloads[i : i + self.size] for i in range(0, len(self.payloads) or 1, self.size or 1)]
+
+class MixedMessages(NamedTuple):
+    """Messages of different sizes, none of them empty, end to end in `payloads`."""
+
+    payloads: Buffer
+    sizes: list[int]
+
+
+MessageGroup = Messages | MixedMessages
 
 
 class FrameHead(NamedTuple):
@@ -54,16 +67,21 @@ def frame_head(data: Buffer, start: int) -> FrameHead | None:
     return FrameHead(size, payload_size, simple)
 
 
-def take_frames(data: Buffer, start: int, head: FrameHead) -> tuple[Messages, int]:
-    """Return the message of the frame at `start` and of all equal-sized frames behind it, and where they end.
+def take_frames(data: Buffer, start: int, head: FrameHead) -> tuple[MessageGroup, int]:
+    """Return the message of the frame at `start` and of similar frames behind it, and where they end.
 
     `head` is the head of the first frame, which is simple and whole in `data`.
     """
     size = head.payload_size
+    in_columns = size % 4 == 0 and size <= 64
+    if size < 126 and not in_columns:
+        return _take_small(data, start)
     step = head.size + size
     count = _count_alike(data, start, step, head.size - 4)
     end = start + count * step
-    if size % 4 == 0 and size <= 64 and count > 4:
+    if in_columns:
+        if count < 6 + size:  # as measured: slices cost more than a step for each of so few frames
+            return _take_small(data, start)
         return Messages(_unmask_columns(data, start + head.size - 4, step, end, size, count), size), end
     with memoryview(data) as view:
         payloads = [_unmask(data[at - 4 : at], view[at : at + size]) for at in range(start + head.size, end, step)]
@@ -90,6 +108,32 @@ def _count_alike(data: Buffer, start: int, step: int, length: int) -> int:
             break
         window *= 4  # a window that grows keeps the cost linear for frames of many sizes, too
     return count
+
+
+def _take_small(data: Buffer, start: int) -> tuple[MessageGroup, int]:
+    """Return the messages of the small frames from `start` on, at most MAX_MIXED, and where they end.
+
+    A small frame is simple, and its payload is below 126 bytes. The first one is whole in `data`.
+    """
+    payloads, keys = [], []
+    at = start
+    last = len(data) - 1  # byte
+    for _ in range(MAX_MIXED):
+        if at >= last or data[at] != 0x82 or not (size := _SMALL_SIZES[data[at + 1]]):
+            break
+        body = at + 6
+        end = body + size
+        if end > last + 1:
+            break
+        payloads.append(data[body:end])
+        key = data[body - 4 : body] * (size + 3 >> 2)
+        keys.append(key[:size] if size & 3 else key)
+        at = end
+    unmasked = _xor(b"".join(keys), b"".join(payloads))
+    sizes = list(map(len, payloads))
+    if sizes.count(sizes[0]) == len(sizes):
+        return Messages(unmasked, sizes[0]), at
+    return MixedMessages(unmasked, sizes), at
 
 
 def _unmask_columns(data: Buffer, mask: int, step: int, end: int, size: int, count: int) -> bytes:

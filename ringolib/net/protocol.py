@@ -14,7 +14,7 @@ from wsproto.events import BytesMessage, CloseConnection, Message, Ping, TextMes
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import LocalProtocolError
 
-from ringolib.net.frames import MAX_MESSAGE, Messages, frame_head, take_frames
+from ringolib.net.frames import MAX_MESSAGE, MessageGroup, Messages, frame_head, take_frames
 
 SLOW_FRAMES_PER_CALL = 512
 """Frames that go to wsproto in one call of `receive`; the rest of the data waits for the next call."""
@@ -69,14 +69,14 @@ class Protocol:
         """Bytes in memory of unfinished messages."""
         return len(self._tail) + len(self._message or b"")
 
-    def receive(self, data: bytes | bytearray) -> list[Messages]:
+    def receive(self, data: bytes | bytearray) -> list[MessageGroup]:
         """Return the binary messages that `data` completes, in order; pongs for pings in it are in `replies`.
 
         Sets `ending` when the peer closes, sends text or too large a message, or breaks the protocol. Messages before
         that are returned; data behind it is ignored. After SLOW_FRAMES_PER_CALL frames for wsproto the rest of the
         data is kept, and `has_input` is true.
         """
-        messages: list[Messages] = []
+        messages: list[MessageGroup] = []
         if self.ending:
             return messages
         if self._tail:
@@ -111,8 +111,8 @@ class Protocol:
                 needed = size
                 break
             else:
-                found, at = take_frames(data, at, head)
-                messages.extend(found) if isinstance(found, list) else messages.append(found)
+                group, at = take_frames(data, at, head)
+                messages.append(group)
         if at < end and not self.ending:
             self._tail = data[at:]
         self._needed = needed
@@ -149,7 +149,7 @@ class Protocol:
             self._wsproto = Connection(role)
         return self._wsproto
 
-    def _judge(self, data: bytes | bytearray, messages: list[Messages]) -> None:
+    def _judge(self, data: bytes | bytearray, messages: list[MessageGroup]) -> None:
         """Give `data` to wsproto, add the messages it completes, and answer pings."""
         judge = self._judge_state()
         judge.receive_data(bytes(data))

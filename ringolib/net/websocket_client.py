@@ -11,7 +11,7 @@ from typing import Any
 
 from ringolib.net import sockets
 from ringolib.net.addresses import Endpoint, certified_name, host_header
-from ringolib.net.frames import MAX_MESSAGE, Messages
+from ringolib.net.frames import MAX_MESSAGE, MessageGroup
 from ringolib.net.protocol import Protocol
 from ringolib.net.sockets import READ_SIZE, connect, linger, shut_down
 from ringolib.net.tls_socket import TLSSocket
@@ -85,7 +85,7 @@ class ClientConnection:
             return None
         return data
 
-    def parse(self, data: bytes) -> list[Messages]:
+    def parse(self, data: bytes) -> list[MessageGroup]:
         """Return the binary messages that `data` completes, in order. Answer the pings in it; see Protocol."""
         data, self._rest = self._rest + data, b""
         messages = self._protocol.receive(data)

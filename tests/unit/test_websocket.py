@@ -1,6 +1,5 @@
-"""WebSocket connections: the fast decoder must agree with wsproto; deadlines of clients; queued acks and pongs."""
+"""WebSocket connections: deadlines of clients; queued acks and pongs."""
 
-import random
 import socket
 import struct
 import threading
@@ -12,29 +11,19 @@ from time import monotonic
 
 import pytest
 from ringolib.net.websocket_server import ServerConnection
-from support.harness import DEADLINE, HANDSHAKE, Blocked, eventually, frame, raw_link, seeded
+from support.harness import DEADLINE, HANDSHAKE, Blocked, eventually, frame, raw_link
 
 from ringbuffer import Ring
 from ringolib.counters import Totals
 from ringolib.net import sockets, websocket_server
 from ringolib.net.addresses import Endpoint
-from ringolib.net.frames import Messages, frame_head, take_frames
+from ringolib.net.frames import Messages
 from ringolib.net.websocket import MAX_UNSENT
 from ringolib.net.websocket_client import ClientConnection
 from ringolib.web import session as session_module
 from ringolib.web.intake import STORED, RingIntake, Ticket
 from ringolib.web.session import Session
-from ringolib.wire import SUBPROTOCOL, Block, Run, encode_ack, encode_batch, encode_plain
-
-
-class WsprotoConnection(ServerConnection):
-    """A connection on which wsproto parses every byte."""
-
-    def parse(self, data: bytes) -> list[Messages]:
-        messages: list[Messages] = []
-        if not self.ending:
-            self._parse_slowly(data, messages)
-        return messages
+from ringolib.wire import SUBPROTOCOL, Block, encode_ack, encode_plain
 
 
 class Memory:
@@ -71,145 +60,6 @@ def connected(kind: type[ServerConnection], subprotocol: str = "") -> Iterator[t
         while not client.recv(65536).endswith(b"\r\n\r\n"):
             pass
         yield connection, client
-
-
-def outcome(
-    kind: type[ServerConnection], subprotocol: str, pieces: list[bytes]
-) -> tuple[list[int], int, tuple[int, str], list[tuple[int, bytes]]]:
-    """Run a session on `pieces`, one for each read.
-
-    Return the stored values, the number of records in the runs, the ending, and all sent frames except acks.
-    """
-    reads = iter(pieces)
-
-    class Pieces(kind):  # type: ignore[misc,valid-type]
-        def read(self, wait: bool = True) -> bytes | None:
-            return next(reads, b"")
-
-    with connected(Pieces, subprotocol) as (connection, client):
-        intake = Memory()
-        session = Session(connection, intake, Totals(), threading.Event())
-        run = Blocked(lambda: session.run(b""))
-        sent = b""
-        client.shutdown(socket.SHUT_WR)
-        while data := client.recv(65536):
-            sent += data
-        ending = run.result()
-    frames = []
-    while sent:
-        size = sent[1]
-        frames.append((sent[0] & 15, sent[2 : 2 + size]))
-        sent = sent[2 + size :]
-    acks = [struct.unpack(">Q", payload)[0] for opcode, payload in frames if opcode == 2]
-    assert acks == sorted(set(acks))
-    if ending[0] != 1006:  # after a lost connection the acks may have been lost, too
-        assert (acks or [0])[-1] == session.acked == len(intake.values)
-    others = [(opcode, payload) for opcode, payload in frames if opcode != 2]
-    return list(intake.values), sum(count for _, count in intake.runs), ending, others
-
-
-def random_mask(rng: random.Random) -> bytes:
-    return rng.choice([rng.randbytes(4), rng.randbytes(4), bytes(4)])
-
-
-def plain_stream(rng: random.Random) -> Iterator[bytes]:
-    """Yield frames of a client with plain messages, most of them valid."""
-    for _ in range(rng.randrange(1, 12)):
-        kind = rng.randrange(40)
-        if kind < 24:  # several of one size
-            size = rng.choice([4, 4, 4, 8, 8, 16, 64, 72, 120, 128, 800, 65_536])
-            for _ in range(rng.choice([1, 2, 5, 20, 300]) if size < 1000 else 1):
-                yield frame(2, rng.randbytes(size), mask=random_mask(rng))
-        elif kind < 28:  # of two sizes
-            for _ in range(rng.randrange(50)):
-                yield frame(2, rng.randbytes(rng.choice([4, 8])), mask=random_mask(rng))
-        else:
-            yield from rare_frames(rng, rng.randbytes(8 * rng.randrange(1, 30)))
-
-
-def batch_stream(rng: random.Random) -> Iterator[bytes]:
-    """Yield frames of a client with batch messages, most of them valid."""
-    for _ in range(rng.randrange(1, 8)):
-        runs = [Run(rng.randbytes(16), rng.randrange(2**40), rng.randrange(1, 40)) for _ in range(rng.randrange(1, 5))]
-        message = encode_batch(runs, array("q", rng.randbytes(8 * sum(run.count for run in runs))))
-        if rng.randrange(3):
-            yield from [frame(2, message, mask=random_mask(rng))] * rng.choice([1, 1, 7])
-        else:
-            yield from rare_frames(rng, message)
-
-
-def rare_frames(rng: random.Random, message: bytes) -> Iterator[bytes]:
-    """Yield frames that the fast decoder leaves to wsproto: rare but valid ones, and violations."""
-    kind = rng.randrange(24)
-    cut = rng.randrange(len(message))
-    if kind < 6:
-        yield frame(9, rng.randbytes(rng.randrange(125)))
-    elif kind < 8:
-        yield frame(10, b"")
-    elif kind < 14:  # fragments, with a ping between them
-        yield frame(2, message[:cut], fin=False, mask=random_mask(rng))
-        yield frame(9, b"between")
-        yield frame(0, message[cut:], mask=random_mask(rng))
-    elif kind == 14:  # a message within a fragmented one
-        yield frame(2, message[:4], fin=False) + frame(2, bytes(4))
-    elif kind == 15:
-        yield frame(1, "text é".encode())
-    elif kind == 16:
-        yield frame(8, struct.pack(">H", rng.choice([1000, 1001, 3000])) + b"bye")
-    elif kind == 17:
-        yield frame(2, rng.randbytes(rng.choice([0, 3, 5, 12, 20])))
-    elif kind == 18:
-        yield frame(2, message, mask=None)
-    elif kind == 19:
-        yield frame(rng.choice([2, 3, 11]), message, rsv=rng.randrange(8))
-    elif kind == 20:  # a length not in its shortest form
-        yield bytes([0x82, 0xFE]) + struct.pack(">H", 8) + bytes(12)
-    elif kind == 21:
-        yield bytes([0x82, 0xFF]) + struct.pack(">Q", rng.choice([8, 2**16 - 1, 2**63, 2**64 - 1])) + bytes(12)
-    elif kind == 22:
-        yield rng.randbytes(rng.randrange(1, 60))
-    else:
-        yield frame(0, b"") + frame(2, b"")
-
-
-def cuts(rng: random.Random, stream: bytes) -> list[bytes]:
-    """Cut `stream` into one, a few or many pieces."""
-    many = rng.choice([0, 1, 5, 50, len(stream)])
-    at = sorted({0, len(stream), *(rng.randrange(len(stream) + 1) for _ in range(min(many, 3000)))})
-    return [stream[start:end] for start, end in zip(at, at[1:], strict=False)]
-
-
-@pytest.mark.parametrize("subprotocol", ["", SUBPROTOCOL])
-def test_fast_decoder_and_wsproto_agree_on_random_streams(subprotocol: str) -> None:
-    seed = seeded()
-    rng = random.Random(seed)
-    endings: set[int] = set()
-    rounds = 0
-    while rounds < 150 or not {1002, 1006, 1007} <= endings:
-        rounds += 1
-        assert rounds < 5000, f"the streams ended only with {endings}"
-        frames = batch_stream(rng) if subprotocol else plain_stream(rng)
-        # A pong at the end: the fast decoder waits for the whole head of a frame, wsproto only for its first byte.
-        pieces = cuts(rng, b"".join(frames) + frame(10, bytes(14)))
-        fast, slow = outcome(ServerConnection, subprotocol, pieces), outcome(WsprotoConnection, subprotocol, pieces)
-        assert fast == slow
-        endings.add(int(fast[2][0]))
-
-
-@pytest.mark.parametrize("size", [4, 8, 16, 64, 68, 800, 65_536])
-@pytest.mark.parametrize("count", [1, 2, 4, 5, 17, 18, 81, 500])
-def test_take_frames_returns_all_frames_of_one_size(size: int, count: int) -> None:
-    rng = random.Random(size * count)
-    count = min(count, 20) if size > 800 else count
-    payloads = [rng.randbytes(size) for _ in range(count)]
-    stream = b"".join(frame(2, payload, mask=rng.randbytes(4)) for payload in payloads)
-    for tail in (b"", stream[:1], stream[: len(stream) // count - 1], frame(9, b""), frame(2, bytes(size + 4))):
-        data = b"xyz" + stream + tail
-        head = frame_head(data, 3)
-        assert head and head.simple
-        group, end = take_frames(data, 3, head)
-        assert (end, group.size, group.payloads) == (3 + len(stream), size, b"".join(payloads))
-        assert group.split() == payloads
 
 
 def test_client_that_closes_its_side_still_gets_its_acks() -> None:

@@ -7,7 +7,7 @@ from array import array
 import pytest
 from support.harness import seeded
 
-from ringolib.net.frames import MAX_MESSAGE, Messages
+from ringolib.net.frames import MAX_MESSAGE, MessageGroup, Messages, MixedMessages
 from ringolib.wire import (
     MAX_RUNS,
     Block,
@@ -59,27 +59,46 @@ def test_plain_message_of_other_length_is_refused(size: int) -> None:
     assert (refused.value.close_code, refused.value.status) == (1007, 400)
 
 
-def grouped(messages: list[bytes], rng: random.Random | None = None) -> list[Messages]:
-    """Group messages of one size as a connection does, with `rng` only some of them."""
-    groups: list[Messages] = []
+def grouped(messages: list[bytes], rng: random.Random | None = None) -> list[MessageGroup]:
+    """Group messages of one size as a connection does, with `rng` only some of them, and some of mixed sizes."""
+    groups: list[MessageGroup] = []
     for message in messages:
         size = len(message)
-        if groups and size and groups[-1].size == size and (rng is None or rng.randrange(4)):
-            groups[-1] = Messages(groups[-1].payloads + message, size)
-        else:
-            groups.append(Messages(message, size))
+        last = groups[-1] if groups else None
+        if size and isinstance(last, MixedMessages):
+            if rng is None or rng.randrange(30):
+                groups[-1] = MixedMessages(last.payloads + message, [*last.sizes, size])
+                continue
+        elif size and last and last.size == size and (rng is None or rng.randrange(4)):
+            groups[-1] = Messages(last.payloads + message, size)
+            continue
+        mixed = size and rng and not rng.randrange(4)
+        groups.append(MixedMessages(message, [size]) if mixed else Messages(message, size))
     return groups
+
+
+def mixed(*messages: bytes) -> MixedMessages:
+    return MixedMessages(b"".join(messages), [len(message) for message in messages])
 
 
 def test_grouped_plain_messages_decode_as_single_ones() -> None:
     seed = seeded()
     rng = random.Random(seed)
-    for sizes in ([4], [8], [8, 16, 800], [4, 8, 24]):
-        for count in (0, 1, 2, 50):
+    for sizes in ([4], [8], [4, 8], [8, 16, 800], [4, 8, 24]):
+        for count in (0, 1, 2, 50, 50, 50):
             messages = [rng.randbytes(rng.choice(sizes)) for _ in range(count)]
             expected = [value for message in messages for value in decode_plain(message)]
-            values, error = decode_plain_messages(grouped(messages, rng))
-            assert (list(values), values.typecode, error) == (expected, "q", None)
+            for groups in (grouped(messages), grouped(messages, rng), [mixed(*messages)]):
+                values, error = decode_plain_messages(groups)
+                assert (list(values), values.typecode, error) == (expected, "q", None)
+
+
+def test_mixed_plain_messages_keep_signs_and_order() -> None:
+    numbers = [2**31 - 1, -1, 5, -(2**31), 0, -(2**63), 2**63 - 1, -6]
+    narrow = {2**31 - 1, -(2**31), -1, 0}
+    messages = [struct.pack(">i" if number in narrow else ">q", number) for number in numbers]
+    values, error = decode_plain_messages([mixed(*messages)])
+    assert (list(values), error) == (numbers, None)
 
 
 @pytest.mark.parametrize("valid", [[bytes(4)], [bytes(8)] * 2, [bytes(4), bytes(8)]])
@@ -88,6 +107,15 @@ def test_plain_messages_before_a_malformed_one_count(valid: list[bytes]) -> None
         values, error = decode_plain_messages(grouped([*valid, malformed, bytes(4)]))
         assert len(values) == len(valid)
         assert error and error.close_code == 1007
+
+
+@pytest.mark.parametrize("before", [[], [bytes(4)], [bytes(8)], [bytes(4), bytes(16), bytes(4)]])
+def test_first_malformed_message_of_mixed_ones_is_named(before: list[bytes]) -> None:
+    group = mixed(*before, bytes(20), bytes(4), bytes(12), bytes(8))
+    for groups in ([group], [Messages(bytes(8), 4), group, Messages(b"", 0)]):
+        values, error = decode_plain_messages(groups)
+        assert len(values) == sum(len(decode_plain(message)) for message in before) + len(groups) // 2 * 2
+        assert error and str(error).startswith("20 bytes:") and error.close_code == 1007
 
 
 def test_batch_message_is_the_example_of_the_document() -> None:
@@ -148,8 +176,10 @@ def test_batches_are_joined_up_to_the_first_malformed_one() -> None:
     one, two = Block([Run(UUID, 0, 1)], array("q", [1])), Block([Run(UUID, 1, 2)], array("q", [2, 3]))
     messages = [encode_batch(*one), encode_batch(*two)]
     assert decode_batch_messages(grouped(messages)) == (Block(one.runs + two.runs, array("q", [1, 2, 3])), None)
-    block, error = decode_batch_messages(grouped([messages[0], b"", messages[1]]))
-    assert block == one and error is not None
+    assert decode_batch_messages([mixed(*messages)]) == (Block(one.runs + two.runs, array("q", [1, 2, 3])), None)
+    for groups in (grouped([messages[0], b"", messages[1]]), [mixed(messages[0], bytes(8), messages[1])]):
+        block, error = decode_batch_messages(groups)
+        assert block == one and error is not None
     assert decode_batch_messages(grouped(messages[:1])) == (one, None)
 
 
