@@ -11,12 +11,11 @@ A commit wakes the loop once through a socket pair, however many clients wait fo
 `add`, `stop` and `abort` leave their news under `_lock`. Everything else belongs to the thread.
 
 An error in the work for one client ends that client's connection with 1011. After an error in the loop's own
-bookkeeping, acks may be wrong. So `_fatal` ends the process: acked records are on disk, and a restart is correct.
+bookkeeping, acks may be wrong. So `fatal` ends the process: acked records are on disk, and a restart is correct.
 """
 
 import heapq
 import logging
-import os
 import select
 import selectors
 import socket
@@ -30,7 +29,7 @@ from typing import Any
 from ringolib.counters import Totals
 from ringolib.net.tls_socket import TLSSocket
 from ringolib.storage.interface import StoreError
-from ringolib.timing import start_thread
+from ringolib.timing import fatal, start_thread
 from ringolib.web.intake import Intake
 from ringolib.web.session import GOING_AWAY, LOST, UNSTORED, Session
 from ringolib.wire import Block
@@ -46,7 +45,6 @@ MAX_MARKS = 1024
 """Reads of one client, and offers, whose acks are kept apart while their records wait to be stored."""
 GONE_CHECK_SECONDS = 1.0
 """How often a client that is not read from is asked whether it is still there."""
-EXIT_FATAL = 70  # EX_SOFTWARE, sysexits.h
 _GONE = select.POLLHUP | select.POLLERR
 _HALF_CLOSED = getattr(select, "POLLRDHUP", 0)  # Linux
 
@@ -175,14 +173,9 @@ class IngestLoop:
             while self._turn():
                 pass
         except BaseException:
-            self._fatal("the ingest loop has failed")
+            fatal(log, "the ingest loop")
         for end in (self._readers, self._writers, self._wake_receiver, self._wake_sender):
             end.close()
-
-    def _fatal(self, what: str) -> None:
-        """End the process: acks may be wrong from here on, and what was acked is on disk."""
-        log.critical("fatal", {"error": what}, exc_info=True)
-        os._exit(EXIT_FATAL)
 
     def _turn(self) -> bool:
         """One turn. False when the loop has ended."""
