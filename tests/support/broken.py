@@ -1,9 +1,12 @@
 """Errors that nobody expects: a socket that breaks a message off, and a stand-in for the end of the process."""
 
 import os
+from types import ModuleType
 from typing import Any
 
 import pytest
+
+from ringolib.net.websocket_client import ClientConnection
 
 CUT = 800
 """The bytes at the end of a message that are not sent when it breaks off."""
@@ -80,3 +83,16 @@ connect = websocket_client.connect
 websocket_client.connect = lambda *arguments: Sock(connect(*arguments))
 """
 """Code for a server process: every nth message of its links breaks off."""
+
+
+def break_connections(monkeypatch: pytest.MonkeyPatch, module: ModuleType, *errors: BaseException) -> None:
+    """Break a message off, with the next one of `errors`, on each of the next connections that `module` makes."""
+    left = list(errors)
+
+    class Breaking(ClientConnection):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            if left:
+                self.sock = BrokenSocket(self.sock, left.pop(0))
+
+    monkeypatch.setattr(module, "ClientConnection", Breaking)
