@@ -223,8 +223,11 @@ class GroupCommit(ABC):
         try:
             yield
         finally:
-            with self._lock:
-                self._end_turn()
+            try:
+                with self._lock:
+                    self._end_turn()
+            except BaseException:  # the turn would never end
+                fatal(log, "the end of a turn")
 
     # Turns.
 
