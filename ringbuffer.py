@@ -12,7 +12,7 @@ never reused. The value with sequence `s` is in slot `s % capacity`. Three seque
 
 - *cursor* is the sequence of the next value: how many values were ever put. Producers copy their values to the slots
   from here on, then move the cursor. Both happen under the lock, so no slot is ever claimed and not yet published.
-- *reserved* is how many values were ever handed to workers. A batch behind it is in flight, which means that a worker
+- *reserved* is how many values were ever handed to workers. A batch before it is in flight, which means that a worker
   has it, or requeued, or finished.
 - *committed* is the gating sequence: every value before it has left the ring. Producers must not overtake it by more
   than one round. Batches finish in any order. If a batch finishes before an older one, the ring remembers it, and frees
@@ -81,7 +81,7 @@ class Full(Exception):
 
 
 class Batch:
-    """The values `[start, end)` of the ring, in the hands of one worker. Batches are compared by identity.
+    """The values `[start, end)` of the ring, handed out to one worker at a time. Batches are compared by identity.
 
     `values` is a copy, so it stays valid when the slots are reused. `runs` names the sources of the values, in order.
     `mark` is the mark of a batch that was requeued with one, else None.

@@ -13,7 +13,7 @@ import sys
 # Before the other imports, which an older Python cannot read.
 if sys.version_info < (3, 10):
     sys.exit("ringoexp: error: this is Python %d.%d, Python 3.10 or newer is needed" % sys.version_info[:2])
-if __name__ == "__main__" or sys.argv[0].endswith("ringoexp"):  # the program, also by its installed script
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "ringoexp":  # the program, also by its installed script
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
     if os.getpid() == 1:  # the first process of a container, for which no signal has a default effect
         for signal_number in (signal.SIGINT, signal.SIGTERM):
@@ -53,6 +53,8 @@ SAME_SIGNAL_SECONDS = 0.5
 """Signals within this time count as one: a terminal and a wrapper may both send Ctrl-C."""
 STUCK_SECONDS = 0.5
 """How long the main thread has to handle a signal before it counts as hanging."""
+MANY_CONNECTIONS = 65_536
+"""Open files for connections if -n does not limit them, as far as the system allows."""
 OTHER_DESCRIPTORS = 256
 """Number of files that the server opens besides the sockets of connections and workers."""
 M_ARENA_MAX = -8  # malloc.h
@@ -71,7 +73,7 @@ def __getattr__(name: str) -> Any:
 def serve(settings: Settings, argv: Sequence[str]) -> int:
     """Run a server until it is stopped by a signal, and return the exit status. Raises what `App` raises."""
     _use_one_malloc_arena()
-    _raise_descriptor_limit(settings.threads + OTHER_DESCRIPTORS)
+    _raise_descriptor_limit((settings.connections or MANY_CONNECTIONS) + settings.threads + OTHER_DESCRIPTORS)
     if settings.procs:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.procs])
     # A socket, not an Event: an Event that is set in a signal handler can deadlock with the wait of the main thread.

@@ -2,7 +2,8 @@
 
 One connection does all writes and checkpoints: SQLite before 3.51.3 can corrupt a database if two connections reset
 the WAL at the same time (https://www.sqlite.org/wal.html#walresetbug). An advisory lock on `PATH-lock` keeps a second
-server off the file. Readers, for example the `sqlite3` shell, need no lock and do not delay commits.
+server off the file. Readers, for example the `sqlite3` shell, need no lock. They delay a commit by at most
+READER_WAIT_MS, once for every LARGE_WAL_BYTES of WAL.
 
 Any thread may call any method. `storage.group_commit` gives turns: only the thread that holds the turn uses the
 connection and the cache of sources, so they need no lock. `storage.oldest` reads and deletes the oldest records.
@@ -10,7 +11,7 @@ connection and the cache of sources, so they need no lock. `storage.oldest` read
 Record ids have no gaps, so a row of `batch` describes the records `first_id` to `first_id + count - 1`. The batches of
 one source are disjoint intervals of its sequence. Of an arriving run, only the parts that no batch covers are stored.
 Retention deletes records from the lowest id on and keeps their batches for a while, so that a record that is sent again
-is still known as a duplicate. The newest record always stays, because ids continue from it.
+is still known as a duplicate. Retention never deletes the newest record, because ids continue from it.
 """
 
 import logging
@@ -412,7 +413,7 @@ class Store(GroupCommit):
             status = os.stat(self._real_path)
             os.stat(self._wal.path)
             in_place = (status.st_dev, status.st_ino) == self._inode
-        except FileNotFoundError:
+        except OSError:
             in_place = False
         if not in_place:
             raise StoreError(

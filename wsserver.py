@@ -124,7 +124,7 @@ class Handler(WebHandler):
             return super().admission_refusal()
         self.server.table.count_refused()
         limits = self.server.table.limits
-        limit = f"{limits.admitted} at once"
+        limit = f"{limits.admitted or limits.threads} at once"
         if self.server.table.is_address_full():
             limit = f"{limits.per_address} from one address"
         return Refusal(503, f"too many connections: the limit is {limit}; retry later", {"Retry-After": "1"})
@@ -182,7 +182,7 @@ class Handler(WebHandler):
         reasons = self.server.monitor.reasons()
         if not self.server.table.is_admitted():
             limits = self.server.table.limits
-            limit = f"all {limits.admitted} connections are in use (-n, --threads)"
+            limit = f"all {limits.admitted or limits.threads} connections are in use (-n, --threads)"
             if self.server.table.is_address_full():
                 limit = f"all {limits.per_address} connections of this address are in use (--per_address)"
             reasons.append(Reason(CONNECTIONS_FULL, limit))
@@ -243,7 +243,7 @@ class Handler(WebHandler):
     def _hand_over(self, batches: bool, frames: bytes) -> None:
         """Give the connection to the ingest loop. `frames` are bytes that came with the handshake."""
         client = {"client": peer_name(self.client_address), "kind": "batches" if batches else "plain"}
-        log.info("connected", {**client})
+        log.info("connected", client)
         started = monotonic()
         release = self.server.detach(self.connection)
 

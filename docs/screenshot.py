@@ -2,7 +2,7 @@
 
 `python docs/screenshot.py` starts a consumer and a publisher, sends records for a minute at a changing rate, and takes
 the pictures when the ring has waiting slots and slots in flight. It needs the same as the browser tests
-(`pip install '.[browser]'`, Debian's chromium and chromium-driver), and Pillow to make the pictures small.
+(`pip install '.[ci]'`, Debian's chromium and chromium-driver), and Pillow to make the pictures small.
 """
 
 import base64

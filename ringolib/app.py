@@ -12,11 +12,12 @@ from functools import partial
 
 from ringbuffer import Ring
 from ringolib.counters import Totals
+from ringolib.forward import spool as spool_module
 from ringolib.forward.destination import Destination
 from ringolib.forward.discovery import Consumers
 from ringolib.forward.link import LinkSink, LinkState
 from ringolib.forward.sink import Sink, StoreSink
-from ringolib.forward.spool import ACK_TIMEOUT_SECONDS, Spool, SpoolSink
+from ringolib.forward.spool import Spool, SpoolSink
 from ringolib.forward.workers import BATCH_RECORDS, Forwarder
 from ringolib.net.addresses import (
     Address,
@@ -221,7 +222,8 @@ class App:
     def alive(self) -> bool:
         """True if a thread accepts connections. Blocks if a lock that records need is never released.
 
-        A restart mends both. It does not mend a disk or a consumer: no thread waits for one while it holds these locks.
+        A restart helps in both cases. A failing disk or consumer does not count: no thread holds these locks while it
+        waits for them.
         """
         self.totals.snapshot()
         links = [destination.link for destination in self.consumers.destinations] if self.consumers else []
@@ -326,7 +328,7 @@ def _open_server(
                 "-T, with the same port as -p"
             )
         raise StartupError(f"{error} ({hint})") from error
-    limits = Limits(settings.max_connections, settings.per_address)
+    limits = Limits(settings.connections, settings.per_address, threads=settings.max_request_threads)
     server = Server(listeners, settings.name, limits, credentials, totals)
     undo.callback(server.close)
     return server
@@ -374,7 +376,7 @@ def _make_link(
     on_connected: Callable[[], None],
 ) -> LinkSink:
     """Return a link to a consumer, which connects when it is first used. With a spool it gives up earlier."""
-    ack_timeout = ACK_TIMEOUT_SECONDS if settings.spool else None
+    ack_timeout = spool_module.ACK_TIMEOUT_SECONDS if settings.spool else None
     return LinkSink(endpoint.host, endpoint.port, on_connected, ack_timeout, is_own, credentials, endpoint.name)
 
 

@@ -35,6 +35,21 @@ class Histogram:
         self._counts[bisect.bisect_left(BOUNDS_SECONDS, seconds)] += 1
         self._sum += seconds
 
+    def add_all(self, durations: Sequence[float]) -> None:
+        """Count many durations."""
+        if len(durations) < len(self._counts):
+            for seconds in durations:
+                self.add(seconds)
+            return
+        ordered = sorted(durations)
+        below = 0
+        for bucket, bound in enumerate(BOUNDS_SECONDS):
+            end = bisect.bisect_right(ordered, bound, below)
+            self._counts[bucket] += end - below
+            below = end
+        self._counts[-1] += len(ordered) - below
+        self._sum += sum(ordered)
+
     def snapshot(self) -> HistogramSnapshot:
         """Return the current counts and sum."""
         return HistogramSnapshot(tuple(self._counts), self._sum)
@@ -85,12 +100,11 @@ class Totals:
             self._refused += records
 
     def add_acked(self, records: int, latencies: Sequence[float] = ()) -> None:
-        """Count records as acked. `latencies` are the seconds from each read that the ack completes to the ack."""
+        """Count records as acked. `latencies`: the seconds from each read to the ack of its last record."""
         with self._lock:
             self._acked += records
             self._latencies.extend(latencies)
-            for seconds in latencies:
-                self._histogram.add(seconds)
+            self._histogram.add_all(latencies)
 
     def client_opened(self, batches: bool) -> None:
         """Count a WebSocket as open. `batches` is true if its client sends batch messages."""

@@ -23,7 +23,7 @@ OTHER_THREADS = 128
 """Threads that do not serve an admitted connection or a worker, for example to refuse other connections."""
 EXIT_USAGE = 2
 NO_PORT = -1
-"""Default port that tells a host without a port from a host with one."""
+"""Passed to `parse_hosts` as the default port, to see whether a host has a port of its own."""
 
 
 class Option(NamedTuple):
@@ -131,7 +131,7 @@ def _host(text: str) -> str:
 
 
 def _hosts(text: str) -> str:
-    """Parse one host, or several with commas, each with or without a port. One host without a port is a `_host`."""
+    """Parse hosts with commas, each with or without a port. A single host without a port is checked as -H is."""
     try:
         hosts = parse_hosts(_not_empty(text), NO_PORT)
     except ValueError as error:
@@ -208,8 +208,8 @@ OPTIONS = (
     Option("", "per_address", 0, _limit, "limits",
            "maximum number of connections from one client address; 0: no limit"),
     Option("", "threads", DEFAULT_THREADS, _whole_number(512, 10**6), "limits",
-           "maximum number of threads: one for each connection and worker, 128 for the rest; the server refuses "
-           "connections beyond it, as with -n"),
+           "maximum number of threads: one for each HTTP connection and worker, 128 for the rest; a WebSocket needs no "
+           "thread; the server refuses HTTP connections beyond it, as with -n"),
     Option("X", "procs", 0, _limit, "system", "processor cores to use; 0: all available"),
     Option("L", "profiler_port", 0, _optional_port, "system", "port of the profiler, /debug/pprof/; 0 or less: off"),
     Option("", "profiler_host", "localhost", _host, "system", "address the profiler listens on"),
@@ -264,10 +264,9 @@ class Settings:
         return f"{', '.join(rest)} and {last}" if rest else last
 
     @property
-    def max_connections(self) -> int:
-        """The limit of admitted connections: `connections`, but not more than `threads` leaves room for."""
-        room = self.threads - OTHER_THREADS - (self.max_workers if self.is_publisher else 0)
-        return min(self.connections or room, room)
+    def max_request_threads(self) -> int:
+        """The limit of threads that serve HTTP connections: what workers and other threads leave of `threads`."""
+        return self.threads - OTHER_THREADS - (self.max_workers if self.is_publisher else 0)
 
     @property
     def max_workers(self) -> int:
@@ -302,7 +301,7 @@ def _requires(option: str, needed: str) -> Conflict:
 
 
 def _consumer_port_missing(s: Settings, role: Role) -> bool:
-    """True if a consumer has port 0. Only a publisher on any free port may be its own consumer that way."""
+    """True if a publisher's consumer has port 0, and that is not the publisher's own port (-p 0)."""
     missing = any(not port and not unix_path(host) for host, port in s.consumers)
     may_be_own = not s.port and not unix_path(s.hostname) and len(s.consumers) == 1
     return s.is_publisher and missing and not may_be_own

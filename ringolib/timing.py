@@ -65,7 +65,7 @@ def start(thread: threading.Thread) -> None:
 def start_thread(target: Callable[..., None], *args: Any, name: str) -> threading.Thread:
     """Start a named daemon thread and return it. Raises ThreadError as `start` does.
 
-    All threads here are daemons: the ordered stop joins them, and a second signal must end the process without it.
+    A daemon, because a second signal must end the process without the ordered stop.
     """
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     start(thread)

@@ -36,7 +36,7 @@ import signal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
 
-import ringoexp  # first: it sets up the signal handlers
+import ringoexp
 from ringolib.web import page
 
 page.load_page()  # read the page now: a newer file may replace this one while the program runs

@@ -73,7 +73,9 @@ def parse_url(url: str) -> Target:
         has_credentials = not is_unix and "@" in parts.netloc
         target = _unix_target(url) if is_unix else _network_target(parts)
     except ValueError:
-        has_credentials = "@" in url
+        if "@" in url:
+            raise ValueError("the URL is malformed; it is not shown, because it may contain a password") from None
+        has_credentials = False
     if has_credentials:
         raise ValueError("a URL with a name or a password in it is not accepted: a token is given separately")
     if target is None or not all("!" <= c <= "~" for c in target.path):
@@ -95,7 +97,9 @@ def _network_target(parts: SplitResult) -> Target | None:
 def _unix_target(url: str) -> Target | None:
     """Return the parts of a `ws+unix:SOCKET:/PATH` URL, the form of Node's ws; None if the socket is missing."""
     file, _, path = url.partition(":")[2].removeprefix("//").partition(":")
-    return Target(f"unix:{file}", 80, path, secure=False) if file and "\0" not in file else None
+    if not file or "\0" in file or (path and not path.startswith("/")):
+        return None
+    return Target(f"unix:{file}", 80, path, secure=False)
 
 
 def is_permanent_status(status: int) -> bool:

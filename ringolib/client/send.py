@@ -89,7 +89,7 @@ class _Progress:
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         # Used by the thread only.
         self._width = 0  # of the line on the terminal
-        self._trouble: str | None = None  # the trouble printed last
+        self._trouble: str | None = None  # the trouble seen last
 
     def __enter__(self) -> None:
         try:
@@ -198,15 +198,18 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         try:
             source = _open_input(arguments.file, stack)
         except OSError as error:
-            return _print_error(f"{name}: {error.strerror}")
+            _print_error(f"{name}: {error.strerror}")
+            return EXIT_FAILED
         try:
             producer = _make_producer(arguments)
         except ValueError as error:
             parser.error(str(error))
         except (CredentialError, CredentialFileError, ThreadError) as error:
-            return _print_error(str(error))
+            _print_error(str(error))
+            return EXIT_FAILED
         except OSError as error:
-            return _print_error(f"cannot open a socket: {error}")
+            _print_error(f"cannot open a socket: {error}")
+            return EXIT_FAILED
         stack.callback(producer.close)
         status, error_text = _transfer(producer, _integers(source, arguments.binary), name)
         _print_result(producer, arguments, error_text, started)
@@ -283,10 +286,8 @@ def _on_interrupt(handler: Callable[..., Any] | signal.Handlers) -> None:
         signal.signal(signal.SIGINT, handler)
 
 
-def _print_error(text: str) -> int:
-    """Print an error and return the exit status of failures."""
+def _print_error(text: str) -> None:
     print_line(f"ringoexp send: error: {text}", error=True)
-    return EXIT_FAILED
 
 
 def print_line(line: str, error: bool = False) -> None:

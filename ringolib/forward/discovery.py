@@ -1,4 +1,4 @@
-"""Discovery: find the consumers that the options of a publisher name, with one destination for each address.
+"""Discovery: find the consumers named by a publisher's options, with one destination for each address.
 
 If a host is a name to resolve, the thread `resolve` resolves it again: soon after a link failed, and regularly, because
 consumers come and go. `Consumers._lock` guards the destinations and the reasons for the thread to go on. `_changed`

@@ -11,7 +11,7 @@ from ringolib.wire import Block
 
 
 class NotStored(Exception):
-    """The block is surely not stored, so it may be sent to any destination. The text gives the reason."""
+    """The block is surely not stored, or a retry goes to the same store, which knows it. The text gives the reason."""
 
 
 class InDoubt(Exception):
@@ -27,7 +27,7 @@ class InDoubt(Exception):
 
 
 class Sink(Protocol):
-    """The destination of one worker's batches."""
+    """How one worker stores its batches at its destination."""
 
     @property
     def ready(self) -> bool:

@@ -237,7 +237,10 @@ class SpoolSink:
         """Do nothing: `store` makes a link if it needs one."""
 
     def store(self, block: Block) -> None:
-        """Return when the consumer has acked the block, or when it is in the spool. Raises NotStored if both fail."""
+        """Return when the consumer has acked the block, or when it is in the spool.
+
+        Raises NotStored or InDoubt if both fail.
+        """
         had_link = self._link.ready
         if not had_link and self._spool.away:
             try:
@@ -249,7 +252,10 @@ class SpoolSink:
             self._link.store(block)
         except (NotStored, InDoubt) as error:
             self._spool.state.on_failure(str(error))
-            self._spool.append(block)
+            try:
+                self._spool.append(block)
+            except NotStored as full:
+                raise (error if isinstance(error, InDoubt) else full) from full
         else:
             if not had_link or not self._spool.state.down:
                 self._spool.state.on_ack()

@@ -5,10 +5,11 @@ destination starts with the forwarder. A worker that takes a batch starts anothe
 idle, and there are fewer than the maximum; the destination with the fewest workers gets it. A worker ends after
 IDLE_SECONDS without work, unless it is the last one of its destination.
 
-If a sink fails, its worker becomes the prober of its destination: it retries, with growing pauses. Until it succeeds,
-no worker of this destination is started, only the prober makes links, and any other worker that fails ends. So an
-outage causes no storm of reconnects. Workers whose links still work go on, and take the batches that the prober
-requeued.
+If a sink fails, its worker becomes the prober of its destination: it retries, with the growing pauses of
+`destination.Breaker`. Workers whose links still work go on, and take the batches that the prober requeued. If the link
+of another worker fails while there is a prober, that worker ends, unless it is the last one of its destination. No
+worker of this destination is started until the prober succeeds, and only the prober makes links. So an outage causes no
+storm of reconnects.
 
 If there are several destinations, a worker makes its link before it reserves a batch, so that no batch waits for an
 unreachable destination. A batch in doubt is requeued with the pin of its destination, and only workers that accept the
@@ -38,8 +39,10 @@ log = logging.getLogger("ringoexp.forward")
 BATCH_RECORDS = MAX_RUNS
 """The maximum number of records in a batch. Even if each of them is a run of its own, the message is a valid one."""
 QUIET_SECONDS = 1.0
-"""If no link has had an ack for this long, a failing link means that the consumer is down."""
+"""A failing link means that the consumer is down only if no link has had an ack for this long."""
 IDLE_SECONDS = 10.0
+JOIN_SECONDS = 5.0
+"""How long a failed start waits for the workers that had started."""
 
 
 class ForwarderStats(NamedTuple):
@@ -54,8 +57,8 @@ class Forwarder:
     """Workers that drain `ring` into `destinations`, in batches of at most `max_records`. They start at once.
 
     There are at most `max_workers`, but at least one for each destination. A worker starts another one only when it
-    takes a batch. Values that arrive while the only worker waits for its sink must wait. They could not be acked
-    before its batch anyway.
+    takes a batch. Values that arrive while the only worker waits for its sink wait, too. They could not be acked before
+    its batch anyway, but they may be acked later than it.
     """
 
     def __init__(
@@ -76,8 +79,13 @@ class Forwarder:
         self._reconnects = 0
         self._stopping = False
 
-        for destination in destinations:
-            self._start_first(destination)
+        try:
+            for destination in destinations:
+                self._start_first(destination)
+        except ThreadError:
+            ring.abort()
+            self.stop(JOIN_SECONDS)
+            raise
 
     @property
     def destinations(self) -> Sequence[Destination]:
@@ -377,7 +385,7 @@ class Forwarder:
         return [each for each in self._destinations if not each.breaker.is_open and not each.dropped]
 
     def _count_out(self, destination: Destination) -> None:
-        """Take the calling worker off the working ones. The last worker of a dropped destination removes it."""
+        """Remove the calling worker from `_working`. The last worker of a dropped destination removes it."""
         assert self._lock.locked()
         if threading.current_thread() in self._working:
             self._working.discard(threading.current_thread())

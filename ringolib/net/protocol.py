@@ -131,6 +131,11 @@ class Protocol:
         if not self.ending:
             self._end(code, reason)
 
+    def discard(self) -> None:
+        """Free the memory of an unfinished message: nothing more is received."""
+        self._tail = b""
+        self._message = None
+
     def close_frame(self, code: int, reason: str) -> bytes:
         """Return our Close frame: the answer to the peer's with its own code, if it has sent one."""
         try:
@@ -172,4 +177,4 @@ class Protocol:
     def _end(self, code: int, reason: str, at_fault: bool = False) -> None:
         self.ending = (code, reason)
         self.at_fault = at_fault
-        self._message = None
+        self.discard()

@@ -129,7 +129,8 @@ class TLSSocket:
                 if pieces:
                     break
                 if received and deadline == NO_WAIT:
-                    # One read was all TLS's own, and more may follow without end: poll reports it.
+                    # The bytes just read contained no data, only TLS messages. A peer could send them without end, so
+                    # this returns; poll reports the rest.
                     raise BlockingIOError from None
                 if self._outgoing.pending:  # a TLS message of our own, which the peer may wait for
                     self._try_flush()

@@ -242,7 +242,7 @@ DATABASE = (
     ),
     Number(
         "walBytes",
-        gauge("ringoexp_wal_bytes", "Size of its write-ahead log, the -wal file."),
+        gauge("ringoexp_wal_bytes", "Size of the write-ahead log (-wal) of the database or spool."),
         from_sizes(lambda sizes: sizes.wal),
     ),
     Number(

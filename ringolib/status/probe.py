@@ -27,7 +27,7 @@ log = logging.getLogger("ringoexp.ready")
 CACHE_SECONDS = 1.0
 """How long an answer is valid. Within this time nothing is asked again."""
 EXPIRY_SECONDS = 60.0
-"""An answer older than this is dropped before it is asked again; until then it stands in for the new one."""
+"""While a new answer is pending, the old one stands in for it, unless it is older than this."""
 ANSWER_TIMEOUT_SECONDS = 2.0
 """How long the database or the consumer may take to answer."""
 GLANCE_TIMEOUT_SECONDS = 0.1
@@ -81,7 +81,8 @@ class Probe:
         """Return the answer as a reason, or None if there is no reason. Asks if the cached answer is too old.
 
         Waits until `deadline`, which is `answer_deadline(wait)` by default. If no answer has come by then, a caller
-        that waits gets `late`, and any other caller gets the previous answer.
+        that waits gets `late`. Other callers get the previous answer, and `late` once the question has been pending for
+        ANSWER_TIMEOUT_SECONDS.
         """
         deadline = deadline or answer_deadline(wait)
         with self._lock:

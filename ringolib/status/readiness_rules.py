@@ -82,7 +82,8 @@ def consumer_reason(link: LinkStats, untried: bool, answer: Reason | None) -> Re
 def reported_link(link: LinkStats, reason: Reason | None, answered: bool) -> LinkStats:
     """Return the state of a consumer for stats and metrics: the state of its links, corrected by its own answer.
 
-    `reason` is the result of `consumer_reason`. `answered` is true if the consumer was ever asked.
+    `reason` is the result of `consumer_reason`. `answered` is true if the consumer
+    has answered, and the answer has not expired.
     """
     if reason and reason.code == "consumer_unreachable":
         return link._replace(state="down", reason=reason.detail, away=reason.seconds or 0.0)

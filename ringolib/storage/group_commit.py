@@ -17,8 +17,9 @@ database, for example a deletion, needs an exclusive turn. The turn is in one of
      |                           |
      +------ work ends ----------+
 
-RESERVED keeps new leaders out until an exclusive caller has taken the turn. After an exclusive turn, queued blocks go
-first. So commits and exclusive work alternate while both wait, and neither starves the other.
+RESERVED keeps new leaders out until an exclusive caller has taken the turn. After an exclusive turn, the queued blocks
+are committed before the next exclusive caller gets the turn. So commits and exclusive work alternate while both wait,
+and neither starves the other. Once the store is closed, an exclusive caller gives the turn back and raises StoreError.
 
 `_lock` guards the queue, the turn and the totals. Two conditions share it:
 
@@ -194,7 +195,10 @@ class GroupCommit(ABC):
             raise StoreError(f"{self.path} is closed")
 
     def _close(self) -> bool:
-        """Refuse new work and return when no caller holds or awaits the turn. True on the first call."""
+        """Refuse new work, and wait until no work runs and the queue is empty. Return True on the first call.
+
+        Waiting exclusive callers raise StoreError.
+        """
         with self._lock:
             first, self._closed = not self._closed, True
             self._group_ready.notify_all()

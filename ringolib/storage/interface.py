@@ -41,7 +41,7 @@ class Storage(Protocol):
 
     @property
     def path(self) -> str:
-        """The name of the store for people. Every error message begins with it."""
+        """The name of the store for people, for error messages."""
 
     @property
     def identity(self) -> str:
@@ -51,7 +51,7 @@ class Storage(Protocol):
         """Return when every record of the block is durable: on disk, or on the disks of several machines.
 
         `values` holds the values of all runs, in order; it is not changed. If a record is already stored, its first
-        value stays. The call has no time limit, but readers of the database do not delay it. Raises StoreError if any
+        value stays. The call has no time limit; readers of the database hardly delay it. Raises StoreError if any
         record may not be durable. Then the caller may retry the whole block, and a later call may succeed.
         """
 

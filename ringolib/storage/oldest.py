@@ -45,7 +45,7 @@ class Deleted(NamedTuple):
 
     records: int
     batches: int
-    source_ids: set[int]  # of sources that may be deleted: their ids may be given to other sources
+    source_ids: set[int]  # of sources that may have been deleted: their ids may be given to other sources
     more: bool  # the deadline came first
 
 

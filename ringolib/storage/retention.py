@@ -31,9 +31,9 @@ DAY_SECONDS = 86_400.0
 STEP_SECONDS = 0.005
 """How long a step deletes before it commits. Commits of records wait for it."""
 MAX_STEP_SECONDS = 0.1
-"""The same if commits are long: a step waits for a commit each time, so short steps would fall behind."""
+"""The longest step, used if commits are long: a step waits for a commit each time, so short steps would fall behind."""
 PAUSE_RATIO = 3.0
-"""A pause is this many times as long as the step before it."""
+"""Step and pause: a pause is this many times as long as the step before it, less the time that the step waited."""
 MIN_WAIT_SECONDS, MAX_WAIT_SECONDS = 1.0, 60.0
 """Limits of the wait after a step that has left nothing to delete."""
 RETRY_SECONDS = 5.0
@@ -163,7 +163,7 @@ class Retention:
         started = monotonic()
         result = self._store.expire(int(before * 1000), int(forget * 1000), self._step_seconds)
         waited = monotonic() - started - result.seconds  # for commits of records
-        # If commits are long, so is the wait for a turn. A step of a third of that wait takes a quarter of the time.
+        # The next step takes a third of the time that this one waited: then deletions get a quarter of the time.
         self._step_seconds = min(MAX_STEP_SECONDS, max(STEP_SECONDS, waited / PAUSE_RATIO))
         self._count(result)
         if result.more:

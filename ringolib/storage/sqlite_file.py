@@ -52,18 +52,15 @@ BUSY_TIMEOUT_MS = 5000
 _MAGIC = b"SQLite format 3\0"  # https://www.sqlite.org/fileformat.html#the_database_header
 _WAL_MAGICS = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")  # https://www.sqlite.org/fileformat.html#the_wal_file
 _JOURNAL_MAGIC = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"  # https://www.sqlite.org/fileformat.html#the_rollback_journal
-_MIN_SQLITE = (
-    3,
-    32,
-    0,
-)  # the first whose default limit allows 1024 parameters: https://www.sqlite.org/limits.html#max_variable_number
+_MIN_SQLITE = (3, 32, 0)
+"""The first version that allows 1024 parameters by default: https://www.sqlite.org/limits.html#max_variable_number"""
 
 
 def connect(path: str, application_id: int, wal_limit: int) -> sqlite3.Connection:
     """Open the file for writing, and create the schema if the file is empty.
 
-    The file is checked before anything in it is changed. When SQLite restarts the WAL, it truncates the WAL file to
-    `wal_limit` bytes. Raises StoreError.
+    The kind of the file is checked before anything in it is changed. When SQLite restarts the WAL, it truncates the
+    WAL file to `wal_limit` bytes. Raises StoreError.
     """
     if sqlite3.sqlite_version_info < _MIN_SQLITE:
         raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: use a Python built with SQLite 3.32 or newer")

@@ -29,11 +29,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import BaseServer
 from typing import Any
 
+from ringolib.net import tls_socket
 from ringolib.net.addresses import UNIX_PEER
 from ringolib.net.credentials import Credentials
 from ringolib.net.listeners import Listeners
 from ringolib.net.sockets import linger
-from ringolib.net.tls_socket import HANDSHAKE_TIMEOUT, NotTLS, TLSSocket
+from ringolib.net.tls_socket import NotTLS, TLSSocket
 from ringolib.timing import ThreadError, start
 from ringolib.web.table import ConnectionStats, ConnectionTable, Limits
 
@@ -71,7 +72,7 @@ class Connections(ThreadingHTTPServer):
         listeners: Listeners,
         handler: type[BaseHTTPRequestHandler],
         name: str,
-        limits: Limits = Limits(),  # noqa: B008  # a constant
+        limits: Limits,
         credentials: Credentials | None = None,
     ) -> None:
         BaseServer.__init__(self, listeners.addresses[0][1], handler)  # TCPServer.__init__ would open a socket
@@ -94,7 +95,7 @@ class Connections(ThreadingHTTPServer):
 
     @property
     def accepting(self) -> bool:
-        """True until `close`, unless the acceptor thread has died."""
+        """False only if the acceptor thread has died."""
         alive = self._acceptor.is_alive()  # read first: the acceptor ends only after the table is closing
         return self.table.closing or alive
 
@@ -238,7 +239,7 @@ class Connections(ThreadingHTTPServer):
         """Return the connection after the TLS handshake. If the handshake fails, close it and return None."""
         try:
             secured = TLSSocket(request, context)
-            secured.handshake(HANDSHAKE_TIMEOUT if self.table.is_admitted() else CLOSE_TIMEOUT_SECONDS)
+            secured.handshake(tls_socket.HANDSHAKE_TIMEOUT if self.table.is_admitted() else CLOSE_TIMEOUT_SECONDS)
             return secured
         except OSError as error:
             self.table.count_tls_failed()

@@ -136,7 +136,7 @@ class Session:
                 block = Block([Run(self._source, self.received, len(values))], values) if values else NOTHING
             self.received += len(block.values)
             if error:
-                self._ending = (error.close_code, str(error))
+                self.replace_ending(error.close_code, str(error))
                 self.refused = True
             self._begun = None
         else:
@@ -156,23 +156,26 @@ class Session:
     def end(self, code: int, reason: str) -> None:
         """Take no more input, and close with this code and reason, unless an ending is set already."""
         if not self.ending:
-            self._ending = (code, reason)
+            self.replace_ending(code, reason)
 
     def end_of_stream(self, now: float) -> None:
-        """The client has ended its side without a Close frame: it gets the acks of the next PATIENCE_SECONDS."""
-        self.end(*LOST)
-        self._close_by = now + PATIENCE_SECONDS
+        """The client has ended its side. If no Close frame came before, it gets the acks of PATIENCE_SECONDS more."""
+        if not self.ending:
+            self.end(*LOST)
+            self._close_by = now + PATIENCE_SECONDS
 
     def replace_ending(self, code: int, reason: str) -> None:
-        """Close with this code and reason instead."""
+        """Close with this code and reason, whatever ending there was. Unfinished messages are freed."""
         self._ending = (code, reason)
+        self._protocol.discard()
 
     @property
-    def replies_due(self) -> bool:
-        """True if `data_to_send` has something besides an ack."""
-        return bool(self._protocol.replies or self._out)
+    def needs_attention(self) -> bool:
+        """True after `receive` if there is more to do than to store the block: input left, a reply, or an ending."""
+        protocol = self._protocol
+        return bool(protocol.replies or self._out or self._ending or protocol.ending or protocol.has_input)
 
-    def data_to_send(self, now: float) -> bytes:
+    def data_to_send(self) -> bytes:
         """Return what is to be sent now, in whole frames: pongs and pings, then the ack that is due, then the Close
         frame. Call it only when everything that it returned before is with the system: acks are cumulative, so the
         newest one replaces those that could not be sent.
@@ -195,7 +198,7 @@ class Session:
         if rest and self._stalled is None:
             self._stalled = now
         if len(self._protocol.replies) > MAX_REPLIES:
-            self._ending = (LOST[0], f"{LOST[1]}: the client does not read")
+            self._lose("the client does not read")
 
     def close(self, now: float) -> None:
         """Queue the Close frame. Nothing is on its way to the disk any more, or nobody waits for it."""
@@ -245,4 +248,4 @@ class Session:
             self._begun += seconds
 
     def _lose(self, reason: str) -> None:
-        self._ending = (LOST[0], f"{LOST[1]}: {reason}")
+        self.replace_ending(LOST[0], f"{LOST[1]}: {reason}")

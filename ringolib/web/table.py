@@ -12,6 +12,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from ringolib.net.addresses import UNIX_PEER
+from ringolib.net.sockets import shut_down
 from ringolib.timing import deadline_after, wait_until
 
 MAX_REFUSED = 64
@@ -24,6 +25,7 @@ class Limits(NamedTuple):
     admitted: int = 0  # in total
     per_address: int = 0  # admitted from one client address; not applied to Unix sockets
     refused: int | None = None  # open without being admitted; None: MAX_REFUSED
+    threads: int = 0  # admitted connections that have a thread: all but WebSockets
 
 
 class ConnectionStats(NamedTuple):
@@ -57,6 +59,7 @@ class ConnectionTable:
         # Guarded by _lock.
         self._entries: dict[object, _Entry] = {}  # by its thread, or by the key of `detach`
         self._admitted = 0
+        self._threads = 0  # of admitted connections
         self._admitted_from: Counter[str] = Counter()  # by the client's address
         self._total = 0
         self._refused = 0
@@ -100,12 +103,13 @@ class ConnectionTable:
             late = self.stopping.is_set()
             counted = limits.per_address and client_address != UNIX_PEER  # all clients of a Unix socket share it
             address_full = bool(counted) and self._admitted_from[address] >= limits.per_address
-            admitted = not late and not address_full and (not limits.admitted or self._admitted < limits.admitted)
+            admitted = not late and not address_full and not self._limit_reached()
             if address_full and self._unadmitted() >= self._max_refused:
                 self._refused += 1
                 return False
             self._total += admitted
             self._admitted += admitted
+            self._threads += admitted
             if admitted and limits.per_address:
                 self._admitted_from[address] += 1
             self._entries[thread] = _Entry(sock, address, admitted, address_full, late)
@@ -118,6 +122,7 @@ class ConnectionTable:
             if entry is None:
                 return
             self._admitted -= entry.admitted
+            self._threads -= entry.admitted and not entry.websocket
             if entry.admitted and self.limits.per_address:
                 self._admitted_from[entry.address] -= 1
                 if not self._admitted_from[entry.address]:
@@ -127,9 +132,16 @@ class ConnectionTable:
     def _is_full(self) -> bool:
         """True if the next connection would not be admitted, and the limit for those connections is reached too."""
         assert self._lock.locked()
-        limit_reached = bool(self.limits.admitted and self._admitted >= self.limits.admitted)
-        refusing = limit_reached or self.stopping.is_set()
+        refusing = self._limit_reached() or self.stopping.is_set()
         return refusing and self._unadmitted() >= self._max_refused and not self._closing
+
+    def _limit_reached(self) -> bool:
+        """True if no more connections may be admitted."""
+        assert self._lock.locked()
+        limits = self.limits
+        if limits.admitted and self._admitted >= limits.admitted:
+            return True
+        return bool(limits.threads) and self._threads >= limits.threads
 
     def _unadmitted(self) -> int:
         """Return the number of open connections that were not admitted."""
@@ -155,7 +167,10 @@ class ConnectionTable:
         """
         key = object()
         with self._lock:
-            self._entries[key] = self._entries.pop(threading.current_thread())._replace(websocket=True)
+            entry = self._entries.pop(threading.current_thread())
+            self._entries[key] = entry._replace(websocket=True)
+            self._threads -= entry.admitted
+            self._changed.notify_all()
         return key
 
     def count_refused(self) -> None:
@@ -211,7 +226,4 @@ class ConnectionTable:
             for entry in self._entries.values():
                 if entry.websocket and not websockets:
                     continue
-                try:
-                    entry.sock.shutdown(how)
-                except OSError:
-                    pass  # closed already
+                shut_down(entry.sock, how)

@@ -596,6 +596,7 @@ def run_worlds(number: int, traced: bool = False) -> None:
     assert seen["again"] > number and seen["uncertain"] and seen["aborted"], "too few records were in doubt"
 
 
+@pytest.mark.slow
 def test_records_in_doubt_go_to_no_other_store_and_are_stored_once() -> None:
     run_worlds(100)
 
@@ -606,6 +607,7 @@ def test_records_in_doubt_go_to_no_other_store_in_many_worlds(traced: bool) -> N
     run_worlds(200 if traced else 1500, traced)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "good", "bad"),
     [

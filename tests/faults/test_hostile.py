@@ -585,6 +585,7 @@ def mean(samples: list[Usage]) -> Usage:
     return Usage(*(sum(sample[field] for sample in samples) // count for field in range(3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("good", "hostile", "seconds", "stretch"),
     [(180, 20, 3.0, 2.0), pytest.param(900, 100, 600.0, 15.0, marks=pytest.mark.long)],

@@ -34,7 +34,7 @@ def test_connections_per_address_are_limited(tmp_path: Path) -> None:
             assert refused.status == 503 and "Retry-After: 1" in refused.head
             assert b"2 from one address" in refused.sock.recv(65536) + refused._buffer
         answer = running.get("/v1.0/ready")[2].decode()
-        assert "all 2 connections of this address (--per_address) are in use" in answer, (
+        assert "all 2 connections of this address are in use (--per_address)" in answer, (
             "the limit is not the total one"
         )
         stats = running.stats()
@@ -55,7 +55,7 @@ def test_connections_per_address_are_limited(tmp_path: Path) -> None:
 
 
 def test_flood_from_one_address_does_not_block_others(tmp_path: Path) -> None:
-    patch = "web.connections.MAX_REFUSED = 5; web.handler.REFUSED_TIMEOUT = 600"
+    patch = "web.table.MAX_REFUSED = 5; web.handler.REFUSED_TIMEOUT_SECONDS = 600"
     with server(tmp_path, "-p", "0", "-T", "0", "-H", "0.0.0.0", "--per_address", "1", patch=patch) as running:
         flood = [socket.create_connection(("127.0.0.1", running.port), DEADLINE) for _ in range(50)]
         with socket.create_connection(("127.0.0.1", running.port), DEADLINE, ("127.0.0.2", 0)) as other:

@@ -279,6 +279,7 @@ def test_client_is_logged_when_it_connects_and_disconnects(tmp_path: Path) -> No
         assert running.stats()["clients"] == running.stats()["publishers"] == 0
 
 
+@pytest.mark.slow
 def test_link_is_logged_once_per_change(tmp_path: Path) -> None:
     port = free_port()
     quick = "timing.BACKOFF_MAX_SECONDS = 0.05"

@@ -76,10 +76,6 @@ def test_failed_start_names_the_cause_and_leaves_nothing_open(
     Store(str(tmp_path / "d")).close()
 
 
-def test_stop_needs_no_new_thread(tmp_path: Path) -> None:
-    """A server must be able to stop when the threads are used up: that is when an operator stops it."""
-
-
 def test_failed_start_ends_the_workers(monkeypatch: pytest.MonkeyPatch, refuse: Callable[[str], None]) -> None:
     """The thread that resolves names is the last to start, after the workers."""
     getaddrinfo = socket.getaddrinfo
@@ -95,8 +91,16 @@ def test_failed_start_ends_the_workers(monkeypatch: pytest.MonkeyPatch, refuse: 
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("forward-")]
 
 
-def test_a_stop_needs_no_more_threads(tmp_path: Path) -> None:
-    """It is the one thing that has to work when they are used up."""
+def test_failed_second_worker_ends_the_first(refuse: Callable[[str], None]) -> None:
+    flags = ["-p", "0", "-U", f"127.0.0.1:{free_port()},127.0.0.1:{free_port()}"]
+    refuse("forward-2")
+    with pytest.raises(StartupError, match=NONE_LEFT):
+        App(read_arguments(flags), flags)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("forward-")]
+
+
+def test_stop_needs_no_new_thread(tmp_path: Path) -> None:
+    """A server must be able to stop when the threads are used up: that is when an operator stops it."""
     patch = f"""threading.begin = threading.Thread.start; threading.error = RuntimeError({NONE_LEFT!r});
         threading.no = lambda self: (nothing for nothing in ()).throw(threading.error);
         threading.Thread.start = lambda self: (threading.no if self.name == "signals" else threading.begin)(self)"""
@@ -121,9 +125,9 @@ def test_running_workers_drain_the_ring_if_no_more_can_start(
         ring.put(array("q", range(50)), SOURCE, 0, DEADLINE)
         assert ring.wait_committed(49, DEADLINE)
         eventually(lambda: "no_thread" in [record.msg for record in caplog.records])
-        (said, *_) = [record for record in caplog.records if record.msg == "no_thread"]
+        (event, *_) = [record for record in caplog.records if record.msg == "no_thread"]
         error = f"cannot start a thread: {NONE_LEFT} (ulimit -u limits threads)"
-        assert said.levelno == logging.ERROR and said.args == {"error": error, "workers": 1}
+        assert event.levelno == logging.ERROR and event.args == {"error": error, "workers": 1}
     finally:
         ring.close()
         forwarder.stop(DEADLINE)

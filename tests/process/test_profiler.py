@@ -179,9 +179,7 @@ def test_threads_page_shows_names_and_stacks(shared: ProfiledServer) -> None:
         lambda: re.search(pair, shared.get("threads")[2], re.MULTILINE), "threads with equal stacks share a block"
     )
     (main,) = [block for block in blocks if "MainThread" in block]
-    assert main.rstrip().endswith("while set(woken.recv(4096)) == {signal.SIGHUP}:  # however many came meanwhile"), (
-        "most recent call last"
-    )
+    assert main.rstrip().endswith("while set(received.recv(4096)) == {signal.SIGHUP}:"), "most recent call last"
 
 
 def test_threads_with_equal_stacks_share_a_block(shared: ProfiledServer) -> None:

@@ -413,9 +413,7 @@ ELSEWHERE = {
     ("WebSocket", 503): "test_connection_beyond_the_limit_gets_503_but_alive_and_stats",
     ("HTTP", 503): "test_post_not_stored_in_time_reports_the_accepted_records",
     **{
-        (kind, status): "test_a_requests_head_is_limited_in_all"
-        for kind in ("HTTP", "WebSocket")
-        for status in (414, 431)
+        (kind, status): "test_request_head_has_a_total_limit" for kind in ("HTTP", "WebSocket") for status in (414, 431)
     },
     ("HTTP", 408): "test_late_body_is_answered_408",
 }

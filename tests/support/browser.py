@@ -126,7 +126,7 @@ def chromium() -> Iterator[Any]:
     """Run Debian's Chromium without any request to the Internet, and yield its driver."""
     if not all(CHROMIUM):
         pytest.skip("no chromium and chromedriver (Debian: apt install chromium chromium-driver)")
-    pytest.importorskip("selenium", reason="no selenium (pip install '.[browser]')")
+    pytest.importorskip("selenium", reason="no selenium (pip install '.[ci]')")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 

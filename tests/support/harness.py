@@ -83,7 +83,9 @@ def imports_for(patch: str) -> str:
     others = {"ringbuffer", "store", "wsserver", *sys.stdlib_module_names}
     tops = sorted(others & set(re.findall(r"(?<![\w.])(\w+)\.", patch)))
     imports = [f"import {name}" for name in [*sorted(modules), *tops]]
-    return "; ".join([*imports, f"from ringolib import {packages.replace('|', ', ')}"])
+    # Each constant is evaluated first: the patch of a name that does not exist would do nothing, silently.
+    constants = re.findall(rf"(?<![\w.])((?:{packages}|ringbuffer|store|wsserver)[\w.]*\.[A-Z_]+) = ", patch)
+    return "; ".join([*imports, f"from ringolib import {packages.replace('|', ', ')}", *constants])
 
 
 def program_files(root: Path = ROOT) -> list[Path]:

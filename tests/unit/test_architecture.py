@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ FORBIDDEN = {
     "ringolib.net": {"ringolib.wire", "ringolib.counters", "ringolib.storage"},
     "ringbuffer": {"ringolib.net", "ringolib.storage", "store", "socket", "sqlite3"},
     "store": {"ringolib.net", "ringolib.storage.clickhouse"},
-    "ringolib.storage": {"ringbuffer"},
+    "ringolib.storage": {"ringbuffer", "store"},
     "ringolib.client": {"ringolib.forward"},
     "ringolib.forward": {"ringolib.client"},
     "ringolib.web": {"ringolib.forward", "ringolib.client", "ringolib.storage.clickhouse", "store", "sqlite3"},
@@ -73,7 +74,23 @@ def test_module_imports_only_layers_above_it(name: str) -> None:
 
 def test_lowest_layer_needs_the_standard_library_only() -> None:
     for name in ("ringolib.wire", "ringolib.timing", "ringolib.counters"):
-        assert not [imported for imported in imports(MODULES[name]) if imported.startswith(("ringolib.", "wsproto"))]
+        tops = {imported.partition(".")[0] for imported in imports(MODULES[name])}
+        assert tops <= sys.stdlib_module_names, name
+    assert not imports(MODULES["ringolib.wire"]) & {"socket", "threading"}, "message formats do no I/O"
+
+
+def test_patched_constants_are_read_from_their_module() -> None:
+    """A constant that was imported by value would keep its value when a test patches its module."""
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    patched = set(re.findall(r"\b((?:[a-z_]+\.)+)([A-Z][A-Z_]+) = ", tests))
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = node.module.removeprefix("ringolib.") + "."
+                values = [alias.name for alias in node.names if (module, alias.name) in patched]
+                if (name, values) == ("ringolib.forward.spool", ["LARGE_WAL_BYTES"]):
+                    continue  # another constant follows from it
+                assert not values, f"{name} imports {values} from {node.module}: read it from the module"
 
 
 def test_only_stores_know_sql() -> None:
@@ -83,11 +100,20 @@ def test_only_stores_know_sql() -> None:
 
 def test_packages_do_not_use_private_names_of_others() -> None:
     for name, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(("ringolib", "store")):
-                private = [alias.name for alias in node.names if alias.name.startswith("_") and alias.name[1] != "_"]
+        tree = ast.parse(path.read_text())
+        modules = set()  # names that stand for other modules of the program in this one
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                modules |= {alias.asname or alias.name for alias in node.names if alias.name in MODULES}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported = [alias for alias in node.names if f"{node.module}.{alias.name}" in MODULES]
+                modules |= {alias.asname or alias.name for alias in imported}
+                private = [alias.name for alias in node.names if re.match("_[^_]", alias.name)]
                 same = name.rpartition(".")[0] == node.module.rpartition(".")[0]
-                assert not private or same, f"{name} imports {private} from {node.module}"
+                assert not private or same or "ringolib" not in node.module, f"{name} imports {private}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+                assert not re.match("_[^_]", node.attr), f"{name} uses {ast.unparse(node)}"
 
 
 def test_every_module_says_its_job_in_one_sentence() -> None:

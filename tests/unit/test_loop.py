@@ -13,12 +13,14 @@ from support.harness import DEADLINE, Blocked, RawClient, ServerProcess, eventua
 
 from ringbuffer import Batch, Ring
 from ringolib.counters import Totals
+from ringolib.net import protocol
 from ringolib.storage.interface import StoreError
 from ringolib.timing import EXIT_FATAL
+from ringolib.web import deadlines
 from ringolib.web import loop as module
 from ringolib.web.intake import RingIntake, StoreIntake
 from ringolib.web.loop import IngestLoop
-from ringolib.web.session import Session
+from ringolib.web.session import PING_AFTER_SECONDS, Session
 from ringolib.wire import Block, Run, encode_batch
 
 CLOSE = frame(8, struct.pack(">H", 1000))
@@ -35,11 +37,11 @@ def ack(count: int) -> bytes:
 class World:
     """A loop over a ring, and what became of its clients."""
 
-    def __init__(self, ring: Ring) -> None:
+    def __init__(self, ring: Ring, ack_in_ring: bool = False) -> None:
         self.ring = ring
         self.totals = Totals()
         self.ended: list[Session] = []
-        self.loop = IngestLoop(RingIntake(ring), self.totals)
+        self.loop = IngestLoop(RingIntake(ring, ack_in_ring), self.totals)
         self._sockets: list[socket.socket] = []
 
     def connect(self, rest: bytes = b"", session: Session | None = None, batches: bool = False) -> socket.socket:
@@ -106,6 +108,16 @@ def test_record_is_acked_once_it_is_stored(world: World) -> None:
     assert call.result() == ack(1) and list(batch.values) == [5]
 
 
+def test_record_in_the_ring_is_acked_at_once_with_ack_in_ring() -> None:
+    world = World(Ring(10), ack_in_ring=True)
+    client = world.connect()
+    client.sendall(plain(5))
+    assert Blocked(lambda: read(client, 10)).result(PING_AFTER_SECONDS / 2) == ack(1), (
+        "before any deadline wakes the loop"
+    )
+    world.close()
+
+
 def test_data_behind_the_handshake_is_not_lost(world: World) -> None:
     client = world.connect(rest=plain(1, 2))
     world.store()
@@ -141,7 +153,7 @@ def test_one_commit_acks_all_clients_and_wakes_the_loop_once(world: World) -> No
     world.store()
     assert all(read(client, 10) == ack(1) for client in clients)
     assert len(wakes) == 1
-    assert world.totals.snapshot().acked == 50
+    eventually(lambda: world.totals.snapshot().acked == 50)  # counted after the acks of the turn
 
 
 def test_full_ring_stops_reading_and_nothing_is_lost() -> None:
@@ -253,6 +265,23 @@ def test_client_that_closes_its_side_gets_the_acks_of_a_moment(world: World) -> 
     assert read_all(client) == ack(1)
 
 
+def test_client_that_closed_in_order_may_end_its_side_before_the_ack(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringolib.web.session.PATIENCE_SECONDS", 0.01)
+    client = world.connect()
+    client.sendall(plain(1) + CLOSE)
+    client.shutdown(socket.SHUT_WR)
+    batch = world.ring.reserve(10, DEADLINE)
+    call = Blocked(lambda: read_all(client))
+    assert call.still(0.2), "the loop waits for the records, not for PATIENCE_SECONDS"
+    other = world.connect()
+    other.sendall(plain(2))
+    eventually(lambda: world.ring.cursor == 2, "the loop serves other clients meanwhile")
+    world.ring.commit(batch)
+    assert call.result() == ack(1) + b"\x88\x02\x03\xe8"
+
+
 def test_client_that_closes_its_side_is_given_up_after_a_moment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ringolib.web.session.PATIENCE_SECONDS", 0.05)
     client = world.connect()
@@ -277,6 +306,18 @@ def test_reset_connection_ends_and_its_records_are_stored(world: World) -> None:
     listener.close()
 
 
+def test_clients_that_are_gone_leave_nothing_in_the_loop(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadlines, "MAX_STALE_ENTRIES", 10)
+    for _ in range(100):
+        world.connect().close()
+    eventually(lambda: len(world.ended) == 100)
+    client = world.connect()
+    client.sendall(plain(1))
+    world.store()
+    assert read(client, 10) == ack(1)
+    assert len(world.loop._deadlines._heap) <= 2 + 10 and len(world.loop._clients) == 1
+
+
 def test_clients_that_leave_while_the_ring_is_full_are_dropped() -> None:
     with running(capacity=2) as world:
         client = world.connect()
@@ -291,6 +332,25 @@ def test_clients_that_leave_while_the_ring_is_full_are_dropped() -> None:
         other = world.connect()
         other.sendall(plain(4))
         assert list(world.store().values) == [4] and read(other, 10) == ack(1)
+
+
+def test_pause_of_the_loop_does_not_count_as_the_silence_of_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PING_AFTER_SECONDS", "PING_TIMEOUT_SECONDS", "MESSAGE_TIMEOUT_SECONDS"):
+        monkeypatch.setattr(f"ringolib.web.session.{name}", 0.2)
+    monkeypatch.setattr(module, "GONE_CHECK_SECONDS", 0.01)
+    with running(capacity=2) as world:
+        client, silent = world.connect(), world.connect()
+        client.sendall(plain(1, 2, 3) + plain(4)[:5])
+        eventually(lambda: world.loop._paused_at is not None)
+        pause = Blocked(lambda: eventually(lambda: world.ended))
+        assert pause.still(1.0), "nobody is given up"
+        client.sendall(plain(4)[5:])
+        world.store()
+        world.store()
+        eventually(lambda: world.ring.cursor == 4)
+        pause.result()
+        assert world.ended[0].ending == (1006, "connection lost: no answer to a ping within 0 s"), "after the pause"
+        assert read(silent, 2) == protocol.PING
 
 
 def test_error_in_one_session_ends_that_session_only(world: World) -> None:
@@ -334,6 +394,37 @@ def test_stop_reads_no_more_and_closes_with_1001_after_the_ack(world: World) -> 
     assert call.still()
     world.ring.commit(batch)
     assert call.result() == ack(1) + b"\x88" + bytes([2 + len("the server is stopping")]) + struct.pack(">H", 1001)
+
+
+def test_loop_does_not_spin_while_a_stop_waits_for_records(world: World) -> None:
+    client = world.connect()
+    client.sendall(plain(1))
+    batch = world.ring.reserve(10, DEADLINE)
+    turns: list[int] = []
+    real = world.loop._turn
+    world.loop._turn = lambda: real() and turns.append(1) is None  # type: ignore[method-assign]
+    world.loop.stop()
+    client.sendall(plain(2))
+    assert Blocked(lambda: read(client, 1)).still(0.3)
+    assert len(turns) < 10
+    world.ring.commit(batch)
+
+
+def test_stop_ends_a_connection_as_soon_as_the_client_has_answered(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringolib.web.session.CLOSE_TIMEOUT_SECONDS", 600.0)
+    client = world.connect()
+    client.sendall(plain(1))
+    world.store()
+    assert read(client, 10) == ack(1)
+    world.loop.stop()
+    client.sendall(plain(2))
+    assert struct.unpack(">H", read_all(client)[2:4]) == (1001,)
+    client.sendall(CLOSE)
+    client.close()
+    eventually(lambda: world.ended)
+    assert world.loop.join(DEADLINE) and world.totals.snapshot().received == 1
 
 
 def test_stop_with_unstored_batches_closes_with_1011() -> None:

@@ -4,6 +4,7 @@ import struct
 import tracemalloc
 import uuid
 from array import array
+from collections.abc import Callable
 from math import inf
 
 import pytest
@@ -48,7 +49,7 @@ def test_values_come_out_in_order_however_the_data_is_cut(session: Session, size
     assert list(values) == [1, -2, 3, 2**40, -5, -(2**31)]
     assert [(run.first, run.count) for run in runs][0][0] == 0 and sum(run.count for run in runs) == 6
     assert len({run.source for run in runs}) == 1
-    assert session.data_to_send(0.0) == b"\x8a\x01x", "the pong"
+    assert session.data_to_send() == b"\x8a\x01x", "the pong"
     assert session.received == 6 and session.ending is None
 
 
@@ -74,11 +75,11 @@ def test_batches_keep_their_sources() -> None:
 
 def test_acks_are_cumulative_and_sent_once(session: Session) -> None:
     session.receive(plain(1, 2, 3), 0.0)
-    assert session.data_to_send(0.0) == b""
+    assert session.data_to_send() == b""
     session.stored(1)
     session.stored(3)
-    assert session.data_to_send(0.0) == ack(3)
-    assert session.data_to_send(0.0) == b"" and session.acked == 3
+    assert session.data_to_send() == ack(3)
+    assert session.data_to_send() == b"" and session.acked == 3
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_invalid_frame_ends_the_session_after_what_came_before(
     assert not session.receive(plain(9), 0.0).values, "what follows is ignored"
     session.stored(1)
     session.close(0.0)
-    sent = session.data_to_send(0.0)
+    sent = session.data_to_send()
     assert sent.startswith(ack(1)) and sent[10] == 0x88 and struct.unpack(">H", sent[12:14]) == (code,)
 
 
@@ -118,7 +119,7 @@ def test_client_close_is_answered_with_its_code_after_the_last_ack(session: Sess
     assert session.ending == (1000, "") and session.by_client and not session.lost
     session.stored(1)
     session.close(1.0)
-    assert session.data_to_send(1.0) == ack(1) + close_frame(1000)
+    assert session.data_to_send() == ack(1) + close_frame(1000)
     assert session.next_deadline == 1.0 + module.CLOSE_TIMEOUT_SECONDS
 
 
@@ -126,7 +127,7 @@ def test_owner_ends_the_session_with_its_own_code(session: Session) -> None:
     session.end(*GOING_AWAY)
     session.end(1011, "too late: an ending is set")
     session.close(0.0)
-    assert session.data_to_send(0.0) == close_frame(*GOING_AWAY)
+    assert session.data_to_send() == close_frame(*GOING_AWAY)
 
 
 def test_half_closed_client_still_gets_acks_for_a_moment(session: Session) -> None:
@@ -135,16 +136,23 @@ def test_half_closed_client_still_gets_acks_for_a_moment(session: Session) -> No
     assert session.lost and session.ending == LOST
     assert session.next_deadline == 5.0 + module.PATIENCE_SECONDS
     session.stored(1)
-    assert session.data_to_send(5.5) == ack(1)
+    assert session.data_to_send() == ack(1)
+
+
+def test_client_that_closed_in_order_is_waited_for_after_the_end_of_its_side(session: Session) -> None:
+    session.receive(plain(1) + CLOSE, 0.0)
+    session.end_of_stream(5.0)
+    assert session.ending == (1000, "") and session.by_client
+    assert session.next_deadline == inf, "its records may take as long as they need"
 
 
 def test_silent_client_is_pinged_and_then_given_up(session: Session) -> None:
     due = module.PING_AFTER_SECONDS
     assert session.next_deadline == due
     session.expire(due - 0.001)
-    assert session.data_to_send(due) == b""
+    assert session.data_to_send() == b""
     session.expire(due)
-    assert session.data_to_send(due) == protocol.PING
+    assert session.data_to_send() == protocol.PING
     due += module.PING_TIMEOUT_SECONDS
     assert session.next_deadline == due
     session.expire(due)
@@ -162,7 +170,7 @@ def test_pong_or_any_other_data_resets_the_silence(session: Session) -> None:
 def test_unstored_records_do_not_suspend_the_timeouts(session: Session) -> None:
     session.receive(plain(1), 0.0)
     session.expire(module.PING_AFTER_SECONDS)
-    assert session.data_to_send(0.0) == protocol.PING
+    assert session.data_to_send() == protocol.PING
     session.expire(module.PING_AFTER_SECONDS + module.PING_TIMEOUT_SECONDS)
     assert session.lost
 
@@ -220,7 +228,7 @@ def test_pause_of_the_owner_is_not_the_silence_of_the_client(session: Session) -
     session.receive(plain(1)[:5], 0.0)
     session.paused(1000.0)
     session.expire(1000.0)
-    assert session.ending is None and session.data_to_send(1000.0) == b""
+    assert session.ending is None and session.data_to_send() == b""
     assert session.next_deadline == 1000.0 + module.PING_AFTER_SECONDS
 
 
@@ -233,7 +241,7 @@ def test_slow_frames_are_bounded_in_one_call(session: Session) -> None:
         values += session.receive(b"", 0.0).values
         calls += 1
     assert list(values) == [1, 2] and calls == 4
-    assert session.data_to_send(0.0) == b"\x8a\x00" * (3 * protocol.SLOW_FRAMES_PER_CALL)
+    assert session.data_to_send() == b"\x8a\x00" * (3 * protocol.SLOW_FRAMES_PER_CALL)
 
 
 def test_idle_session_has_no_deadline_but_the_ping(session: Session) -> None:
@@ -248,7 +256,7 @@ def test_idle_session_takes_little_memory() -> None:
         for session in sessions:
             session.receive(plain(1), 0.0)
             session.stored(1)
-            session.data_to_send(0.0)
+            session.data_to_send()
         each = (tracemalloc.get_traced_memory()[0] - before) / 1000
     finally:
         tracemalloc.stop()
@@ -259,6 +267,20 @@ def test_large_message_leaves_no_memory_behind(session: Session) -> None:
     session.receive(frame(2, bytes(1_000_000)), 0.0)
     session.receive(frame(2, bytes(999_992), fin=False) + frame(0, bytes(8)), 0.0)
     assert session.held == 0
+
+
+@pytest.mark.parametrize("begin", [frame(2, bytes(2_000_000))[:-1], frame(2, bytes(1_000_000), fin=False)])
+@pytest.mark.parametrize(
+    "ends", [lambda s: s.end(*GOING_AWAY), lambda s: s.end_of_stream(0.0), lambda s: s.expire(1e9)]
+)
+def test_unfinished_message_is_freed_at_the_end(
+    session: Session, begin: bytes, ends: Callable[[Session], None]
+) -> None:
+    session.receive(begin, 0.0)
+    assert session.held >= 1_000_000
+    session.expire(module.PING_AFTER_SECONDS)
+    ends(session)
+    assert session.ending and session.held == 0 and not session.has_input
 
 
 def test_message_in_tiny_fragments_needs_its_own_size_only(session: Session) -> None:

@@ -374,6 +374,7 @@ def port() -> int:
     return free_port()
 
 
+@pytest.mark.slow
 def test_publisher_acks_into_spool_and_survives_kill(tmp_path: Path, port: int) -> None:
     own = free_port()
     flags = ["-p", str(own), "-T", str(port), "-S", "s.spool"]
@@ -428,6 +429,7 @@ def test_full_spool_causes_backpressure_and_loses_nothing(tmp_path: Path, port: 
     assert in_order(tmp_path / "c.db", sender.source) == list(values)
 
 
+@pytest.mark.slow
 def test_unresponsive_consumer_is_down(tmp_path: Path) -> None:
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db") as consumer:
         flags = ["-p", "0", "-T", str(consumer.port), "-S", "s"]

@@ -471,6 +471,7 @@ def test_large_message_in_small_reads_is_joined_once() -> None:
         assert connection.parse(stream[-1:]) == [Messages(message, len(message))]
 
 
+@pytest.mark.slow
 def test_message_in_tiny_fragments_needs_only_its_size_in_memory() -> None:
     with connected(ServerConnection) as (connection, _):
         connection.parse(frame(2, b"", fin=False))
