@@ -233,6 +233,7 @@ class World:
             (link_module, "ClientConnection", self.connect),
             (link_module, "peer_address", lambda *unused: None),
             (link_module, "encode_batch", self.encode),
+            (workers, "fatal", fatal),
         ]:
             stack.enter_context(patch.object(owner, name, replacement))
         return stack
@@ -503,6 +504,13 @@ class World:
 
 
 _encode_batch = link_module.encode_batch
+
+
+def fatal(log: object, part: str) -> None:
+    """Raise the error that is being handled, which ends the run, where the program would end the process."""
+    raise
+
+
 FATES = ["lost", "gone", "late", "mute", "goodbye", "full", "stored, full", "bug", "stored, bug"]
 """Of a block that is sent, apart from "stored"."""
 

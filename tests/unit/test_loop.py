@@ -15,6 +15,7 @@ from ringbuffer import Batch, Ring
 from ringolib.counters import Totals
 from ringolib.net import protocol
 from ringolib.storage.interface import StoreError
+from ringolib.timing import EXIT_FATAL
 from ringolib.web import deadlines
 from ringolib.web import loop as module
 from ringolib.web.intake import RingIntake, StoreIntake
@@ -511,7 +512,7 @@ def test_error_in_the_loops_bookkeeping_ends_the_process(tmp_path: Path, part: s
                     acked = client.acked(acked + 1)
             except (OSError, AssertionError):
                 pass
-        assert running.wait() == module.EXIT_FATAL
+        assert running.wait() == EXIT_FATAL
     finally:
         running.kill()
     assert acked >= 49
