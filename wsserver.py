@@ -231,6 +231,7 @@ class Handler(WebHandler):
         frames = self._take_buffered()
         self.connection.settimeout(None)
         self.close_connection = True
+        self.server.table.mark_websocket()
         extra = {"X-Request-Id": new_request_id(), "Server": self.server.name}
         if identity := self.server.monitor.identity():
             extra[STORE_HEADER] = identity

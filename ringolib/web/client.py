@@ -9,9 +9,10 @@ from collections.abc import Callable
 from math import inf
 from typing import Any, NamedTuple
 
+from ringolib.net import sockets
 from ringolib.net.sockets import shut_down
 from ringolib.net.tls_socket import TLSSocket
-from ringolib.web.session import Session
+from ringolib.web.session import GOING_AWAY, Session
 
 SMALL_READ_SIZE = 2048
 """Bytes read from a client whose last read was small: `recv` allocates as many bytes as it may return."""
@@ -105,6 +106,17 @@ class Client:
     def end_output(self) -> None:
         """Tell the client that nothing more comes. Its own end of the stream is awaited."""
         shut_down(self.sock, socket.SHUT_WR)
+
+    def send_away(self, now: float) -> None:
+        """Send the Close frame of a server that has stopped, and wait for the client for a moment. Never raises."""
+        self.session.end(*GOING_AWAY)
+        self.session.close(now)
+        try:
+            self.sock.settimeout(sockets.CLOSE_TIMEOUT)
+            self.sock.sendall(self.session.data_to_send())
+        except OSError:
+            return  # the connection is lost
+        sockets.linger(self.sock)
 
     def close(self) -> None:
         """Close the socket."""

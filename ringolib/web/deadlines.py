@@ -26,9 +26,9 @@ class Deadlines:
         """The earliest deadline, perhaps one that is not valid any more; infinite if there is none."""
         return self._heap[0][0] if self._heap else inf
 
-    def schedule(self, client: Client, earliest: float = 0.0) -> None:
-        """Note the session's next deadline, but not before `earliest`, if it is earlier than the noted one."""
-        deadline = max(earliest, client.session.next_deadline)
+    def schedule(self, client: Client, earliest: float = 0.0, latest: float = inf) -> None:
+        """Note the session's next deadline, between `earliest` and `latest`, if it is earlier than the noted one."""
+        deadline = min(latest, max(earliest, client.session.next_deadline))
         if deadline < client.scheduled:
             client.scheduled = deadline
             self._entries += 1

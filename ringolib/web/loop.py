@@ -29,6 +29,7 @@ from ringolib.counters import Totals
 from ringolib.net.poller import Poller
 from ringolib.storage.interface import StoreError
 from ringolib.timing import fatal, log_unexpected, start_thread
+from ringolib.web import session as session_module
 from ringolib.web.client import Client, Mark
 from ringolib.web.deadlines import Deadlines
 from ringolib.web.intake import Intake
@@ -80,7 +81,7 @@ class IngestLoop:
         self._readers = Poller(selectors.EVENT_READ)
         self._writers = Poller(selectors.EVENT_WRITE)
         self._ready: deque[Client] = deque()  # to be read in this turn, or in the next one
-        self._again: deque[Client] = deque()  # with input that has been read already
+        self._again: dict[Client, None] = {}  # with input that has been read already; each once, in order
         self._buffer = memoryview(bytearray(READ_SIZE))
         # Records on their way.
         self._backlog: deque[tuple[Client, Block, float]] = deque()  # and when each block was read
@@ -110,6 +111,7 @@ class IngestLoop:
             if not late:
                 self._added.append((client, rest))
         if late:  # the server has stopped
+            client.send_away(monotonic())
             client.close()
         else:
             self._wake()
@@ -217,13 +219,13 @@ class IngestLoop:
         self._by_descriptor[client.descriptor] = client
         self._readers.register(client.descriptor)
         client.reading = True
-        client.pause_seen = self._pause_seconds(now)
+        client.pause_seen = self._paused_seconds
         self._totals.client_opened(client.session.batches)
-        self._deadlines.schedule(client)
+        self._schedule(client)
         if rest:
             self._receive(client, rest, now)
         if client.is_tls:
-            self._again.append(client)  # its first data may be decrypted already
+            self._again[client] = None  # its first data may be decrypted already
 
     # Reading.
 
@@ -231,14 +233,14 @@ class IngestLoop:
         """Read once from each client that is ready, up to OFFER_RECORDS records, and offer the blocks."""
         records = 0
         limit = READ_SIZE if len(self._ready) == 1 else SHARED_READ_SIZE
-        for _ in range(len(self._again)):
-            client = self._again.popleft()
-            if client not in self._clients:
+        again, self._again = self._again, {}
+        for client in again:
+            if not client.reading:  # it is gone, or has ended its side
                 continue
             if client.session.has_input:
                 records += self._receive(client, b"", now)
-                if client.is_tls and not client.session.has_input:
-                    self._again.append(client)
+                if client.is_tls:
+                    self._again[client] = None
             elif client.is_tls:
                 records += self._read(client, limit, now)
         while self._ready and records < OFFER_RECORDS:
@@ -261,7 +263,7 @@ class IngestLoop:
             self._end_input(client, now)
             return 0
         if client.is_tls:
-            self._again.append(client)  # more may be decrypted already, which the poller does not see
+            self._again[client] = None  # more may be decrypted already, which the poller does not see
         return self._receive(client, data, now)
 
     def _receive(self, client: Client, data: bytes, now: float) -> int:
@@ -286,7 +288,7 @@ class IngestLoop:
             self._backlog.append((client, block, now))
         if session.needs_attention:
             if session.has_input:
-                self._again.append(client)
+                self._again[client] = None
             if session.refused:
                 session.refused = False
                 self._totals.add_refused()
@@ -301,7 +303,7 @@ class IngestLoop:
             self._drop(client)
             return
         client.session.end_of_stream(now)
-        self._deadlines.schedule(client)
+        self._schedule(client)
         self._advance(client, now)
 
     def _stop_reading(self, client: Client) -> None:
@@ -365,20 +367,20 @@ class IngestLoop:
         for descriptor, _ in poll.poll(0):
             self._lose(self._by_descriptor[descriptor], ConnectionResetError("the client has left"))
 
-    def _pause_seconds(self, now: float) -> float:
-        """Return the seconds for which the loop has not read, in all its pauses."""
-        return self._paused_seconds + (0.0 if self._paused_at is None else now - self._paused_at)
-
     def _excuse(self, client: Client, now: float) -> None:
         """Tell the client's session how long the loop has not read from it since the last call.
 
         A full ring pauses the loop often, so a pause must not cost a step for each client: this is called only before
         the session looks at its deadlines.
         """
-        paused = self._pause_seconds(now)
-        if paused > client.pause_seen:
-            client.session.paused(paused - client.pause_seen)
-            client.pause_seen = paused
+        if self._paused_seconds > client.pause_seen:
+            client.session.paused(self._paused_seconds - client.pause_seen, now)
+            client.pause_seen = self._paused_seconds
+
+    def _schedule(self, client: Client, latest: float = inf) -> None:
+        """Note the client's next deadline, or `latest`. In a pause, deadlines that do not apply may have passed."""
+        earliest = 0.0 if self._paused_at is None else self._gone_checked_at + GONE_CHECK_SECONDS
+        self._deadlines.schedule(client, earliest, latest)
 
     # Acks.
 
@@ -453,13 +455,13 @@ class IngestLoop:
             else:
                 self._writers.unregister(client.descriptor)
         if client.unsent:
-            self._deadlines.schedule(client)
+            self._schedule(client)
         elif session.closing:
             client.end_output()
             if client.eof:
                 self._drop(client)
             else:
-                self._deadlines.schedule(client)
+                self._schedule(client)
 
     def _lose(self, client: Client, error: OSError) -> None:
         """The connection is lost, or given up."""
@@ -486,20 +488,22 @@ class IngestLoop:
 
     def _check_deadlines(self, now: float) -> None:
         """Ping silent clients, and give up clients that have stalled."""
+        reading = self._paused_at is None
         for client in self._deadlines.take_passed(now):
             if client not in self._clients:
                 continue
             session = client.session
-            self._excuse(client, now)
+            if reading:
+                self._excuse(client, now)
             if session.next_deadline <= now:
                 if not session.closing:
-                    session.expire(now)
+                    session.expire(now, reading)
                 if session.closing or session.lost:
                     self._drop(client)
                     continue
                 self._send(client, now)
-            # In a pause, a deadline moves on with the time.
-            self._deadlines.schedule(client, 0.0 if self._paused_at is None else now + GONE_CHECK_SECONDS)
+            # The answer to a ping may make the next ping due earlier than the end of the wait for that answer.
+            self._schedule(client, latest=now + session_module.PING_AFTER_SECONDS)
 
     def _count(self) -> None:
         """Add the turn's figures to the totals."""

@@ -225,27 +225,35 @@ class Session:
             deadline = min(deadline, self._begun + MESSAGE_TIMEOUT_SECONDS)
         return deadline
 
-    def expire(self, now: float) -> None:
-        """Send a ping to a silent client, or give up a client that has stalled: `ending` is set then."""
+    def expire(self, now: float, reading: bool = True) -> None:
+        """Send a ping to a silent client, or give up a client that has stalled: `ending` is set then.
+
+        With `reading` false the owner reads from no client now. Then nobody is given up for silence, and the pings keep
+        the way to the client open: proxies close a connection on which nothing happens.
+        """
         if self._stalled is not None and now >= self._stalled + STALL_TIMEOUT_SECONDS:
             self._lose(f"the client has read nothing for {STALL_TIMEOUT_SECONDS:.0f} s")
         elif self.ending:
             return
-        elif self._begun is not None and now >= self._begun + MESSAGE_TIMEOUT_SECONDS:
+        elif reading and self._begun is not None and now >= self._begun + MESSAGE_TIMEOUT_SECONDS:
             self._lose(f"a message was not finished within {MESSAGE_TIMEOUT_SECONDS:.0f} s")
         elif self._pinged is None and now >= self._heard + PING_AFTER_SECONDS:
             self._pinged = now
             self._out += PING
         elif self._pinged is not None and now >= self._pinged + PING_TIMEOUT_SECONDS:
-            self._lose(f"no answer to a ping within {PING_TIMEOUT_SECONDS:.0f} s")
+            if reading:
+                self._lose(f"no answer to a ping within {PING_TIMEOUT_SECONDS:.0f} s")
+            elif not self._out:
+                self._pinged = now
+                self._out += PING
 
-    def paused(self, seconds: float) -> None:
-        """The owner did not read for so long: that is not the client's silence."""
-        self._heard += seconds
+    def paused(self, seconds: float, now: float) -> None:
+        """The owner did not read for so long, up to now or earlier: that is not the client's silence."""
+        self._heard = min(self._heard + seconds, now)
         if self._pinged is not None:
-            self._pinged += seconds
+            self._pinged = min(self._pinged + seconds, now)
         if self._begun is not None:
-            self._begun += seconds
+            self._begun = min(self._begun + seconds, now)
 
     def _lose(self, reason: str) -> None:
         self.replace_ending(LOST[0], f"{LOST[1]}: {reason}")

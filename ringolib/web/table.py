@@ -45,6 +45,7 @@ class _Entry(NamedTuple):
     address_full: bool  # not admitted, because of Limits.per_address
     late: bool  # accepted after `begin_stop`
     websocket: bool = False
+    detached: bool = False  # not its thread's any more
 
 
 class ConnectionTable:
@@ -122,7 +123,7 @@ class ConnectionTable:
             if entry is None:
                 return
             self._admitted -= entry.admitted
-            self._threads -= entry.admitted and not entry.websocket
+            self._threads -= entry.admitted and not entry.detached
             if entry.admitted and self.limits.per_address:
                 self._admitted_from[entry.address] -= 1
                 if not self._admitted_from[entry.address]:
@@ -160,15 +161,18 @@ class ConnectionTable:
         with self._lock:
             return self._entries[threading.current_thread()].address_full
 
-    def detach(self) -> object:
-        """Record that the calling thread's connection is a WebSocket from now on, and not this thread's any more.
+    def mark_websocket(self) -> None:
+        """Record that the calling thread's connection becomes a WebSocket: a stop must not end its reading side."""
+        with self._lock:
+            thread = threading.current_thread()
+            self._entries[thread] = self._entries[thread]._replace(websocket=True)
 
-        Return the key to `remove` it by.
-        """
+    def detach(self) -> object:
+        """Record that the calling thread has given its connection away. Return the key to `remove` it by."""
         key = object()
         with self._lock:
             entry = self._entries.pop(threading.current_thread())
-            self._entries[key] = entry._replace(websocket=True)
+            self._entries[key] = entry._replace(detached=True)
             self._threads -= entry.admitted
             self._changed.notify_all()
         return key

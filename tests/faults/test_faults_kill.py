@@ -83,13 +83,18 @@ def test_spool_keeps_acks_coming_while_the_consumer_fails(tmp_path: Path, rounds
         print(f"{sum(load.acked().values())} records, {load.reconnects()} reconnects")
 
 
+ACK = "[setattr(queued, 'outcome', True) for queued in group], self._listener()"
 LATE = (
-    "web.intake.StoreIntake.put = lambda self, block, timeout:"
-    " (__import__('threading').Timer(3600, self._store.append, block).start(), (len(block.values), 0))[1]"
+    "web.intake.StoreIntake._commit = lambda self, group:"
+    " ([__import__('threading').Timer(3600, self._store.append, queued.block).start() for queued in group], "
+    f"{ACK})"
+)
+TAKEN = "web.intake.StoreIntake.outcome = web.intake.StoreIntake.passed = lambda self, ticket: True; " + LATE.replace(
+    ACK, ""
 )
 
 
-@pytest.mark.parametrize("patch", ["", LATE])
+@pytest.mark.parametrize("patch", ["", LATE, TAKEN])
 def test_check_detects_acks_before_the_commit(tmp_path: Path, patch: str) -> None:
     values = array("q", range(1000))
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db", patch=patch) as consumer:

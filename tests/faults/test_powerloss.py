@@ -49,8 +49,8 @@ SMALL_WAL = (  # checkpoints every 20 pages
 TRUNCATED_WAL = "store.LARGE_WAL_BYTES = 100_000"
 SYNCHRONOUS = SMALL_WAL.replace("wal_autocheckpoint = 20", "synchronous = {}")
 ACK_BEFORE_COMMIT = (
-    "web.intake.StoreIntake.put = lambda self, block, timeout: (__import__('threading').Thread("
-    "target=self._store.append, args=(block.runs, block.values)).start(), (len(block.values), 0))[1]"
+    "web.intake.StoreIntake._commit = lambda self, group: ([setattr(queued, 'outcome', True) for queued in group],"
+    " self._listener(), [self._store.append(*queued.block) for queued in group])"
 )
 
 

@@ -163,17 +163,26 @@ def test_cmdline_shows_the_arguments(shared: ProfiledServer) -> None:
     assert Path(arguments[0]).name == Path(sys.executable).name
 
 
+def unfinished_request(profiler: ProfiledServer) -> socket.socket:
+    """Return a connection to the server that sends only the first line of its request."""
+    sock = socket.create_connection(("127.0.0.1", profiler.running.port), DEADLINE)
+    sock.sendall(b"GET / HTTP/1.1\r\n")
+    return sock
+
+
 def test_threads_page_shows_names_and_stacks(shared: ProfiledServer) -> None:
-    with RawClient(shared.running.port) as client:
+    with RawClient(shared.running.port) as client, unfinished_request(shared):
         client.send(frame(2, bytes(4)))
         client.acked(1)
+        eventually(lambda: b"http-" in shared.get("threads")[2])
         status, headers, body = shared.get("threads")
     text = body.decode()
     assert status == 200 and headers["Content-Type"] == "text/plain; charset=utf-8"
     blocks = text.split("\n\n")
     assert sum(int(block.split()[0]) for block in blocks) == len(re.findall("^  .*, id [0-9]+", text, re.MULTILINE))
     names = re.findall(r"^  ([^\s,]+), id \d+, \d+\.\d{3} s of CPU", text, re.MULTILINE)
-    assert {"MainThread", "accept", "profiler"} < set(names) and any(name.startswith("conn-") for name in names)
+    assert {"MainThread", "accept", "ingest", "profiler"} < set(names)
+    assert any(re.fullmatch(r"http-\d+", name) for name in names)
     pair = rb"^2 threads\n  (accept|profiler), id .*\n  (accept|profiler), id .*\n  File "
     eventually(
         lambda: re.search(pair, shared.get("threads")[2], re.MULTILINE), "threads with equal stacks share a block"
@@ -185,8 +194,8 @@ def test_threads_page_shows_names_and_stacks(shared: ProfiledServer) -> None:
 def test_threads_with_equal_stacks_share_a_block(shared: ProfiledServer) -> None:
     with ExitStack() as stack:
         for _ in range(50):
-            stack.enter_context(RawClient(shared.running.port))
-        eventually(lambda: re.search(rb"^50 threads\n(  conn-\d+, id .*\n){50}  File", shared.get("threads")[2], re.M))
+            stack.enter_context(unfinished_request(shared))
+        eventually(lambda: re.search(rb"^50 threads\n(  http-\d+, id .*\n){50}  File", shared.get("threads")[2], re.M))
 
 
 # Requests of other websites, and addresses.
@@ -356,12 +365,12 @@ def test_profile_shows_where_the_server_works(shared: ProfiledServer) -> None:
         total[:] = [a + b for a, b in zip(total, sample.values, strict=True)]
         assert isinstance(sample.labels["thread id"], int) and sample.values[0] > 0 and sample.calls[-1].line > 0
     assert not [name for name in by_name if name.startswith("profiler-")], "the sampling thread is left out"
-    conn = max((name for name in by_name if name.startswith("conn-")), key=lambda name: by_name[name][1])
-    assert by_name[conn][1] > 20 * by_name["MainThread"][1] and by_name[conn][1] > read.duration_ns / 100
+    ingest = by_name["ingest"]
+    assert ingest[1] > 20 * by_name["MainThread"][1] and ingest[1] > read.duration_ns / 100
     assert abs(by_name["MainThread"][2] - read.duration_ns) < read.duration_ns / 10
     functions = {call.function.rpartition(".")[2] for sample in read.samples for call in sample.calls}
-    assert {"serve_forever", "main", "_serve"} <= functions
-    assert any(call.file == str(ROOT / "ringolib/net/websocket.py") for sample in read.samples for call in sample.calls)
+    assert {"serve_forever", "main", "_turn"} <= functions
+    assert any(call.file == str(ROOT / "ringolib/web/session.py") for sample in read.samples for call in sample.calls)
 
 
 def test_second_profile_is_refused_until_first_client_leaves(shared: ProfiledServer) -> None:
@@ -439,16 +448,11 @@ def test_profiler_answers_while_the_server_drains(tmp_path: Path) -> None:
 def test_profile_of_a_thousand_threads(tmp_path: Path) -> None:
     with profiled(tmp_path, "-n", "0") as profiler, ExitStack() as stack:
         for _ in range(1000):
-            sock = stack.enter_context(socket.create_connection(("127.0.0.1", profiler.running.port), DEADLINE))
-            sock.sendall(b"GET / HTTP/1.1\r\n")  # an unfinished request
+            stack.enter_context(unfinished_request(profiler))
         eventually(lambda: profiler.thread_count() > 1000)
         read = profiler.profile(1)
-        conns = {
-            sample.labels["thread"]: sample
-            for sample in read.samples
-            if str(sample.labels["thread"]).startswith("conn-")
-        }
-        assert len(conns) == 1000
+        requests = {sample.labels["thread"] for sample in read.samples if "http-" in str(sample.labels["thread"])}
+        assert len(requests) == 1000
         counts = [sample.values[0] for sample in read.samples if sample.labels["thread"] == "MainThread"]
         assert sum(counts) > 5, "samples in one second; bench/profile_cost.py measures how many"
         text = profiler.get("threads")[2]
@@ -491,10 +495,10 @@ def test_heap_shows_memory_traced_since_start(tmp_path: Path) -> None:
         read = read_profile(body)
         assert read.types == [("inuse_objects", "count"), ("inuse_space", "bytes")]
         assert read.default == "inuse_space" and read.period[0] == ("space", "bytes")
-        traced = [sample for sample in read.samples if any(call.file.endswith("websocket.py") for call in sample.calls)]
+        traced = [sample for sample in read.samples if any(call.file.endswith("web/loop.py") for call in sample.calls)]
         assert traced and all(sample.values[0] > 0 and sample.values[1] > 0 for sample in traced)
         ends = [(Path(sample.calls[0].file).name, Path(sample.calls[-1].file).name) for sample in traced]
-        assert ("websocket.py", "threading.py") in ends, "innermost first"
+        assert ("loop.py", "threading.py") in ends, "innermost first"
         assert max(len(sample.calls) for sample in read.samples) <= 20
         first, *rest = text.splitlines()
         assert re.fullmatch(r"\d+ bytes now, \d+ at the peak, since tracing started", first)

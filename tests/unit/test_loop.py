@@ -14,13 +14,14 @@ from support.harness import DEADLINE, Blocked, RawClient, ServerProcess, eventua
 from ringbuffer import Batch, Ring
 from ringolib.counters import Totals
 from ringolib.net import protocol
+from ringolib.net.tls_socket import TLSSocket
 from ringolib.storage.interface import StoreError
 from ringolib.timing import EXIT_FATAL
 from ringolib.web import deadlines
 from ringolib.web import loop as module
 from ringolib.web.intake import RingIntake, StoreIntake
 from ringolib.web.loop import IngestLoop
-from ringolib.web.session import PING_AFTER_SECONDS, Session
+from ringolib.web.session import PING_AFTER_SECONDS, PING_TIMEOUT_SECONDS, Session
 from ringolib.wire import Block, Run, encode_batch
 
 CLOSE = frame(8, struct.pack(">H", 1000))
@@ -243,6 +244,51 @@ def test_flood_of_one_client_does_not_keep_others_waiting(world: World, flood: b
             thread.join(DEADLINE)
 
 
+class NotEncrypted(TLSSocket):
+    """A socket that the loop takes for a TLS socket: input may be here although the poller does not see it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._timeout = None
+        self.reads = 0
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        self.reads += 1
+        return self._sock.recv(min(size, 100), flags)
+
+    def send(self, data: bytes, flags: int = 0) -> int:
+        return self._sock.send(data, flags)
+
+    def shutdown(self, how: int) -> None:
+        self._sock.shutdown(how)
+
+
+def test_tls_client_is_read_once_or_twice_in_a_turn(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(DEADLINE)
+    ours.setblocking(False)
+    theirs.sendall(plain(1) * 1000)
+    secured = NotEncrypted(ours)
+    most = []
+    real = world.loop._turn
+
+    def turn() -> bool:
+        before = secured.reads
+        goes_on = real()
+        most.append(secured.reads - before)
+        return goes_on
+
+    monkeypatch.setattr(world.loop, "_turn", turn)
+    world.loop.add(secured, Session(False, module.monotonic()), plain(1), world.ended.append)
+    eventually(lambda: world.ring.cursor == 1001)
+    theirs.shutdown(socket.SHUT_WR)
+    eventually(lambda: world.loop._clients and next(iter(world.loop._clients)).eof)
+    world.store()
+    assert read_all(theirs)[-10:] == ack(1001), "its end of the stream is not taken for a second one"
+    assert max(most) <= 2
+    theirs.close()
+
+
 def test_client_that_closes_in_order_gets_its_last_ack(world: World) -> None:
     client = world.connect()
     client.sendall(plain(1) + CLOSE)
@@ -350,7 +396,17 @@ def test_pause_of_the_loop_does_not_count_as_the_silence_of_clients(monkeypatch:
         eventually(lambda: world.ring.cursor == 4)
         pause.result()
         assert world.ended[0].ending == (1006, "connection lost: no answer to a ping within 0 s"), "after the pause"
-        assert read(silent, 2) == protocol.PING
+        assert read(silent, 6) == 3 * protocol.PING, "which a proxy may need to see"
+
+
+def test_next_ping_comes_in_time_after_the_answer_to_a_ping(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringolib.web.session.PING_AFTER_SECONDS", 0.05)
+    client = world.connect()
+    client.settimeout(PING_TIMEOUT_SECONDS / 2)
+    for _ in range(8):
+        assert read(client, 2) == protocol.PING
+        client.sendall(frame(10, b""))
+    assert world.ended == []
 
 
 def test_error_in_one_session_ends_that_session_only(world: World) -> None:
@@ -425,6 +481,19 @@ def test_stop_ends_a_connection_as_soon_as_the_client_has_answered(
     client.close()
     eventually(lambda: world.ended)
     assert world.loop.join(DEADLINE) and world.totals.snapshot().received == 1
+
+
+def test_client_that_comes_after_the_end_of_the_loop_is_closed_with_1001(world: World) -> None:
+    world.loop.stop()
+    assert world.loop.join(DEADLINE)
+    ours, client = socket.socketpair()
+    with client:
+        adding = Blocked(lambda: world.loop.add(ours, Session(False, module.monotonic()), b"", world.ended.append))
+        assert struct.unpack(">H", read_all(client)[2:4]) == (1001,)
+        client.sendall(CLOSE)
+        client.shutdown(socket.SHUT_WR)
+        adding.result()
+    assert len(world.ended) == 1
 
 
 def test_stop_with_unstored_batches_closes_with_1011() -> None:

@@ -226,10 +226,30 @@ def test_unread_pongs_are_bounded(session: Session) -> None:
 
 def test_pause_of_the_owner_is_not_the_silence_of_the_client(session: Session) -> None:
     session.receive(plain(1)[:5], 0.0)
-    session.paused(1000.0)
+    session.paused(1000.0, 1000.0)
     session.expire(1000.0)
     assert session.ending is None and session.data_to_send() == b""
     assert session.next_deadline == 1000.0 + module.PING_AFTER_SECONDS
+
+
+def test_client_is_pinged_and_not_given_up_while_the_owner_does_not_read(session: Session) -> None:
+    session.receive(plain(1)[:5], 0.0)
+    sent = b""
+    for now in range(1000):
+        session.expire(now, reading=False)
+        sent += session.data_to_send()
+    pings = (999 - module.PING_AFTER_SECONDS) // module.PING_TIMEOUT_SECONDS + 1
+    assert sent == protocol.PING * int(pings) and session.ending is None
+    session.paused(1000.0, 1000.0)
+    assert session.next_deadline == 1000.0 + module.PING_TIMEOUT_SECONDS, "the last ping may be answered now"
+    session.expire(1000.0 + module.PING_TIMEOUT_SECONDS)
+    assert session.lost
+
+
+def test_client_that_reads_nothing_is_given_up_while_the_owner_does_not_read(session: Session) -> None:
+    session.sent(progress=False, rest=10, now=1.0)
+    session.expire(1.0 + module.STALL_TIMEOUT_SECONDS, reading=False)
+    assert session.lost
 
 
 def test_slow_frames_are_bounded_in_one_call(session: Session) -> None:

@@ -577,7 +577,7 @@ def test_store_on_ended_link_sends_nothing_and_makes_no_link() -> None:
         with raw_link(listener) as peer:
             call.result()
             peer.shutdown(socket.SHUT_WR)
-            eventually(lambda: sink._link and sink._link.is_gone())
+            eventually(lambda: sink._link and sink._link.sock.recv(1, socket.MSG_PEEK) == b"")
             with pytest.raises(NotStored, match="closed the connection"):
                 sink.store(a_block(1))
             assert peer.recv(9) == b""
