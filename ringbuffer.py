@@ -37,6 +37,11 @@ One lock guards everything. Three conditions share it:
   grows, when a batch that was set aside is stored, and by `abort`.
 
 The ring runs no thread. Nothing but bookkeeping and copying is done under the lock.
+
+If a method raises, for example MemoryError, the ring is as it was. So each method first does what may fail: it copies
+values to slots that are still free, allocates, adds entries, and notifies. Then it changes what remains, which cannot
+fail: it assigns and removes. Entries that were added are removed again if a later step fails. A thread that is notified
+too early finds nothing, and waits again.
 """
 
 import bisect
@@ -44,6 +49,7 @@ import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from time import monotonic
 from typing import NamedTuple, TypeAlias
 
@@ -83,11 +89,11 @@ class Batch:
 
     __slots__ = ("start", "end", "runs", "values", "reserved_at", "mark")
 
-    def __init__(self, start: int, end: int, runs: list[Run], reserved_at: float) -> None:
+    def __init__(self, start: int, end: int, runs: list[Run], values: "array[int]", reserved_at: float) -> None:
         self.start = start
         self.end = end
         self.runs = runs
-        self.values = array("q")
+        self.values = values
         self.reserved_at = reserved_at  # monotonic seconds, the first time
         self.mark: object = None
 
@@ -159,27 +165,34 @@ class Ring:
 
         If the ring is full, wait up to `timeout` seconds. If the values do not fit at once, they go in piece by piece,
         and values of other producers may come between the pieces. Raises Full after the timeout, and Closed if the
-        ring is closed. Both report how many values are in the ring.
+        ring is closed. Both report how many values are in the ring. After any other error, the piece that failed is not
+        in the ring, and pieces before it are.
         """
         deadline = deadline_after(timeout)
         total, done = len(values), 0
         with memoryview(values) as view, self._lock:
-            while True:
-                if self._closed:
-                    raise Closed(done)
-                piece = min(self._free(), total - done)
-                if piece:
-                    self._write(view[done : done + piece])
-                    _append_run(self._runs, Run(source, first + done, piece))
-                    self._not_empty.notify()
-                done += piece
-                if done == total:
-                    if self._free():
-                        self._not_full.notify()
-                    return self._cursor
-                self._times_full += 1
-                if not wait_until(self._not_full, lambda: self._closed or self._free() > 0, deadline):
-                    raise Full(done)
+            try:
+                while True:
+                    if self._closed:
+                        raise Closed(done)
+                    piece = min(self._free(), total - done)
+                    if piece:
+                        self._write(view[done : done + piece], self._cursor)
+                        runs = self._last_run()
+                        _append_run(runs, Run(source, first + done, piece))
+                        if self._free() > piece:
+                            self._not_full.notify()
+                        self._publish(runs, piece)
+                    done += piece
+                    if done == total:
+                        return self._cursor
+                    self._times_full += 1
+                    if not wait_until(self._not_full, lambda: self._closed or self._free() > 0, deadline):
+                        raise Full(done)
+            except BaseException:
+                if self._free():
+                    self._not_full.notify()  # this thread may have been the only one that was notified
+                raise
 
     def try_put(self, blocks: Sequence[Block]) -> tuple[int, int]:
         """Copy in as much of `blocks` as fits, in order; the last block may be cut. Never blocks.
@@ -190,22 +203,28 @@ class Ring:
         with self._lock:
             if self._closed:
                 raise Closed
-            first = self._cursor
+            free = self._free()
+            runs = self._last_run()
+            count = 0
+            is_full = False
             for block in blocks:
                 size = len(block.values)
-                free = self._free()
-                if free < size:
-                    self._times_full += 1
-                    if free:
+                if free < count + size:
+                    is_full = True
+                    if rest := free - count:
                         with memoryview(block.values) as view:
-                            self._write(view[:free])
-                        _append_runs(self._runs, block.runs, free)
+                            self._write(view[:rest], self._cursor + count)
+                        _append_runs(runs, block.runs, rest)
+                        count = free
                     break
-                self._write(block.values)
-                _append_runs(self._runs, block.runs, size)
-            if self._cursor > first:
-                self._not_empty.notify()
-            return self._cursor - first, first
+                self._write(block.values, self._cursor + count)
+                _append_runs(runs, block.runs, size)
+                count += size
+            result = count, self._cursor
+            if count:
+                self._publish(runs, count)
+            self._times_full += is_full
+            return result
 
     def on_advance(self, listener: Callable[[], None]) -> None:
         """Have `listener` called after each commit, close and abort, without the lock. Call it once, before any put."""
@@ -227,33 +246,21 @@ class Ring:
             try:
                 if not wait_until(self._not_empty, lambda: self._is_reservable_or_over(accepts), deadline):
                     raise TimeoutError("nothing to reserve")
+                if self._aborted:
+                    raise Closed
+                requeued = self._requeued[:1] + self._oldest_marked(accepts)
+                if requeued:
+                    return self._take_requeued(min(requeued, key=_start_of))
+                if self._cursor == self._reserved:
+                    raise Closed
+                return self._take_next(min(self._cursor, self._reserved + limit))
+            except (TimeoutError, Closed):
+                raise
+            except BaseException:  # out of memory: another worker may have it
+                self._not_empty.notify()
+                raise
             finally:
                 self._idle_workers -= 1
-            if self._aborted:
-                raise Closed
-            now = monotonic()
-            requeued = self._requeued[:1] + self._oldest_marked(accepts)
-            if requeued:
-                batch = min(requeued, key=_start_of)
-                (self._marked if batch.mark is not None else self._requeued).remove(batch)
-            elif self._cursor == self._reserved:
-                raise Closed
-            else:
-                end = min(self._cursor, self._reserved + limit)
-                batch = Batch(self._reserved, end, _take_runs(self._runs, end - self._reserved), now)
-                self._reserved = end
-            self._in_flight[batch] = None
-            if self._open_to_all():
-                self._not_empty.notify()
-            if batch.values:  # a requeued batch has its copy already
-                return batch
-        # Copied without the lock: producers do not write to these slots before this batch is committed.
-        try:
-            batch.values = self._read(batch.start, batch.end)
-        except BaseException:  # out of memory: the next worker to get this batch copies it again
-            self.requeue(batch)
-            raise
-        return batch
 
     def commit(self, batch: Batch) -> None:
         """Record that `batch` is stored. Free the slots of the gapless prefix, and wake the threads that wait for it.
@@ -261,17 +268,22 @@ class Ring:
         Raises ValueError unless `batch` is in flight. A batch that was committed or requeued is not.
         """
         with self._lock:
-            self._remove_in_flight(batch)
-            if batch in self._aside:
-                del self._aside[batch]
-                self._aside_size -= len(batch)
-                for waiting in self._marked_in_slots():
-                    self._set_aside(waiting)
+            self._check_in_flight(batch)
+            was_aside = batch in self._aside
+            aside_size = self._aside_size - (len(batch) if was_aside else 0)
+            moved = self._marked_that_fit(self.capacity - aside_size) if was_aside else []
+            aside_size += sum(map(len, moved))
+            if was_aside:
                 self._stored.notify_all()
-            else:
-                self._finish(batch)
-            if self._is_drained():
-                self._not_empty.notify_all()
+            if self._closed:
+                self._not_empty.notify_all()  # this may have been the last batch
+            self._stage(moved if was_aside else [batch], moved)
+            # Nothing below can fail.
+            del self._in_flight[batch]
+            if was_aside:
+                del self._aside[batch]
+                self._aside_size = aside_size
+            self._advance()
         self._listener()
 
     def requeue(self, batch: Batch, mark: object = None) -> None:
@@ -280,17 +292,30 @@ class Ring:
         A batch that has a mark already keeps it if `mark` is None. Raises ValueError as `commit` does.
         """
         with self._lock:
-            self._remove_in_flight(batch)
-            if mark is not None:
-                batch.mark = mark
-            if batch.mark is None:
-                bisect.insort(self._requeued, batch, key=_start_of)
+            self._check_in_flight(batch)
+            if mark is None:
+                mark = batch.mark
+            moved: list[Batch] = []
+            if mark is None:
+                waiting = self._requeued
                 self._not_empty.notify()
             else:
-                bisect.insort(self._marked, batch, key=_start_of)
+                waiting = self._marked
                 self._not_empty.notify_all()
-                if batch not in self._aside:
-                    self._set_aside(batch)
+                if batch not in self._aside and self._aside_size + len(batch) <= self.capacity:
+                    moved.append(batch)
+            aside_size = self._aside_size + sum(map(len, moved))
+            bisect.insort(waiting, batch, key=_start_of)
+            try:
+                self._stage(moved, moved)
+            except BaseException:
+                waiting.remove(batch)
+                raise
+            # Nothing below can fail.
+            del self._in_flight[batch]
+            batch.mark = mark
+            self._aside_size = aside_size
+            self._advance()
 
     def is_stored(self, sequence: int, since: int = 0) -> bool:
         """True if all values from `since` up to, and without, `sequence` are stored."""
@@ -410,7 +435,7 @@ class Ring:
             finished = list(self._finished.items())
         return RingLayout(*sequences, _merge(in_flight), _merge(finished))
 
-    # Helpers. The caller of each holds the lock; `_read` alone needs none.
+    # Helpers. The caller of each holds the lock.
 
     def _free(self) -> int:
         """Return how many slots are free."""
@@ -449,31 +474,110 @@ class Ring:
     def _is_reservable_or_over(self, accepts: Accepts | None) -> bool:
         return self._open_to_all() > 0 or bool(self._oldest_marked(accepts)) or self._is_drained() or self._aborted
 
-    def _set_aside(self, batch: Batch) -> None:
-        """Free the slots of a marked batch that waits, unless too many values are set aside already."""
-        assert self._lock.locked()
-        if self._aside_size + len(batch) <= self.capacity:
-            # In this order: a thread that sees the larger `committed` must see the batch in `_aside`.
-            self._aside[batch] = None
-            self._aside_size += len(batch)
-            self._finish(batch)
+    def _marked_that_fit(self, room: int) -> list[Batch]:
+        """Return the marked batches to set aside, oldest first, if there is room for so many values."""
+        fitting = []
+        for batch in self._marked_in_slots():
+            if len(batch) <= room:
+                fitting.append(batch)
+                room -= len(batch)
+        return fitting
 
-    def _finish(self, batch: Batch) -> None:
-        """Free the slots of the gapless prefix, now that `batch` needs its slots no more."""
-        assert self._lock.locked()
-        if batch.start != self._committed:
-            self._finished[batch.start] = batch.end
-            return
-        self._committed = batch.end
-        while self._committed in self._finished:
-            self._committed = self._finished.pop(self._committed)
-        self._not_full.notify()
-        self._stored.notify_all()
+    def _stage(self, finished: list[Batch], aside: list[Batch]) -> None:
+        """Note that `finished` need their slots no more, and that `aside` are set aside. Changes all or nothing.
 
-    def _write(self, values: Values) -> None:
-        """Copy `values` to the slots at the cursor, and move the cursor. They must fit."""
+        The caller then calls `_advance`. In this order: a thread that sees the larger `committed` must see the batches
+        in `_aside`.
+        """
         assert self._lock.locked()
-        slot = self._cursor % self.capacity
+        try:
+            for batch in aside:
+                self._aside[batch] = None
+            for batch in finished:
+                self._finished[batch.start] = batch.end
+            if self._committed in self._finished:
+                self._not_full.notify()
+                self._stored.notify_all()
+        except BaseException:
+            for batch in aside:
+                self._aside.pop(batch, None)
+            for batch in finished:
+                self._finished.pop(batch.start, None)
+            raise
+
+    def _advance(self) -> None:
+        """Free the slots of the gapless prefix. Cannot fail."""
+        committed = self._committed
+        while committed in self._finished:
+            committed = self._finished.pop(committed)
+        self._committed = committed
+
+    def _take_requeued(self, batch: Batch) -> Batch:
+        """Put a requeued batch in flight, and return it. Changes all or nothing."""
+        waiting, left = self._requeued, self._open_to_all() - len(batch)
+        if batch.mark is not None:
+            waiting, left = self._marked, self._open_to_all()
+        if left:
+            self._not_empty.notify()
+        self._in_flight[batch] = None
+        try:
+            waiting.remove(batch)
+        except BaseException:
+            del self._in_flight[batch]
+            raise
+        return batch
+
+    def _take_next(self, end: int) -> Batch:
+        """Put the values up to `end` in flight, as a new batch, and return it. Changes all or nothing."""
+        start = self._reserved
+        runs, rest = _first_runs(self._runs, end - start)
+        batch = Batch(start, end, runs, self._read(start, end), monotonic())
+        if self._open_to_all() > end - start:
+            self._not_empty.notify()
+        taken = iter(runs)
+        self._in_flight[batch] = None
+        # Nothing below can fail.
+        for run in taken:
+            if self._runs[0] is run:
+                self._runs.popleft()
+            else:
+                assert rest
+                self._runs[0] = rest
+        self._reserved = end
+        return batch
+
+    def _last_run(self) -> list[Run]:
+        """Return the start of the list for `_publish`: the newest run, which the next one may continue."""
+        return [self._runs[-1]] if self._runs else []
+
+    def _publish(self, runs: list[Run], count: int) -> None:
+        """Move the cursor over `count` values that are in their slots. Changes all or nothing.
+
+        `runs` are their runs, behind the newest run before them (`_last_run`), or joined with it.
+        """
+        assert self._lock.locked()
+        cursor = self._cursor + count
+        high_water = max(self._high_water, cursor - self._committed)
+        known = len(self._runs)
+        last = self._runs[-1] if known else None
+        try:
+            if known:
+                self._runs[-1] = runs[0]
+            self._runs.extend(islice(runs, 1 if known else 0, None))
+            self._not_empty.notify()
+        except BaseException:
+            while len(self._runs) > known:
+                self._runs.pop()
+            if last:
+                self._runs[-1] = last
+            raise
+        self._cursor = cursor
+        self._high_water = high_water
+
+    def _write(self, values: Values, start: int) -> None:
+        """Copy `values` to the slots from sequence `start` on. The slots must be free."""
+        assert self._lock.locked()
+        slot = start % self.capacity
         size = len(values)
         if size == 1:
             self._slots[slot] = values[0]
@@ -482,8 +586,6 @@ class Ring:
             with memoryview(self._slots) as slots, memoryview(values) as view:
                 slots[slot : slot + head] = view[:head]
                 slots[: size - head] = view[head:]
-        self._cursor += size
-        self._high_water = max(self._high_water, self._cursor - self._committed)
 
     def _read(self, start: int, end: int) -> "array[int]":
         """Return a copy of the values `[start, end)`. They must be reserved and not committed."""
@@ -493,19 +595,18 @@ class Ring:
         values.extend(self._slots[: end - start - head])
         return values
 
-    def _remove_in_flight(self, batch: Batch) -> None:
-        """Remove `batch` from the batches in flight. Raises ValueError if it is not one of them."""
+    def _check_in_flight(self, batch: Batch) -> None:
+        """Raise ValueError if `batch` is not in flight."""
         assert self._lock.locked()
         if batch not in self._in_flight:
             raise ValueError(f"batch {batch.start}..{batch.end} is not in flight")
-        del self._in_flight[batch]
 
 
 def _start_of(batch: Batch) -> int:
     return batch.start
 
 
-def _append_run(runs: deque[Run], run: Run) -> None:
+def _append_run(runs: list[Run], run: Run) -> None:
     """Append `run`. If it continues the last run of the same source, the two become one."""
     if runs:
         last = runs[-1]
@@ -515,7 +616,7 @@ def _append_run(runs: deque[Run], run: Run) -> None:
     runs.append(run)
 
 
-def _append_runs(runs: deque[Run], block: Sequence[Run], count: int) -> None:
+def _append_runs(runs: list[Run], block: Sequence[Run], count: int) -> None:
     """Append the runs of the first `count` values of a block."""
     for run in block:
         if run.count >= count:
@@ -525,17 +626,21 @@ def _append_runs(runs: deque[Run], block: Sequence[Run], count: int) -> None:
         count -= run.count
 
 
-def _take_runs(runs: deque[Run], count: int) -> list[Run]:
-    """Remove and return the runs of the oldest `count` values. A run that ends later is split."""
+def _first_runs(runs: deque[Run], count: int) -> tuple[list[Run], Run | None]:
+    """Return the runs of the oldest `count` values; `runs` stays as it is.
+
+    A run that ends later is split: the list has its beginning, and the rest is returned beside the list.
+    """
     taken = []
-    while count:
-        run = runs.popleft()
+    for run in runs:
         if run.count > count:
-            runs.appendleft(Run(run.source, run.first + count, run.count - count))
-            run = run._replace(count=count)
+            taken.append(run._replace(count=count))
+            return taken, Run(run.source, run.first + count, run.count - count)
         taken.append(run)
         count -= run.count
-    return taken
+        if not count:
+            break
+    return taken, None
 
 
 def _merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

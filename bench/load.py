@@ -1,15 +1,17 @@
 """The load generator: sends many WebSocket messages from one process, which builds them before it starts the clock.
 
 `python bench/load.py PORT CONNECTIONS MESSAGES PAYLOAD` sends MESSAGES messages of PAYLOAD bytes on each of CONNECTIONS
-connections, as fast as the server takes them, and prints one line of JSON when all are acked. With `--in-flight-1`, it
-sends a message once the one before it is acked, and prints latencies. Values are random 32-bit numbers for all sizes of
-messages; with `--wide`, 64-bit numbers.
+connections, as fast as the server takes them, and prints one line of JSON when all are acked. PAYLOAD can also be a
+mix: `4/8` alternates between sizes, and `8-64` takes a random multiple of 8 from that range for each message. With
+`--in-flight-1`, it sends a message once the one before it is acked, and prints latencies. Values are random 32-bit
+numbers for all sizes of messages; with `--wide`, 64-bit numbers.
 """
 
 import argparse
 import base64
 import json
 import os
+import random
 import selectors
 import socket
 import statistics
@@ -17,9 +19,12 @@ import struct
 import sys
 import time
 from array import array
+from itertools import cycle, islice
 
 BLOCK_BYTES = 1 << 20
 SEND_BYTES = 256 * 1024
+MIXED_FRAMES = 20_000
+"""Frames in a block of mixed sizes, which are built one by one."""
 
 
 def connect(port: int) -> socket.socket:
@@ -69,6 +74,26 @@ def frames(payload: int, count: int, wide: bool = False) -> bytes:
     return b"".join(parts)
 
 
+def sizes_of(payload: str) -> list[int]:
+    """Return the payload sizes of a mix, for example "4", "4/8" or "8-64". Each is equally frequent."""
+    if "-" in payload:
+        least, greatest = map(int, payload.split("-"))
+        return list(range(least, greatest + 1, 8))
+    return list(map(int, payload.split("/")))
+
+
+def records_in(size: int) -> int:
+    """Return the number of records in a message of this size."""
+    return max(1, size // 8)
+
+
+def mixed_frames(payload: str, count: int, wide: bool = False) -> tuple[bytes, int]:
+    """Return `count` consecutive frames of a mix, and the number of their records."""
+    sizes = sizes_of(payload)
+    order = random.choices(sizes, k=count) if "-" in payload else list(islice(cycle(sizes), count))
+    return b"".join(frames(size, 1, wide) for size in order), sum(map(records_in, order))
+
+
 class Sender:
     """One connection, with the bytes left to send and the records acked."""
 
@@ -104,13 +129,22 @@ class Sender:
         return self.acked == self.records
 
 
-def stream(port: int, connections: int, messages: int, payload: int, wide: bool = False) -> dict[str, float]:
-    """Send all messages as fast as the server takes them, and wait for the last ack."""
-    frame = len(frames(payload, 1))
-    records = max(1, payload // 8) * messages
-    block = memoryview(frames(payload, max(1, BLOCK_BYTES // frame), wide))
+def stream(port: int, connections: int, messages: int, payload: str, wide: bool = False) -> dict[str, float]:
+    """Send all messages as fast as the server takes them, and wait for the last ack.
+
+    Of a mix, the number of messages is rounded to whole blocks.
+    """
+    sizes = sizes_of(payload)
+    if len(sizes) == 1:
+        frame = len(frames(sizes[0], 1))
+        block = frames(sizes[0], max(1, BLOCK_BYTES // frame), wide)
+        total, records = messages * frame, messages * records_in(sizes[0])
+    else:
+        count = min(messages, MIXED_FRAMES)
+        block, records = mixed_frames(payload, count, wide)
+        total, records = messages // count * len(block), messages // count * records
     selector = selectors.DefaultSelector()
-    senders = [Sender(connect(port), block, messages * frame, records) for _ in range(connections)]
+    senders = [Sender(connect(port), memoryview(block), total, records) for _ in range(connections)]
     for sender in senders:
         sender.sock.setblocking(False)
         selector.register(sender.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, sender)
@@ -129,10 +163,10 @@ def stream(port: int, connections: int, messages: int, payload: int, wide: bool 
     return {"seconds": seconds, "cpuSeconds": cpu, "records": records * connections}
 
 
-def ping_pong(port: int, messages: int, payload: int) -> dict[str, float]:
+def ping_pong(port: int, messages: int, payload: str) -> dict[str, float]:
     """Send with one message in flight; return percentiles of the time from a send to its ack, in milliseconds."""
     sock = connect(port)
-    blocks = frames(payload, messages)
+    blocks = frames(int(payload), messages)
     frame = len(blocks) // messages
     latencies = []
     for start in range(0, len(blocks), frame):
@@ -149,8 +183,9 @@ def ping_pong(port: int, messages: int, payload: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="sends WebSocket messages and waits for their acks")
-    for name in ("port", "connections", "messages", "payload"):
+    for name in ("port", "connections", "messages"):
         parser.add_argument(name, type=int)
+    parser.add_argument("payload", help="bytes in a message; 4/8: alternating; 8-64: random multiples of 8")
     parser.add_argument("--in-flight-1", action="store_true", help="wait for each ack; CONNECTIONS must be 1")
     parser.add_argument("--wide", action="store_true", help="values of 64 bits, in messages of at least 8 bytes")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Time and threads: deadlines, waiting on conditions, pauses between retries, starting threads, time formats.
+"""Time and threads: deadlines, waiting, pauses between retries, starting threads, unexpected errors, time formats.
 
 A *deadline* is a reading of `time.monotonic`, so it does not move while a call waits several times, and a change of
 the wall clock does not affect it. `math.inf` is the deadline that never comes. The formats are the only readers of the
@@ -8,14 +8,18 @@ wall clock here, for people.
 import datetime
 import logging
 import math
+import os
 import random
+import sys
 import threading
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import Any, NoReturn
 
 BACKOFF_FIRST_SECONDS = 0.1
 BACKOFF_MAX_SECONDS = 5.0
+EXIT_FATAL = 70
+"""The exit status of `fatal`: EX_SOFTWARE of sysexits.h."""
 
 
 class ThreadError(RuntimeError):
@@ -68,9 +72,38 @@ def start_thread(target: Callable[..., None], *args: Any, name: str) -> threadin
     return thread
 
 
-def log_unexpected(log: logging.Logger, event: str, error: BaseException) -> None:
-    """Log an error that nothing expected, as `event`; with its cause if the log is in detail."""
-    log.error(event, {"error": repr(error)}, exc_info=error if log.isEnabledFor(logging.DEBUG) else None)
+def log_unexpected(log: logging.Logger, event: str, error: BaseException, repeated: bool = False) -> None:
+    """Log an error that nothing expected, as `event`; with its cause if the log is in detail.
+
+    An error that is `repeated` is logged in detail only.
+    """
+    level = logging.DEBUG if repeated else logging.ERROR
+    log.log(level, event, {"error": repr(error)}, exc_info=error if log.isEnabledFor(logging.DEBUG) else None)
+
+
+def fatal(log: logging.Logger, part: str) -> NoReturn:
+    """Log the error that is being handled, and end the process at once, with EXIT_FATAL.
+
+    Call it if `part` has failed in a way that may leave state wrong that threads share. Acked records are on disk, so
+    the process may end at any time, and a restart is correct. To go on could ack records that are not stored.
+    """
+    error = sys.exc_info()[1]
+    try:
+        cause = error if log.isEnabledFor(logging.DEBUG) else None
+        log.critical("fatal", {"part": part, "error": repr(error), "place": _place_of(error)}, exc_info=cause)
+    finally:
+        os._exit(EXIT_FATAL)
+
+
+def _place_of(error: BaseException | None) -> str | None:
+    """Return where an error was raised, for example `store.py:81 append`."""
+    trace = error and error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    if not trace:
+        return None
+    code = trace.tb_frame.f_code
+    return f"{os.path.basename(code.co_filename)}:{trace.tb_lineno} {code.co_name}"
 
 
 def format_utc(moment: datetime.datetime) -> str:

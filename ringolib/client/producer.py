@@ -259,6 +259,13 @@ class Producer:
     # The thread.
 
     def _run(self) -> None:
+        """Send records until `close`, a permanent refusal, or an unexpected error."""
+        try:
+            self._run_attempts()
+        except BaseException as error:  # a bug, or no memory: callers that wait must see it
+            self._fail(f"{self.url}: {type(error).__name__}: {error}")
+
+    def _run_attempts(self) -> None:
         """Connect when there are records to send, serve the connection until it is lost, and pause between attempts."""
         failures = 0
         while True:
@@ -288,8 +295,6 @@ class Producer:
                 self._fail(f"{self.url}: {error}")
         except ProducerError as error:
             self._fail(f"{self.url}: {error}")
-        except Exception as error:  # a bug: callers that wait must see it
-            self._fail(f"{self.url}: {type(error).__name__}: {error}")
 
     def _fail(self, reason: str) -> None:
         """End the producer: `send` and `flush` raise ProducerError from now on."""
@@ -301,15 +306,17 @@ class Producer:
         """Serve one connection: send all records that are not acked, and new ones, until the producer is closed.
 
         Raises OSError, HandshakeError or WireError if the connection fails, and ProducerError if the server refuses
-        permanently.
+        permanently. After any error, the connection is closed: a part of a message may be on its way.
         """
         host, port, path, _ = self._target
         link = ClientConnection(Endpoint(host, port, host), path, SUBPROTOCOL, self._context, self._token)
         try:
             self._exchange(link)
         except BaseException:
-            link.abort()
-            link.sock.close()
+            try:
+                link.abort()
+            finally:
+                link.sock.close()
             raise
         link.finish(1000, "")
 

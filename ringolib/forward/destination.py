@@ -23,7 +23,7 @@ class Breaker:
 
     The first worker that fails becomes the prober. It stays the prober until it succeeds or resigns. The pauses grow
     exponentially, with full jitter. `_lock` guards all fields. `_stopped` shares it: the prober waits on it in `pause`,
-    and `stop` notifies it.
+    any worker in `sleep`, and `stop` notifies it.
     """
 
     def __init__(self) -> None:
@@ -71,6 +71,11 @@ class Breaker:
             if self._prober is threading.current_thread() and self._failures:
                 wait_until(self._stopped, lambda: self._stopping, deadline_after(backoff(self._failures)))
             return not self._stopping
+
+    def sleep(self, seconds: float) -> bool:
+        """Wait for `seconds`, or until `stop`. Return False after `stop`."""
+        with self._lock:
+            return not wait_until(self._stopped, lambda: self._stopping, deadline_after(seconds))
 
     def stop(self) -> None:
         """End the pause. There are no more pauses."""
@@ -127,6 +132,7 @@ class Destination:
         self.on_link_lost = on_link_lost
         self.only = only
         self.breaker = Breaker()
+        self.unexpected: str | None = None  # the last error that nothing expected, until a batch is stored
         self.last_send_failed = False  # if so, a new link alone does not show that the consumer is up again
         # Guarded by the forwarder's lock.
         self.fixed = fixed  # never again True once it is False

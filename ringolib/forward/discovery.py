@@ -128,11 +128,14 @@ class Consumers:
 
     def _run(self) -> None:
         """Resolve whenever there is a reason to, until `stop`."""
+        unexpected = None  # the last error, until a turn succeeds
         while self._wait_for_reason():
             try:
                 self.step()
+                unexpected = None
             except Exception as error:
-                log_unexpected(log, "worker_error", error)
+                log_unexpected(log, "worker_error", error, repeated=repr(error) == unexpected)
+                unexpected = repr(error)
 
     def _wait_for_reason(self) -> bool:
         """Wait until the names are to be resolved again. Return False after `stop`."""

@@ -17,7 +17,7 @@ from ringolib.net.credentials import Credentials
 from ringolib.net.sockets import peer_address, shut_down
 from ringolib.net.websocket import HandshakeError
 from ringolib.net.websocket_client import ClientConnection
-from ringolib.timing import deadline_after, remaining
+from ringolib.timing import deadline_after, log_unexpected, remaining
 from ringolib.wire import INGEST_PATH, SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
 
 log = logging.getLogger("ringoexp.link")
@@ -76,22 +76,27 @@ class LinkSink:
         return self._link.store if self._link else None
 
     def store(self, block: Block) -> None:
-        """Return when the consumer has acked the block. If it raises, the link is closed.
+        """Return when the consumer has acked the block. If an error comes up meanwhile, the link is closed.
 
         Raises NotStored if nothing was sent, or if the consumer cannot have stored the block. Raises InDoubt if it may
-        have stored it. If the link has ended while it was idle, raises NotStored instead of making a new link: at the
-        other end of the new link might be another store than the one that the block is for.
+        have stored it, whatever the error: after an error nobody expected, for example MemoryError, a part of the
+        message may be on its way, and the next message over this link would complete it. If the link has ended while it
+        was idle, raises NotStored instead of making a new link: at the other end of the new link might be another store
+        than the one that the block is for.
         """
+        message = encode_batch(*block)
         if self._link and monotonic() - self._acked_at >= CHECK_AFTER_SECONDS:
             try:
                 self._check_open(self._link)
             except OSError as error:
                 self._drop()
                 raise NotStored(self._describe(error)) from error
+            except BaseException:
+                self._drop()
+                raise
         self.connect()
         link = self._link
         assert link is not None
-        message = encode_batch(*block)
         try:
             link.sock.settimeout(self._ack_timeout)
             link.send_bytes(message)
@@ -100,8 +105,11 @@ class LinkSink:
             self._pinged, self._acked_at = False, monotonic()
             if link.ending:  # the consumer acked, then said goodbye
                 self.close()
-        except (OSError, WireError) as error:
+        except BaseException as error:
             self._drop()
+            if not isinstance(error, (OSError, WireError)):
+                log_unexpected(log, "worker_error", error)
+                raise InDoubt(self._describe(repr(error)), link.store) from error
             reason = self._describe(error)
             if self._cannot_be_stored(link, len(block.values)):
                 raise NotStored(reason) from error
@@ -136,6 +144,9 @@ class LinkSink:
         except OSError as error:
             log.debug("idle_link_lost", {"reason": str(error)})
             self._drop()
+        except BaseException:
+            self._drop()
+            raise
 
     def abort(self) -> None:
         """Make the running `store` or `connect` fail, and every later one. For other threads."""
@@ -147,9 +158,9 @@ class LinkSink:
 
     def close(self) -> None:
         """Close the link with a closing handshake, if there is one."""
-        if self._link:
-            self._link.finish(1000, "")
-            self._link = None
+        link, self._link = self._link, None
+        if link:
+            link.finish(1000, "")
 
     def _connect(self) -> None:
         keys = self._credentials.current
@@ -218,15 +229,17 @@ class LinkSink:
         said_goodbye = link.ending is not None and link.ending[0] == GOING_AWAY and not link.at_fault
         return bool(link.store) and said_goodbye and none_acked
 
-    def _describe(self, error: Exception) -> str:
+    def _describe(self, error: Exception | str) -> str:
         return f"{format_address(self._host, self._port)}: {error}"
 
     def _drop(self) -> None:
         """Close the link without a closing handshake."""
         link, self._link = self._link, None
         if link:
-            link.abort()
-            link.sock.close()
+            try:
+                link.abort()
+            finally:
+                link.sock.close()
 
 
 class LinkStats(NamedTuple):

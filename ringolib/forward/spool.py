@@ -19,7 +19,7 @@ from ringolib.forward.sink import InDoubt, NotStored
 from ringolib.forward.workers import BATCH_RECORDS
 from ringolib.storage.interface import StoreError
 from ringolib.storage.sqlite_file import SPOOL_APPLICATION_ID
-from ringolib.timing import ThreadError, backoff, deadline_after, start_thread, wait_until
+from ringolib.timing import ThreadError, backoff, deadline_after, fatal, start_thread, wait_until
 from ringolib.wire import Block
 from store import LARGE_WAL_BYTES, Store
 
@@ -63,6 +63,7 @@ class Spool:
         self._link = link
         self._failures = 0  # in a row
         self._broken = False  # the last turn failed on the file, or unexpectedly
+        self._error: str | None = None  # how, while it is broken
         self._oldest_ms: int | None = None  # when the oldest record was received, Unix time
 
         try:
@@ -150,28 +151,29 @@ class Spool:
 
     def _run(self) -> None:
         """Run turns until `stop`, then close the link."""
-        while self.step():
-            pass
-        self._link.close()
+        try:
+            while self.step():
+                pass
+            self._link.close()
+        except BaseException:
+            fatal(log, "the thread that forwards the spool")
 
     def step(self) -> bool:
         """Run one turn: wait for records, forward the oldest and delete them. Pause after a failure. False to end."""
-        with self._lock:
-            wait_until(self._changed, lambda: self._stopping or self.depth > 0)
-            if self._stopping:
-                return False
         try:
-            count = self._forward_oldest()
+            with self._lock:
+                wait_until(self._changed, lambda: self._stopping or self.depth > 0)
+                if self._stopping:
+                    return False
+            self._record_success(self._forward_oldest())
         except (NotStored, InDoubt) as error:
             self._broken = False
             self.state.on_failure(str(error))
             self._pause()
         except Exception as error:
             self._log_error(error)
-            self._broken = True
+            self._broken, self._error = True, repr(error)
             self._pause()
-        else:
-            self._record_success(count)
         return True
 
     def _forward_oldest(self) -> int:
@@ -202,10 +204,13 @@ class Spool:
             self._link.close()
 
     def _log_error(self, error: Exception) -> None:
-        """Log an error of the file, or an unexpected one. If the file fails repeatedly, only the first time counts."""
-        repeated = self._broken and isinstance(error, StoreError)
+        """Log an error of the file, or an unexpected one. If the file fails repeatedly, only the first time counts.
+
+        The same holds for an unexpected error that stays the same.
+        """
+        repeated = self._broken and (isinstance(error, StoreError) or repr(error) == self._error)
         level = logging.DEBUG if repeated else logging.ERROR
-        log.log(level, "replay_error", {"error": str(error)}, exc_info=log.isEnabledFor(logging.DEBUG))
+        log.log(level, "replay_error", {"error": str(error) or repr(error)}, exc_info=log.isEnabledFor(logging.DEBUG))
 
     def _pause(self) -> None:
         """Wait before the next try, longer after each failure. `stop` ends the pause."""

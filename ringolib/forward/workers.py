@@ -15,19 +15,23 @@ If there are several destinations, a worker makes its link before it reserves a 
 unreachable destination. A batch in doubt is requeued with the pin of its destination, and only workers that accept the
 pin get it again. The last worker of a destination stays, so there is always one to retry it.
 
+If a turn fails for an unexpected reason, the worker pauses before the next one, longer after each failure. An error
+that leaves a batch in nobody's hands ends the process: the batch would never be stored.
+
 `Forwarder._lock` guards the destinations, the workers and the number of reconnects. Nothing is stored or sent under it.
 Threads are started under it: a new worker must be registered before it can end.
 """
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from ringbuffer import Batch, Closed, Ring
 from ringolib.forward.destination import Destination, Pin
 from ringolib.forward.sink import InDoubt, NotStored, Sink
-from ringolib.timing import ThreadError, deadline_after, log_unexpected, remaining, start_thread
+from ringolib.timing import ThreadError, backoff, deadline_after, fatal, log_unexpected, remaining, start_thread
 from ringolib.wire import MAX_RUNS, Block
 
 log = logging.getLogger("ringoexp.forward")
@@ -180,18 +184,25 @@ class Forwarder:
             return self._idle(destination, sink)
         except Closed:
             return False
-        if batch.mark is not None and not sink.ready and not destination.only:
-            # It came into doubt during this turn. The next turn makes a link first, to see which store is there.
-            self._ring.requeue(batch)
-            return True
-        # While another worker probes, only a worker whose own link may still work goes on.
-        if destination.breaker.probed_by_another and (not sink.ready or (link_first and destination.last_send_failed)):
-            self._ring.requeue(batch)
+        with _fatal_if_it_fails():
+            if batch.mark is not None and not sink.ready and not destination.only:
+                # It came into doubt during this turn. The next turn makes a link first, to see which store is there.
+                self._ring.requeue(batch)
+                return True
+            breaker = destination.breaker
+            # While another worker probes, only a worker whose own link may still work goes on.
+            idle = breaker.probed_by_another and (not sink.ready or (link_first and destination.last_send_failed))
+            if idle:
+                self._ring.requeue(batch)
+            else:
+                error = self._store(destination, sink, batch)
+                if error is None:
+                    self._ring.commit(batch)
+        if idle:
             return not self._retire(destination)
-        error = self._store(destination, sink, batch)
         if error is not None:
             return self._fail(destination, error)
-        self._commit(destination, batch)
+        self._on_stored(destination)
         return not (link_first and self._has_too_many(destination) and self._retire(destination))
 
     def _idle(self, destination: Destination, sink: Sink) -> bool:
@@ -201,7 +212,7 @@ class Forwarder:
         sink.idle()
         return True
 
-    def _store(self, destination: Destination, sink: Sink, batch: Batch) -> Exception | None:
+    def _store(self, destination: Destination, sink: Sink, batch: Batch) -> BaseException | None:
         """Start another worker if one is wanted, and store `batch`. If that fails, requeue it and return the error."""
         try:
             self._start_another()
@@ -209,7 +220,7 @@ class Forwarder:
         except NotStored as error:
             self._ring.requeue(batch)
             return error
-        except Exception as error:  # InDoubt, or unexpected: either way, the batch may be stored
+        except BaseException as error:  # InDoubt, or unexpected: either way, the batch may be stored
             destination.last_send_failed = True
             store = error.store if isinstance(error, InDoubt) else sink.identity
             if not store and isinstance(batch.mark, Pin):
@@ -218,25 +229,30 @@ class Forwarder:
             return error
         return None
 
-    def _commit(self, destination: Destination, batch: Batch) -> None:
-        """Commit a stored batch, and report that the destination is up."""
-        self._ring.commit(batch)
-        destination.last_send_failed = False
+    def _on_stored(self, destination: Destination) -> None:
+        """Report that the destination is up: a batch was stored."""
+        destination.last_send_failed, destination.unexpected = False, None
         was_down = destination.breaker.record_success()
         if destination.reported_link:
             destination.reported_link.on_ack()
         elif was_down:
             log.info("sink_up")
 
-    def _fail(self, destination: Destination, error: Exception) -> bool:
+    def _fail(self, destination: Destination, error: BaseException) -> bool:
         """Report an error. The prober goes on to retry; another worker retires, unless it is the last one."""
         failures = destination.breaker.record_failure()
         if isinstance(error, (NotStored, InDoubt)):
             self._report_failure(destination, str(error), failures)
         else:
-            log_unexpected(log, "worker_error", error)
+            self._report_unexpected(destination, error)
         destination.on_link_lost()
         return failures > 0 or not self._retire(destination)
+
+    def _report_unexpected(self, destination: Destination, error: BaseException) -> None:
+        """Log an unexpected error, once until another one comes up or a batch is stored."""
+        text = repr(error)
+        log_unexpected(log, "worker_error", error, repeated=text == destination.unexpected)
+        destination.unexpected = text
 
     def _report_failure(self, destination: Destination, reason: str, failures: int) -> None:
         """Log why a sink failed. `failures` is the prober's number of failures in a row, 0 for other workers.
@@ -308,17 +324,30 @@ class Forwarder:
         return on_connected
 
     def _run(self, destination: Destination, sink: Sink) -> None:
-        """Run the turns of a worker until one returns False. Log unexpected errors, and go on."""
+        """Run the turns of a worker until one returns False. After an unexpected error, pause, and go on."""
+        try:
+            self._run_turns(destination, sink)
+            try:
+                sink.close()
+            except Exception as error:
+                self._report_unexpected(destination, error)
+            with self._lock:
+                self._workers.pop(threading.current_thread(), None)
+                self._count_out(destination)
+        except BaseException:
+            fatal(log, "a worker")
+
+    def _run_turns(self, destination: Destination, sink: Sink) -> None:
+        failures = 0
         going = True
         while going:
             try:
                 going = self.step(destination, sink)
+                failures = 0
             except Exception as error:
-                log_unexpected(log, "worker_error", error)
-        sink.close()
-        with self._lock:
-            self._workers.pop(threading.current_thread(), None)
-            self._count_out(destination)
+                failures += 1
+                self._report_unexpected(destination, error)
+                going = destination.breaker.sleep(backoff(failures))
 
     def _retire(self, destination: Destination) -> bool:
         """Count the calling worker out, and return True, unless it is the last one of its destination."""
@@ -363,6 +392,15 @@ class Forwarder:
             destination.workers -= 1
             if destination.dropped and not destination.workers:
                 self._destinations = tuple(other for other in self._destinations if other is not destination)
+
+
+@contextmanager
+def _fatal_if_it_fails() -> Iterator[None]:
+    """End the process if the block raises: the batch in it would stay in flight, and would never be stored."""
+    try:
+        yield
+    except BaseException:
+        fatal(log, "a worker with a batch")
 
 
 def _filter_of(destination: Destination, sink: Sink) -> Callable[[object], bool]:

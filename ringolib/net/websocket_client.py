@@ -132,11 +132,11 @@ class ClientConnection:
         try:
             self.sock.settimeout(sockets.CLOSE_TIMEOUT)
             self.sock.sendall(self._unsent + self._protocol.close_frame(code, reason))
+            linger(self.sock)
         except OSError:
             pass  # the connection is lost
-        else:
-            linger(self.sock)
-        self.sock.close()
+        finally:
+            self.sock.close()
 
     def abort(self) -> None:
         """Make the owner's reads and writes fail at once. For other threads."""

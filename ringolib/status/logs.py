@@ -35,6 +35,7 @@ RATE_LIMITED_EVENTS = (
     "cannot_accept",
     "no_thread",
     "slow_commit",
+    "worker_error",
 )
 RATE_LIMIT_SECONDS = 1.0
 STALL_TIMEOUT_SECONDS = 0.1

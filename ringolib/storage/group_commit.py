@@ -28,6 +28,9 @@ and neither starves the other. Once the store is closed, an exclusive caller giv
 - `_group_ready` is notified when the queue is large enough to commit, and on close. Only the leader waits on it.
 
 The database connection belongs to the thread that holds the turn, and needs no lock.
+
+If SQL or the disk fails, so does the commit, with a StoreError. After an error in the bookkeeping around it, callers
+might get a wrong outcome, or none. So such an error ends the process (`timing.fatal`).
 """
 
 import enum
@@ -42,6 +45,7 @@ from typing import NamedTuple
 
 from ringolib.counters import Histogram
 from ringolib.storage.interface import StoreError, StoreStats
+from ringolib.timing import fatal
 from ringolib.wire import Run
 
 log = logging.getLogger("ringoexp.store")
@@ -207,9 +211,15 @@ class GroupCommit(ABC):
         """Hold the turn for work other than a commit. Raises StoreError if the store is closed."""
         with self._lock:
             self._exclusive_waiting += 1
-            while not (self._turn is Turn.RESERVED or self._turn is Turn.FREE and not self._queue):
-                self._turn_ended.wait()
-            self._exclusive_waiting -= 1
+            try:
+                while not (self._turn is Turn.RESERVED or self._turn is Turn.FREE and not self._queue):
+                    self._turn_ended.wait()
+            except BaseException:  # for example MemoryError: nobody may be left to take a reserved turn
+                if self._turn is Turn.RESERVED and self._exclusive_waiting == 1:
+                    self._end_turn()
+                raise
+            finally:
+                self._exclusive_waiting -= 1
             if self._closed:
                 self._end_turn()  # it may have been reserved, and queued blocks are still committed
             self._check_open()
@@ -217,8 +227,11 @@ class GroupCommit(ABC):
         try:
             yield
         finally:
-            with self._lock:
-                self._end_turn()
+            try:
+                with self._lock:
+                    self._end_turn()
+            except BaseException:  # the turn would never end
+                fatal(log, "the end of a turn")
 
     # Turns.
 
@@ -228,22 +241,24 @@ class GroupCommit(ABC):
         Returns an empty list if the block is committed, or has failed; then the turn is not taken.
         """
         with self._lock:
-            while self._turn is not Turn.FREE and not block.done:
-                self._turn_ended.wait()
-            if block.done:
-                return []
-            self._turn = Turn.COMMIT
+            leads = False
             try:
+                while self._turn is not Turn.FREE and not block.done:
+                    self._turn_ended.wait()
+                if block.done:
+                    return []
+                self._turn, leads = Turn.COMMIT, True
                 while not self._closed and (seconds := self._gather_seconds()) > 0:
                     self._group_ready.wait(seconds)
-                group = self._next_group()
+                self._started_at = monotonic()
+                return self._next_group()
             except BaseException:  # for example MemoryError: the other callers go on without this block
-                self._queue.remove(block)
-                self._queued_cost -= block.cost
-                self._end_turn()
+                if block in self._queue:
+                    self._queue.remove(block)
+                    self._queued_cost -= block.cost
+                if leads:
+                    self._end_turn()
                 raise
-            self._started_at = monotonic()
-            return group
 
     def _next_group(self) -> list[PendingBlock]:
         """Take the oldest blocks from the queue: one, and more until their cost reaches MAX_GROUP_COST."""
@@ -252,8 +267,8 @@ class GroupCommit(ABC):
         while count < len(self._queue) and cost < self.MAX_GROUP_COST:
             cost += self._queue[count].cost
             count += 1
-        group, self._queue = self._queue[:count], self._queue[count:]
-        self._queued_cost -= cost
+        group, rest = self._queue[:count], self._queue[count:]
+        self._queue, self._queued_cost = rest, self._queued_cost - cost
         return group
 
     def _end_turn(self, successor: Turn = Turn.FREE) -> None:
@@ -266,17 +281,9 @@ class GroupCommit(ABC):
 
     def _commit(self, group: list[PendingBlock]) -> None:
         """Write `group`, set the outcome of its blocks and end the turn."""
-        result: CommitResult | None = None
-        error: StoreError | None = StoreError(f"{self.path}: the commit was interrupted")
-        started = monotonic()
         try:
-            result, error = self._write(group), None
-        except BaseException as cause:
-            log.debug("commit_failed", exc_info=True)
-            error = self._describe_failure(cause)
-            # Without the traceback: its frames refer to the blocks, and the blocks to this error.
-            error.__cause__ = cause.with_traceback(None)
-        finally:
+            started = monotonic()
+            result, error = self._try_to_write(group)
             seconds = monotonic() - started
             self._log_outcome(error)
             if seconds >= self.SLOW_COMMIT_SECONDS:
@@ -288,6 +295,19 @@ class GroupCommit(ABC):
                 for block in group:
                     block.done, block.error = True, error
                 self._end_turn(Turn.RESERVED if self._exclusive_waiting else Turn.FREE)
+        except BaseException:
+            fatal(log, "the commit of a group")
+
+    def _try_to_write(self, group: list[PendingBlock]) -> tuple[CommitResult | None, StoreError | None]:
+        """Write `group`. Return the result, or None and the error for its callers."""
+        try:
+            return self._write(group), None
+        except BaseException as cause:
+            log.debug("commit_failed", exc_info=True)
+            error = self._describe_failure(cause)
+            # Without the traceback: its frames refer to the blocks, and the blocks to this error.
+            error.__cause__ = cause.with_traceback(None)
+            return None, error
 
     def _count_commit(self, result: CommitResult | None, error: StoreError | None, seconds: float) -> None:
         """Add a commit to the totals; `result` is None if it failed."""

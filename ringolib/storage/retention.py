@@ -141,21 +141,28 @@ class Retention:
     def step(self) -> float:
         """Delete for one step and return the seconds to wait before the next one."""
         try:
-            if self._clock is None:
-                newest_ms = self._store.expire(0, 0, 0).newest_ms
-                self._clock = Clock(None if newest_ms is None else newest_ms / 1000)
-            now = self._clock.now()
-            before = now - self._keep_seconds
-            forget = before - DUPLICATES_KNOWN_SECONDS
-            started = monotonic()
-            result = self._store.expire(int(before * 1000), int(forget * 1000), self._step_seconds)
-            waited = monotonic() - started - result.seconds  # for commits of records
+            seconds = self._delete()
         except Exception as error:  # for example a full disk; the store has rolled back
             level = logging.DEBUG if self._failing else logging.ERROR
-            log.log(level, "retain_error", {"error": str(error)}, exc_info=log.isEnabledFor(logging.DEBUG))
+            log.log(
+                level, "retain_error", {"error": str(error) or repr(error)}, exc_info=log.isEnabledFor(logging.DEBUG)
+            )
             self._failing = True
             return RETRY_SECONDS
         self._failing = False
+        return seconds
+
+    def _delete(self) -> float:
+        """Delete for one step and return the seconds to wait. Raises StoreError if that fails."""
+        if self._clock is None:
+            newest_ms = self._store.expire(0, 0, 0).newest_ms
+            self._clock = Clock(None if newest_ms is None else newest_ms / 1000)
+        now = self._clock.now()
+        before = now - self._keep_seconds
+        forget = before - DUPLICATES_KNOWN_SECONDS
+        started = monotonic()
+        result = self._store.expire(int(before * 1000), int(forget * 1000), self._step_seconds)
+        waited = monotonic() - started - result.seconds  # for commits of records
         # The next step takes a third of the time that this one waited: then deletions get a quarter of the time.
         self._step_seconds = min(MAX_STEP_SECONDS, max(STEP_SECONDS, waited / PAUSE_RATIO))
         self._count(result)

@@ -6,8 +6,12 @@ blocks from the loop without blocking (`offer`), and from an HTTP request's thre
 
 `StoreIntake._lock` guards its queue. The condition `_filled` on it is notified when blocks are queued, and by `stop`.
 No commit runs under the lock.
+
+The only error that a commit may raise is StoreError. After any other error, `commit` ends the process: some blocks
+would never get an outcome, or a wrong one.
 """
 
+import logging
 import threading
 from array import array
 from collections.abc import Callable, Sequence
@@ -16,8 +20,10 @@ from typing import Any, NamedTuple, Protocol
 
 from ringbuffer import Closed, Full, Ring
 from ringolib.storage.interface import Storage, StoreError
-from ringolib.timing import start_thread
+from ringolib.timing import fatal, start_thread
 from ringolib.wire import Block, Run
+
+log = logging.getLogger("ringoexp.ingest")
 
 MAX_QUEUED = 262_144
 """Records that wait for a commit before the loop reads no more, a run counted as RUN_COST records."""
@@ -244,5 +250,8 @@ class StoreIntake:
         self._listener()
 
     def _run(self) -> None:
-        while self.step():
-            pass
+        try:
+            while self.step():
+                pass
+        except BaseException:
+            fatal(log, "the thread that commits")

@@ -11,11 +11,10 @@ A commit wakes the loop once through a socket pair, however many clients wait fo
 `add`, `stop` and `abort` leave their news under `_lock`. Everything else belongs to the thread.
 
 An error in the work for one client ends that client's connection with 1011. After an error in the loop's own
-bookkeeping, acks may be wrong. So `_fatal` ends the process: acked records are on disk, and a restart is correct.
+bookkeeping, acks may be wrong. So `fatal` ends the process: acked records are on disk, and a restart is correct.
 """
 
 import logging
-import os
 import select
 import selectors
 import socket
@@ -29,7 +28,7 @@ from typing import Any
 from ringolib.counters import Totals
 from ringolib.net.poller import Poller
 from ringolib.storage.interface import StoreError
-from ringolib.timing import log_unexpected, start_thread
+from ringolib.timing import fatal, log_unexpected, start_thread
 from ringolib.web import session as session_module
 from ringolib.web.client import Client, Mark
 from ringolib.web.deadlines import Deadlines
@@ -49,7 +48,6 @@ MAX_MARKS = 1024
 """Marks of one client, and offers, that are kept apart while their records are not stored."""
 GONE_CHECK_SECONDS = 1.0
 """How often a paused loop checks whether clients have left."""
-EXIT_FATAL = 70  # EX_SOFTWARE in sysexits.h
 _GONE = select.POLLHUP | select.POLLERR
 _HALF_CLOSED = getattr(select, "POLLRDHUP", 0)  # Linux only
 
@@ -150,13 +148,9 @@ class IngestLoop:
             while self._turn():
                 pass
         except BaseException:
-            self._fatal("the ingest loop has failed")
+            fatal(log, "the ingest loop")
         for resource in (self._readers, self._writers, self._wake_receiver, self._wake_sender):
             resource.close()
-
-    def _fatal(self, what: str) -> None:
-        log.critical("fatal", {"error": what}, exc_info=True)
-        os._exit(EXIT_FATAL)
 
     def _turn(self) -> bool:
         """Do one turn. Return False if the loop has ended."""

@@ -233,6 +233,7 @@ class World:
             (link_module, "ClientConnection", self.connect),
             (link_module, "peer_address", lambda *unused: None),
             (link_module, "encode_batch", self.encode),
+            (workers, "fatal", fatal),
         ]:
             stack.enter_context(patch.object(owner, name, replacement))
         return stack
@@ -503,6 +504,13 @@ class World:
 
 
 _encode_batch = link_module.encode_batch
+
+
+def fatal(log: object, part: str) -> None:
+    """Raise the error that is being handled, which ends the run, where the program would end the process."""
+    raise
+
+
 FATES = ["lost", "gone", "late", "mute", "goodbye", "full", "stored, full", "bug", "stored, bug"]
 """Of a block that is sent, apart from "stored"."""
 
@@ -588,6 +596,7 @@ def run_worlds(number: int, traced: bool = False) -> None:
     assert seen["again"] > number and seen["uncertain"] and seen["aborted"], "too few records were in doubt"
 
 
+@pytest.mark.slow
 def test_records_in_doubt_go_to_no_other_store_and_are_stored_once() -> None:
     run_worlds(100)
 
@@ -598,6 +607,7 @@ def test_records_in_doubt_go_to_no_other_store_in_many_worlds(traced: bool) -> N
     run_worlds(200 if traced else 1500, traced)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "good", "bad"),
     [

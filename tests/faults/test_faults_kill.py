@@ -52,6 +52,7 @@ def test_random_server_failures_keep_exactly_once(tmp_path: Path, fault: str, ro
         print(f"{fault}: {count}, {sum(load.acked().values())} records, {load.reconnects()} reconnects")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [5, pytest.param(50, marks=pytest.mark.long)])
 def test_spool_keeps_acks_coming_while_the_consumer_fails(tmp_path: Path, rounds: int) -> None:
     """While the consumer is killed or stopped, and the publisher killed, each acked record is stored by one of them."""

@@ -108,6 +108,7 @@ def strike(name: str, proxy: Proxy, rng: Random) -> Callable[[], bool]:
     return lambda: proxy.cuts >= cuts and proxy.links > links
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", [1, pytest.param(10, marks=pytest.mark.long)])
 @pytest.mark.parametrize("link", LINKS)
 def test_failing_link_keeps_exactly_once(
@@ -141,6 +142,7 @@ def test_failing_link_keeps_exactly_once(
         assert (load.reconnects() > 0) == (link == "client to publisher")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [3, pytest.param(50, marks=pytest.mark.long)])
 def test_failing_links_and_servers_keep_exactly_once(tmp_path: Path, rounds: int) -> None:
     rng = Random(seeded())

@@ -497,6 +497,7 @@ def check_claims(claims: list[Claim], stored: dict[str, list[tuple[int, int]]]) 
             assert len(records) >= claim.acked, claim
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "least"), [(2.0, 8000), pytest.param(30, 100_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("role", ROLES)
 def test_server_survives_random_input_and_serves_good_clients(

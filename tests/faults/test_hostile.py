@@ -387,6 +387,30 @@ def test_idle_client_that_answers_pings_stays_connected(impatient: ServerProcess
         assert producer.reconnects == 0
 
 
+@pytest.mark.parametrize("pongs", [False, True], ids=["silent", "half a message"])
+@pytest.mark.parametrize("ack", ["stored", "ring"])
+def test_stalled_client_is_cut_off_while_its_record_waits(tmp_path: Path, ack: str, pongs: bool) -> None:
+    """A record that waits for the consumer does not suspend the timeouts of its client, and is stored later."""
+    port = free_port()
+    with server(tmp_path, "-p", "0", "-T", str(port), "-A", ack, patch=patched(SHORT)) as running:
+        with RawClient(running.port) as client:
+            client.send(frame(2, struct.pack(">i", 42)) + (frame(2, bytes(8), fin=False) if pongs else b""))
+            client.sock.settimeout(GRACE_SECONDS)
+            acks, pings = 0, 0
+            while received := client.read():
+                opcode, payload = received
+                assert opcode in (2, 9), "cut off without a Close frame"
+                acks += opcode == 2
+                pings += opcode == 9
+                if opcode == 9 and pongs:
+                    client.send(frame(10, payload))
+            assert (acks, pings > 0) == (ack == "ring", True)
+            assert running.stats()["ringDepth"] == 1, "its record waits on"
+        with server(tmp_path, "-I", "false", "-p", str(port), "-D", "c.db"):
+            eventually(lambda: [value for _, _, value in rows(tmp_path / "c.db")] == [42])
+            eventually(lambda: running.stats()["ringDepth"] == 0)
+
+
 def test_client_waiting_for_the_consumer_stays_connected(tmp_path: Path) -> None:
     """A client whose pongs follow messages without room in the ring stays too: the server does not read its pongs."""
     port = free_port()
@@ -561,6 +585,7 @@ def mean(samples: list[Usage]) -> Usage:
     return Usage(*(sum(sample[field] for sample in samples) // count for field in range(3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("good", "hostile", "seconds", "stretch"),
     [(180, 20, 3.0, 2.0), pytest.param(900, 100, 600.0, 15.0, marks=pytest.mark.long)],

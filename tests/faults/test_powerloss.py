@@ -463,6 +463,7 @@ def test_damaged_page_is_harmless_or_refused_in_one_line(tmp_path: Path) -> None
     assert refused > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["database", "-wal", "directory"])
 def test_power_cuts_detect_missing_syncs(tmp_path: Path, seed: int, file: str) -> None:
     """The syncs of one file or of the directory are removed from the log of a good run. The test must find problems."""

@@ -281,6 +281,7 @@ def test_refused_request_with_body_is_answered_and_closed(tmp_path: Path, token_
         connection.close()
 
 
+@pytest.mark.slow
 def test_publisher_and_send_use_token(tmp_path: Path, token_file: Path) -> None:
     token = ["--token_file", str(token_file)]
     with server(tmp_path, "-p", "0", "-I", "false", "-D", "c.db", *token) as consumer:

@@ -161,6 +161,7 @@ def test_curl_reaches_unix_socket(short_path: Path) -> None:
         assert running.stop() == 0
 
 
+@pytest.mark.slow
 def test_stop_stores_records_received_over_unix_socket(short_path: Path) -> None:
     """The consumer is unreachable at first. The ring is drained, and an open WebSocket gets its acks and a Close."""
     with server(short_path, "-H", "unix:x.sock", "-U", "unix:c.sock") as running:

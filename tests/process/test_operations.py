@@ -58,6 +58,7 @@ def test_ready_and_stats_answer_as_documented(tmp_path: Path) -> None:
         assert '"recordsStored": 0' in run(tmp_path, only("v1.0/stats").replace("6660", str(running.port)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "name"), [(".backup backup", "backup.db"), ("VACUUM INTO", "compact.db")])
 def test_backup_under_load_has_all_records_acked_before(command: str, name: str, tmp_path: Path) -> None:
     """The backup ends although commits go on. A server opens it and continues from there."""

@@ -251,6 +251,7 @@ def test_consumer_with_fewer_connections_than_workers_gets_everything(tmp_path: 
     assert [*by_source(tmp_path / "c.db").values()] == [values] * 8
 
 
+@pytest.mark.slow
 def test_lost_clients_release_everything_while_the_ring_is_full(tmp_path: Path) -> None:
     port = free_port()
     with server(tmp_path, "-p", "0", "-T", str(port), "-r", "16", "-n", "3") as publisher:
@@ -348,6 +349,7 @@ def test_ack_ring_acks_while_the_consumer_is_unreachable(tmp_path: Path) -> None
             assert list(by_source(tmp_path / "c.db").values()) == [list(range(100))]
 
 
+@pytest.mark.slow
 def test_only_one_worker_probes_an_unreachable_consumer(tmp_path: Path) -> None:
     """A port accepts and closes. The backlog is enough for many workers, but only one connects at a time."""
     with socket.create_server(("127.0.0.1", 0)) as fake:

@@ -48,6 +48,7 @@ def test_server_with_a_database_is_ready(tmp_path: Path, role: list[str]) -> Non
         assert running.stats()["commits"] == 0, "a test commit does not count"
 
 
+@pytest.mark.slow
 def test_idle_publisher_is_ready_while_its_consumer_is(tmp_path: Path) -> None:
     """No record in flight shows the publisher that the consumer has gone, so it must ask."""
     port = free_port()
@@ -164,6 +165,7 @@ def test_linked_publisher_ignores_the_consumers_connection_limit(tmp_path: Path)
             assert not_ready(other) == ["consumer_not_ready"], "it has no link, and cannot get one"
 
 
+@pytest.mark.slow
 def test_chain_of_publishers_is_ready_if_all_of_them_are(tmp_path: Path) -> None:
     port = free_port()
     with (

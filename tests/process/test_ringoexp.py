@@ -295,6 +295,7 @@ def test_foreign_address_error_is_one_line(tmp_path: Path) -> None:
     assert "cannot listen on 192.0.2.1:" in cannot_run(tmp_path, "-p", "0", "-H", "192.0.2.1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("consumer", [True, False])
 def test_unusable_database_error_is_one_line(tmp_path: Path, consumer: bool) -> None:
     (tmp_path / "directory").mkdir()
@@ -417,6 +418,7 @@ def draining(directory: Path, seconds: float) -> ServerProcess:
     return ServerProcess(directory, *flags, patch=f"app.DRAIN_SECONDS = {seconds}")
 
 
+@pytest.mark.slow
 def test_stop_with_unstored_batches_closes_with_1011(tmp_path: Path) -> None:
     """With 1001, a publisher would send unacked records to another consumer, but the last batch may still be stored."""
     running = draining(tmp_path, 0.5)
@@ -430,6 +432,7 @@ def test_stop_with_unstored_batches_closes_with_1011(tmp_path: Path) -> None:
         running.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("records", [5, 50])
 def test_unstored_records_are_counted_and_exit_with_3(tmp_path: Path, records: int) -> None:
     """With 50 records the session is blocked by the full ring; with 5 it waits for their ack."""
@@ -525,6 +528,7 @@ def test_draining_server_refuses_records_and_answers_stats(tmp_path: Path) -> No
     assert "Traceback" not in running.errors.read_text()
 
 
+@pytest.mark.slow
 def test_idle_http_connections_do_not_delay_the_stop(tmp_path: Path) -> None:
     """One connection idles between two requests, others have not sent a request yet."""
     running = draining(tmp_path, 3)
@@ -647,6 +651,7 @@ def test_readme_explains_every_key_of_the_stats(tmp_path: Path, role: list[str])
 
 
 def test_readme_python_client_works(tmp_path: Path) -> None:
+    pytest.importorskip("websockets")
     (client,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert len(client.strip().splitlines()) <= 10
     with server(tmp_path, "-p", "0", "-T", "0") as running:

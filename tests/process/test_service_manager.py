@@ -233,6 +233,7 @@ def test_unreachable_manager_is_logged_at_debug_level_only(tmp_path: Path, name:
         assert set(re.findall(r"level=(\w+) event=not_notified", log)) == {"debug"}
 
 
+@pytest.mark.slow
 def test_manager_that_does_not_read_does_not_block_the_server(tmp_path: Path, manager: Manager) -> None:
     """The socket's queue is full after a few messages."""
     with managed_server(tmp_path, manager, "-p", "0", "-T", "0", "-d", period=0.002) as running:

@@ -107,6 +107,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(producer, "STALL_TIMEOUT", 600)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [6, pytest.param(50, marks=pytest.mark.long)])
 @pytest.mark.parametrize("fault", ["kill", "stop"])
 def test_failing_consumers_store_each_record_in_one_database_once(tmp_path: Path, fault: str, rounds: int) -> None:
@@ -188,6 +189,7 @@ def test_batch_unacked_by_killed_consumer_goes_only_to_it_again(tmp_path: Path) 
         assert fleet.consumers[dead].stats()["recordsDuplicate"] == 3
 
 
+@pytest.mark.slow
 def test_unreachable_consumer_gets_nothing_and_is_reported_down(tmp_path: Path) -> None:
     with Fleet(tmp_path) as fleet:
         for value in range(20):
@@ -248,6 +250,7 @@ def test_hanging_consumer_delays_only_its_own_batches(tmp_path: Path) -> None:
         assert sorted(sum(values(fleet), [])) == [*range(10), *range(100, 100 + len(posts)), *range(200, 220)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["up", "one away", "both away", "one hangs", "both hang"])
 def test_publisher_stops_in_time_in_every_state(tmp_path: Path, state: str) -> None:
     with Fleet(tmp_path, patch=f"{QUICK}; app.DRAIN_SECONDS = 1") as fleet:

@@ -338,6 +338,7 @@ def test_post_not_stored_in_time_reports_the_accepted_records(tmp_path: Path) ->
             eventually(lambda: [row[2] for row in rows(tmp_path / "c.db")] == list(range(10)))
 
 
+@pytest.mark.slow
 def test_refused_connections_are_bounded_and_time_out_soon(tmp_path: Path) -> None:
     with server(
         tmp_path,

@@ -86,10 +86,10 @@ class Servers:
         for errors in self._directory.glob("stderr-*"):
             assert "Traceback" not in errors.read_text()
 
-    def start(self, *roles: str) -> None:
-        """Start the servers of these roles."""
+    def start(self, *roles: str, patch: str = "pass") -> None:
+        """Start the servers of these roles. `patch` is run in them first."""
         for role in roles:
-            self.running[role] = ServerProcess(self._directory, *self._flags[role], patch=SHORT_TIMES)
+            self.running[role] = ServerProcess(self._directory, *self._flags[role], patch=f"{SHORT_TIMES}; {patch}")
 
     def problems(self, load: "Load", still: Collection[str]) -> list[str]:
         """Return how the databases break the promise for the records acked now. The servers in `still` do not run."""

@@ -134,6 +134,7 @@ def produce(directory: Path, url: str, count: int, patch: str) -> subprocess.Pop
     return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_clock_jumps_by_years_keep_exactly_once(tmp_path: Path) -> None:
     """Three kinds of clients send, the consumer is killed twice, and the publisher stops in order."""
     seed = seeded()

@@ -284,6 +284,7 @@ def test_each_destination_has_a_worker_beyond_the_maximum() -> None:
         assert ring.wait_committed(end, 20)
 
 
+@pytest.mark.slow
 def test_recovered_destination_gets_its_share_of_workers() -> None:
     ring, here, away = Ring(64), Consumer("here"), Consumer("away")
     away.down = True
@@ -422,6 +423,7 @@ def test_worker_without_link_sends_no_batch_that_came_into_doubt(
     assert running.step(consumer.destination, Link(consumer)) and consumer.stored == [1]
 
 
+@pytest.mark.slow
 def test_name_with_other_addresses_is_no_longer_the_same_consumer() -> None:
     ring, name, one, two = Ring(8), Consumer("name", "x"), Consumer("one", "x"), Consumer("two", "y")
     name.mute = one.down = True

@@ -135,7 +135,7 @@ def outcome(protocol: Protocol, batches: bool, pieces: list[bytes]) -> dict[str,
             # The source of plain messages is random, and one run of theirs may be cut into several.
             runs += [(run.source, run.first, run.count) for run in block.runs if batches]
             values += block.values
-            replies += session.data_to_send(0.0)
+            replies += session.data_to_send()
             if not session.has_input:
                 break
             block = session.receive(b"", 0.0)

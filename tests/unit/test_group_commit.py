@@ -9,11 +9,13 @@ from array import array
 from pathlib import Path
 
 import pytest
+from support.broken import ProcessEnded, raise_instead_of_exit
 from support.databases import A_TEXT, A, block, stored_values
 from support.harness import Blocked, eventually
 
 from ringolib.storage.group_commit import CommitResult, PendingBlock, Turn
 from ringolib.storage.interface import StoreError
+from ringolib.timing import EXIT_FATAL
 from ringolib.wire import Run
 from store import Store
 
@@ -111,27 +113,51 @@ def test_failed_commit_fails_only_its_own_blocks(opened: Store, path: Path, monk
     assert opened.stats()[:5] == (2, 0, 2, 1, None)
 
 
-def test_blocks_fail_when_error_cannot_be_described(opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The leader raises the unexpected error; the other callers get an error without details."""
+@pytest.mark.parametrize("part", ["_describe_failure", "_count_commit", "_log_outcome", "_end_turn"])
+def test_error_in_the_bookkeeping_of_a_commit_is_fatal(
+    opened: Store, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Other callers would wait for ever, or might get a wrong outcome."""
 
     def failing(group: list[PendingBlock]) -> CommitResult:
         raise sqlite3.OperationalError("disk I/O error")
 
-    def cannot_describe(cause: BaseException) -> StoreError:
-        raise RuntimeError("no words")
+    def broken(*unused: object) -> None:
+        raise ZeroDivisionError("a bug")
 
     with monkeypatch.context() as short:
-        short.setattr(opened, "_write", failing)
-        short.setattr(opened, "_describe_failure", cannot_describe)
-        group = [PendingBlock(*block(A, n, n + 1), 64) for n in range(2)]
-        with opened._lock:
-            opened._turn = Turn.COMMIT
-        with pytest.raises(RuntimeError, match="no words"):
-            opened._commit(group)
-    assert all(pending.done and "was interrupted" in str(pending.error) for pending in group)
-    assert opened.stats()[2:4] == (0, 1) and "was interrupted" in (opened.stats().error or "")
-    opened.append(*block(A, 0, 1))
-    assert stored_values(path) == {(A_TEXT, 0): 0}
+        statuses = raise_instead_of_exit(short)
+        if part == "_describe_failure":
+            short.setattr(opened, "_write", failing)
+        short.setattr(opened, part, broken)
+        with pytest.raises(ProcessEnded):
+            opened.append(*block(A, 0, 1))
+        assert statuses == [EXIT_FATAL]
+    opened._turn = Turn.FREE  # for the fixture, which closes it
+
+
+@pytest.mark.parametrize("kind", ["append", "exclusive"])
+def test_caller_whose_wait_fails_leaves_no_trace(
+    opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """For example without memory. Otherwise its block, or its turn, would be waited for by all others."""
+
+    def no_memory() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as short:
+        opened._turn = Turn.COMMIT
+        short.setattr(opened._turn_ended, "wait", no_memory)
+        with pytest.raises(MemoryError):
+            if kind == "append":
+                opened.append(*block(A, 0, 1))
+            else:
+                with opened._exclusive():
+                    pass
+        opened._turn = Turn.FREE
+    assert (opened._queue, opened._queued_cost, opened._exclusive_waiting) == ([], 0, 0)
+    Blocked(lambda: opened.append(*block(A, 1, 2))).result()
+    assert stored_values(path) == {(A_TEXT, 1): 10}
 
 
 def test_leader_that_cannot_take_group_frees_turn_and_queue(

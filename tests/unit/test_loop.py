@@ -17,6 +17,7 @@ from ringolib.counters import Totals
 from ringolib.net import protocol
 from ringolib.net.tls_socket import TLSSocket
 from ringolib.storage.interface import StoreError
+from ringolib.timing import EXIT_FATAL
 from ringolib.web import deadlines
 from ringolib.web import loop as module
 from ringolib.web.intake import Intake, RingIntake, StoreIntake
@@ -713,7 +714,7 @@ def test_error_in_the_loops_bookkeeping_ends_the_process(tmp_path: Path, part: s
                     acked = client.acked(acked + 1)
             except (OSError, AssertionError):
                 pass
-        assert running.wait() == module.EXIT_FATAL
+        assert running.wait() == EXIT_FATAL
     finally:
         running.kill()
     assert acked >= 49

@@ -18,6 +18,7 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
+from support.broken import break_connections
 from support.fake_consumer import Link, fake_consumer
 from support.harness import (
     DEADLINE,
@@ -225,6 +226,7 @@ def test_records_sent_before_the_server_starts_are_stored(tmp_path: Path) -> Non
     assert in_order(tmp_path / "ringoexp.db", sender.source) == list(range(1000))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["consumer", "publisher"])
 def test_killed_servers_keep_exactly_once(tmp_path: Path, victim: str) -> None:
     seed = seeded()
@@ -465,6 +467,41 @@ def test_unexpected_error_reaches_flush(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ProducerError, match="ZeroDivisionError: a bug"):
         sender.flush(DEADLINE)
     sender.close()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ZeroDivisionError("a bug"), KeyboardInterrupt()], ids=repr)
+def test_message_broken_off_by_an_error_is_followed_by_nothing(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is closed, and callers get the error. Another producer resumes."""
+    seen: dict[int, int] = {}
+    source = uuid.uuid4()
+
+    def answer(connection: Link) -> None:
+        total = 0
+        for message in connection:
+            block = decode_batch(message)
+            for run in block.runs:
+                for number in range(run.first, run.first + run.count):
+                    assert number not in seen
+                    seen[number] = block.values[number - run.first]
+            total += len(block.values)
+            connection.send(encode_ack(total))
+
+    with peer(answer) as url:
+        break_connections(monkeypatch, producer, error)
+        sender = Producer(url, source)
+        sender.send(range(1000))
+        with pytest.raises(ProducerError, match=type(error).__name__):
+            sender.flush(DEADLINE)
+        with pytest.raises(ProducerError, match=type(error).__name__):
+            sender.send(range(1000, 2000))
+        sender.close()
+        assert not seen and sender.acked == 0
+        with Producer(url, source) as again:
+            again.send(range(2000))
+            again.flush(DEADLINE)
+    assert seen == {number: number for number in range(2000)}
 
 
 def test_close_ends_flush_while_the_server_reads_nothing() -> None:

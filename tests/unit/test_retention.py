@@ -304,6 +304,7 @@ def test_forwarding_publisher_refuses_retain(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_server_killed_during_deletion_leaves_sound_file(tmp_path: Path) -> None:
     old, sent = 200_000, 0
     path = prepare(tmp_path, old, 10, 2)

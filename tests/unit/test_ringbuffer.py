@@ -4,13 +4,17 @@ import random
 import threading
 import time
 from array import array
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import pytest
-from support.harness import DEADLINE, Blocked, seeded
+from support.harness import DEADLINE, Blocked, eventually, seeded
 
 import ringbuffer
 from ringbuffer import Batch, Closed, Full, Ring
-from ringolib.wire import Run
+from ringolib.wire import Block, Run
 
 A, B = b"a" * 16, b"b" * 16
 
@@ -168,7 +172,7 @@ def test_batch_cannot_be_committed_or_requeued_twice() -> None:
         with pytest.raises(ValueError, match="not in flight"):
             operation(other)
     with pytest.raises(ValueError, match="not in flight"):
-        ring.commit(Batch(1, 2, [], 0))  # equal is not identical
+        ring.commit(Batch(1, 2, [], array("q", (1,)), 0))  # equal is not identical
 
 
 def test_reserve_blocks_until_put_or_timeout() -> None:
@@ -303,7 +307,7 @@ def test_stored_counts_values_after_a_gap() -> None:
     assert (ring.stats().stored, ring.stats().committed) == (3, 3)
 
 
-def test_batch_is_reserved_again_if_its_copy_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_stay_in_the_ring_if_their_copy_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     ring = ring_of(5, 1, 2, 3)
 
     def no_memory(start: int, end: int) -> "array[int]":
@@ -315,7 +319,7 @@ def test_batch_is_reserved_again_if_its_copy_fails(monkeypatch: pytest.MonkeyPat
             ring.reserve(2)
     assert ring.stats().in_flight == 0
     batch = ring.reserve(1)
-    assert (list(batch.values), batch.end) == ([1, 2], 2)
+    assert (list(batch.values), batch.end) == ([1], 1)
 
 
 def test_stats_are_consistent_and_show_age_of_oldest_batch() -> None:
@@ -626,3 +630,202 @@ def test_timed_out_producers_do_not_swallow_notifications() -> None:
     for producer in producers:
         producer.result()
     assert ring.cursor == total
+
+
+class Faults:
+    """Raises MemoryError in one of the steps of a ring's method that may need memory, after `arm(steps)`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._left = -1
+
+        def failing(works: Callable[..., Any]) -> Callable[..., Any]:
+            def step(*arguments: Any, **keywords: Any) -> Any:
+                self._strike()
+                return works(*arguments, **keywords)
+
+            return step
+
+        growing = {deque: ("append", "extend"), dict: ("__setitem__",), list: ("append", "insert")}
+        self._kinds = {
+            kind: type(kind.__name__, (kind,), {name: failing(getattr(kind, name)) for name in names})
+            for kind, names in growing.items()
+        }
+        monkeypatch.setattr(ringbuffer, "memoryview", failing(memoryview), raising=False)
+        monkeypatch.setattr(ringbuffer, "Run", failing(Run))
+        monkeypatch.setattr(ringbuffer, "Batch", failing(Batch))
+        monkeypatch.setattr(ringbuffer, "monotonic", failing(ringbuffer.monotonic))
+        monkeypatch.setattr(threading.Condition, "notify", failing(threading.Condition.notify))
+
+    def put_into(self, ring: Ring) -> None:
+        """Make the containers of the ring fail, too."""
+        for name in ("_runs", "_in_flight", "_requeued", "_marked", "_aside", "_finished"):
+            kept = getattr(ring, name)
+            setattr(ring, name, self._kinds[type(kept)](kept))
+        read = ring._read
+
+        def failing_read(start: int, end: int) -> "array[int]":
+            self._strike()
+            return read(start, end)
+
+        ring._read = failing_read  # type: ignore[method-assign]
+
+    def arm(self, steps: int) -> None:
+        """Let `steps` steps succeed, and fail in the next one; after it, all succeed. With -1 no step fails."""
+        self._left = steps
+
+    @property
+    def struck(self) -> bool:
+        return self._left < 0
+
+    def _strike(self) -> None:
+        self._left -= 1
+        if self._left == -1:
+            raise MemoryError
+
+
+def state_of(ring: Ring) -> list[Any]:
+    """All that a ring knows, but for the contents of free slots."""
+
+    def described(batches: Iterable[Batch]) -> list[Any]:
+        return [(batch.start, batch.end, batch.mark, list(batch.runs), list(batch.values)) for batch in batches]
+
+    containers = [described(getattr(ring, name)) for name in ("_in_flight", "_requeued", "_marked", "_aside")]
+    taken = [ring._slots[sequence % ring.capacity] for sequence in range(ring._committed, ring._cursor)]
+    counters = [ring._cursor, ring._reserved, ring._committed, ring._aside_size, ring._high_water, ring._idle_workers]
+    return [*counters, *containers, list(ring._runs), dict(ring._finished), taken]
+
+
+def full_of_batches(ring: Ring) -> list[Batch]:
+    """Fill the ring of 8 slots, after a few values that have left it again, and reserve four batches of 2."""
+    ring.put(array("q", range(5)), A, 0)
+    ring.commit(ring.reserve(8))
+    ring.put(array("q", range(10, 13)), A, 5)
+    ring.put(array("q", range(13, 18)), B, 0)
+    return [ring.reserve(2) for _ in range(4)]
+
+
+def empty_and_wrapping(ring: Ring) -> None:
+    ring.put(array("q", range(6)), A, 0)
+    ring.commit(ring.reserve(4))
+
+
+def with_requeued(ring: Ring, mark: object) -> None:
+    batches = full_of_batches(ring)
+    ring.requeue(batches[2], mark)
+    ring.requeue(batches[1])
+
+
+def with_aside(ring: Ring) -> Batch:
+    """Return a batch in flight that is set aside. Another one waits in its slots for room, and will have it."""
+    batches = full_of_batches(ring)
+    ring.requeue(batches[0], "m")
+    ring.requeue(batches[1], "m")
+    ring.put(array("q", range(20, 24)), A, 8)
+    ring.requeue(ring.reserve(4, accepts=lambda mark: False), "m")
+    ring.requeue(batches[3], "m")
+    return ring.reserve(2)
+
+
+BLOCKS = [
+    Block([Run(A, 6, 1)], array("q", (6,))),
+    Block([Run(A, 7, 2), Run(B, 0, 1)], array("q", (7, 8, 100))),
+    Block([Run(B, 1, 9)], array("q", range(101, 110))),
+]
+Call = Callable[[], object]
+METHODS: dict[str, Callable[[Ring], Call]] = {
+    "put": lambda ring: (empty_and_wrapping(ring), lambda: ring.put(array("q", range(6, 10)), A, 6))[1],
+    "put, new source": lambda ring: (empty_and_wrapping(ring), lambda: ring.put(array("q", (1,)), B, 6))[1],
+    "try_put": lambda ring: (empty_and_wrapping(ring), lambda: ring.try_put(BLOCKS))[1],
+    "reserve": lambda ring: (empty_and_wrapping(ring), ring.try_put(BLOCKS), lambda: ring.reserve(4))[2],
+    "reserve all": lambda ring: (empty_and_wrapping(ring), ring.try_put(BLOCKS), lambda: ring.reserve(9))[2],
+    "reserve requeued": lambda ring: (with_requeued(ring, None), lambda: ring.reserve(9))[1],
+    "reserve marked": lambda ring: (with_requeued(ring, "m"), ring.reserve(9), lambda: ring.reserve(9))[2],
+    "commit the oldest": lambda ring: partial(ring.commit, full_of_batches(ring)[0]),
+    "commit behind a gap": lambda ring: partial(ring.commit, full_of_batches(ring)[2]),
+    "commit closing a gap": lambda ring: (
+        (batches := full_of_batches(ring)) and ring.commit(batches[1]) or partial(ring.commit, batches[0])
+    ),
+    "commit the last": lambda ring: (
+        ring.put(array("q", (1,)), A, 0) and (batch := ring.reserve(1)) and ring.close() or partial(ring.commit, batch)
+    ),
+    "commit set aside": lambda ring: partial(ring.commit, with_aside(ring)),
+    "requeue": lambda ring: partial(ring.requeue, full_of_batches(ring)[1]),
+    "requeue with mark": lambda ring: partial(ring.requeue, full_of_batches(ring)[0], "m"),
+    "requeue with mark behind a gap": lambda ring: partial(ring.requeue, full_of_batches(ring)[1], "m"),
+    "requeue set aside": lambda ring: partial(ring.requeue, with_aside(ring), "n"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ring_is_as_it_was_if_a_method_raises(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = Ring(8)
+    METHODS[method](clean)()
+    for steps in range(1000):
+        with monkeypatch.context() as short:
+            faults, ring = Faults(short), Ring(8)
+            call = METHODS[method](ring)
+            faults.put_into(ring)
+            before = state_of(ring)
+            faults.arm(steps)
+            try:
+                call()
+            except MemoryError:
+                assert state_of(ring) == before, f"the error in step {steps} changed the ring"
+            else:
+                assert not faults.struck
+                assert steps > 0, "some steps may fail"
+                assert state_of(ring) == state_of(clean)
+                return
+            call()
+            assert state_of(ring) == state_of(clean), "and the same call succeeds afterwards"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ring_is_as_it_was_without_memory(method: str) -> None:
+    """Each allocation of the interpreter fails in turn."""
+    memory = pytest.importorskip("_testcapi")
+    clean = Ring(8)
+    METHODS[method](clean)()
+    for number in range(1, 1000):
+        ring = Ring(8)
+        call = METHODS[method](ring)
+        before = state_of(ring)
+        failed = True
+        try:
+            memory.set_nomemory(number, number + 1)
+            call()
+            failed = False
+        except MemoryError:
+            pass
+        finally:
+            memory.remove_mem_hooks()
+        if failed:
+            assert state_of(ring) == before, f"the failed allocation {number} changed the ring"
+            call()
+        assert state_of(ring) == state_of(clean)
+        if not failed and number > 100:
+            return
+
+
+def test_thread_that_fails_passes_its_notification_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several threads that wait, one is notified. If it fails, another one gets what it has left."""
+    ring = ring_of(4)
+    read, failures = ring._read, iter([MemoryError()])
+
+    def failing(start: int, end: int) -> "array[int]":
+        for error in failures:
+            raise error
+        return read(start, end)
+
+    monkeypatch.setattr(ring, "_read", failing)
+    workers = [Blocked(lambda: ring.reserve(4)) for _ in range(2)]
+    eventually(lambda: ring._idle_workers == 2)
+    ring.put(array("q", (1,)), A, 0)
+    eventually(lambda: ring._idle_workers == 0)
+    results = []
+    for worker in workers:
+        try:
+            results.append(list(worker.result().values))
+        except MemoryError:
+            results.append([])
+    assert sorted(results) == [[], [1]]

@@ -10,19 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.broken import break_connections
+from support.fake_consumer import Link, fake_consumer
 from support.harness import Blocked, ServerProcess, eventually, free_port, in_order, rows, seeded, server
 from support.short_times import short_times  # noqa: F401  (a fixture for every test here)
 
 from ringbuffer import Ring
+from ringolib import timing
 from ringolib.client.producer import Producer
+from ringolib.forward import link as link_module
 from ringolib.forward import spool
 from ringolib.forward.destination import Destination
-from ringolib.forward.link import LinkState
+from ringolib.forward.link import LinkSink, LinkState
 from ringolib.forward.sink import InDoubt, NotStored
 from ringolib.forward.spool import Spool, SpoolSink
 from ringolib.forward.workers import Forwarder
 from ringolib.storage.interface import StoreError
-from ringolib.wire import Block, Run
+from ringolib.wire import Block, Run, decode_batch, encode_ack
 from store import Store
 
 SOURCE = b"s" * 16
@@ -189,6 +193,78 @@ def test_spooled_records_are_forwarded_after_a_restart(tmp_path: Path) -> None:
     assert again.stored == expected(10)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), ZeroDivisionError("a bug"), KeyboardInterrupt()], ids=repr)
+def test_spool_deletes_nothing_that_an_error_broke_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Otherwise the next block would complete the message that was broken off, and its ack would be for another one."""
+    stored: dict[tuple[bytes, int], int] = {}
+
+    def answer(connection: Link) -> None:
+        count = 0
+        for message in connection:
+            block = decode_batch(message)
+            keep(stored, block)
+            count += len(block.values)
+            connection.send(encode_ack(count))
+
+    monkeypatch.setattr(spool, "BATCH_RECORDS", 1000)
+    break_connections(monkeypatch, link_module, error, error)
+    with fake_consumer(answer, store="here") as port:
+        link = LinkSink("localhost", port)
+        running = Spool(str(tmp_path / "s"), 10_000, link, LinkState("there:1"))
+        try:
+            for n in range(0, 5000, 1000):
+                running.append(a_block(n, n + 1000))
+            eventually(lambda: running.depth == 0)
+            eventually(lambda: running.stats().forwarded == 5000)
+        finally:
+            assert running.stop(20)
+    assert stored == expected(5000)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ZeroDivisionError("a bug")], ids=repr)
+def test_broken_off_batch_goes_to_the_spool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    replay = FakeLink()
+    replay.error = NotStored("away")
+    break_connections(monkeypatch, link_module, error)
+    with fake_consumer(lambda link: list(link)) as port, spooling(tmp_path / "s", replay, 2000) as running:
+        sink = SpoolSink(LinkSink("localhost", port), running)
+        sink.store(a_block(0, 1000))
+        assert running.depth == 1000 and not sink._link.ready
+        replay.error = None
+        eventually(lambda: running.depth == 0)
+    assert replay.stored == expected(1000)
+
+
+@pytest.mark.parametrize("part", ["_forward_oldest", "_record_success"])
+def test_persistent_unexpected_error_pauses_replay_and_is_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    monkeypatch.setattr(timing, "BACKOFF_FIRST_SECONDS", 0.1)
+    monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.1)
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    replay, calls = FakeLink(), []
+
+    def broken(*unused: object) -> int:
+        calls.append(1)
+        raise ZeroDivisionError("a bug")
+
+    with spooling(tmp_path / "s", replay) as running:
+        if part == "_record_success":  # the records are gone then
+            monkeypatch.setattr(running, "_forward_oldest", lambda: 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(running, part, broken)
+            running.append(a_block(0, 5))
+            threading.Event().wait(0.45)
+            assert 2 <= len(calls) <= 6, "at most one turn in 0.1 s"
+        monkeypatch.undo()
+        eventually(lambda: running.depth == 0)
+    assert [record.args for record in caplog.records if record.levelno >= logging.ERROR] == [{"error": "a bug"}]
+
+
 @pytest.mark.parametrize("method", ["oldest", "delete"])
 def test_replay_thread_survives_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
@@ -298,6 +374,7 @@ def port() -> int:
     return free_port()
 
 
+@pytest.mark.slow
 def test_publisher_acks_into_spool_and_survives_kill(tmp_path: Path, port: int) -> None:
     own = free_port()
     flags = ["-p", str(own), "-T", str(port), "-S", "s.spool"]
@@ -352,6 +429,7 @@ def test_full_spool_causes_backpressure_and_loses_nothing(tmp_path: Path, port: 
     assert in_order(tmp_path / "c.db", sender.source) == list(values)
 
 
+@pytest.mark.slow
 def test_unresponsive_consumer_is_down(tmp_path: Path) -> None:
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db") as consumer:
         flags = ["-p", "0", "-T", str(consumer.port), "-S", "s"]

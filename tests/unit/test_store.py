@@ -210,6 +210,7 @@ def test_sizes_match_files_and_disk(opened: Store, path: Path) -> None:
     path.parent.mkdir()
 
 
+@pytest.mark.slow
 def test_wal_grows_under_reader_and_is_truncated_after_it(
     opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,6 +7,7 @@ import threading
 from time import monotonic
 
 import pytest
+from support.broken import ProcessEnded, raise_instead_of_exit
 from support.harness import Blocked
 
 from ringolib import timing
@@ -78,6 +79,45 @@ def test_unexpected_error_is_logged_with_its_cause_in_detail(level: int, caplog:
     (record,) = caplog.records
     assert (record.msg, record.args) == ("worker_error", {"error": "ZeroDivisionError('a bug')"})
     assert bool(record.exc_info) == (level == logging.DEBUG)
+
+
+def test_repeated_unexpected_error_is_logged_in_detail_only(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("ringoexp.test")
+    with caplog.at_level(logging.DEBUG, "ringoexp.test"):
+        timing.log_unexpected(log, "worker_error", ZeroDivisionError("a bug"), repeated=True)
+    assert [record.levelno for record in caplog.records] == [logging.DEBUG]
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
+def test_fatal_logs_the_cause_and_ends_the_process(
+    level: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    statuses = raise_instead_of_exit(monkeypatch)
+    log = logging.getLogger("ringoexp.test")
+    with caplog.at_level(level, "ringoexp.test"), pytest.raises(ProcessEnded):
+        try:
+            raise ZeroDivisionError("a bug")
+        except ZeroDivisionError:
+            timing.fatal(log, "the ring")
+    (record,) = caplog.records
+    assert record.msg == "fatal" and record.levelno == logging.CRITICAL and isinstance(record.args, dict)
+    place = record.args.pop("place")
+    assert record.args == {"part": "the ring", "error": "ZeroDivisionError('a bug')"}
+    assert place.startswith("test_timing.py:") and place.endswith("test_fatal_logs_the_cause_and_ends_the_process")
+    assert bool(record.exc_info) == (level == logging.DEBUG)
+    assert statuses == [70]
+
+
+def test_fatal_ends_the_process_even_if_nothing_can_be_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*unused: object, **more: object) -> None:
+        raise MemoryError
+
+    statuses = raise_instead_of_exit(monkeypatch)
+    log = logging.getLogger("ringoexp.test")
+    monkeypatch.setattr(log, "critical", no_memory)
+    with pytest.raises(ProcessEnded):
+        timing.fatal(log, "the ring")
+    assert statuses == [timing.EXIT_FATAL]
 
 
 def test_times_are_iso_8601_in_utc() -> None:

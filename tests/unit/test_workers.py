@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.broken import BrokenSocket, raise_instead_of_exit
 from support.fake_consumer import Link, fake_consumer
 from support.harness import Blocked, eventually, free_port, raw_link, rows
 from support.short_times import short_times  # noqa: F401  (a fixture for every test here)
@@ -148,6 +149,140 @@ def test_worker_survives_unexpected_error(caplog: pytest.LogCaptureFixture) -> N
         assert ring.wait_committed(end, 20)
         assert threads() == ["forward-1"]
     assert ("worker_error", {"error": "ZeroDivisionError('a bug')"}) in [(r.msg, r.args) for r in caplog.records]
+
+
+class Keeper:
+    """A consumer that keeps whole blocks, and acks them."""
+
+    def __init__(self) -> None:
+        self.links: list[list[int]] = []
+
+    def __call__(self, link: Link) -> None:
+        values: list[int] = []
+        self.links.append(values)
+        for message in link:
+            values += decode_batch(message).values
+            link.send(encode_ack(len(values)))
+
+
+ERRORS = [MemoryError(), ZeroDivisionError("a bug"), KeyboardInterrupt(), SystemExit(1)]
+
+
+@pytest.mark.parametrize("on_read", [False, True])
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_any_error_within_a_batch_drops_the_link(error: BaseException, on_read: bool) -> None:
+    """Otherwise the next batch would complete the message that was broken off."""
+    consumer = Keeper()
+    with fake_consumer(consumer, store="here") as port:
+        sink = LinkSink("localhost", port)
+        sink.store(a_block(*range(10)))
+        assert sink._link
+        sink._link.sock = BrokenSocket(sink._link.sock, error, on_read)
+        with pytest.raises(InDoubt) as doubt:
+            sink.store(a_block(*range(1000, 2000)))
+        assert doubt.value.store == "here" and type(error).__name__ in str(doubt.value)
+        assert not sink.ready
+        sink.store(a_block(*range(5000, 6000)))
+        sink.close()
+    first, second = consumer.links
+    assert first == [*range(10), *(range(1000, 2000) if on_read else ())]
+    assert second == list(range(5000, 6000))
+
+
+@pytest.mark.parametrize("method", ["idle", "store"])
+def test_unexpected_error_of_an_idle_link_drops_it(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    consumer = Keeper()
+    monkeypatch.setattr(link_module, "CHECK_AFTER_SECONDS", 0)
+    with fake_consumer(consumer) as port:
+        sink = LinkSink("localhost", port)
+        sink.connect()
+        assert sink._link
+        sink._link.sock = BrokenSocket(sink._link.sock, MemoryError(), on_read=True)
+        with pytest.raises(MemoryError):
+            sink.idle() if method == "idle" else sink.store(a_block(1))
+        assert not sink.ready
+        sink.store(a_block(2))
+        sink.close()
+    assert consumer.links == [[], [2]]
+
+
+def test_message_broken_off_by_an_error_loses_no_record(caplog: pytest.LogCaptureFixture) -> None:
+    """The worker sends the batch again over a new link."""
+    consumer = Keeper()
+    with fake_consumer(consumer, store="here") as port:
+        ring, sinks = Ring(10_000), []
+
+        def make(connected: Callable[[], None]) -> LinkSink:
+            sinks.append(LinkSink("localhost", port, connected))
+            return sinks[-1]
+
+        running = Forwarder(ring, [Destination(make)], 1)
+        try:
+            assert ring.wait_committed(put(ring, 1), 20)
+            (sink,) = sinks
+            assert sink._link
+            sink._link.sock = BrokenSocket(sink._link.sock, MemoryError())
+            for start in (1000, 2000, 3000):
+                put(ring, *range(start, start + 1000))
+            assert ring.join(20)
+        finally:
+            ring.abort()
+            assert running.stop(20)
+    assert sorted({value for link in consumer.links for value in link}) == [1, *range(1000, 4000)]
+    assert [record.args for record in caplog.records if record.msg == "worker_error"] == [{"error": "MemoryError()"}]
+
+
+@pytest.mark.parametrize("part", ["reserve", "idle", "sleep"])
+def test_failing_turns_pause_and_are_logged_once(
+    part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(timing, "BACKOFF_FIRST_SECONDS", 0.1)
+    monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.1)
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(workers_module, "IDLE_SECONDS", 0.01)
+    ring, sink, calls = Ring(10), FakeSink(), []
+
+    def broken(*unused: object) -> None:
+        calls.append(1)
+        if len(calls) > 3:
+            sink.error = None
+        raise ZeroDivisionError("a bug")
+
+    with monkeypatch.context() as patch:
+        if part == "sleep":  # the sink fails
+            sink.error = ZeroDivisionError("a bug")
+        else:
+            patch.setattr(*((ring, part) if part == "reserve" else (sink, part)), broken)
+        with forwarding(ring, sink):
+            end = put(ring, 1)
+            threading.Event().wait(0.45)
+            tries = sink.calls if part == "sleep" else len(calls)
+            assert 2 <= tries <= 6, "at most one turn in 0.1 s"
+            patch.undo()
+            sink.error = None
+            assert ring.wait_committed(end, 20)
+    assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
+
+
+@pytest.mark.parametrize("method", ["commit", "requeue", "requeue, in doubt"])
+def test_error_in_the_ring_ends_the_process(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch would stay in flight, and its records would never be acked."""
+    statuses = raise_instead_of_exit(monkeypatch)
+    ring, sink = Ring(10), FakeSink()
+    if method != "commit":
+        sink.error = NotStored("away") if method == "requeue" else InDoubt("no ack")
+
+    def broken(*unused: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ring, method.partition(",")[0], broken)
+    monkeypatch.setattr(threading, "excepthook", lambda *unused: None)
+    running = Forwarder(ring, [Destination(lambda connected: sink, only=False)], 8)
+    put(ring, 1)
+    eventually(lambda: statuses and not threads())
+    assert set(statuses) == {timing.EXIT_FATAL}
+    ring.abort()
+    assert running.stop(20)
 
 
 def test_workers_start_up_to_the_maximum_and_retire_when_idle(
