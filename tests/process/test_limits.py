@@ -3,9 +3,10 @@
 import http.client
 import json
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
-from support.harness import DEADLINE, RawClient, eventually, not_ready, server
+from support.harness import DEADLINE, RawClient, eventually, frame, not_ready, server
 
 
 def test_request_head_has_a_total_limit(tmp_path: Path) -> None:
@@ -83,13 +84,26 @@ def test_flood_from_one_address_does_not_block_others(tmp_path: Path) -> None:
         assert running.stop() == 0
 
 
-def test_connections_are_limited_by_threads(tmp_path: Path) -> None:
-    with server(tmp_path, "-p", "0", "-I", "false", "--threads", "512") as running:
-        clients = [RawClient(running.port) for _ in range(512 - 128)]
+def test_http_connections_are_limited_by_threads_websockets_are_not(tmp_path: Path) -> None:
+    limit = 512 - 128
+    with server(tmp_path, "-p", "0", "-I", "false", "--threads", "512") as running, ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(running.port)) for _ in range(limit + 100)]
         assert all(client.status == 101 for client in clients)
+        assert json.loads(running.get("/v1.0/stats")[2])["memStats"]["threads"] < 32, "a WebSocket needs no thread"
+        requests = [stack.enter_context(socket.create_connection(("localhost", running.port))) for _ in range(limit)]
+        for sock in requests:
+            sock.sendall(b"GET / HTTP/1.1\r\n")  # an unfinished request
+        eventually(lambda: json.loads(running.get("/v1.0/stats")[2])["memStats"]["threads"] > limit)
         with RawClient(running.port) as refused:
             assert refused.status == 503
         assert json.loads(running.get("/v1.0/stats")[2])["memStats"]["threads"] <= 512
-        for client in clients:
-            client.sock.close()
+        clients[0].send(frame(2, bytes(4)))
+        assert clients[0].acked(1) == 1
+        requests[0].close()
+
+        def is_admitted() -> bool:
+            with RawClient(running.port) as client:
+                return client.status == 101
+
+        eventually(is_admitted)
         assert running.stop() == 0
