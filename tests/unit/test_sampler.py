@@ -245,7 +245,7 @@ def test_ended_thread_keeps_its_cpu(world: World) -> None:
     assert costs["gone", "burn"].wall + costs["gone", "doze"].wall == 490 * MS
 
 
-@pytest.mark.parametrize("names", [("conn-1", "conn-2"), ("same", "same")])
+@pytest.mark.parametrize("names", [("http-1", "http-2"), ("same", "same")])
 def test_ident_reused_by_new_thread_is_two_threads(world: World, names: tuple[str, str]) -> None:
     world.thread(names[0], 7).go("first", 1)
     ids = [world.actors[7].native_id]
