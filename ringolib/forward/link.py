@@ -79,7 +79,7 @@ class LinkSink:
         """Return when the consumer has acked the block. If an error comes up meanwhile, the link is closed.
 
         Raises NotStored if nothing was sent, or if the consumer cannot have stored the block. Raises InDoubt if it may
-        have stored it, whatever the error: after an error nobody expected, for example MemoryError, a part of the
+        have stored it, whatever the error: after an unexpected error, for example MemoryError, a part of the
         message may be on its way, and the next message over this link would complete it. If the link has ended while it
         was idle, raises NotStored instead of making a new link: at the other end of the new link might be another store
         than the one that the block is for.

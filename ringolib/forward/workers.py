@@ -16,7 +16,7 @@ unreachable destination. A batch in doubt is requeued with the pin of its destin
 pin get it again. The last worker of a destination stays, so there is always one to retry it.
 
 If a turn fails for an unexpected reason, the worker pauses before the next one, longer after each failure. An error
-that leaves a batch in nobody's hands ends the process: the batch would never be stored.
+that leaves a batch in flight without a worker ends the process: the batch would never be stored.
 
 `Forwarder._lock` guards the destinations, the workers and the number of reconnects. Nothing is stored or sent under it.
 Threads are started under it: a new worker must be registered before it can end.

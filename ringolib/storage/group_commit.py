@@ -30,7 +30,7 @@ and neither starves the other. Once the store is closed, an exclusive caller giv
 The database connection belongs to the thread that holds the turn, and needs no lock.
 
 If SQL or the disk fails, so does the commit, with a StoreError. After an error in the bookkeeping around it, callers
-might get a wrong outcome, or none. So such an error ends the process (`timing.fatal`).
+might get a wrong outcome, or none. So an error there ends the process (`timing.fatal`).
 """
 
 import enum
@@ -214,7 +214,7 @@ class GroupCommit(ABC):
             try:
                 while not (self._turn is Turn.RESERVED or self._turn is Turn.FREE and not self._queue):
                     self._turn_ended.wait()
-            except BaseException:  # for example MemoryError: nobody may be left to take a reserved turn
+            except BaseException:  # for example MemoryError: perhaps no caller is left that takes a reserved turn
                 if self._turn is Turn.RESERVED and self._exclusive_waiting == 1:
                     self._end_turn()
                 raise

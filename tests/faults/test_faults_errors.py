@@ -1,4 +1,4 @@
-"""Errors that nobody expects, in every place where shared state could become wrong: nothing acked is lost, or doubled.
+"""Unexpected errors in every place where shared state could become wrong: nothing acked is lost, or doubled.
 
 A message that an error breaks off costs its link only. An error in the ring, in a commit's bookkeeping or in the ingest
 loop ends the process with exit status 70; the test starts it again, as a service manager does.

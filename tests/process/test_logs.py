@@ -404,7 +404,7 @@ def test_readme_lists_the_events_that_appear_without_debug() -> None:
     text = (ROOT / "README.md").read_text()
     for path in program_files():
         source = path.read_text()
-        events = re.findall(r'\blog\.(?:info|warning|error)\(\s*"([a-z_]+)"', source)
+        events = re.findall(r'\blog\.(?:info|warning|error|critical)\(\s*"([a-z_]+)"', source)
         events += re.findall(r'\blog_unexpected\(\s*\w+,\s*"([a-z_]+)"', source)
         for event in events:
             assert f"`{event}`" in text or f"event={event}" in text, f"{path.name}: {event}"

@@ -1,4 +1,4 @@
-"""Errors that nobody expects: a socket that breaks a message off, and a stand-in for the end of the process."""
+"""Unexpected errors: a socket that breaks a message off, and a stand-in for the end of the process."""
 
 import os
 from types import ModuleType

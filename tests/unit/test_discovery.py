@@ -248,3 +248,24 @@ def test_address_shared_by_two_names_is_one_consumer(monkeypatch: pytest.MonkeyP
     running = Consumers([("a", 1), ("b", 1)], make)
     endpoints = [str(destination.endpoint) for destination in running.destinations]
     assert endpoints == ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"]
+
+
+def test_persistent_unexpected_error_pauses_resolution_and_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(discovery, "MIN_RESOLVE_INTERVAL_SECONDS", 0.1)
+    fake_names(monkeypatch, {"a": ["10.0.0.1"]})
+    running, calls = Consumers([("a", 1)], make), []
+
+    def broken() -> None:
+        calls.append(1)
+        running.on_link_lost()
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(running, "step", broken)
+    running.start(object())  # type: ignore[arg-type]
+    running.on_link_lost()
+    threading.Event().wait(0.55)
+    running.stop(20)
+    assert 2 <= len(calls) <= 6, "at most one turn in 0.1 s"
+    assert [record.args for record in caplog.records] == [{"error": "ZeroDivisionError('a bug')"}]

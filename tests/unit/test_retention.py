@@ -184,6 +184,28 @@ def test_thread_deletes_only_old_records_and_stops(opened: Store, path: Path) ->
         eventually(lambda: query(path, "SELECT count(*) FROM batch") == [(2,)], "the batch is deleted")
 
 
+@pytest.mark.parametrize("part", ["_delete", "_count", "_log_if_clock_pauses_retention"])
+def test_unexpected_error_pauses_retention_and_is_logged_once(
+    part: str, opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(retention, "RETRY_SECONDS", 0.1)
+    append(opened, A, 0, 11)
+    calls: list[int] = []
+
+    def broken(*unused: object) -> None:
+        calls.append(1)
+        raise ZeroDivisionError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Retention, part, broken)
+        running = Retention(opened, 1)
+        threading.Event().wait(0.45)
+        assert 2 <= len(calls) <= 6, "at most one turn in 0.1 s"
+    eventually(lambda: not running._failing, "it goes on")
+    assert running.stop(DEADLINE)
+    assert [record.args for record in caplog.records if record.msg == "retain_error"] == [{"error": "a bug"}]
+
+
 def test_failed_deletion_is_logged_once_and_retried(
     opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
