@@ -46,6 +46,8 @@ OFFER_RECORDS = 65_536
 """Records after which a turn offers what it has read; the other ready clients are read in the next turn."""
 MAX_MARKS = 1024
 """Marks of one client, and offers, that are kept apart while their records are not stored."""
+INTERNAL_ERROR = "internal error"
+"""Why a connection is closed with 1011 after an error that nothing expected; the log has it."""
 GONE_CHECK_SECONDS = 1.0
 """How often a paused loop checks whether clients have left."""
 _GONE = select.POLLHUP | select.POLLERR
@@ -257,6 +259,9 @@ class IngestLoop:
         except OSError as error:
             self._lose(client, error)
             return 0
+        except Exception as error:
+            self._fail_session(client, error, now)
+            return 0
         if data is None:
             return 0
         if not data:
@@ -277,9 +282,7 @@ class IngestLoop:
         try:
             block = session.receive(data, now)
         except Exception as error:
-            log_unexpected(log, "session_error", error)
-            session.end(1011, "internal error")
-            self._advance(client, now)
+            self._fail_session(client, error, now)
             return 0
         records = len(block.values)
         if records:
@@ -415,6 +418,12 @@ class IngestLoop:
             self._latencies.append(now - mark.read_at)
         return known
 
+    def _fail_session(self, client: Client, error: Exception, now: float) -> None:
+        """End the connection of a client after an error that nothing expected. It concerns that client only."""
+        log_unexpected(log, "session_error", error)
+        client.session.end(1011, INTERNAL_ERROR)
+        self._advance(client, now)
+
     def _fail(self, client: Client, error: StoreError) -> None:
         """Records of a client could not be stored. No later one may be acked, as an ack covers all earlier records."""
         self._totals.add_refused(client.taken - client.session.stored_count)
@@ -455,6 +464,11 @@ class IngestLoop:
             client.send(now)
         except OSError as error:
             self._lose(client, error)
+            return
+        except Exception as error:  # what has been sent is unknown, so no Close frame can follow
+            log_unexpected(log, "session_error", error)
+            session.end(1011, INTERNAL_ERROR)
+            self._drop(client)
             return
         self._acked += session.acked - acked
         if client.writing != bool(client.unsent):
@@ -501,8 +515,12 @@ class IngestLoop:
             if reading:
                 self._excuse(client, now)
             if session.next_deadline <= now:
-                if not session.closing:
-                    session.expire(now, reading)
+                try:
+                    if not session.closing:
+                        session.expire(now, reading)
+                except Exception as error:
+                    self._fail_session(client, error, now)
+                    continue
                 if session.closing or session.lost:
                     self._drop(client)
                     continue

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from support.harness import DEADLINE, Blocked, RawClient, ServerProcess, eventually, frame, rows
@@ -18,6 +19,7 @@ from ringolib.net import protocol
 from ringolib.net.tls_socket import TLSSocket
 from ringolib.storage.interface import StoreError
 from ringolib.timing import EXIT_FATAL
+from ringolib.web import client as client_module
 from ringolib.web import deadlines
 from ringolib.web import loop as module
 from ringolib.web.intake import Intake, RingIntake, StoreIntake
@@ -426,17 +428,33 @@ def test_loop_reads_on_after_the_client_it_paused_for_has_left() -> None:
         assert list(world.store().values) == [4] and read(other, 10) == ack(2)
 
 
-def test_error_in_one_session_ends_that_session_only(world: World) -> None:
+@pytest.mark.parametrize("part", ["receive", "data_to_send", "expire", "read"])
+def test_error_in_one_session_ends_that_session_only(world: World, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """Only an error in sending leaves it unknown what was sent, so that no Close frame can follow."""
+
     class Faulty(Session):
         __slots__ = ()
 
-        def receive(self, data: bytes | bytearray, now: float) -> Block:
-            raise ZeroDivisionError("a bug")
+    def fail(*_: object) -> NoReturn:
+        raise MemoryError
 
+    if part == "read":
+        read_well = client_module.Client.read
+        monkeypatch.setattr(
+            client_module.Client,
+            "read",
+            lambda client, *of: (fail if isinstance(client.session, Faulty) else read_well)(client, *of),
+        )
+    else:
+        setattr(Faulty, part, fail)
     good = world.connect()
-    bad = world.connect(session=Faulty(False, module.monotonic()))
-    bad.sendall(plain(1))
-    assert struct.unpack(">H", read_all(bad)[2:4]) == (1011,)
+    bad = world.connect(session=Faulty(False, module.monotonic() - 1000 * (part == "expire")))
+    if part != "expire":
+        bad.sendall(plain(1))
+    if part == "data_to_send":
+        world.store()
+    closed = read_all(bad)
+    assert closed == b"" if part == "data_to_send" else struct.unpack(">H", closed[2:4]) == (1011,), closed
     good.sendall(plain(2))
     world.store()
     assert read(good, 10) == ack(1)
