@@ -43,6 +43,8 @@ class Client:
         "taken",
         "waiting",
         "pause_seen",
+        "queued",
+        "held",
         "scheduled",
         "_bulk",
     )
@@ -61,6 +63,8 @@ class Client:
         self.taken = 0  # records that the intake has taken
         self.waiting = 0  # blocks in the loop's backlog
         self.pause_seen = 0.0  # seconds of the loop's pauses that the session knows of
+        self.queued = False  # among the clients that the loop serves next
+        self.held = 0  # bytes of an unfinished message, as the loop counted them
         self.scheduled = inf  # the deadline in the loop's heap
         self._bulk = False  # the last read returned as much as it may
 

@@ -2,7 +2,8 @@
 
 A turn of the loop has four steps. It reads from the clients that are ready, without blocking. It decodes the data
 (`session`). It offers all blocks to the intake at once. It sends the acks of the records that are stored by now. No
-step waits, and the work for one client in a turn is bounded, so no client delays the others.
+step waits, and the work for one client in a turn is bounded. Clients that are ready are served in rounds, each once in
+a round, so no client delays the others. A round may take several turns.
 
 Blocks that the intake has no room for wait in `_backlog`. The loop pauses then: it reads from no client until the
 backlog is empty. That is the backpressure, and the backlog is at most the reads of one turn.
@@ -44,6 +45,10 @@ SHARED_READ_SIZE = 64 * 1024
 """Bytes read from each client in a turn if several are ready."""
 OFFER_RECORDS = 65_536
 """Records after which a turn offers what it has read; the other ready clients are read in the next turn."""
+READ_SECONDS = 0.005
+"""Time after which a turn reads from no other client, as with OFFER_RECORDS."""
+HELD_BYTES = 64 * 1024 * 1024
+"""Bytes of unfinished messages, of all clients. Beyond it, only one client with a large unfinished message is read."""
 MAX_MARKS = 1024
 """Marks of one client, and offers, that are kept apart while their records are not stored."""
 INTERNAL_ERROR = "internal error"
@@ -82,8 +87,11 @@ class IngestLoop:
         self._poll = select.poll()  # the sources of news: the socket pair and the two pollers
         self._readers = Poller(selectors.EVENT_READ)
         self._writers = Poller(selectors.EVENT_WRITE)
-        self._ready: deque[Client] = deque()  # to be read in this turn, or in the next one
-        self._again: dict[Client, None] = {}  # with input that has been read already; each once, in order
+        self._ready: deque[Client] = deque()  # to be served; `queued` is set, so that each is here once
+        self._left_in_round = 0  # of those; the others, behind them, are served in the next round
+        self._held = 0  # bytes of unfinished messages
+        self._holders: dict[Client, None] = {}  # clients with a large unfinished message, in the order they began
+        self._suspended: set[Client] = set()  # holders that are not read, because HELD_BYTES are reached
         self._buffer = memoryview(bytearray(READ_SIZE))
         # Records on their way.
         self._backlog: deque[tuple[Client, Block, float]] = deque()  # and when each block was read
@@ -157,25 +165,29 @@ class IngestLoop:
     def _turn(self) -> bool:
         """Do one turn. Return False if the loop has ended."""
         may_read = self._paused_at is None
-        timeout_ms = 0 if may_read and (self._again or self._ready) else self._timeout_ms()
+        timeout_ms = 0 if may_read and self._ready else self._timeout_ms()
         sources = {descriptor for descriptor, _ in self._poll.poll(timeout_ms)}
         now = monotonic()
-        if self._wake_receiver.fileno() in sources:
+        is_woken = self._wake_receiver.fileno() in sources
+        if is_woken:
             self._take_news(now)
         if self._writers.fileno() in sources:
             for descriptor in self._writers.ready():
                 self._send(self._by_descriptor[descriptor], now)
-        self._settle(now)
+        self._settle(now, is_woken)
         if self._backlog or self._paused_at is not None:  # the clients of the backlog may have left
             self._offer_backlog(now)
         if self._paused_at is None:
             # During a stop, too: data is ignored then, but the end of a stream counts.
-            if not self._ready and self._readers.fileno() in sources:
-                self._ready.extend([self._by_descriptor[descriptor] for descriptor in self._readers.ready()])
+            if not self._left_in_round:
+                if self._readers.fileno() in sources:
+                    for descriptor in self._readers.ready():
+                        self._queue(self._by_descriptor[descriptor])
+                self._left_in_round = len(self._ready)
             self._read_all(now)
-            self._settle(now)  # with `-A ring`, records in the ring are settled
         else:
             self._check_gone(now)
+        self._settle(now)  # with `-A ring`, records in the ring are settled
         self._check_deadlines(now)
         self._count()
         return bool(self._clients) or not self._stopping or not self._end()
@@ -219,41 +231,55 @@ class IngestLoop:
     def _admit(self, client: Client, rest: bytes, now: float) -> None:
         self._clients.add(client)
         self._by_descriptor[client.descriptor] = client
-        self._readers.register(client.descriptor)
-        client.reading = True
-        client.pause_seen = self._paused_seconds
         self._totals.client_opened(client.session.batches)
+        client.pause_seen = self._paused_seconds
+        try:
+            self._readers.register(client.descriptor)
+        except OSError as error:  # the system has no room
+            self._lose(client, error)
+            return
+        client.reading = True
         self._schedule(client)
         if rest:
             self._receive(client, rest, now)
-        if client.is_tls:
-            self._again[client] = None  # its first data may be decrypted already
+        if client.is_tls or client.session.has_input:
+            self._queue(client)  # its first data may be decrypted already
 
     # Reading.
 
+    def _queue(self, client: Client) -> None:
+        """Have the client served in the next round."""
+        if not client.queued:
+            client.queued = True
+            self._ready.append(client)
+
     def _read_all(self, now: float) -> None:
-        """Read once from each client that is ready, up to OFFER_RECORDS records, and offer the blocks."""
-        records = 0
+        """Serve the clients of the round, up to OFFER_RECORDS records and READ_SECONDS, and offer the blocks."""
+        records, until = 0, now + READ_SECONDS
         limit = READ_SIZE if len(self._ready) == 1 else SHARED_READ_SIZE
-        again, self._again = self._again, {}
-        for client in again:
+        while self._left_in_round and records < OFFER_RECORDS:
+            self._left_in_round -= 1
+            client = self._ready.popleft()
+            client.queued = False
             if not client.reading:  # it is gone, or has ended its side
                 continue
-            if client.session.has_input:
+            if client.session.has_input:  # read before, and not parsed yet
                 records += self._receive(client, b"", now)
                 if client.is_tls:
-                    self._again[client] = None
-            elif client.is_tls:
+                    self._queue(client)
+            else:
                 records += self._read(client, limit, now)
-        while self._ready and records < OFFER_RECORDS:
-            client = self._ready.popleft()
-            if client.reading and not client.session.has_input:
-                records += self._read(client, limit, now)
+            if client.session.has_input:
+                self._queue(client)
+            if monotonic() > until:
+                break
         if self._backlog:
             self._offer_backlog(now)
 
     def _read(self, client: Client, limit: int, now: float) -> int:
         """Read from a client. Return the number of records that came."""
+        if self._held >= HELD_BYTES and self._must_wait(client):
+            return 0
         try:
             data = client.read(self._buffer, limit)
         except OSError as error:
@@ -268,7 +294,7 @@ class IngestLoop:
             self._end_input(client, now)
             return 0
         if client.is_tls:
-            self._again[client] = None  # more may be decrypted already, which the poller does not see
+            self._queue(client)  # more may be decrypted already, which the poller does not see
         return self._receive(client, data, now)
 
     def _receive(self, client: Client, data: bytes, now: float) -> int:
@@ -289,9 +315,9 @@ class IngestLoop:
             self._records += records
             client.waiting += 1
             self._backlog.append((client, block, now))
+        if session.held != client.held:
+            self._hold(client, session.held)
         if session.needs_attention:
-            if session.has_input:
-                self._again[client] = None
             if session.refused:
                 session.refused = False
                 self._totals.add_refused()
@@ -312,7 +338,40 @@ class IngestLoop:
     def _stop_reading(self, client: Client) -> None:
         if client.reading:
             client.reading = False
-            self._readers.unregister(client.descriptor)
+            if client in self._suspended:
+                self._suspended.discard(client)
+            else:
+                self._readers.unregister(client.descriptor)
+
+    # Memory of unfinished messages.
+
+    def _hold(self, client: Client, size: int) -> None:
+        """Note that the client's unfinished message has this many bytes now."""
+        self._held += size - client.held
+        client.held = size
+        if size > SHARED_READ_SIZE:
+            self._holders[client] = None
+        elif client in self._holders:
+            del self._holders[client]
+        if self._suspended:
+            self._resume()
+
+    def _must_wait(self, client: Client) -> bool:
+        """Suspend a client with a large unfinished message, unless it is the oldest one. Return whether it is."""
+        if client not in self._holders or client is next(iter(self._holders)):
+            return False
+        self._suspended.add(client)
+        self._readers.unregister(client.descriptor)
+        return True
+
+    def _resume(self) -> None:
+        """Read again from suspended clients: from the oldest holder in any case, from all if there is memory."""
+        oldest = next(iter(self._holders), None)
+        for client in list(self._suspended):
+            if client is oldest or self._held < HELD_BYTES:
+                self._suspended.discard(client)
+                self._readers.register(client.descriptor)
+                self._queue(client)  # data may be decrypted already
 
     # Backlog and pauses.
 
@@ -387,12 +446,12 @@ class IngestLoop:
 
     # Acks.
 
-    def _settle(self, now: float) -> None:
-        """Take the outcomes that are known by now, and send the acks."""
+    def _settle(self, now: float, is_woken: bool = False) -> None:
+        """Take the outcomes that are known by now, and send the acks. Only a wake-up can settle what is in doubt."""
         offers, passed = self._offers, self._intake.passed
-        if not (self._doubtful or offers and passed(offers[0][0])):
-            return
-        clients, self._doubtful = self._doubtful, set()
+        clients: set[Client] = set()
+        if is_woken:
+            clients, self._doubtful = self._doubtful, clients
         while offers and passed(offers[0][0]):
             clients |= offers.popleft()[1]
         for client in clients:
@@ -428,6 +487,8 @@ class IngestLoop:
         """Records of a client could not be stored. No later one may be acked, as an ack covers all earlier records."""
         self._totals.add_refused(client.taken - client.session.stored_count)
         self._forget_records(client)
+        if client.session.ending == GOING_AWAY:  # 1001 would say that nothing of it can be stored
+            client.session.replace_ending(1011, f"not stored: {error}")
         client.session.end(1011, f"not stored: {error}")
 
     def _forget_records(self, client: Client) -> None:
@@ -449,6 +510,7 @@ class IngestLoop:
             if is_over or not client.marks and not client.waiting:
                 if client.marks and session.batches and session.ending == GOING_AWAY:
                     session.replace_ending(*UNSTORED)
+                client.marks.clear()  # no ack can follow the Close frame
                 session.close(now)
         self._send(client, now)
         if session.closing and session.lost:
@@ -462,6 +524,8 @@ class IngestLoop:
         acked = session.acked
         try:
             client.send(now)
+            if client.writing != bool(client.unsent):
+                self._wait_for_room(client)
         except OSError as error:
             self._lose(client, error)
             return
@@ -471,12 +535,6 @@ class IngestLoop:
             self._drop(client)
             return
         self._acked += session.acked - acked
-        if client.writing != bool(client.unsent):
-            client.writing = not client.writing
-            if client.writing:
-                self._writers.register(client.descriptor)
-            else:
-                self._writers.unregister(client.descriptor)
         if client.unsent:
             self._schedule(client)
         elif session.closing:
@@ -485,6 +543,14 @@ class IngestLoop:
                 self._drop(client)
             else:
                 self._schedule(client)
+
+    def _wait_for_room(self, client: Client) -> None:
+        """Wait for room in the system's send buffer exactly if something is unsent."""
+        if client.unsent:
+            self._writers.register(client.descriptor)
+        else:
+            self._writers.unregister(client.descriptor)
+        client.writing = bool(client.unsent)
 
     def _lose(self, client: Client, error: OSError) -> None:
         """The connection is lost, or given up."""
@@ -501,6 +567,7 @@ class IngestLoop:
             self._writers.unregister(client.descriptor)
         del self._by_descriptor[client.descriptor]
         self._forget_records(client)
+        self._hold(client, 0)
         self._totals.client_closed(client.session.batches)
         client.close()
         self._deadlines.forget_gone(self._clients)
@@ -521,7 +588,7 @@ class IngestLoop:
                 except Exception as error:
                     self._fail_session(client, error, now)
                     continue
-                if session.closing or session.lost:
+                if session.closing or session.lost or client.eof:
                     self._drop(client)
                     continue
                 self._send(client, now)

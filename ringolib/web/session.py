@@ -159,10 +159,12 @@ class Session:
             self.replace_ending(code, reason)
 
     def end_of_stream(self, now: float) -> None:
-        """The client has ended its side. If no Close frame came before, it gets the acks of PATIENCE_SECONDS more."""
-        if not self.ending:
-            self.end(*LOST)
-            self._close_by = now + PATIENCE_SECONDS
+        """The client has ended its side. It gets acks for PATIENCE_SECONDS more, or STALL_TIMEOUT_SECONDS if it closed.
+
+        A client that has left looks the same, so it cannot be waited for as long as the records take.
+        """
+        self._close_by = now + (STALL_TIMEOUT_SECONDS if self.ending else PATIENCE_SECONDS)
+        self.end(*LOST)
 
     def replace_ending(self, code: int, reason: str) -> None:
         """Close with this code and reason, whatever ending there was. Unfinished messages are freed."""

@@ -1,5 +1,6 @@
 """The ingest loop on real sockets: late, cut, half-closed and reset. The test is the worker of the ring."""
 
+import errno
 import socket
 import struct
 import threading
@@ -24,7 +25,7 @@ from ringolib.web import deadlines
 from ringolib.web import loop as module
 from ringolib.web.intake import Intake, RingIntake, StoreIntake
 from ringolib.web.loop import IngestLoop
-from ringolib.web.session import PING_AFTER_SECONDS, PING_TIMEOUT_SECONDS, Session
+from ringolib.web.session import GOING_AWAY, PING_AFTER_SECONDS, PING_TIMEOUT_SECONDS, UNSTORED, Session
 from ringolib.wire import Block, Run, encode_batch
 
 CLOSE = frame(8, struct.pack(">H", 1000))
@@ -292,6 +293,49 @@ def test_tls_client_is_read_once_or_twice_in_a_turn(world: World, monkeypatch: p
     theirs.close()
 
 
+def test_tls_streams_do_not_starve_a_quiet_client(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "READ_SIZE", 100)
+    monkeypatch.setattr(module, "SHARED_READ_SIZE", 100)
+    monkeypatch.setattr(module, "OFFER_RECORDS", 10)
+    pairs = [socket.socketpair() for _ in range(3)]
+    for ours, theirs in pairs:
+        ours.setblocking(False)
+        theirs.sendall(plain(1) * 5000)
+    for ours, _ in pairs:
+        world.loop.add(NotEncrypted(ours), Session(False, module.monotonic()), b"", world.ended.append)
+    world.connect().sendall(plain(2))
+    eventually(lambda: world.ring.cursor == 15_001)
+    assert list(world.store().values).index(2) < 5000
+    for _, theirs in pairs:
+        theirs.close()
+
+
+def test_unfinished_messages_share_a_budget(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One client at a time goes on, so that all are served."""
+    monkeypatch.setattr(module, "HELD_BYTES", 1_000_000)
+    count, message = 10, frame(2, bytes(1_000_000))
+    may_finish = threading.Event()
+
+    def send(client: socket.socket) -> None:
+        client.sendall(message[:-1])
+        assert may_finish.wait(DEADLINE)
+        client.sendall(message[-1:])
+
+    clients = [world.connect() for _ in range(count)]
+    calls = [Blocked(lambda client=client: send(client)) for client in clients]  # type: ignore[misc]
+    eventually(lambda: len(world.loop._suspended) >= count - 2)
+    assert world.loop._held < 1_000_000 + (count + 1) * module.SHARED_READ_SIZE + len(message)
+    quiet = world.connect()
+    quiet.sendall(plain(1))
+    eventually(lambda: world.ring.cursor == 1, "small messages are not concerned")
+    may_finish.set()
+    while world.ring.committed < 1 + count * 125_000:
+        world.store()
+    for call in calls:
+        call.result()
+    eventually(lambda: not (world.loop._held or world.loop._holders or world.loop._suspended))
+
+
 def test_client_that_closes_in_order_gets_its_last_ack(world: World) -> None:
     client = world.connect()
     client.sendall(plain(1) + CLOSE)
@@ -329,6 +373,16 @@ def test_client_that_closed_in_order_may_end_its_side_before_the_ack(
     eventually(lambda: world.ring.cursor == 2, "the loop serves other clients meanwhile")
     world.ring.commit(batch)
     assert call.result() == ack(1) + b"\x88\x02\x03\xe8"
+
+
+def test_client_that_closed_in_order_and_left_is_dropped(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the consumer is away, it would keep its place in `-n` for as long as the records take."""
+    monkeypatch.setattr("ringolib.web.session.STALL_TIMEOUT_SECONDS", 0.1)
+    client = world.connect()
+    client.sendall(plain(1) + CLOSE)
+    client.close()
+    eventually(lambda: world.ended)
+    assert world.ring.cursor == 1 and world.ended[0].acked == 0
 
 
 def test_client_that_closes_its_side_is_given_up_after_a_moment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,6 +480,19 @@ def test_loop_reads_on_after_the_client_it_paused_for_has_left() -> None:
         world.store()
         other.sendall(plain(4))
         assert list(world.store().values) == [4] and read(other, 10) == ack(2)
+
+
+def test_client_for_which_the_poller_has_no_room_is_dropped(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> NoReturn:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.loop._readers, "register", fail)
+        assert read_all(world.connect()) == b""
+    client = world.connect()
+    client.sendall(plain(1))
+    world.store()
+    assert read(client, 10) == ack(1)
 
 
 @pytest.mark.parametrize("part", ["receive", "data_to_send", "expire", "read"])
@@ -623,10 +690,44 @@ def test_stop_with_unstored_batches_closes_with_1011() -> None:
     with running() as world:
         client = world.connect(batches=True)
         client.sendall(frame(2, encode_batch([Run(bytes(16), 0, 1)], array("q", (1,)))))
-        world.ring.reserve(10, DEADLINE)
+        batch = world.ring.reserve(10, DEADLINE)
         world.loop.stop()
         world.ring.abort()
-        assert struct.unpack(">H", read_all(client)[2:4]) == (1011,)
+        assert struct.unpack(">H", read(client, 4)[2:4]) == (1011,)
+        world.ring.commit(batch)
+        assert read_all(client) == UNSTORED[1].encode()
+        client.close()
+        eventually(lambda: world.ended)
+        assert world.ended[0].acked == 0, "no ack can follow a Close frame"
+
+
+def test_failed_commit_during_a_stop_closes_with_1011() -> None:
+    """1001 would tell a publisher that nothing of its batch can be stored, so that another consumer may get it."""
+    store = Memory()
+    store.fails = True
+    store.may_commit.clear()
+    intake = StoreIntake(store)  # type: ignore[arg-type]
+    world = World(Ring(1), intake=intake)
+    client = world.connect(batches=True)
+    client.sendall(frame(2, encode_batch([Run(bytes(16), 0, 1)], array("q", (1,)))))
+    eventually(lambda: any(one.marks for one in world.loop._clients))
+    world.loop.stop()
+    eventually(lambda: any(one.session.ending == GOING_AWAY for one in world.loop._clients))
+    store.may_commit.set()
+    assert struct.unpack(">H", read_all(client)[2:4]) == (1011,)
+    world.close()
+    intake.stop(DEADLINE)
+
+
+def test_paused_loop_acks_what_the_ring_takes_with_ack_in_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GONE_CHECK_SECONDS", 3600.0)
+    world = World(Ring(2), ack_in_ring=True)
+    client = world.connect()
+    client.sendall(frame(2, struct.pack(">10q", *range(10))))
+    assert read(client, 10) == ack(2)
+    world.store(1)
+    assert read(client, 10) == ack(3)
+    world.close()
 
 
 class Memory:
@@ -720,7 +821,7 @@ def test_error_in_the_loops_bookkeeping_ends_the_process(tmp_path: Path, part: s
     """Records that were acked before it are on disk."""
     patch = (
         f"real = web.loop.IngestLoop.{part}; fails = lambda self: self._totals.snapshot().acked >= 50; "
-        f"web.loop.IngestLoop.{part} = lambda self, now: 1 / 0 if fails(self) else real(self, now)"
+        f"web.loop.IngestLoop.{part} = lambda self, *of: 1 / 0 if fails(self) else real(self, *of)"
     )
     running = ServerProcess(tmp_path, "-p", "0", "-T", "0", patch=patch)
     acked = 0
