@@ -227,7 +227,9 @@ class Ring:
             return result
 
     def on_advance(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called after each commit, close and abort, without the lock. Call it once, before any put."""
+        """Have `listener` called, without the lock, after each `commit`, `close` and `abort`, and after each `requeue`
+        that sets a batch aside. Call this once, before any put.
+        """
         self._listener = listener
 
     def reserve(self, limit: int, timeout: float | None = None, accepts: Accepts | None = None) -> Batch:
@@ -316,6 +318,8 @@ class Ring:
             batch.mark = mark
             self._aside_size = aside_size
             self._advance()
+        if moved:
+            self._listener()
 
     def is_stored(self, sequence: int, since: int = 0) -> bool:
         """True if all values from `since` up to, and without, `sequence` are stored."""
