@@ -48,13 +48,13 @@ import bisect
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import islice
 from time import monotonic
 from typing import NamedTuple, TypeAlias
 
 from ringolib.timing import deadline_after, wait_until
-from ringolib.wire import Block, Run
+from ringolib.wire import Block, Rest, Run
 
 Values: TypeAlias = "array[int] | memoryview[int]"
 Accepts: TypeAlias = Callable[[object], bool]
@@ -194,17 +194,19 @@ class Ring:
                     self._not_full.notify()  # this thread may have been the only one that was notified
                 raise
 
-    def try_put(self, blocks: Sequence[Block]) -> tuple[int, int]:
+    def try_put(self, blocks: Iterable[Block | Rest]) -> tuple[list[int], int]:
         """Copy in as much of `blocks` as fits, in order; the last block may be cut. Never blocks.
 
-        Return the number of records that are in, and the sequence of the first one: they are contiguous. Raises Closed
-        once the ring is closed.
+        Return how many records of each block are in, as far as any fit, and the sequence of the first one: they are
+        contiguous. Blocks behind the first one that does not fit are not looked at. Raises Closed once the ring is
+        closed.
         """
         with self._lock:
             if self._closed:
                 raise Closed
             free = self._free()
             runs = self._last_run()
+            counts = []
             count = 0
             is_full = False
             for block in blocks:
@@ -215,19 +217,23 @@ class Ring:
                         with memoryview(block.values) as view:
                             self._write(view[:rest], self._cursor + count)
                         _append_runs(runs, block.runs, rest)
+                        counts.append(rest)
                         count = free
                     break
                 self._write(block.values, self._cursor + count)
                 _append_runs(runs, block.runs, size)
+                counts.append(size)
                 count += size
-            result = count, self._cursor
+            result = counts, self._cursor
             if count:
                 self._publish(runs, count)
             self._times_full += is_full
             return result
 
     def on_advance(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called after each commit, close and abort, without the lock. Call it once, before any put."""
+        """Have `listener` called, without the lock, after each `commit`, `close` and `abort`, and after each `requeue`
+        that sets a batch aside. Call this once, before any put.
+        """
         self._listener = listener
 
     def reserve(self, limit: int, timeout: float | None = None, accepts: Accepts | None = None) -> Batch:
@@ -316,6 +322,8 @@ class Ring:
             batch.mark = mark
             self._aside_size = aside_size
             self._advance()
+        if moved:
+            self._listener()
 
     def is_stored(self, sequence: int, since: int = 0) -> bool:
         """True if all values from `since` up to, and without, `sequence` are stored."""
@@ -616,7 +624,7 @@ def _append_run(runs: list[Run], run: Run) -> None:
     runs.append(run)
 
 
-def _append_runs(runs: list[Run], block: Sequence[Run], count: int) -> None:
+def _append_runs(runs: list[Run], block: Iterable[Run], count: int) -> None:
     """Append the runs of the first `count` values of a block."""
     for run in block:
         if run.count >= count:

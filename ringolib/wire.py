@@ -7,6 +7,7 @@ one source. A *block* is the content of one or more messages: its runs, in order
 
 import sys
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from struct import Struct
@@ -53,15 +54,27 @@ class Block(NamedTuple):
     runs: list[Run]
     values: "array[int]"
 
-    def after(self, count: int) -> "Block":
-        """Return the block without its first `count` records."""
-        runs, left_to_skip = [], count
-        for run in self.runs:
-            skipped = min(left_to_skip, run.count)
-            left_to_skip -= skipped
-            if skipped < run.count:
-                runs.append(Run(run.source, run.first + skipped, run.count - skipped))
-        return Block(runs, self.values[count:])
+
+class Rest:
+    """The records of a block that are still to be taken, if not all are taken at once. The block does not change."""
+
+    __slots__ = ("runs", "values")
+
+    def __init__(self, block: Block) -> None:
+        self.runs = deque(block.runs)
+        self.values = memoryview(block.values)
+
+    def skip(self, count: int) -> None:
+        """Remove the first `count` records. The cost depends on the number of their runs, not on that of the others."""
+        self.values = self.values[count:]
+        runs = self.runs
+        while count:
+            run = runs[0]
+            if run.count > count:
+                runs[0] = Run(run.source, run.first + count, run.count - count)
+                return
+            runs.popleft()
+            count -= run.count
 
 
 class WireError(ValueError):

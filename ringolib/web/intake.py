@@ -14,14 +14,14 @@ would never get an outcome, or a wrong one.
 import logging
 import threading
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
 from ringbuffer import Closed, Full, Ring
 from ringolib.storage.interface import Storage, StoreError
 from ringolib.timing import fatal, start_thread
-from ringolib.wire import Block, Run
+from ringolib.wire import Block, Rest, Run
 
 log = logging.getLogger("ringoexp.ingest")
 
@@ -42,10 +42,11 @@ class Intake(Protocol):
 
     @property
     def closed(self) -> bool: ...
-    def offer(self, blocks: Sequence[Block]) -> list[tuple[Any, int]]:
+    def offer(self, blocks: Iterable[Block | Rest]) -> list[tuple[Any, int]]:
         """Take blocks in order, without blocking: for each the ticket and how many of its records were taken.
 
-        The list is shorter than `blocks`, or its last count is less than all, if there is no room for more.
+        The list is shorter than `blocks`, or its last count is less than all, if there is no room for more. `blocks` is
+        read once, and no further than to the first block that does not fit: the cost depends on the records taken.
         """
 
     def outcome(self, ticket: Any) -> bool | StoreError:
@@ -89,20 +90,16 @@ class RingIntake:
         """See Intake."""
         self._ring.on_advance(listener)
 
-    def offer(self, blocks: Sequence[Block]) -> list[tuple[RingTicket, int]]:
+    def offer(self, blocks: Iterable[Block | Rest]) -> list[tuple[RingTicket, int]]:
         """See Intake. Takes nothing once the ring is closed."""
         try:
-            accepted, start = self._ring.try_put(blocks)
+            counts, start = self._ring.try_put(blocks)
         except Closed:
             return []
         taken = []
-        for block in blocks:
-            count = min(len(block.values), accepted)
-            if not count:
-                break
+        for count in counts:
             taken.append((RingTicket(start, start + count), count))
             start += count
-            accepted -= count
         return taken
 
     def passed(self, ticket: RingTicket) -> bool:
@@ -149,7 +146,7 @@ class _Queued:
 
     __slots__ = ("block", "outcome")
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block | Rest) -> None:
         self.block = block
         self.outcome: bool | StoreError = False
 
@@ -177,7 +174,7 @@ class StoreIntake:
         """See Intake."""
         self._listener = listener
 
-    def offer(self, blocks: Sequence[Block]) -> list[tuple[_Queued, int]]:
+    def offer(self, blocks: Iterable[Block | Rest]) -> list[tuple[_Queued, int]]:
         """See Intake. There is no room while MAX_QUEUED records wait."""
         taken = []
         with self._lock:
@@ -235,7 +232,7 @@ class StoreIntake:
     def _commit(self, group: list[_Queued]) -> None:
         outcome: bool | StoreError = True
         try:
-            if len(group) == 1:
+            if len(group) == 1 and isinstance(group[0].block, Block):
                 self._store.append(*group[0].block)
             else:
                 values = array("q")

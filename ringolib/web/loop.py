@@ -23,6 +23,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from math import inf
+from operator import itemgetter
 from time import monotonic
 from typing import Any
 
@@ -35,7 +36,7 @@ from ringolib.web.client import Client, Mark
 from ringolib.web.deadlines import Deadlines
 from ringolib.web.intake import Intake
 from ringolib.web.session import GOING_AWAY, LOST, UNSTORED, Session
-from ringolib.wire import Block
+from ringolib.wire import Block, Rest
 
 log = logging.getLogger("ringoexp.ingest")
 
@@ -55,6 +56,7 @@ INTERNAL_ERROR = "internal error"
 """Why a connection is closed with 1011 after an error that nothing expected; the log has it."""
 GONE_CHECK_SECONDS = 1.0
 """How often a paused loop checks whether clients have left."""
+_BLOCK_OF = itemgetter(1)  # of an entry of the backlog
 _GONE = select.POLLHUP | select.POLLERR
 _HALF_CLOSED = getattr(select, "POLLRDHUP", 0)  # Linux only
 
@@ -94,7 +96,7 @@ class IngestLoop:
         self._suspended: set[Client] = set()  # holders that are not read, because HELD_BYTES are reached
         self._buffer = memoryview(bytearray(READ_SIZE))
         # Records on their way.
-        self._backlog: deque[tuple[Client, Block, float]] = deque()  # and when each block was read
+        self._backlog: deque[tuple[Client, Block | Rest, float]] = deque()  # and when each block was read
         self._paused_at: float | None = None  # when the loop stopped to read, for want of room
         self._paused_seconds = 0.0  # of the pauses before
         self._gone_checked_at = 0.0
@@ -377,13 +379,14 @@ class IngestLoop:
 
     def _offer_backlog(self, now: float) -> None:
         """Offer the backlog to the intake. Pause if it does not take all, and read on if it does."""
-        blocks = [block for _, block, _ in self._backlog]
-        taken = self._intake.offer(blocks) if blocks else []
+        taken = self._intake.offer(map(_BLOCK_OF, self._backlog)) if self._backlog else []
         clients = set()
         for ticket, count in taken:
             client, block, read_at = self._backlog.popleft()
             if count < len(block.values):
-                self._backlog.appendleft((client, block.after(count), read_at))
+                rest = Rest(block) if isinstance(block, Block) else block
+                rest.skip(count)
+                self._backlog.appendleft((client, rest, read_at))
             else:
                 client.waiting -= 1
             client.taken += count

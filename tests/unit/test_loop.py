@@ -4,12 +4,14 @@ import errno
 import socket
 import struct
 import threading
+import time
 import tracemalloc
 from array import array
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from support.harness import DEADLINE, Blocked, RawClient, ServerProcess, eventually, frame, rows
@@ -814,6 +816,48 @@ def test_queue_of_a_stalled_store_is_bounded() -> None:
     assert taken <= 5
     store.may_commit.set()
     intake.stop(DEADLINE)
+
+
+def test_large_block_goes_through_a_tiny_ring_piece_by_piece() -> None:
+    """Each piece costs what it takes in. When it cost what was left, this took 20 s of CPU time."""
+    runs = [Run(bytes(16), 2 * number, 1) for number in range(65_536)]
+    with running(capacity=64) as world:
+        client = world.connect(batches=True)
+        message = encode_batch(runs, array("q", range(65_536)))
+        sending = Blocked(lambda: client.sendall(frame(2, message)))
+        started = time.process_time()
+        values: list[int] = []
+        stored: list[Run] = []
+        while len(values) < len(runs):
+            batch = world.store()
+            values += batch.values
+            stored += batch.runs
+        assert time.process_time() - started < 5.0
+        sending.result()
+        assert values == list(range(65_536)) and stored == runs
+        data = read(client, 10)
+        while data != ack(65_536):
+            data = read(client, 10)
+
+
+def test_offer_looks_at_the_blocks_that_fit_only() -> None:
+    class Counting(deque[Any]):
+        looked_at = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            for entry in super().__iter__():
+                self.looked_at += 1
+                yield entry
+
+    with running(capacity=1) as world:
+        backlog = world.loop._backlog = Counting()
+        clients = [world.connect(rest=plain(1)) for _ in range(100)]
+        for number in range(100):
+            eventually(lambda: world.ring.cursor == number + 1)  # noqa: B023
+            world.store()
+        for client in clients:
+            assert read(client, 10) == ack(1)
+        assert world.loop._backlog is backlog and backlog.looked_at <= 1000, "not 100 blocks at each commit"
 
 
 @pytest.mark.parametrize("part", ["_settle", "_offer_backlog", "_take_news"])

@@ -154,6 +154,17 @@ def test_pings_are_answered_in_order_with_their_payloads(is_server: bool) -> Non
     assert at_other_end(protocol.replies, peer) == [(10, b"a"), (10, b""), (10, b"c" * 125)]
 
 
+def test_one_call_answers_few_pings() -> None:
+    """So that the owner can serve others in between: 512 of them took 6 ms."""
+    protocol = Protocol(is_server=True)
+    protocol.receive(frame(9, b"") * 1000)
+    answered = [len(protocol.replies) // 2]
+    while protocol.has_input:
+        assert protocol.receive(b"") == []
+        answered.append(len(protocol.replies) // 2 - sum(answered))
+    assert max(answered) <= 100 and sum(answered) == 1000
+
+
 @pytest.mark.parametrize("is_server", [True, False])
 def test_close_frame_answers_the_peers_with_its_code(is_server: bool) -> None:
     protocol = Protocol(is_server)
@@ -162,6 +173,18 @@ def test_close_frame_answers_the_peers_with_its_code(is_server: bool) -> None:
     peer = ConnectionType.CLIENT if is_server else ConnectionType.SERVER
     assert at_other_end(protocol.close_frame(1000, "bye"), peer) == [(8, 1000, "bye")]
     assert protocol.receive(frame(2, bytes(4))) == [], "what follows is ignored"
+
+
+@pytest.mark.parametrize("is_server", [True, False])
+def test_reason_of_close_frame_is_made_valid_and_cut(is_server: bool) -> None:
+    """The name of a file may have bytes that are not UTF-8, which Python keeps as surrogates."""
+    peer = ConnectionType.CLIENT if is_server else ConnectionType.SERVER
+    reason = b"not stored: /tmp/\xff.db: disk full".decode("utf-8", "surrogateescape")
+    assert at_other_end(Protocol(is_server).close_frame(1011, reason), peer) == [
+        (8, 1011, "not stored: /tmp/?.db: disk full")
+    ]
+    data = Protocol(is_server).close_frame(1011, "\udcff" + 200 * "\u20ac")
+    assert at_other_end(data, peer) == [(8, 1011, "?" + 40 * "\u20ac")], "123 bytes at most, and whole characters"
 
 
 @pytest.mark.parametrize("fragmented", [True, False])

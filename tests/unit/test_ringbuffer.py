@@ -475,6 +475,22 @@ def test_marked_batch_frees_its_slots_and_is_not_stored() -> None:
         idle.result()
 
 
+def test_listener_is_called_when_slots_may_be_free() -> None:
+    """After a commit, and after a batch was set aside. Other batches that are given back free nothing."""
+    ring = Ring(4)
+    free: list[int] = []
+    ring.on_advance(lambda: free.append(ring.stats().capacity - ring.stats().depth))  # takes the lock itself
+    ring.put(ints(1, 2, 3, 4), A, 0)
+    ring.requeue(ring.reserve(2))
+    assert free == []
+    ring.requeue(ring.reserve(2), "here")
+    assert free == [2]
+    ring.requeue(ring.reserve(2), "there")
+    assert free == [2], "it was set aside before"
+    ring.commit(ring.reserve(2, accepts=lambda mark: False))
+    assert free == [2, 4]
+
+
 def test_marked_batches_beyond_the_limit_stay_in_their_slots() -> None:
     ring = Ring(4)
     for turn in range(2):

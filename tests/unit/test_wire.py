@@ -11,6 +11,7 @@ from ringolib.net.frames import MAX_MESSAGE, MessageGroup, Messages, MixedMessag
 from ringolib.wire import (
     MAX_RUNS,
     Block,
+    Rest,
     Run,
     WireError,
     decode_ack,
@@ -183,13 +184,22 @@ def test_batches_are_joined_up_to_the_first_malformed_one() -> None:
     assert decode_batch_messages(grouped(messages[:1])) == (one, None)
 
 
-def test_block_after_skips_records() -> None:
-    block = Block([Run(UUID, 10, 2), Run(bytes(16), 0, 3)], array("q", range(5)))
-    assert block.after(0) == block
-    assert block.after(1) == ([Run(UUID, 11, 1), Run(bytes(16), 0, 3)], array("q", [1, 2, 3, 4]))
-    assert block.after(2) == ([Run(bytes(16), 0, 3)], array("q", [2, 3, 4]))
-    assert block.after(4) == ([Run(bytes(16), 2, 1)], array("q", [4]))
-    assert block.after(5) == ([], array("q"))
+def test_rest_skips_records() -> None:
+    runs = [Run(UUID, 10, 2), Run(bytes(16), 0, 3)]
+    block = Block(runs[:], array("q", range(5)))
+
+    def rest(*counts: int) -> tuple[list[Run], list[int]]:
+        rest = Rest(block)
+        for count in counts:
+            rest.skip(count)
+        return list(rest.runs), list(rest.values)
+
+    assert rest() == rest(0) == (runs, [0, 1, 2, 3, 4])
+    assert rest(1) == ([Run(UUID, 11, 1), Run(bytes(16), 0, 3)], [1, 2, 3, 4])
+    assert rest(2) == rest(1, 1) == ([Run(bytes(16), 0, 3)], [2, 3, 4])
+    assert rest(4) == rest(1, 0, 3) == rest(3, 1) == ([Run(bytes(16), 2, 1)], [4])
+    assert rest(5) == rest(4, 1) == ([], [])
+    assert block == (runs, array("q", range(5))), "the block does not change"
 
 
 def test_ack_has_eight_bytes() -> None:
