@@ -44,6 +44,7 @@ class Client:
         "waiting",
         "pause_seen",
         "queued",
+        "slow",
         "held",
         "scheduled",
         "_bulk",
@@ -64,6 +65,7 @@ class Client:
         self.waiting = 0  # blocks in the loop's backlog
         self.pause_seen = 0.0  # seconds of the loop's pauses that the session knows of
         self.queued = False  # among the clients that the loop serves next
+        self.slow = False  # the last data from it took long to decode
         self.held = 0  # bytes of an unfinished message, as the loop counted them
         self.scheduled = inf  # the deadline in the loop's heap
         self._bulk = False  # the last read returned as much as it may

@@ -48,6 +48,8 @@ OFFER_RECORDS = 65_536
 """Records after which a turn offers what it has read; the other ready clients are read in the next turn."""
 READ_SECONDS = 0.005
 """Time after which a turn reads from no other client, as with OFFER_RECORDS."""
+SLOW_READ_SECONDS = 0.002
+"""Time for one client in a turn, beyond which the next read from it is a small one."""
 HELD_BYTES = 64 * 1024 * 1024
 """Bytes of unfinished messages, of all clients. Beyond it, only one client with a large unfinished message is read."""
 MAX_MARKS = 1024
@@ -257,9 +259,9 @@ class IngestLoop:
 
     def _read_all(self, now: float) -> None:
         """Serve the clients of the round, up to OFFER_RECORDS records and READ_SECONDS, and offer the blocks."""
-        records, until = 0, now + READ_SECONDS
-        limit = READ_SIZE if len(self._ready) == 1 else SHARED_READ_SIZE
-        while self._left_in_round and records < OFFER_RECORDS:
+        records, at = 0, now
+        is_alone = len(self._ready) == 1
+        while self._left_in_round and records < OFFER_RECORDS and at < now + READ_SECONDS:
             self._left_in_round -= 1
             client = self._ready.popleft()
             client.queued = False
@@ -270,11 +272,11 @@ class IngestLoop:
                 if client.is_tls:
                     self._queue(client)
             else:
-                records += self._read(client, limit, now)
+                records += self._read(client, READ_SIZE if is_alone and not client.slow else SHARED_READ_SIZE, now)
             if client.session.has_input:
                 self._queue(client)
-            if monotonic() > until:
-                break
+            started, at = at, monotonic()
+            client.slow = at - started > SLOW_READ_SECONDS
         if self._backlog:
             self._offer_backlog(now)
 
