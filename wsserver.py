@@ -246,6 +246,7 @@ class Handler(WebHandler):
         client = {"client": peer_name(self.client_address), "kind": "batches" if batches else "plain"}
         log.info("connected", {**client})
         started = monotonic()
+        self.handed_over = True
         release = self.server.detach(self.connection)
 
         def on_end(session: Session) -> None:
