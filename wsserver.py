@@ -229,7 +229,7 @@ class Handler(WebHandler):
         handshake = headers.check_handshake(self.command, self.request_version, self.headers)
         subprotocols = headers.supported_subprotocols(self.headers)
         frames = self._take_buffered()
-        self.connection.settimeout(None)
+        self.connection.settimeout(handler.REQUEST_TIMEOUT_SECONDS)  # for the response: the client may not read it
         self.close_connection = True
         self.server.table.mark_websocket()
         extra = {"X-Request-Id": new_request_id(), "Server": self.server.name}

@@ -361,6 +361,18 @@ def test_request_behind_the_handshake_is_not_answered(running: ServerProcess) ->
         assert client.closed()[0] == 1002
 
 
+def test_client_that_does_not_read_the_101_is_given_up(tmp_path: Path) -> None:
+    """It may have requested so much before that no response fits into the buffers."""
+    patch = "web.handler.REQUEST_TIMEOUT_SECONDS = 0.5;"
+    patch += "wsserver.accept_upgrade = lambda sock, *unused: sock.sendall(bytes(1 << 26))"
+    with server(tmp_path, *ROLES["publisher"], "-n", "1", patch=patch) as running:
+        with socket.create_connection(("localhost", running.port), DEADLINE) as client:
+            client.sendall(UPGRADE)
+            assert client.recv(1)
+            eventually(lambda: request(running.port, "POST", "/v1.0/ingest", bytes(4))[0] == 200, "its place is free")
+            assert running.stop() == 0
+
+
 def test_handshake_in_http_1_0_is_refused(running: ServerProcess) -> None:
     assert status(raw(running.port, UPGRADE.replace(b"HTTP/1.1", b"HTTP/1.0"))) == 400
 
