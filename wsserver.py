@@ -101,7 +101,7 @@ class Server(Connections):
 
 
 class Handler(WebHandler):
-    """One connection: HTTP/1.1 requests one after the other, or an upgrade and a WebSocket."""
+    """One connection: HTTP/1.1 requests one after the other, perhaps an upgrade as the last one."""
 
     server: Server
     paths_beyond_limit = (PAGE_PATH, ALIVE_PATH, READY_PATH, STATS_PATH, METRICS_PATH)
@@ -229,7 +229,7 @@ class Handler(WebHandler):
         handshake = headers.check_handshake(self.command, self.request_version, self.headers)
         subprotocols = headers.supported_subprotocols(self.headers)
         frames = self._take_buffered()
-        self.connection.settimeout(None)
+        self.connection.settimeout(handler.REQUEST_TIMEOUT_SECONDS)  # for the response: the client may not read it
         self.close_connection = True
         self.server.table.mark_websocket()
         extra = {"X-Request-Id": new_request_id(), "Server": self.server.name}
@@ -246,6 +246,7 @@ class Handler(WebHandler):
         client = {"client": peer_name(self.client_address), "kind": "batches" if batches else "plain"}
         log.info("connected", {**client})
         started = monotonic()
+        self.handed_over = True
         release = self.server.detach(self.connection)
 
         def on_end(session: Session) -> None:

@@ -53,6 +53,8 @@ JOIN_SECONDS = 5.0
 """How long the stop waits for the threads of one part."""
 RESOLVER_JOIN_SECONDS = 1.0
 """The same for the thread that resolves names: a slow name service must not delay the stop."""
+LOOP_TIMEOUT_SECONDS = 9.0
+"""How long the ingest loop may take to show that it is alive; less than half the watchdog's period in our units."""
 
 LinkMaker = Callable[[Endpoint, Callable[[], None]], LinkSink]
 """Makes a link to an endpoint; the second argument is called when the link connects."""
@@ -220,17 +222,18 @@ class App:
             self.store.close()
 
     def alive(self) -> bool:
-        """True if a thread accepts connections. Blocks if a lock that records need is never released.
+        """True if a thread accepts connections, and the ingest loop responds.
 
-        A restart helps in both cases. A failing disk or consumer does not count: no thread holds these locks while it
-        waits for them.
+        Blocks if a lock that records need is never released. A restart helps in all three cases. A failing disk or
+        consumer does not count: no thread holds these locks while it waits for them, and the loop never waits.
         """
         self.totals.snapshot()
         links = [destination.link for destination in self.consumers.destinations] if self.consumers else []
         for part in (self.ring, self.forwarder, *links, self.spool, self.spool and self.spool.store, self.store):
             if part:
                 part.stats()
-        return self.server.accepting
+        loop = self.server.loop
+        return self.server.accepting and (loop is None or loop.responds(LOOP_TIMEOUT_SECONDS))
 
 
 # Addresses and roles.

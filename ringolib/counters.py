@@ -1,7 +1,8 @@
 """Counters for records, clients and ack latencies, and the histogram that measures durations.
 
-`Totals._lock` guards all counts of a `Totals`. Connection threads add to them once per read, not once per record. A
-`Histogram` has no lock: its owner guards it. This module starts no threads.
+`Totals._lock` guards all counts of a `Totals`. The ingest loop adds to them once per turn, and the thread of an HTTP
+request once per request: never once per record. A `Histogram` has no lock: its owner guards it. This module starts no
+threads.
 """
 
 import bisect

@@ -88,12 +88,6 @@ def take_frames(data: Buffer, start: int, head: FrameHead) -> tuple[MessageGroup
     return Messages(payloads[0] if count == 1 else b"".join(payloads), size), end
 
 
-def encode_short_frame(payload: bytes) -> bytes:
-    """Return the frame of a server's binary message of at most 125 bytes (RFC 6455 section 5.2)."""
-    assert len(payload) < 126
-    return bytes((0x82, len(payload))) + payload
-
-
 def _count_alike(data: Buffer, start: int, step: int, length: int) -> int:
     """Return how many whole frames of `step` bytes, from `start` on, begin with the same `length` bytes."""
     available = (len(data) - start) // step

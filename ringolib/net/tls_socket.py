@@ -4,7 +4,8 @@
 whole blocks from the system, not record by record; its timeouts are deadlines for the whole call, not for each piece;
 and another thread may shut the socket down while the owner still encrypts.
 
-A `TLSSocket` belongs to its connection's thread. Only `shutdown(SHUT_RDWR)` is for other threads. Nothing is locked.
+A `TLSSocket` belongs to one thread at a time: the `http-N` of its connection, then the ingest loop if it becomes a
+WebSocket; or the link that connected it. Only `shutdown(SHUT_RDWR)` is for other threads. Nothing is locked.
 """
 
 import math

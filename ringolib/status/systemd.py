@@ -78,7 +78,7 @@ def _run_watchdog(alive: Callable[[], bool], interval: float, ended: threading.E
     while not ended.wait(remaining(due)):
         due = max(due + interval, monotonic())  # missed turns are left out, for example after a suspend
         try:
-            is_alive, reason = alive(), "no thread accepts connections"
+            is_alive, reason = alive(), "no thread accepts connections, or the ingest loop hangs"
         except Exception as error:
             is_alive, reason = False, repr(error)
         if is_alive:

@@ -126,6 +126,7 @@ class WebHandler(BaseHTTPRequestHandler):
     paths_beyond_limit: tuple[str, ...] = ()
     paths_without_token: tuple[str, ...] = ()
     lingering = False  # before the close, discard what the client still sends: see `linger`
+    handed_over = False  # another thread owns the socket: this one must not touch it any more
     asked_to_close = False  # the client asked to close the connection after this request
 
     def routes(self) -> Routes:
@@ -214,7 +215,9 @@ class WebHandler(BaseHTTPRequestHandler):
         return self.server.credentials.accepts(authorization, offered_subprotocols(self.headers))
 
     def finish(self) -> None:
-        """End the connection. If the client may still be sending, read that first: see `linger`."""
+        """End the connection, unless it was handed over. If the client may still be sending, `linger` before."""
+        if self.handed_over:
+            return
         if self.lingering:
             linger(self.connection)
         self.wfile.close()

@@ -132,6 +132,9 @@ def check_handshake(method: str, version: str, headers: Message) -> dict[str, st
         )
     if method != "GET" or version != "HTTP/1.1":
         raise Refusal(400, "a WebSocket handshake must be a GET request in HTTP/1.1")
+    if has_body(headers):
+        name = "Transfer-Encoding" if "Transfer-Encoding" in headers else "Content-Length"
+        raise Refusal(400, f"a WebSocket handshake must have no body: omit {name}, and send the records as messages")
     if len(headers.get_all("Host", [])) != 1:
         raise Refusal(400, "a WebSocket handshake must have exactly one Host header")
     check_origin(headers)

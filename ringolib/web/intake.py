@@ -38,7 +38,7 @@ class RingTicket(NamedTuple):
 
 
 class Intake(Protocol):
-    """See the module's docstring. `closed` is true once nothing more is taken, nor will be stored."""
+    """See the module's docstring. `closed` is true once nothing more is taken. What was taken may still be stored."""
 
     @property
     def closed(self) -> bool: ...
@@ -53,7 +53,7 @@ class Intake(Protocol):
         """True if the records of the ticket are stored, False if that is not known yet, or the error."""
 
     def passed(self, ticket: Any) -> bool:
-        """True if everything up to this ticket is stored, or put aside to be stored later, or has failed."""
+        """True if everything up to this ticket is stored, or set aside to be stored later, or has failed."""
 
     def join_tickets(self, older: Any, newer: Any) -> Any:
         """A ticket for the records of both; None if they are kept apart, as their number is bounded anyway."""

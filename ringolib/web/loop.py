@@ -77,6 +77,7 @@ class IngestLoop:
         self._abort_requested = False
         self._ended = False
 
+        self._took_news = threading.Event()  # for `responds`
         self._woken = False  # a byte is in the socket pair, or is about to be; cleared by the loop
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
@@ -146,6 +147,12 @@ class IngestLoop:
         """Wait for the end of the thread, after `stop`. Return whether it has ended."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    def responds(self, timeout: float) -> bool:
+        """Return True if the loop takes news within `timeout` seconds, or has ended. One thread at a time may call."""
+        self._took_news.clear()
+        self._wake()
+        return not self._thread.is_alive() or self._took_news.wait(timeout) or not self._thread.is_alive()
 
     def _wake(self) -> None:
         if not self._woken:
@@ -219,6 +226,7 @@ class IngestLoop:
         with self._lock:
             added, self._added = self._added, []
             stopping, aborting = self._stop_requested, self._abort_requested
+        self._took_news.set()
         for client, rest in added:
             self._admit(client, rest, now)
         if added:

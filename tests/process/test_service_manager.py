@@ -178,6 +178,8 @@ def test_watchdog_is_silent_while_the_server_is_not_alive(
         ("p.server.table._lock", ("-T", "0")),
         ("p.totals._lock", ("-I", "false")),
         ("p.forwarder._lock", ("-T", "0")),
+        ("p.server.loop._lock", ("-T", "0")),
+        ("p.server.loop._lock", ("-I", "false")),
     ],
 )
 def test_watchdog_is_silent_if_a_lock_is_never_released(
@@ -198,6 +200,20 @@ def test_watchdog_is_silent_if_a_lock_is_never_released(
                 return True
 
         eventually(silent)
+
+
+def test_watchdog_is_silent_if_the_ingest_loop_hangs(tmp_path: Path, manager: Manager) -> None:
+    """It hangs in the work for a client. Other clients would wait for ever; HTTP is still answered."""
+    patch = "app.LOOP_TIMEOUT_SECONDS = 0.5; web.session.Session.receive = lambda *unused: threading.Event().wait()"
+    with managed_server(tmp_path, manager, "-p", "0", "-T", "0", period=0.4, patch=patch) as running:
+        manager.until("WATCHDOG")
+        with RawClient(running.port) as client:
+            client.send(frame(2, bytes(4)))
+            eventually(lambda: "event=not_alive" in running.errors.read_text())
+            assert running.get("/v1.0/alive")[0] == 200
+            with pytest.raises(TimeoutError):
+                while True:
+                    manager.next(timeout=1.5)
 
 
 def test_watchdog_continues_while_the_disk_hangs(tmp_path: Path, manager: Manager) -> None:

@@ -285,6 +285,8 @@ def test_malformed_request_gets_an_error(running: ServerProcess, data: bytes) ->
         pytest.param({"Origin": "http://localhost:1"}, 403, id="another port"),
         pytest.param({"Origin": "null"}, 403, id="no origin"),
         pytest.param({"Sec-WebSocket-Protocol": "\0"}, 400, id="garbled subprotocol"),
+        pytest.param({"Content-Length": "5"}, 400, id="body"),
+        pytest.param({"Transfer-Encoding": "chunked"}, 400, id="chunked body"),
     ],
 )
 def test_invalid_handshake_gets_an_http_error(
@@ -303,6 +305,72 @@ def test_valid_handshake_is_answered_101(running: ServerProcess) -> None:
         lines = {name.lower(): value for name, value in lines.items()}
         assert lines["sec-websocket-accept"] == "ICX+Yqv66kxgM0FcWaLWlFLwTAI="
         assert UUID4.fullmatch(lines["x-request-id"])
+
+
+@pytest.mark.parametrize("header", ["Content-Length: 5", "Transfer-Encoding: chunked"])
+def test_handshake_with_a_body_is_told_which_header_to_omit(running: ServerProcess, header: str) -> None:
+    """Also if the client asks for 100 Continue before it sends the body."""
+    lines = f"\r\nExpect: 100-continue\r\n{header}\r\n\r\n".encode()
+    answer = raw(running.port, UPGRADE.replace(b"\r\n\r\n", lines) + b"12345", half_close=True)
+    assert [int(code) for code in re.findall(rb"HTTP/1.1 (\d+)", answer)] == [100, 400]
+    assert header.partition(":")[0].encode() in answer.partition(b"400 ")[2]
+
+
+@pytest.mark.parametrize(
+    ("headers", "before"),
+    [
+        pytest.param({"Content-Length": "0"}, b"", id="empty body"),
+        pytest.param({"Expect": "100-continue"}, b"", id="expect"),
+        pytest.param({"Connection": "close, Upgrade"}, b"", id="close"),
+        pytest.param({}, b"GET /v1.0/alive HTTP/1.1\r\n\r\n", id="behind another request"),
+        pytest.param({}, post("Content-Length: 4", bytes(4)), id="behind a body"),
+    ],
+)
+def test_only_the_loop_uses_the_socket_after_the_handshake(
+    running: ServerProcess, headers: dict[str, str], before: bytes
+) -> None:
+    """The thread that has answered 101 may neither read input nor end the output."""
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
+    head = UPGRADE.replace(b"Connection: Upgrade\r\n", b"") if "Connection" in headers else UPGRADE
+    with socket.create_connection(("localhost", running.port), DEADLINE) as client:
+        client.sendall(before + head[:-2] + lines + b"\r\n" + frame(2, bytes(4)))
+        received = b""
+        for count in range(1, 4):
+            while not received.endswith(struct.pack(">Q", count)):
+                data = client.recv(65536)
+                assert data, received
+                received += data
+            client.sendall(frame(2, bytes(4)))
+        assert b"HTTP/1.1 101 " in received
+
+
+def test_thread_leaves_the_socket_alone_after_the_handshake(tmp_path: Path) -> None:
+    """Even if it believes that a body follows, which it would discard before the close."""
+    with server(tmp_path, *ROLES["publisher"], patch="web.handler.has_body = lambda headers: True") as running:
+        with RawClient(running.port) as client:
+            assert client.status == 101
+            for count in range(1, 4):
+                client.send(frame(2, bytes(4)))
+                client.acked(count)
+        assert running.stop() == 0
+
+
+def test_request_behind_the_handshake_is_not_answered(running: ServerProcess) -> None:
+    with RawClient(running.port, behind=b"GET /v1.0/stats HTTP/1.1\r\n\r\n") as client:
+        assert client.status == 101
+        assert client.closed()[0] == 1002
+
+
+def test_client_that_does_not_read_the_101_is_given_up(tmp_path: Path) -> None:
+    """It may have requested so much before that no response fits into the buffers."""
+    patch = "web.handler.REQUEST_TIMEOUT_SECONDS = 0.5;"
+    patch += "wsserver.accept_upgrade = lambda sock, *unused: sock.sendall(bytes(1 << 26))"
+    with server(tmp_path, *ROLES["publisher"], "-n", "1", patch=patch) as running:
+        with socket.create_connection(("localhost", running.port), DEADLINE) as client:
+            client.sendall(UPGRADE)
+            assert client.recv(1)
+            eventually(lambda: request(running.port, "POST", "/v1.0/ingest", bytes(4))[0] == 200, "its place is free")
+            assert running.stop() == 0
 
 
 def test_handshake_in_http_1_0_is_refused(running: ServerProcess) -> None:

@@ -732,6 +732,39 @@ def test_paused_loop_acks_what_the_ring_takes_with_ack_in_ring(monkeypatch: pyte
     world.close()
 
 
+def test_loop_responds_when_idle_and_when_the_ring_is_full() -> None:
+    with running(capacity=2) as world:
+        assert world.loop.responds(DEADLINE)
+        world.connect(plain(1, 2, 3, 4, 5))
+        eventually(lambda: world.loop._paused_at is not None)
+        assert all(world.loop.responds(DEADLINE) for _ in range(3))
+
+
+def test_loop_that_hangs_in_a_turn_does_not_respond(world: World) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    class Hanging(Session):
+        def receive(self, data: bytes, now: float) -> Block:
+            entered.set()
+            release.wait(DEADLINE)
+            return super().receive(data, now)
+
+    client = world.connect(session=Hanging(False, module.monotonic()))
+    client.sendall(plain(1))
+    assert entered.wait(DEADLINE)
+    assert not world.loop.responds(0.05)
+    assert not world.loop.responds(0.05)
+    release.set()
+    assert world.loop.responds(DEADLINE)
+
+
+def test_loop_that_has_ended_counts_as_responding(world: World) -> None:
+    """The drain of the ring goes on, and the watchdog with it."""
+    world.loop.stop()
+    assert world.loop.join(DEADLINE)
+    assert Blocked(lambda: world.loop.responds(10 * DEADLINE)).result()
+
+
 class Memory:
     """A store that keeps blocks, and fails when it is told to."""
 
