@@ -51,10 +51,14 @@ from ringolib.wire import Run
 log = logging.getLogger("ringoexp.store")
 
 # One statement inserts many rows. The texts are constant, so that sqlite3 keeps the prepared statements in its cache.
-_INSERT_RECORDS = {size: "INSERT INTO record(value) VALUES " + ",".join(["(?)"] * size) for size in (1024, 128, 16, 1)}
+# OR ROLLBACK, because a failed statement fails the whole transaction anyway. Without it, SQLite copies each page that a
+# statement changes to a temporary file first: section 2.5 of https://www.sqlite.org/tempfiles.html
+_INSERT_RECORDS = {
+    size: "INSERT OR ROLLBACK INTO record(value) VALUES " + ",".join(["(?)"] * size) for size in (1024, 128, 16, 1)
+}
 BATCH_COLUMNS = 5
 _INSERT_BATCHES = {
-    size: "INSERT INTO batch VALUES " + ",".join([f"({','.join('?' * BATCH_COLUMNS)})"] * size)
+    size: "INSERT OR ROLLBACK INTO batch VALUES " + ",".join([f"({','.join('?' * BATCH_COLUMNS)})"] * size)
     for size in (200, 32, 8, 1)
 }
 _MAX_SOURCES_CACHED = 10_000
