@@ -51,10 +51,14 @@ from ringolib.wire import Run
 log = logging.getLogger("ringoexp.store")
 
 # One statement inserts many rows. The texts are constant, so that sqlite3 keeps the prepared statements in its cache.
-_INSERT_RECORDS = {size: "INSERT INTO record(value) VALUES " + ",".join(["(?)"] * size) for size in (1024, 128, 16, 1)}
+# OR ROLLBACK, because a failed statement fails the whole transaction anyway. Without it, SQLite copies each page that a
+# statement changes to a temporary file first: section 2.5 of https://www.sqlite.org/tempfiles.html
+_INSERT_RECORDS = {
+    size: "INSERT OR ROLLBACK INTO record(value) VALUES " + ",".join(["(?)"] * size) for size in (1024, 128, 16, 1)
+}
 BATCH_COLUMNS = 5
 _INSERT_BATCHES = {
-    size: "INSERT INTO batch VALUES " + ",".join([f"({','.join('?' * BATCH_COLUMNS)})"] * size)
+    size: "INSERT OR ROLLBACK INTO batch VALUES " + ",".join([f"({','.join('?' * BATCH_COLUMNS)})"] * size)
     for size in (200, 32, 8, 1)
 }
 _MAX_SOURCES_CACHED = 10_000
@@ -98,6 +102,7 @@ class _Wal:
     def __init__(self, db: sqlite3.Connection, path: str) -> None:
         self.path = path
         self.limit = LARGE_WAL_BYTES  # the size at which the WAL is emptied the next time
+        self.committed_size = self.size()  # after the last commit
         self._db = db
         self._held_by_reader = False  # this is logged
 
@@ -110,7 +115,7 @@ class _Wal:
 
     def empty_if_large(self) -> None:
         """Empty a large WAL. If a reader still needs it, let it grow by LARGE_WAL_BYTES before the next attempt."""
-        size = self.size()
+        size = self.committed_size
         if self._held_by_reader and size <= LARGE_WAL_BYTES:
             self.limit, self._held_by_reader = LARGE_WAL_BYTES, False
             log.info("wal_cut", {"bytes": size})
@@ -410,8 +415,9 @@ class Store(GroupCommit):
     def _check_in_place(self) -> None:
         """Raise StoreError if the file or its WAL was moved or removed: then the records of this commit are lost."""
         try:
+            # By path: the status of an open file does not tell that the file was moved.
             status = os.stat(self._real_path)
-            os.stat(self._wal.path)
+            self._wal.committed_size = os.stat(self._wal.path).st_size
             in_place = (status.st_dev, status.st_ino) == self._inode
         except OSError:
             in_place = False

@@ -135,6 +135,8 @@ class GroupCommit(ABC):
                 self._group_ready.notify()
         while group := self._lead_unless_done(block):
             self._commit(group)
+            if block in group:  # this thread has set its outcome
+                break
         if block.error:
             # A new exception for each caller: raising one exception in several threads would mix their tracebacks.
             raise StoreError(str(block.error)) from block.error

@@ -49,6 +49,18 @@ IDENTITY_SCHEMA = "CREATE TABLE IF NOT EXISTS identity(uuid BLOB NOT NULL)"
 """Added to older files when they are opened. It needs no new schema version: older programs ignore the table."""
 BUSY_TIMEOUT_MS = 5000
 """How long a commit waits for another program's write lock before it fails."""
+CACHE_KIB = 8 * 1024
+"""The limit of SQLite's page cache. A commit changes a page of the index of `batch` for each of its sources.
+
+With 2000 sources, SQLite reads half as many pages as with the default of 2 MB:
+https://www.sqlite.org/pragma.html#pragma_cache_size
+"""
+CHECKPOINT_PAGES = 4000
+"""When the WAL has this many pages (16 MB), SQLite copies them into the database file.
+
+A page that several commits have changed is copied once. With 2000 sources and the default of 1000 pages, each commit
+would copy all its pages: https://www.sqlite.org/pragma.html#pragma_wal_autocheckpoint
+"""
 _MAGIC = b"SQLite format 3\0"  # https://www.sqlite.org/fileformat.html#the_database_header
 _WAL_MAGICS = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")  # https://www.sqlite.org/fileformat.html#the_wal_file
 _JOURNAL_MAGIC = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"  # https://www.sqlite.org/fileformat.html#the_rollback_journal
@@ -74,6 +86,8 @@ def connect(path: str, application_id: int, wal_limit: int) -> sqlite3.Connectio
             raise StoreError(f"{path} cannot use WAL mode (it uses {mode} mode): move it to a local file system")
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA journal_size_limit = {wal_limit}")
+        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        db.execute(f"PRAGMA cache_size = {-CACHE_KIB}")
         if is_new:
             db.executescript(
                 f"""BEGIN IMMEDIATE;

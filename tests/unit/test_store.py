@@ -138,6 +138,37 @@ def test_full_disk_fails_commit_until_there_is_room(opened: Store, path: Path) -
     assert len(stored_values(path)) == 10_000
 
 
+def test_failed_constraint_rolls_back_whole_transaction(opened: Store, path: Path) -> None:
+    """Another program has stored a batch under the id of the third record of the commit."""
+    opened.append(*block(A, 0, 1))
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("INSERT INTO batch VALUES (4, 1, 99, 0, 0)")
+        for _ in range(2):
+            with pytest.raises(StoreError, match="UNIQUE constraint failed"):
+                opened.append([Run(A, 2 * n, 1) for n in range(1, 21)], array("q", range(20)))
+            assert query(path, "SELECT (SELECT count(*) FROM record), (SELECT count(*) FROM batch)") == [(1, 2)]
+        other.execute("DELETE FROM batch WHERE first_id = 4")
+    opened.append([Run(A, 2 * n, 1) for n in range(1, 21)], array("q", range(20)))
+    assert len(stored_values(path)) == 21 and opened.stats().held == 21
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux")
+def test_commit_of_many_sources_opens_no_temporary_file(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes 40 pages; SQLite's statement journal becomes a file from 64 KiB on."""
+    sources = [bytes([n]) * 16 for n in range(40)]
+    opened.append([Run(source, 2 * n, 1) for source in sources for n in range(500)], array("q", range(20_000)))
+    insert, during = opened._insert_records, []
+
+    def count_files(values: "array[int]") -> None:
+        insert(values)
+        during.append(len(os.listdir("/proc/self/fd")))
+
+    monkeypatch.setattr(opened, "_insert_records", count_files)
+    before = len(os.listdir("/proc/self/fd"))
+    opened.append([Run(source, 1000, 1) for source in sources], array("q", range(40)))
+    assert during == [before]
+
+
 def test_check_commits_but_is_not_counted(opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "SUCCESS_VALID_SECONDS", 0)
     opened.append(*block(A, 0, 5))
