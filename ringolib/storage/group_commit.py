@@ -233,7 +233,7 @@ class GroupCommit(ABC):
                 with self._lock:
                     self._end_turn()
             except BaseException:  # the turn would never end
-                fatal(log, "the end of a turn")
+                fatal(log, "a turn at the database")
 
     # Turns.
 

@@ -1,7 +1,7 @@
 """The deadlines of many clients, in a heap: finding those that have passed costs nothing for the others.
 
-A client has one valid entry, `Client.scheduled`. Entries are not moved: a deadline that has become later is looked at
-when the old one passes. One thread uses a `Deadlines`.
+A client has one valid entry, `Client.scheduled`. An entry is never moved. If a deadline moves later, the old entry
+stays, and the client is checked when it passes. One thread uses a `Deadlines`.
 """
 
 import heapq
@@ -11,7 +11,7 @@ from math import inf
 from ringolib.web.client import Client
 
 MAX_STALE_ENTRIES = 1000
-"""Entries that are not valid any more, beyond as many as there are clients, before they are removed."""
+"""Invalid entries are removed when there are more than this, plus one for each client."""
 
 
 class Deadlines:

@@ -11,8 +11,9 @@ backlog is empty. That is the backpressure, and the backlog is at most the reads
 A commit wakes the loop once through a socket pair, however many clients wait for it: any thread may call `_wake`.
 `add`, `stop` and `abort` leave their news under `_lock`. Everything else belongs to the thread.
 
-An error in the work for one client ends that client's connection with 1011. After an error in the loop's own
-bookkeeping, acks may be wrong. So `fatal` ends the process: acked records are on disk, and a restart is correct.
+An error in the work for one client ends that client's connection: with 1011, or without a Close frame if the socket's
+state is not known. After an error in the loop's own bookkeeping, acks may be wrong. So `fatal` ends the process: acked
+records are on disk, and a restart is correct.
 """
 
 import logging
@@ -51,13 +52,17 @@ READ_SECONDS = 0.005
 SLOW_READ_SECONDS = 0.002
 """Time for one client in a turn, beyond which the next read from it is a small one."""
 HELD_BYTES = 64 * 1024 * 1024
-"""Bytes of unfinished messages, of all clients. Beyond it, only one client with a large unfinished message is read."""
+"""Bytes of unfinished messages, of all clients. Beyond it, only one client with a large unfinished message is read.
+
+Clients with at most SHARED_READ_SIZE bytes are read in any case, so the memory is bounded by this and twice
+SHARED_READ_SIZE for each client.
+"""
 MAX_MARKS = 1024
-"""Marks of one client, and offers, that are kept apart while their records are not stored."""
+"""A client may have this many marks, and the loop this many offers. Beyond it, the newest two are merged."""
 INTERNAL_ERROR = "internal error"
 """Why a connection is closed with 1011 after an error that nothing expected; the log has it."""
 GONE_CHECK_SECONDS = 1.0
-"""How often a paused loop checks whether clients have left."""
+"""How often the loop checks whether clients from which it does not read have left."""
 _BLOCK_OF = itemgetter(1)  # of an entry of the backlog
 _GONE = select.POLLHUP | select.POLLERR
 _HALF_CLOSED = getattr(select, "POLLRDHUP", 0)  # Linux only
@@ -96,7 +101,7 @@ class IngestLoop:
         self._left_in_round = 0  # of those; the others, behind them, are served in the next round
         self._held = 0  # bytes of unfinished messages
         self._holders: dict[Client, None] = {}  # clients with a large unfinished message, in the order they began
-        self._suspended: set[Client] = set()  # holders that are not read, because HELD_BYTES are reached
+        self._suspended: dict[Client, float] = {}  # holders that are not read since, because HELD_BYTES are reached
         self._buffer = memoryview(bytearray(READ_SIZE))
         # Records on their way.
         self._backlog: deque[tuple[Client, Block | Rest, float]] = deque()  # and when each block was read
@@ -176,7 +181,8 @@ class IngestLoop:
     def _turn(self) -> bool:
         """Do one turn. Return False if the loop has ended."""
         may_read = self._paused_at is None
-        timeout_ms = 0 if may_read and self._ready else self._timeout_ms()
+        goes_on = bool(self._ready) if may_read else not self._backlog
+        timeout_ms = 0 if goes_on else self._timeout_ms()
         sources = {descriptor for descriptor, _ in self._poll.poll(timeout_ms)}
         now = monotonic()
         is_woken = self._wake_receiver.fileno() in sources
@@ -196,7 +202,7 @@ class IngestLoop:
                         self._queue(self._by_descriptor[descriptor])
                 self._left_in_round = len(self._ready)
             self._read_all(now)
-        else:
+        if self._paused_at is not None or self._suspended:
             self._check_gone(now)
         self._settle(now)  # with `-A ring`, records in the ring are settled
         self._check_deadlines(now)
@@ -206,7 +212,7 @@ class IngestLoop:
     def _timeout_ms(self) -> int | None:
         """Return the time until the next deadline, None if there is none."""
         until = self._deadlines.next
-        if self._paused_at is not None:
+        if self._paused_at is not None or self._suspended:
             until = min(until, self._gone_checked_at + GONE_CHECK_SECONDS)
         return None if until == inf else max(0, int((until - monotonic()) * 1000) + 1)
 
@@ -267,9 +273,10 @@ class IngestLoop:
 
     def _read_all(self, now: float) -> None:
         """Serve the clients of the round, up to OFFER_RECORDS records and READ_SECONDS, and offer the blocks."""
-        records, at = 0, now
+        records, at = 0, monotonic()
+        until = at + READ_SECONDS
         is_alone = len(self._ready) == 1
-        while self._left_in_round and records < OFFER_RECORDS and at < now + READ_SECONDS:
+        while self._left_in_round and records < OFFER_RECORDS and at < until:
             self._left_in_round -= 1
             client = self._ready.popleft()
             client.queued = False
@@ -280,7 +287,8 @@ class IngestLoop:
                 if client.is_tls:
                     self._queue(client)
             else:
-                records += self._read(client, READ_SIZE if is_alone and not client.slow else SHARED_READ_SIZE, now)
+                is_large = is_alone and not client.slow and self._held < HELD_BYTES
+                records += self._read(client, READ_SIZE if is_large else SHARED_READ_SIZE, now)
             if client.session.has_input:
                 self._queue(client)
             started, at = at, monotonic()
@@ -290,7 +298,7 @@ class IngestLoop:
 
     def _read(self, client: Client, limit: int, now: float) -> int:
         """Read from a client. Return the number of records that came."""
-        if self._held >= HELD_BYTES and self._must_wait(client):
+        if self._held >= HELD_BYTES and self._suspend(client, now):
             return 0
         try:
             data = client.read(self._buffer, limit)
@@ -298,7 +306,8 @@ class IngestLoop:
             self._lose(client, error)
             return 0
         except Exception as error:
-            self._fail_session(client, error, now)
+            log_unexpected(log, "session_error", error)
+            self._lose(client, error)
             return 0
         if data is None:
             return 0
@@ -351,7 +360,7 @@ class IngestLoop:
         if client.reading:
             client.reading = False
             if client in self._suspended:
-                self._suspended.discard(client)
+                del self._suspended[client]
             else:
                 self._readers.unregister(client.descriptor)
 
@@ -359,31 +368,42 @@ class IngestLoop:
 
     def _hold(self, client: Client, size: int) -> None:
         """Note that the client's unfinished message has this many bytes now."""
+        if size < client.held:
+            self._holders.pop(client, None)  # its next message comes after those of others
         self._held += size - client.held
         client.held = size
         if size > SHARED_READ_SIZE:
             self._holders[client] = None
-        elif client in self._holders:
-            del self._holders[client]
         if self._suspended:
-            self._resume()
+            oldest = next(iter(self._holders), None)
+            if self._held < HELD_BYTES or oldest in self._suspended or client in self._suspended:
+                self._resume(oldest)
 
-    def _must_wait(self, client: Client) -> bool:
-        """Suspend a client with a large unfinished message, unless it is the oldest one. Return whether it is."""
+    def _suspend(self, client: Client, now: float) -> bool:
+        """Read no more from a client with a large unfinished message, unless it is the oldest. Return True if so."""
         if client not in self._holders or client is next(iter(self._holders)):
             return False
-        self._suspended.add(client)
+        self._suspended[client] = now
         self._readers.unregister(client.descriptor)
         return True
 
-    def _resume(self) -> None:
-        """Read again from suspended clients: from the oldest holder in any case, from all if there is memory."""
-        oldest = next(iter(self._holders), None)
-        for client in list(self._suspended):
-            if client is oldest or self._held < HELD_BYTES:
-                self._suspended.discard(client)
-                self._readers.register(client.descriptor)
-                self._queue(client)  # data may be decrypted already
+    def _resume(self, oldest: Client | None) -> None:
+        """Read again from suspended clients: from the oldest holder, from those that have ended, or from all."""
+        now = monotonic()
+        lost = []
+        for client, since in list(self._suspended.items()):
+            if client is oldest or client not in self._holders or self._held < HELD_BYTES:
+                del self._suspended[client]
+                client.session.paused(now - since, now)
+                client.pause_seen = self._paused_seconds  # that pause is in it
+                try:
+                    self._readers.register(client.descriptor)
+                    self._queue(client)  # data may be decrypted already
+                except OSError as error:  # the system has no room
+                    client.reading = False
+                    lost.append((client, error))
+        for client, cause in lost:
+            self._lose(client, cause)
 
     # Backlog and pauses.
 
@@ -432,13 +452,14 @@ class IngestLoop:
             self._advance(client, now)
 
     def _check_gone(self, now: float) -> None:
-        """Drop clients that have left. A paused loop does not read, so it would not notice."""
+        """Drop clients that are not read, and have left."""
         if now < self._gone_checked_at + GONE_CHECK_SECONDS:
             return
         self._gone_checked_at = now
         poll = select.poll()
-        for client in self._clients:
-            poll.register(client.descriptor, _GONE if client.session.ending else _GONE | _HALF_CLOSED)
+        for client in self._clients if self._paused_at is not None else self._suspended:
+            is_open = client.session.ending is None and client not in self._suspended
+            poll.register(client.descriptor, _GONE | _HALF_CLOSED if is_open else _GONE)
         for descriptor, _ in poll.poll(0):
             self._lose(self._by_descriptor[descriptor], ConnectionResetError("the client has left"))
 
@@ -453,8 +474,15 @@ class IngestLoop:
             client.pause_seen = self._paused_seconds
 
     def _schedule(self, client: Client, latest: float = inf) -> None:
-        """Note the client's next deadline, or `latest`. In a pause, deadlines that do not apply may have passed."""
-        earliest = 0.0 if self._paused_at is None else self._gone_checked_at + GONE_CHECK_SECONDS
+        """Note the client's next deadline, at latest `latest`.
+
+        A client that is not read may have deadlines in the past that do not apply. So it is not checked at once again.
+        """
+        earliest = 0.0
+        if self._paused_at is not None:
+            earliest = self._gone_checked_at + GONE_CHECK_SECONDS
+        elif client in self._suspended:
+            earliest = monotonic() + GONE_CHECK_SECONDS
         self._deadlines.schedule(client, earliest, latest)
 
     # Acks.
@@ -518,7 +546,8 @@ class IngestLoop:
     def _advance(self, client: Client, now: float) -> None:
         """Send what is due, and take the next step of an ending connection."""
         session = client.session
-        if session.ending is not None and not session.closing:
+        if session.ending is not None and not session.closing and client in self._clients:
+            self._hold(client, session.held)  # an ending frees the unfinished message
             is_over = self._stopping and self._intake.closed  # nothing more will be stored
             if is_over or not client.marks and not client.waiting:
                 if client.marks and session.batches and session.ending == GOING_AWAY:
@@ -544,8 +573,7 @@ class IngestLoop:
             return
         except Exception as error:  # what has been sent is unknown, so no Close frame can follow
             log_unexpected(log, "session_error", error)
-            session.end(1011, INTERNAL_ERROR)
-            self._drop(client)
+            self._lose(client, error)
             return
         self._acked += session.acked - acked
         if client.unsent:
@@ -565,7 +593,7 @@ class IngestLoop:
             self._writers.unregister(client.descriptor)
         client.writing = bool(client.unsent)
 
-    def _lose(self, client: Client, error: OSError) -> None:
+    def _lose(self, client: Client, error: Exception) -> None:
         """The connection is lost, or given up."""
         client.session.end(LOST[0], f"{LOST[1]}: {error}")
         self._drop(client)
@@ -597,7 +625,7 @@ class IngestLoop:
             if session.next_deadline <= now:
                 try:
                     if not session.closing:
-                        session.expire(now, reading)
+                        session.expire(now, reading and client not in self._suspended)
                 except Exception as error:
                     self._fail_session(client, error, now)
                     continue
