@@ -55,11 +55,12 @@ CACHE_KIB = 8 * 1024
 With 2000 sources, SQLite reads half as many pages as with the default of 2 MB:
 https://www.sqlite.org/pragma.html#pragma_cache_size
 """
-CHECKPOINT_PAGES = 4000
-"""When the WAL has this many pages (16 MB), SQLite copies them into the database file.
+CHECKPOINT_PAGES = 2000
+"""When the WAL has this many pages (8 MB), SQLite copies them into the database file.
 
 A page that several commits have changed is copied once. With 2000 sources and the default of 1000 pages, each commit
-would copy all its pages: https://www.sqlite.org/pragma.html#pragma_wal_autocheckpoint
+would copy all its pages. More is no better for one source: the first commits make the file grow, which costs more.
+https://www.sqlite.org/pragma.html#pragma_wal_autocheckpoint
 """
 _MAGIC = b"SQLite format 3\0"  # https://www.sqlite.org/fileformat.html#the_database_header
 _WAL_MAGICS = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")  # https://www.sqlite.org/fileformat.html#the_wal_file
