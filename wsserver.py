@@ -123,10 +123,7 @@ class Handler(WebHandler):
         if self.server.stopping.is_set():
             return super().admission_refusal()
         self.server.table.count_refused()
-        limits = self.server.table.limits
-        limit = f"{limits.admitted or limits.threads} at once"
-        if self.server.table.is_address_full():
-            limit = f"{limits.per_address} from one address"
+        limit = self.server.table.reached_limit()
         return Refusal(503, f"too many connections: the limit is {limit}; retry later", {"Retry-After": "1"})
 
     def refuse_unauthorized(self, path: str) -> None:
@@ -181,11 +178,8 @@ class Handler(WebHandler):
             return [Reason("draining", "the server is stopping")]
         reasons = self.server.monitor.reasons()
         if not self.server.table.is_admitted():
-            limits = self.server.table.limits
-            limit = f"all {limits.admitted or limits.threads} connections are in use (-n, --threads)"
-            if self.server.table.is_address_full():
-                limit = f"all {limits.per_address} connections of this address are in use (--per_address)"
-            reasons.append(Reason(CONNECTIONS_FULL, limit))
+            limit = self.server.table.reached_limit()
+            reasons.append(Reason(CONNECTIONS_FULL, f"the limit is reached: {limit}"))
         return reasons
 
     def _post(self) -> None:

@@ -208,8 +208,8 @@ OPTIONS = (
     Option("", "per_address", 0, _limit, "limits",
            "maximum number of connections from one client address; 0: no limit"),
     Option("", "threads", DEFAULT_THREADS, _whole_number(512, 10**6), "limits",
-           "maximum number of threads: one for each HTTP connection and worker, 128 for the rest; a WebSocket needs no "
-           "thread; the server refuses HTTP connections beyond it, as with -n"),
+           "maximum number of threads, at least 512: one for each HTTP connection and worker, 128 for the rest; an "
+           "open WebSocket needs none; the server refuses HTTP connections beyond it, as with -n"),
     Option("X", "procs", 0, _limit, "system", "processor cores to use; 0: all available"),
     Option("L", "profiler_port", 0, _optional_port, "system", "port of the profiler, /debug/pprof/; 0 or less: off"),
     Option("", "profiler_host", "localhost", _host, "system", "address the profiler listens on"),

@@ -19,7 +19,7 @@ SMALL_READ_SIZE = 2048
 
 
 class Mark(NamedTuple):
-    """A read whose records the intake has: they are stored when its ticket and those of all older marks are."""
+    """Records that the intake has. They are stored when this ticket and those of all older marks are."""
 
     ticket: Any
     records: int  # of the connection, up to and including this read

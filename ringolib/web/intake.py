@@ -56,7 +56,7 @@ class Intake(Protocol):
         """True if everything up to this ticket is stored, or set aside to be stored later, or has failed."""
 
     def join_tickets(self, older: Any, newer: Any) -> Any:
-        """A ticket for the records of both; None if they are kept apart, as their number is bounded anyway."""
+        """Return one ticket for both, or None if the intake itself limits the number of tickets."""
 
     def on_progress(self, listener: Callable[[], None]) -> None:
         """Have `listener` called, by any thread, when there may be new outcomes, or room."""
@@ -130,7 +130,7 @@ class RingIntake:
                 finally:
                     part.release()
                 accepted += run.count
-        # Not the cursor that `put` returns: after Full or Closed it returns none, and a later cursor is safe.
+        # Full and Closed carry no cursor. A later one is safe: the ack only comes later.
         return accepted, RingTicket(since, self._ring.cursor)
 
     def wait(self, ticket: RingTicket, timeout: float) -> bool:

@@ -250,7 +250,7 @@ class Session:
                 self._out += PING
 
     def paused(self, seconds: float, now: float) -> None:
-        """The owner did not read for so long, up to now or earlier: that is not the client's silence."""
+        """Do not count `seconds`, in which the owner did not read, as the client's silence."""
         self._heard = min(self._heard + seconds, now)
         if self._pinged is not None:
             self._pinged = min(self._pinged + seconds, now)

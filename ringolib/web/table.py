@@ -45,7 +45,7 @@ class _Entry(NamedTuple):
     address_full: bool  # not admitted, because of Limits.per_address
     late: bool  # accepted after `begin_stop`
     websocket: bool = False
-    detached: bool = False  # not its thread's any more
+    detached: bool = False  # its thread has handed it to the loop
 
 
 class ConnectionTable:
@@ -156,10 +156,15 @@ class ConnectionTable:
         with self._lock:
             return self._entries[threading.current_thread()].admitted
 
-    def is_address_full(self) -> bool:
-        """True if the calling thread's connection was not admitted because of Limits.per_address."""
+    def reached_limit(self) -> str:
+        """Return the limit that keeps the calling thread's connection from being admitted, in words."""
+        limits = self.limits
         with self._lock:
-            return self._entries[threading.current_thread()].address_full
+            if self._entries[threading.current_thread()].address_full:
+                return f"{limits.per_address} connections from one address (--per_address)"
+            if limits.admitted and self._admitted >= limits.admitted or not limits.threads:
+                return f"{limits.admitted} connections at once (-n)"
+            return f"{limits.threads} HTTP connections at once (--threads)"
 
     def mark_websocket(self) -> None:
         """Record that the calling thread's connection becomes a WebSocket: a stop must not end its reading side."""

@@ -33,11 +33,9 @@ def test_connections_per_address_are_limited(tmp_path: Path) -> None:
         assert running.get("/v1.0/alive")[0] == 200, "requests that store no records are answered"
         with RawClient(running.port) as refused:
             assert refused.status == 503 and "Retry-After: 1" in refused.head
-            assert b"2 from one address" in refused.sock.recv(65536) + refused._buffer
+            assert b"2 connections from one address" in refused.sock.recv(65536) + refused._buffer
         answer = running.get("/v1.0/ready")[2].decode()
-        assert "all 2 connections of this address are in use (--per_address)" in answer, (
-            "the limit is not the total one"
-        )
+        assert "2 connections from one address (--per_address)" in answer, "the limit is not the total one"
         stats = running.stats()
         assert stats["refusedConnections"] == 1 and stats["connections"] == 2
         with socket.create_connection(("127.0.0.1", running.port), source_address=("127.0.0.2", 0)) as other:
@@ -96,6 +94,8 @@ def test_http_connections_are_limited_by_threads_websockets_are_not(tmp_path: Pa
         eventually(lambda: json.loads(running.get("/v1.0/stats")[2])["memStats"]["threads"] > limit)
         with RawClient(running.port) as refused:
             assert refused.status == 503
+            text = b"the limit is 384 HTTP connections at once (--threads)"
+            assert text in refused.sock.recv(65536) + refused._buffer
         assert json.loads(running.get("/v1.0/stats")[2])["memStats"]["threads"] <= 512
         clients[0].send(frame(2, bytes(4)))
         assert clients[0].acked(1) == 1
