@@ -42,9 +42,9 @@ from ringolib.wire import Block, Rest
 log = logging.getLogger("ringoexp.ingest")
 
 READ_SIZE = 256 * 1024
-"""Bytes read from a client in a turn if no other client is ready."""
+"""Bytes read from the client in a turn if there is no other."""
 SHARED_READ_SIZE = 64 * 1024
-"""Bytes read from each client in a turn if several are ready."""
+"""Bytes read from each client in a turn if there are several: what others wait for while it is decoded and stored."""
 OFFER_RECORDS = 65_536
 """Records after which a turn offers what it has read; the other ready clients are read in the next turn."""
 READ_SECONDS = 0.005
@@ -275,7 +275,7 @@ class IngestLoop:
         """Serve the clients of the round, up to OFFER_RECORDS records and READ_SECONDS, and offer the blocks."""
         records, at = 0, monotonic()
         until = at + READ_SECONDS
-        is_alone = len(self._ready) == 1
+        is_alone = len(self._clients) == 1
         while self._left_in_round and records < OFFER_RECORDS and at < until:
             self._left_in_round -= 1
             client = self._ready.popleft()
