@@ -275,7 +275,7 @@ def test_client_is_pinged_and_not_given_up_while_the_owner_does_not_read(session
     assert session.lost
 
 
-def test_client_that_reads_nothing_is_given_up_while_the_owner_does_not_read(session: Session) -> None:
+def test_client_that_reads_nothing_is_given_up_during_a_pause(session: Session) -> None:
     session.sent(progress=False, rest=10, now=1.0)
     session.expire(1.0 + module.STALL_TIMEOUT_SECONDS, reading=False)
     assert session.lost
