@@ -190,7 +190,8 @@ class IngestLoop:
             self._take_news(now)
         if self._writers.fileno() in sources:
             for descriptor in self._writers.ready():
-                self._send(self._by_descriptor[descriptor], now)
+                if client := self._by_descriptor.get(descriptor):  # the loss of one may be the loss of another
+                    self._send(client, now)
         self._settle(now, is_woken)
         if self._backlog or self._paused_at is not None:  # the clients of the backlog may have left
             self._offer_backlog(now)
