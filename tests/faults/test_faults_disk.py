@@ -195,6 +195,7 @@ def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("role", "fault", "outages"),
     [
@@ -247,8 +248,8 @@ def test_failing_disk_loses_nothing_and_recovers(
             eventually(lambda: events(storing, "store_ok") == events(storing, "store_failing"))
             assert events(storing, "store_failing") == logged and logged == outage or not fault.sudden
             if front is not storing:
-                assert events(front, "link_down") == outage or not fault.sudden
-                assert outage <= events(front, "link_down") <= events(storing, "store_failing")
+                # Twice: the ack of a commit before the fault may come after the error, and shows the link as up.
+                assert outage <= events(front, "link_down") <= 2 * events(storing, "store_failing")
             assert request(front.port, "POST", "/v1.0/ingest", encode_plain([2]))[0] == 200
         assert stored(database, producer) == (producer.sent, producer.sent, producer.sent, 0)
         assert query(database, "SELECT count(*) FROM record WHERE value = 2") == [(outages,)]

@@ -572,6 +572,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["an invalid length, posted", "a malformed batch", *REFUSED])
 def test_refused_large_message_is_freed(tmp_path: Path, what: str) -> None:
     """The memory must not wait for Python's cycle collector, which runs rarely in an idle server."""

@@ -411,6 +411,7 @@ def test_stalled_client_is_cut_off_while_its_record_waits(tmp_path: Path, ack: s
             eventually(lambda: running.stats()["ringDepth"] == 0)
 
 
+@pytest.mark.slow
 def test_client_waiting_for_the_consumer_stays_connected(tmp_path: Path) -> None:
     """A client whose pongs follow messages without room in the ring stays too: the server does not read its pongs."""
     port = free_port()

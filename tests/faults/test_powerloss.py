@@ -396,6 +396,7 @@ def seed() -> int:
     return seeded()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("role", "patch"),
     [

@@ -192,6 +192,7 @@ def test_stop_answers_unfinished_request_on_unix_socket(short_path: Path) -> Non
     assert rows(short_path / "ringoexp.db") == []
 
 
+@pytest.mark.slow
 def test_late_reader_on_unix_socket_gets_newest_ack(short_path: Path) -> None:
     """The buffer of a Unix socket holds only some hundred acks: one ack replaces the others."""
     with server(short_path, "-H", "unix:x.sock", "-r", "65536") as running, RawClient(running.at) as client:

@@ -197,6 +197,7 @@ def test_lines_are_dropped_and_counted_if_the_reader_stalls(log: logging.Logger)
     assert 100 < kept < 2000 and dropped == [str(2000 - kept)] and "event=went_on" in lines[-1]
 
 
+@pytest.mark.slow
 def test_server_runs_and_stops_if_its_log_is_not_read(tmp_path: Path) -> None:
     read_end, write_end = os.pipe()
     with open(read_end, "rb"):

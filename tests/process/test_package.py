@@ -15,6 +15,8 @@ from support.harness import DEADLINE, ROOT, ServerProcess, program_files, rows
 
 from ringolib import __version__
 
+pytestmark = pytest.mark.slow  # builds, virtual environments and other Pythons
+
 PAGE = (ROOT / "ringolib/web/dashboard.html").read_bytes()
 NOT_SOURCE = (".*", "__pycache__", "*.egg-info", "build", "dist", "*.db*", "*.pyz")
 
@@ -86,7 +88,6 @@ def check_works(program: Path, directory: Path) -> None:
     assert "Traceback" not in running.errors.read_text()
 
 
-@pytest.mark.slow
 def test_sdist_has_all_files_of_the_repository(built: Built) -> None:
     with tarfile.open(built.sdist) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
@@ -131,7 +132,6 @@ def test_wheel_has_only_modules_page_and_licence(built: Built) -> None:
     assert [re.split(r"[<>=]", text)[0] for text in requirements] == ["simple-websocket"]
 
 
-@pytest.mark.slow
 def test_installed_program_runs_from_any_directory(built: Built, tmp_path: Path) -> None:
     """As pipx installs it: an environment for this program alone, and a link to its script on the PATH."""
     program = venv(tmp_path / "venv", built.wheel) / "ringoexp"

@@ -124,6 +124,7 @@ def test_zipapp_serves_the_page(tmp_path: Path) -> None:
     assert_serves_the_page(tmp_path, sys.executable, "ringoexp.pyz")
 
 
+@pytest.mark.slow
 def test_installed_package_serves_the_page(tmp_path: Path) -> None:
     source = copy_program(tmp_path / "source", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
     pip = [

@@ -307,6 +307,7 @@ def test_chained_publishers_keep_sources_and_sequences(tmp_path: Path) -> None:
     assert by_source(tmp_path / "c.db") == {str(client.source): list(client.values)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_sends_the_last_ack_and_closes_with_1001(tmp_path: Path, number: int) -> None:
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db") as consumer:

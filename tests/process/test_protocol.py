@@ -481,6 +481,7 @@ def test_python_client_of_the_document_runs_unchanged(tmp_path: Path) -> None:
     assert [row[1:] for row in rows(tmp_path / "ringoexp.db")] == [(0, 1), (1, -2), (2, 2**40)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ROLES)
 def test_example_client_keeps_exactly_once_while_server_is_killed(tmp_path: Path, role: str) -> None:
     """The client runs in Node, without packages. Acked records are in the killed server's files, each once."""

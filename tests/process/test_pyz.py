@@ -34,6 +34,8 @@ from support.harness import (
     rows,
 )
 
+pytestmark = pytest.mark.slow  # builds, virtual environments and other Pythons
+
 MAX_BYTES = 350_000
 PAGE_FILE = ROOT / "ringolib/web/dashboard.html"
 PAGE = PAGE_FILE.read_bytes()
@@ -100,7 +102,6 @@ def post(port: int, *values: int) -> tuple[int, int]:
     return status, json.loads(body)["stored"]
 
 
-@pytest.mark.slow
 @each_python
 def test_one_file_is_the_whole_program(pyz: Path, alone: list[str], tmp_path: Path, python: str) -> None:
     work = tmp_path / "work"
@@ -132,7 +133,6 @@ def test_one_file_is_the_whole_program(pyz: Path, alone: list[str], tmp_path: Pa
     assert [path.name for path in pyz.parent.iterdir()] == ["ringoexp.pyz"]
 
 
-@pytest.mark.slow
 @each_python
 def test_exit_statuses_are_kept(pyz: Path, alone: list[str], tmp_path: Path, python: str) -> None:
     program = [python, "-I", "-S", str(pyz)]
@@ -146,7 +146,6 @@ def test_exit_statuses_are_kept(pyz: Path, alone: list[str], tmp_path: Path, pyt
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 
-@pytest.mark.slow
 def test_exit_status_is_3_if_records_stay_unstored(pyz: Path, alone: list[str], tmp_path: Path) -> None:
     patched = f"""
 import runpy, sys

@@ -71,6 +71,7 @@ def test_idle_publisher_is_ready_while_its_consumer_is(tmp_path: Path) -> None:
         assert publisher.errors.read_text() == "", "only links log, and there was no link"
 
 
+@pytest.mark.slow
 def test_stats_and_metrics_show_the_consumer_of_an_idle_publisher(tmp_path: Path) -> None:
     """They make the publisher ask but do not wait long for the answer: the next request has it."""
     port = free_port()
@@ -125,6 +126,7 @@ def test_full_ring_is_a_reason_once_it_is_stuck(tmp_path: Path) -> None:
             assert details == ["all 4 slots are in use"]
 
 
+@pytest.mark.slow
 def test_draining_server_is_not_ready(tmp_path: Path) -> None:
     patch = f"app.DRAIN_SECONDS = 600; {QUICK}"
     with (
@@ -151,6 +153,7 @@ def test_server_at_its_connection_limit_is_not_ready(tmp_path: Path) -> None:
         eventually(lambda: not_ready(running) == [])
 
 
+@pytest.mark.slow
 def test_linked_publisher_ignores_the_consumers_connection_limit(tmp_path: Path) -> None:
     with (
         server(tmp_path, "-I", "false", "-p", "0", "-n", "1", patch=QUICK) as consumer,
@@ -195,6 +198,7 @@ def test_spool_on_a_nearly_full_disk_is_a_reason(tmp_path: Path) -> None:
         assert not_ready(publisher) == ["consumer_unreachable", "spool_full"]
 
 
+@pytest.mark.slow
 def test_consumer_is_up_if_one_link_fails_and_another_stores(tmp_path: Path) -> None:
     """The worker whose link failed has no record left to try again. The consumer must not stay down because of it."""
     with (
@@ -221,6 +225,7 @@ def test_consumer_is_up_if_one_link_fails_and_another_stores(tmp_path: Path) -> 
         eventually(lambda: not_ready(publisher) == [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["consumer", "publisher"])
 def test_ready_answers_and_server_stops_if_a_probe_hangs(tmp_path: Path, role: str) -> None:
     """The consumer's disk hangs. The publisher's consumer sends single bytes, and never completes an answer."""

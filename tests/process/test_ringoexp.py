@@ -315,6 +315,7 @@ def test_unusable_database_error_is_one_line(tmp_path: Path, consumer: bool) -> 
         assert "in use by another ringoexp" in cannot_run(tmp_path, *flags, "-D", "used")
 
 
+@pytest.mark.slow
 def test_failed_start_creates_no_file(tmp_path: Path) -> None:
     """The port is in use, or the file of -D is not a database."""
     (tmp_path / "text").write_text("precious\n")
@@ -487,6 +488,7 @@ def test_second_signal_ends_a_server_that_hangs(tmp_path: Path) -> None:
         running.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT), (2, 2, 2)])
 def test_simultaneous_signals_count_as_one(tmp_path: Path, numbers: tuple[int, ...]) -> None:
     """A shell and a process manager may both send one. SIGSTOP makes them arrive together."""
@@ -546,6 +548,7 @@ def test_idle_http_connections_do_not_delay_the_stop(tmp_path: Path) -> None:
     assert "Traceback" not in running.errors.read_text()
 
 
+@pytest.mark.slow
 def test_pipelined_requests_do_not_delay_the_stop(tmp_path: Path) -> None:
     """A client sends requests on one connection without waiting for the responses."""
     with (
@@ -579,6 +582,7 @@ def test_pipelined_requests_do_not_delay_the_stop(tmp_path: Path) -> None:
             call.result()
 
 
+@pytest.mark.slow
 def test_draining_server_without_descriptors_does_not_spin(tmp_path: Path) -> None:
     """It must not try to accept in a busy loop."""
     running = draining(tmp_path, 600)

@@ -109,6 +109,7 @@ def test_stopping_is_sent_before_the_drain_and_watchdog_continues(tmp_path: Path
             manager.until("WATCHDOG")
 
 
+@pytest.mark.slow
 def test_watchdog_notifies_twice_per_period(tmp_path: Path, manager: Manager) -> None:
     with managed_server(tmp_path, manager, "-p", "0", "-T", "0", period=0.8):
         manager.until("WATCHDOG")
@@ -169,6 +170,7 @@ def test_watchdog_is_silent_while_the_server_is_not_alive(
     assert [record.msg for record in caplog.records if record.levelname == "ERROR"] == ["not_alive"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stuck", "flags"),
     [

@@ -158,6 +158,7 @@ STORE_AND_DIE = (
 )
 
 
+@pytest.mark.slow
 def test_batch_unacked_by_killed_consumer_goes_only_to_it_again(tmp_path: Path) -> None:
     """Meanwhile the records of another connection are stored and acked."""
     with Fleet(tmp_path) as fleet, RawClient(fleet.publisher.port) as unlucky:
@@ -232,6 +233,7 @@ def test_unreachable_consumer_gets_nothing_and_is_reported_down(tmp_path: Path) 
         assert downs.count(fleet.address(1)) == 1 <= ups.count(fleet.address(1)) <= 2
 
 
+@pytest.mark.slow
 def test_hanging_consumer_delays_only_its_own_batches(tmp_path: Path) -> None:
     with Fleet(tmp_path) as fleet:
         for value in range(10):
@@ -275,6 +277,7 @@ def test_publisher_stops_in_time_in_every_state(tmp_path: Path, state: str) -> N
             assert stored == (10 if "both" in state else 11)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(Storage, "identity"), reason="needs stores with an identity")
 def test_consumers_stopped_in_order_leave_nothing_in_doubt(tmp_path: Path) -> None:
     """They have stored no record that they have not acked before their goodbye, so it goes elsewhere at once."""

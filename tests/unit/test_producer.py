@@ -187,6 +187,7 @@ def test_unwritable_output_does_not_stop_send(shared: ServerProcess, tmp_path: P
     assert in_order(shared.database, source) == [7]
 
 
+@pytest.mark.slow
 def test_connection_trouble_is_printed_once(tmp_path: Path) -> None:
     port = free_port()
     url = f"ws://localhost:{port}/v1.0/ingest"
@@ -423,6 +424,7 @@ def test_send_waits_while_too_many_records_are_unacked(monkeypatch: pytest.Monke
         assert sender.acked == 13
 
 
+@pytest.mark.slow
 def test_acks_are_progress_while_the_server_reads_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server reads and acks a little at a time; it takes longer than STALL_TIMEOUT to read a whole message."""
     monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.5)

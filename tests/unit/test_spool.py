@@ -412,6 +412,7 @@ def test_publisher_acks_into_spool_and_survives_kill(tmp_path: Path, port: int) 
     assert in_order(tmp_path / "c.db", sender.source) == [*values, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_full_spool_causes_backpressure_and_loses_nothing(tmp_path: Path, port: int) -> None:
     values = array("q", range(100_000))
     with server(tmp_path, "-p", "0", "-T", str(port), "-S", "s", "--spool_max", "30000", "-r", "1024") as publisher:
