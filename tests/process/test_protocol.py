@@ -306,7 +306,7 @@ def test_server_answers_requests_as_the_vectors_say(target: Target, guarded: Tar
 
 def test_failed_write_is_answered_1011_and_503(tmp_path: Path) -> None:
     """The consumer's files may not grow beyond a limit. The records stored before it are acked, and can be read."""
-    limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "x"]
+    limited = ["bash", "-c", 'ulimit -f 1000; exec "$@"', "x"]
     source, block = uuid.uuid4(), 1000
     with server(tmp_path, *ROLES["consumer"], under=limited) as consumer:
         with RawClient(consumer.port, headers(SUBPROTOCOL)) as client:
