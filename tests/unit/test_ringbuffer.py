@@ -1,7 +1,6 @@
 """The ring: each guarantee to producers and workers by itself, then all of them under load."""
 
 import random
-import sys
 import threading
 import time
 from array import array
@@ -795,36 +794,6 @@ def test_ring_is_as_it_was_if_a_method_raises(method: str, monkeypatch: pytest.M
                 return
             call()
             assert state_of(ring) == state_of(clean), "and the same call succeeds afterwards"
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_ring_is_as_it_was_without_memory(method: str) -> None:
-    """Each allocation of the interpreter fails in turn."""
-    memory = pytest.importorskip("_testcapi")
-    tracer = sys.gettrace()  # of coverage: its own allocations must not fail, as it does not return then
-    clean = Ring(8)
-    METHODS[method](clean)()
-    for number in range(1, 1000):
-        ring = Ring(8)
-        call = METHODS[method](ring)
-        before = state_of(ring)
-        failed = True
-        try:
-            sys.settrace(None)
-            memory.set_nomemory(number, number + 1)
-            call()
-            failed = False
-        except MemoryError:
-            pass
-        finally:
-            memory.remove_mem_hooks()
-            sys.settrace(tracer)
-        if failed:
-            assert state_of(ring) == before, f"the failed allocation {number} changed the ring"
-            call()
-        assert state_of(ring) == state_of(clean)
-        if not failed and number > 100:
-            return
 
 
 def test_thread_that_fails_passes_its_notification_on(monkeypatch: pytest.MonkeyPatch) -> None:
