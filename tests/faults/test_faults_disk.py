@@ -286,6 +286,7 @@ def test_ready_detects_disk_failure_and_recovery_without_records(
         assert events(consumer, "store_failing") == events(consumer, "store_ok") == (0 if fault is Full else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "file", "records"),
     [
@@ -344,6 +345,7 @@ def test_intermittent_io_errors_fail_only_their_commits(
     assert query(database, "PRAGMA integrity_check") == [("ok",)]
 
 
+@pytest.mark.slow
 def test_acks_wait_for_slow_sync_and_share_it(tmp_path: Path) -> None:
     """Each sync takes 0.1 s. Meanwhile /alive and /stats answer at once."""
     strace.need_strace()
@@ -418,6 +420,7 @@ class Module:
         self._reader.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("records", [500_000, pytest.param(5_000_000, marks=pytest.mark.long)])
 def test_long_reader_blocks_nothing_and_wal_shrinks_afterwards(tmp_path: Path, records: int) -> None:
     """The reader keeps its snapshot. The log has one line about the large WAL."""
@@ -462,6 +465,7 @@ def test_long_reader_blocks_nothing_and_wal_shrinks_afterwards(tmp_path: Path, r
         assert stored(database, producer) == (producer.sent, producer.sent, producer.sent, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("records", [300_000, pytest.param(5_000_000, marks=pytest.mark.long)])
 def test_overlapping_readers_do_not_grow_wal_without_bound(tmp_path: Path, records: int) -> None:
     """At any moment a reader has a snapshot. Each reader sees a batch with all its records, or not at all."""

@@ -354,6 +354,7 @@ def test_hostile_client_is_disconnected_in_time(
     assert not complaints(impatient), complaints(impatient)
 
 
+@pytest.mark.slow
 def test_good_clients_do_not_wait_for_hostile_ones(tmp_path: Path) -> None:
     """All kinds of hostile clients are connected, and the server has its normal timeouts."""
     with server(tmp_path, *ROLES["publisher"], patch=SMALL_BUFFERS) as running, ExitStack() as stack:

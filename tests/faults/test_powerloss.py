@@ -477,6 +477,7 @@ def test_power_cuts_detect_missing_syncs(tmp_path: Path, seed: int, file: str) -
     assert wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("role", "patch", "flags"),
     [

@@ -342,6 +342,7 @@ def test_many_sighups_during_traffic_close_no_connection(tmp_path: Path, token_f
         assert running.stop() == 0 and running.tally.endswith("50000 stored, 0 unstored")
 
 
+@pytest.mark.slow
 def test_stop_signal_is_handled_among_many_sighups(tmp_path: Path, token_file: Path) -> None:
     """SIGHUPs fill the buffer that wakes the main thread while the main thread handles the first one."""
     patch = "net.credentials.Credentials.reload = lambda self: __import__('time').sleep(1)"

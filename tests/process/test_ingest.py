@@ -183,6 +183,7 @@ def test_compression_and_unknown_subprotocols_are_never_negotiated(running: Serv
         assert client.closed()[0] == 1002
 
 
+@pytest.mark.slow
 def test_largest_message_is_accepted(running: ServerProcess) -> None:
     values = array("q", range(MAX_MESSAGE // 8))
     with RawClient(running.port) as client:

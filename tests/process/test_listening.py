@@ -67,6 +67,7 @@ def test_profiler_listens_on_ipv4_and_ipv6(tmp_path: Path) -> None:
         assert running.stop() == 0
 
 
+@pytest.mark.slow
 @IPV6
 def test_flood_on_ipv4_does_not_delay_ipv6(tmp_path: Path) -> None:
     """The server accepts from each socket in turn, and answers all connections beyond the limit."""

@@ -300,6 +300,7 @@ def test_link_is_logged_once_per_change(tmp_path: Path) -> None:
         assert float(up["away_seconds"]) >= 0
 
 
+@pytest.mark.slow
 def test_refusals_are_rate_limited_except_with_debug(tmp_path: Path) -> None:
     for flags, expected in (([], {"404": 1}), (["-d"], {"404": 50})):
         with server(tmp_path, "-p", "0", "-T", "0", *flags, patch="status.logs.RATE_LIMIT_SECONDS = 600") as running:
@@ -347,6 +348,7 @@ def send_everything(running: ServerProcess) -> None:
                 client.closed()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["-d"], ["-d", "--log_json"]], ids=" ".join)
 def test_log_contains_no_value_and_no_token(tmp_path: Path, flags: list[str]) -> None:
     with (

@@ -86,6 +86,7 @@ def test_promtool_accepts_the_metrics(running: ServerProcess) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
 
 
+@pytest.mark.slow
 def test_each_metric_of_the_table_is_reported_by_some_role(tmp_path: Path) -> None:
     reported = set()
     for role, flags in ROLES.items():

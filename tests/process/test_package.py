@@ -88,6 +88,7 @@ def check_works(program: Path, directory: Path) -> None:
     assert "Traceback" not in running.errors.read_text()
 
 
+@pytest.mark.slow
 def test_sdist_has_all_files_of_the_repository(built: Built) -> None:
     with tarfile.open(built.sdist) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
@@ -132,6 +133,7 @@ def test_wheel_has_only_modules_page_and_licence(built: Built) -> None:
     assert [re.split(r"[<>=]", text)[0] for text in requirements] == ["simple-websocket"]
 
 
+@pytest.mark.slow
 def test_installed_program_runs_from_any_directory(built: Built, tmp_path: Path) -> None:
     """As pipx installs it: an environment for this program alone, and a link to its script on the PATH."""
     program = venv(tmp_path / "venv", built.wheel) / "ringoexp"
@@ -142,6 +144,7 @@ def test_installed_program_runs_from_any_directory(built: Built, tmp_path: Path)
     assert not {"setup.py", "build_pyz.py", "harness.py"} & {path.name for path in (tmp_path / "venv").rglob("*.py")}
 
 
+@pytest.mark.slow
 def test_editable_install_runs_the_checkout(built: Built, tmp_path: Path) -> None:
     pip = [built.tools / "pip", "install", "--quiet", "--disable-pip-version-check", "--no-build-isolation"]
     run(*pip, "--editable", built.source, cwd=tmp_path)

@@ -240,6 +240,7 @@ def test_acked_records_survive_a_restart_without_duplicates(tmp_path: Path, vict
         assert all(client.connections > 1 for client in clients)
 
 
+@pytest.mark.slow
 def test_consumer_with_fewer_connections_than_workers_gets_everything(tmp_path: Path) -> None:
     """The consumer refuses workers beyond its limit; workers with a link go on."""
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db", "-n", "2") as consumer:

@@ -347,6 +347,7 @@ def test_locked_database_frees_the_profilers_port(tmp_path: Path, monkeypatch: p
 # Profiles.
 
 
+@pytest.mark.slow
 def test_profile_shows_where_the_server_works(shared: ProfiledServer) -> None:
     with RawClient(shared.running.port) as client:
         pending = Blocked(lambda: shared.profile(1))
@@ -374,6 +375,7 @@ def test_profile_shows_where_the_server_works(shared: ProfiledServer) -> None:
     assert {str(ROOT / "ringolib/web/loop.py"), str(ROOT / "store.py")} <= files
 
 
+@pytest.mark.slow
 def test_second_profile_is_refused_until_first_client_leaves(shared: ProfiledServer) -> None:
     with closing(shared.begin(60)) as first:
         status, headers, body = shared.get("profile?seconds=1")
@@ -393,6 +395,7 @@ def test_client_that_leaves_with_unread_requests_ends_its_profile(shared: Profil
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.slow
 def test_pipelined_requests_are_answered_in_order(shared: ProfiledServer) -> None:
     """A request that arrives during the sampling does not end it, and is answered next."""
     with closing(shared.begin(1)) as sock:
@@ -406,6 +409,7 @@ def test_pipelined_requests_are_answered_in_order(shared: ProfiledServer) -> Non
     assert rest[size:].startswith(b"HTTP/1.1 200 ") and rest.endswith(b"-H\x00127.0.0.1")
 
 
+@pytest.mark.slow
 def test_profile_may_take_longer_than_request_timeout(tmp_path: Path) -> None:
     with profiled(tmp_path, patch="web.handler.REQUEST_TIMEOUT_SECONDS = 0.5") as profiler:
         connection = http.client.HTTPConnection("localhost", profiler.port, timeout=DEADLINE)
@@ -446,6 +450,7 @@ def test_profiler_answers_while_the_server_drains(tmp_path: Path) -> None:
         assert "in stop" in text and "join" in text or "wait" in text
 
 
+@pytest.mark.slow
 def test_profile_of_a_thousand_threads(tmp_path: Path) -> None:
     with profiled(tmp_path, "-n", "0") as profiler, ExitStack() as stack:
         for _ in range(1000):
@@ -512,6 +517,7 @@ def test_heap_shows_memory_traced_since_start(tmp_path: Path) -> None:
         assert b"5 calls" in profiler.get("heap?start=1&frames=5")[2]
 
 
+@pytest.mark.slow
 def test_heap_requests_race_with_start_and_stop(tmp_path: Path) -> None:
     with profiled(tmp_path) as profiler:
         over = time.monotonic() + 1
@@ -530,6 +536,7 @@ def test_heap_requests_race_with_start_and_stop(tmp_path: Path) -> None:
 # Secrets.
 
 
+@pytest.mark.slow
 def test_no_page_shows_data_of_clients(tmp_path: Path) -> None:
     """Profiles and stacks contain names and positions of code, but no values of variables."""
     secret = "s3cr3t"
@@ -575,6 +582,7 @@ def pprof(tmp_path: Path) -> Iterator[object]:
     yield run
 
 
+@pytest.mark.slow
 def test_go_reads_a_profile(shared: ProfiledServer, pprof: "object", tmp_path: Path) -> None:
     url = f"http://localhost:{shared.port}{BASE}profile?seconds=1"
     assert callable(pprof)

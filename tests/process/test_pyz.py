@@ -102,6 +102,7 @@ def post(port: int, *values: int) -> tuple[int, int]:
     return status, json.loads(body)["stored"]
 
 
+@pytest.mark.slow
 @each_python
 def test_one_file_is_the_whole_program(pyz: Path, alone: list[str], tmp_path: Path, python: str) -> None:
     work = tmp_path / "work"
@@ -133,6 +134,7 @@ def test_one_file_is_the_whole_program(pyz: Path, alone: list[str], tmp_path: Pa
     assert [path.name for path in pyz.parent.iterdir()] == ["ringoexp.pyz"]
 
 
+@pytest.mark.slow
 @each_python
 def test_exit_statuses_are_kept(pyz: Path, alone: list[str], tmp_path: Path, python: str) -> None:
     program = [python, "-I", "-S", str(pyz)]
@@ -146,6 +148,7 @@ def test_exit_statuses_are_kept(pyz: Path, alone: list[str], tmp_path: Path, pyt
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 
+@pytest.mark.slow
 def test_exit_status_is_3_if_records_stay_unstored(pyz: Path, alone: list[str], tmp_path: Path) -> None:
     patched = f"""
 import runpy, sys
@@ -182,6 +185,7 @@ def test_publisher_and_consumer_run_from_one_file(pyz: Path, alone: list[str], t
     assert [value for _, _, value in rows(tmp_path / "numbers.db")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "missing", ["wsproto/", "h11/", "simple_websocket/", "ringolib/counters.py", "ringolib/status/profiler.py"]
 )
@@ -195,6 +199,7 @@ def test_incomplete_file_does_not_run(pyz: Path, alone: list[str], tmp_path: Pat
     assert done.returncode == 1 and "ModuleNotFoundError" in done.stderr
 
 
+@pytest.mark.slow
 def test_file_is_executable_under_any_name(pyz: Path, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python3").symlink_to(this_python)
@@ -211,6 +216,7 @@ def test_other_programs_can_import_from_the_file(pyz: Path, tmp_path: Path) -> N
     assert done.stdout == f"Producer {pyz}/ringolib/client/producer.py {pyz}/wsproto/__init__.py\n", done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_imports_ends_without_a_traceback(pyz: Path, tmp_path: Path) -> None:
     slow = f"""
 import runpy, sys, time
@@ -233,6 +239,7 @@ runpy.run_path({str(pyz)!r}, run_name="__main__")
     assert process.returncode == -signal.SIGINT
 
 
+@pytest.mark.slow
 def test_running_program_survives_replacement_of_its_file(pyz: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.pyz"
     shutil.copy(pyz, mine)
@@ -332,6 +339,7 @@ def test_build_is_reproducible(pyz: Path, tmp_path: Path, python: str) -> None:
     assert re.fullmatch(r"mine: \d+ bytes, sha256 [0-9a-f]{64}, with simple-websocket .*\n", done.stdout)
 
 
+@pytest.mark.slow
 def test_build_error_is_one_line(pyz: Path, tmp_path: Path) -> None:
     script = str(ROOT / "tools/build_pyz.py")
     for command, status, message in (

@@ -37,6 +37,7 @@ def reasons(running: ServerProcess) -> list[dict[str, Any]]:
     return list(json.loads(running.get("/v1.0/ready")[2])["reasons"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", [["-T", "0"], ["-I", "false"]], ids=["publisher", "consumer"])
 def test_server_with_a_database_is_ready(tmp_path: Path, role: list[str]) -> None:
     with server(tmp_path, "-p", "0", *role) as running:
@@ -92,6 +93,7 @@ def test_stats_and_metrics_show_the_consumer_of_an_idle_publisher(tmp_path: Path
         eventually(lambda: shown("down", ["consumer_unreachable"]))
 
 
+@pytest.mark.slow
 def test_since_stays_the_time_of_the_first_failure(tmp_path: Path) -> None:
     """It is computed from the clock for each response, so it may differ by a few milliseconds."""
     with server(tmp_path, "-p", "0", "-T", str(free_port()), patch=QUICK) as publisher:
@@ -110,6 +112,7 @@ def test_since_stays_the_time_of_the_first_failure(tmp_path: Path) -> None:
             assert abs(since() - link_down) < 0.1
 
 
+@pytest.mark.slow
 def test_full_ring_is_a_reason_once_it_is_stuck(tmp_path: Path) -> None:
     """The consumer answers requests but does not ack records."""
     with (
@@ -146,6 +149,7 @@ def test_draining_server_is_not_ready(tmp_path: Path) -> None:
         eventually(is_draining)
 
 
+@pytest.mark.slow
 def test_server_at_its_connection_limit_is_not_ready(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0", "-n", "1", patch=QUICK) as running:
         with RawClient(running.port):
@@ -181,6 +185,7 @@ def test_chain_of_publishers_is_ready_if_all_of_them_are(tmp_path: Path) -> None
             eventually(lambda: not_ready(edge) == [])
 
 
+@pytest.mark.slow
 def test_publisher_with_a_spool_is_ready_until_it_is_full(tmp_path: Path) -> None:
     flags = ["-S", "s.spool", "--spool_max", "4"]
     with server(tmp_path, "-p", "0", "-T", str(free_port()), *flags, patch=QUICK) as publisher:
@@ -191,6 +196,7 @@ def test_publisher_with_a_spool_is_ready_until_it_is_full(tmp_path: Path) -> Non
         assert not_ready(publisher) == ["consumer_unreachable", "spool_full"]
 
 
+@pytest.mark.slow
 def test_spool_on_a_nearly_full_disk_is_a_reason(tmp_path: Path) -> None:
     flags = ["-S", "s.spool"]
     patch = f"{QUICK}; forward.spool.MIN_FREE_BYTES = 2**62"

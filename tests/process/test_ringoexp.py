@@ -83,6 +83,7 @@ def test_help_shows_every_option_with_its_default(word: str, capsys: pytest.Capt
     assert len(re.findall(r"^    ringoexp ", output.out, re.MULTILINE)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["version", "--version", "-V"])
 def test_version(word: str, tmp_path: Path) -> None:
     done = run(tmp_path, word)
@@ -272,12 +273,14 @@ def cannot_run(directory: Path, *flags: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_port_in_use_error_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert f"cannot listen on localhost:{port}: " in cannot_run(tmp_path, "-p", str(port))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["-H", "-U"])
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 70, "a..b"])
 def test_unresolved_host_error_is_one_line(tmp_path: Path, flag: str, host: str) -> None:
@@ -358,6 +361,7 @@ def test_thread_error_at_startup_leaves_nothing_open(tmp_path: Path, monkeypatch
     Store(database).close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", ["a closed pipe", "a full disk"])
 def test_server_runs_if_stdout_cannot_be_written(tmp_path: Path, out: str) -> None:
     if out == "a full disk":
@@ -382,6 +386,7 @@ def test_server_runs_if_stdout_cannot_be_written(tmp_path: Path, out: str) -> No
     assert (tmp_path / "errors").read_text() == ""
 
 
+@pytest.mark.slow
 def test_stdout_escapes_characters_it_cannot_encode(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
     command = [sys.executable, str(ROOT / "ringoexp.py"), "-p", "0", "-T", "0", "-D", "z\xe9ro.db"]
@@ -394,17 +399,20 @@ def test_stdout_escapes_characters_it_cannot_encode(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_imports_has_its_default_effect(tmp_path: Path) -> None:
     code = "import signal, sys; sys.argv = ['/usr/bin/ringoexp']; import ringoexp; print(signal.getsignal(2).name)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
     assert done.stdout == "SIG_DFL\n", done.stderr
 
 
+@pytest.mark.slow
 def test_debug_log_shows_the_cause_of_a_startup_error(tmp_path: Path) -> None:
     done = run(tmp_path, "-p", "0", "-d", "-U", "no-such-host.invalid")
     assert "gaierror" in done.stderr and done.stderr.splitlines()[-1].startswith("ringoexp: error: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("role", [["-T", "0"], ["-I", "false"]])
 def test_signal_stops_an_idle_server_at_once(tmp_path: Path, number: int, role: list[str]) -> None:
@@ -452,6 +460,7 @@ def test_unstored_records_are_counted_and_exit_with_3(tmp_path: Path, records: i
     assert "Traceback" not in running.errors.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_second_signal_ends_a_draining_server_at_once(tmp_path: Path, number: int) -> None:
     running = draining(tmp_path, 600)
@@ -470,6 +479,7 @@ def test_second_signal_ends_a_draining_server_at_once(tmp_path: Path, number: in
     assert "Traceback" not in running.errors.read_text()
 
 
+@pytest.mark.slow
 def test_second_signal_ends_a_server_that_hangs(tmp_path: Path) -> None:
     """An endless SQLite statement simulates a disk that hangs."""
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -616,6 +626,7 @@ def accepts(port: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_descriptor_limit_is_raised_for_all_threads(tmp_path: Path) -> None:
     """The hard limit is not raised, and a higher soft limit is kept."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -627,6 +638,7 @@ def test_descriptor_limit_is_raised_for_all_threads(tmp_path: Path) -> None:
             assert resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE)[0] == expected
 
 
+@pytest.mark.slow
 def test_procs_limits_the_cores(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0", "-X", "1") as running:
         status = Path(f"/proc/{running.process.pid}/status").read_text()
@@ -644,6 +656,7 @@ def test_readme_lists_the_flags_of_the_options_table() -> None:
     assert [row for row in rows if row[1] in flags] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", [["-T", "0"], ["-I", "false"]])
 def test_readme_explains_every_key_of_the_stats(tmp_path: Path, role: list[str]) -> None:
     with server(tmp_path, "-p", "0", *role) as running:
@@ -654,6 +667,7 @@ def test_readme_explains_every_key_of_the_stats(tmp_path: Path, role: list[str])
         assert not missing, f"{section}: {missing}"
 
 
+@pytest.mark.slow
 def test_readme_python_client_works(tmp_path: Path) -> None:
     pytest.importorskip("websockets")
     (client,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)

@@ -77,6 +77,7 @@ def managed_server(
         yield running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["path", "abstract"])
 def test_ready_is_sent_when_accepting_and_stopping_before_the_end(tmp_path: Path, kind: str) -> None:
     name = str(tmp_path / "notify") if kind == "path" else f"@ringoexp-test-{os.getpid()}-{time.monotonic_ns()}"
@@ -96,6 +97,7 @@ def test_ready_is_sent_when_accepting_and_stopping_before_the_end(tmp_path: Path
             manager.next(timeout=0.01)
 
 
+@pytest.mark.slow
 def test_stopping_is_sent_before_the_drain_and_watchdog_continues(tmp_path: Path, manager: Manager) -> None:
     flags = "-p", "0", "-U", "localhost", "-T", str(free_port())
     with managed_server(tmp_path, manager, *flags, period=0.4) as running, RawClient(running.port) as client:
@@ -218,6 +220,7 @@ def test_watchdog_is_silent_if_the_ingest_loop_hangs(tmp_path: Path, manager: Ma
                     manager.next(timeout=1.5)
 
 
+@pytest.mark.slow
 def test_watchdog_continues_while_the_disk_hangs(tmp_path: Path, manager: Manager) -> None:
     """A restart does not repair a disk."""
     patch = "store.Store._write = lambda self, group: store.time.sleep(600)"
@@ -230,6 +233,7 @@ def test_watchdog_continues_while_the_disk_hangs(tmp_path: Path, manager: Manage
                 assert manager.next() == {"WATCHDOG": "1"}
 
 
+@pytest.mark.slow
 def test_watchdog_is_silent_after_the_acceptor_has_ended(tmp_path: Path, manager: Manager) -> None:
     patch = "web.table.ConnectionTable._is_full = lambda self: 1 / 0; web.connections.threading.excepthook = print"
     with managed_server(tmp_path, manager, "-p", "0", "-T", "0", period=0.4, patch=patch) as running:
@@ -303,6 +307,7 @@ def test_line_breaks_in_a_status_add_no_fields(manager: Manager, monkeypatch: py
     assert manager.next() == {"STOPPING": "1", "STATUS": "storing in a MAINPID=1 WATCHDOG=trigger \\udcff"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_second_signal_ends_the_first_process_of_a_container(tmp_path: Path, number: signal.Signals) -> None:
     """For the first process of a PID namespace, signals have no default action."""
@@ -343,6 +348,7 @@ def first_process() -> list[str]:
     return command
 
 
+@pytest.mark.slow
 def test_stop_that_hangs_ends_soon_after_the_drain_timeout(tmp_path: Path) -> None:
     """For example on a disk that hangs: a service manager kills the server only a little later."""
     patch = "store.Store.close = lambda self: store.time.sleep(600);"

@@ -350,6 +350,7 @@ def test_token_and_tls_apply_to_all_consumers(tmp_path: Path) -> None:
         assert [value for _, _, value in rows(tmp_path / "0.db")] == list(range(10))
 
 
+@pytest.mark.slow
 def test_new_address_of_a_name_becomes_a_consumer(tmp_path: Path) -> None:
     port, names = free_port(), tmp_path / "names"
     names.write_text("127.0.0.1 127.0.0.2")

@@ -393,6 +393,7 @@ def test_connection_beyond_the_limit_gets_503_but_alive_and_stats(tmp_path: Path
             assert fourth.status == 101
 
 
+@pytest.mark.slow
 def test_post_not_stored_in_time_reports_the_accepted_records(tmp_path: Path) -> None:
     port = free_port()
     with server(

@@ -122,6 +122,7 @@ def test_bad_line_is_named_and_lines_before_it_are_stored(shared: ServerProcess,
     assert in_order(shared.database, json.loads(done.stdout)["source"]) == [7, -8]
 
 
+@pytest.mark.slow
 def test_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
     lines = [str(value) for value in range(200_000)]
     lines[150_000] = "oops"

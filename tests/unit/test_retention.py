@@ -234,6 +234,7 @@ def test_failed_deletion_is_logged_once_and_retried(
     )
 
 
+@pytest.mark.slow
 def test_retention_during_appends_deletes_only_old_records(
     opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -520,6 +520,7 @@ def test_marked_batch_is_set_aside_once_there_is_room() -> None:
     assert ring.stats().depth == 1 and ring.stats().stored == 4
 
 
+@pytest.mark.slow
 def test_marked_batch_wakes_all_workers() -> None:
     ring = ring_of(9, 1)
     batch = ring.reserve(1)

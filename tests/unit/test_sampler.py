@@ -428,6 +428,7 @@ def spin(seconds: float) -> None:
         pass
 
 
+@pytest.mark.slow
 @LINUX
 def test_real_threads_that_run_wait_or_do_both() -> None:
     used = {}
@@ -460,6 +461,7 @@ def test_real_threads_that_run_wait_or_do_both() -> None:
     assert call["crunch"].cpu > 0.8 * call["cruncher"].cpu > profile.duration / 20
 
 
+@pytest.mark.slow
 @LINUX
 def test_work_shorter_than_switch_interval_is_sampled() -> None:
     """The sampler must get the interpreter lock before the work is done."""
@@ -494,6 +496,7 @@ def test_switch_interval_is_shorter_only_while_sampling() -> None:
     assert meanwhile[0] < usual == sys.getswitchinterval()
 
 
+@pytest.mark.slow
 @LINUX
 def test_real_threads_that_compete_for_interpreter_lock() -> None:
     used = {}
@@ -518,6 +521,7 @@ def test_real_threads_that_compete_for_interpreter_lock() -> None:
         assert costs["spin"].cpu > 0.8 * costs[name].cpu
 
 
+@pytest.mark.slow
 @LINUX
 def test_real_threads_that_start_and_end() -> None:
     def nursery(over: threading.Event) -> None:
@@ -566,6 +570,7 @@ def test_sampler_keeps_no_variables_of_frames_alive() -> None:
     gc.collect()
 
 
+@pytest.mark.slow
 @LINUX
 def test_bytearray_can_be_resized_while_sampling() -> None:
     """A bytearray cannot be resized while a frame keeps a view of it alive."""
