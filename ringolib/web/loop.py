@@ -303,11 +303,7 @@ class IngestLoop:
             return 0
         try:
             data = client.read(self._buffer, limit)
-        except OSError as error:
-            self._lose(client, error)
-            return 0
         except Exception as error:
-            log_unexpected(log, "session_error", error)
             self._lose(client, error)
             return 0
         if data is None:
@@ -529,9 +525,8 @@ class IngestLoop:
         """Records of a client could not be stored. No later one may be acked, as an ack covers all earlier records."""
         self._totals.add_refused(client.taken - client.session.stored_count)
         self._forget_records(client)
-        if client.session.ending == GOING_AWAY:  # 1001 would say that nothing of it can be stored
+        if client.session.ending in (None, GOING_AWAY):  # 1001 would say that nothing of it can be stored
             client.session.replace_ending(1011, f"not stored: {error}")
-        client.session.end(1011, f"not stored: {error}")
 
     def _forget_records(self, client: Client) -> None:
         """Ack no more records of a client, and drop those that the intake has not taken."""
@@ -569,11 +564,7 @@ class IngestLoop:
             client.send(now)
             if client.writing != bool(client.unsent):
                 self._wait_for_room(client)
-        except OSError as error:
-            self._lose(client, error)
-            return
         except Exception as error:  # what has been sent is unknown, so no Close frame can follow
-            log_unexpected(log, "session_error", error)
             self._lose(client, error)
             return
         self._acked += session.acked - acked
@@ -595,7 +586,9 @@ class IngestLoop:
         client.writing = bool(client.unsent)
 
     def _lose(self, client: Client, error: Exception) -> None:
-        """The connection is lost, or given up."""
+        """The connection is lost, or given up. An error that is not the socket's is logged."""
+        if not isinstance(error, OSError):
+            log_unexpected(log, "session_error", error)
         client.session.end(LOST[0], f"{LOST[1]}: {error}")
         self._drop(client)
 
