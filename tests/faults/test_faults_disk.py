@@ -248,6 +248,7 @@ def test_failing_disk_loses_nothing_and_recovers(
             eventually(lambda: events(storing, "store_ok") == events(storing, "store_failing"))
             assert events(storing, "store_failing") == logged and logged == outage or not fault.sudden
             if front is not storing:
+                assert events(front, "link_down") == outage or not fault.sudden
                 # Twice: the ack of a commit before the fault may come after the error, and shows the link as up.
                 assert outage <= events(front, "link_down") <= 2 * events(storing, "store_failing")
             assert request(front.port, "POST", "/v1.0/ingest", encode_plain([2]))[0] == 200

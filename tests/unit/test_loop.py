@@ -8,8 +8,8 @@ import time
 import tracemalloc
 from array import array
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,6 +87,25 @@ def running(capacity: int = 300_000) -> Iterator[World]:
 def world() -> Iterator[World]:
     with running() as made:
         yield made
+
+
+@contextmanager
+def repeated(action: Callable[[], object]) -> Iterator[None]:
+    """Repeat an action in a thread until the end of the block. It may time out."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            with suppress(TimeoutError):
+                action()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(DEADLINE)
 
 
 def read(sock: socket.socket, size: int) -> bytes:
@@ -183,71 +202,33 @@ def test_full_ring_stops_reading_and_nothing_is_lost() -> None:
 def test_no_client_starves_while_the_ring_is_full() -> None:
     with running(capacity=8) as world:
         flood = world.connect()
-        stop = threading.Event()
+        flood.settimeout(0.05)
 
         def pour() -> None:
-            flood.settimeout(0.05)
-            while not stop.is_set():
-                try:
-                    flood.send(plain(*[1] * 1000))
-                except TimeoutError:
-                    pass
+            flood.send(plain(*[1] * 1000))
 
-        def drain() -> None:
-            while not stop.is_set():
-                try:
-                    world.ring.commit(world.ring.reserve(4, 0.05))
-                except TimeoutError:
-                    pass
-
-        threads = [threading.Thread(target=pour), threading.Thread(target=drain)]
-        for thread in threads:
-            thread.start()
-        try:
+        with repeated(pour), repeated(lambda: world.ring.commit(world.ring.reserve(4, 0.05))):
             client = world.connect()
             for number in range(1, 4):
                 client.sendall(plain(2))
                 assert read(client, 10) == ack(number)
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join(DEADLINE)
 
 
 @pytest.mark.parametrize("flood", [frame(9, b""), frame(2, bytes(4), fin=False) + frame(0, bytes(4)), plain(1)])
 def test_flood_of_one_client_does_not_keep_others_waiting(world: World, flood: bytes) -> None:
-    stop = threading.Event()
     noisy = world.connect()
+    noisy.settimeout(0.05)
+    data = flood * 5000
 
     def pour() -> None:
-        noisy.settimeout(0.05)
-        data = flood * 5000
-        while not stop.is_set():
-            try:
-                noisy.send(data)
-                noisy.recv(1 << 20)
-            except TimeoutError:
-                pass
+        noisy.send(data)
+        noisy.recv(1 << 20)
 
-    def drain() -> None:
-        while not stop.is_set():
-            try:
-                world.ring.commit(world.ring.reserve(65_536, 0.05))
-            except TimeoutError:
-                pass
-
-    threads = [threading.Thread(target=pour), threading.Thread(target=drain)]
-    for thread in threads:
-        thread.start()
-    try:
+    with repeated(pour), repeated(lambda: world.ring.commit(world.ring.reserve(65_536, 0.05))):
         client = world.connect()
         for number in range(1, 20):
             client.sendall(plain(number))
             assert read(client, 10) == ack(number)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(DEADLINE)
 
 
 class NotEncrypted(TLSSocket):
