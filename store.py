@@ -50,6 +50,7 @@ from ringolib.wire import Run
 
 log = logging.getLogger("ringoexp.store")
 
+
 # One statement inserts many rows. The texts are constant, so that sqlite3 keeps the prepared statements in its cache.
 # LIMIT skips the rest of the rows, so that one statement is enough for any number: after each statement, Python's lock
 # must be taken again, which takes long while another thread is busy.
