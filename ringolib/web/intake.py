@@ -38,7 +38,7 @@ class RingTicket(NamedTuple):
 
 
 class Intake(Protocol):
-    """See the module's docstring. `closed` is true once nothing more is taken; records taken before are still stored."""
+    """See the module's docstring. `closed` is true once no more is taken; records taken before are still stored."""
 
     @property
     def closed(self) -> bool: ...
