@@ -32,7 +32,8 @@ class ClientConnection:
     `on_socket` is called with the socket as soon as it is connected. The socket keeps the timeout CONNECT_TIMEOUT.
     Raises OSError if the server is unreachable, HandshakeError if it refuses.
 
-    `store` is the identity of the store behind the server, or None if the server does not report it. `ending` and `at_fault` are the protocol's.
+    `store` is the identity of the store behind the server, or None if the server does not report it. `ending` and
+    `at_fault` are the protocol's.
     """
 
     def __init__(

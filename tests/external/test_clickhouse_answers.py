@@ -7,6 +7,7 @@ import http.client
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from time import monotonic
@@ -92,15 +93,23 @@ def clickhouse(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         yield running
 
 
-@pytest.fixture
-def relay(clickhouse: ClickHouseHTTP) -> Iterator[Relay]:
-    relay = Relay(clickhouse.port)
+@contextmanager
+def running_relay(target: int) -> Iterator[Relay]:
+    relay = Relay(target)
     thread = threading.Thread(target=relay.serve_forever, args=(0.01,))
     thread.start()
-    yield relay
-    relay.shutdown()
-    thread.join(DEADLINE)
-    relay.server_close()
+    try:
+        yield relay
+    finally:
+        relay.shutdown()
+        thread.join(DEADLINE)
+        relay.server_close()
+
+
+@pytest.fixture
+def relay(clickhouse: ClickHouseHTTP) -> Iterator[Relay]:
+    with running_relay(clickhouse.port) as relay:
+        yield relay
 
 
 @pytest.fixture
@@ -166,3 +175,26 @@ def test_server_is_not_ready_while_an_insert_dribbles(clickhouse: ClickHouseHTTP
             relay.answer = None
             producer.flush(DEADLINE)
         eventually(lambda: not_ready(running) == [])
+
+
+@pytest.mark.parametrize(("window", "counted"), [(0, "20"), (1000, "10")])
+def test_materialized_view_counts_a_repeated_insert_unless_it_keeps_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, counted: str
+) -> None:
+    """As the README says. The engine is a current one: 18.16 has no such log."""
+    monkeypatch.setattr(store, "INSERT_INTERVAL_SECONDS", 0.0)
+    with chdb_server(tmp_path) as current, running_relay(current.port) as relay:
+        database = current.create_database()
+        storage = ClickHouse(parse_url(current.url(database, relay.server_port)))
+        current.query(
+            f"CREATE TABLE {database}.counts (value Int64, n UInt64) ENGINE = SummingMergeTree ORDER BY value "
+            f"SETTINGS non_replicated_deduplication_window = {window}"
+        )
+        select = f"SELECT value, count() AS n FROM {database}.record GROUP BY value"
+        current.query(f"CREATE MATERIALIZED VIEW {database}.view TO {database}.counts AS {select}")
+        answers = [b"HTTP/1.1 503 Lost\r\nContent-Length: 0\r\n\r\n"]  # the insert has happened, and is repeated
+        relay.answer = lambda body: [answers.pop() if answers else framed(body)]
+        storage.append(*block(0, 10))
+        assert relay.inserts == 2 and current.records(database) == block_records(0, 10)
+        assert current.query(f"SELECT sum(n) FROM {database}.counts") == [[counted]]
+        storage.close()
