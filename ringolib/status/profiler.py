@@ -17,9 +17,8 @@ import tracemalloc
 from collections import defaultdict
 from time import monotonic
 from types import CodeType, FrameType
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
-from ringolib.net.addresses import is_loopback
 from ringolib.net.credentials import Credentials
 from ringolib.net.listeners import Listeners
 from ringolib.status import pprof, sampler
@@ -27,6 +26,7 @@ from ringolib.timing import deadline_after, remaining
 from ringolib.web.connections import Connections
 from ringolib.web.handler import GET_OR_HEAD, Routes, WebHandler
 from ringolib.web.headers import Refusal
+from ringolib.web.names import Names
 from ringolib.web.table import Limits
 
 MAX_CONNECTIONS = 32
@@ -59,13 +59,12 @@ PAGES = {
 
 
 class Profiler(Connections):
-    """The profiler's server. Owns `listeners`; `host` is the name it listens on."""
+    """The profiler's server. Owns `listeners`."""
 
     acceptor_name = connection_name = "profiler"
 
-    def __init__(self, listeners: Listeners, host: str, name: str, credentials: Credentials) -> None:
-        super().__init__(listeners, Handler, name, Limits(MAX_CONNECTIONS, refused=0), credentials)
-        self.host = host.lower()
+    def __init__(self, listeners: Listeners, name: str, credentials: Credentials, names: Names) -> None:
+        super().__init__(listeners, Handler, name, Limits(MAX_CONNECTIONS, refused=0), credentials, names)
         self.loopback = listeners.loopback
         self.sampling_lock = threading.Lock()
         self.sampling_ends_at = 0.0  # monotonic seconds; written by the holder of sampling_lock
@@ -78,9 +77,8 @@ class Handler(WebHandler):
 
     _client_checked_at = 0.0  # monotonic seconds
 
-    def routes(self) -> Routes:
-        """Return the routes. Raises Refusal if the request comes from another website."""
-        self._check_origin()
+    def make_routes(self) -> Routes:
+        """Return the table of routes."""
         pages = {
             INDEX: self._index,
             INDEX.rstrip("/"): self._redirect,
@@ -212,25 +210,17 @@ class Handler(WebHandler):
 
     # Requests and responses.
 
-    def _check_origin(self) -> None:
-        """Raise Refusal if a page of another website makes the request.
-
-        On a loopback address the Host must be a loopback name too, or the name given with --profiler_host. Otherwise
-        a page whose own name resolves to 127.0.0.1 would count as the same origin (DNS rebinding).
-        """
-        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") or "Origin" in self.headers:
-            raise Refusal(403, "the profiler refuses requests from other websites")
-        given = self.headers.get("Host") or "localhost"
-        try:
-            host = urlsplit(f"//{given}").hostname or ""
-        except ValueError:
-            host = ""
-        if self.server.loopback and not is_loopback(host) and host != self.server.host:
-            raise Refusal(403, f"unknown Host {given[:100]}: use localhost")
+    def check_site(self) -> None:
+        """Raise Refusal if a page of another website makes the request: a GET has effects here."""
+        if self.cors.get("Access-Control-Allow-Origin"):
+            return
+        self.server.names.check_origin(self.parsed)
+        if self.parsed.headers.get_all("sec-fetch-site") not in ([], ["none"], ["same-origin"]):
+            raise Refusal(403, "the profiler refuses requests from other websites: open its pages themselves")
 
     def _query(self, **defaults: str) -> dict[str, str]:
         """Return the query's parameters, with defaults. Raises Refusal if a parameter has none."""
-        given = parse_qsl(self.path.partition("?")[2], keep_blank_values=True)
+        given = parse_qsl(self.parsed.query, keep_blank_values=True)
         for name, _ in given:
             if name not in defaults:
                 known = ", ".join(defaults) or "none"

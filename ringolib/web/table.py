@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from ringolib.net.addresses import UNIX_PEER
 from ringolib.net.sockets import shut_down
 from ringolib.timing import deadline_after, wait_until
+from ringolib.web import budget
 
 MAX_REFUSED = 64
 """Connections that are not admitted and still get a response, at once. The next ones wait to be accepted."""
@@ -26,6 +27,7 @@ class Limits(NamedTuple):
     per_address: int = 0  # admitted from one client address; not applied to Unix sockets
     refused: int | None = None  # open without being admitted; None: MAX_REFUSED
     threads: int = 0  # admitted connections that have a thread: all but WebSockets
+    unfinished: int = budget.DEFAULT_MIB * budget.MIB  # bytes of unfinished messages and bodies
 
 
 class ConnectionStats(NamedTuple):

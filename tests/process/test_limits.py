@@ -12,18 +12,27 @@ from support.harness import DEADLINE, RawClient, eventually, frame, not_ready, s
 def test_request_head_has_a_total_limit(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         for head, status in (
-            (b"GET /v1.0/alive HTTP/1.1\r\n" + b"".join(b"X-%d: %b\r\n" % (n, b"y" * 900) for n in range(50)), b"431"),
-            (b"GET /v1.0/alive HTTP/1.1\r\nX: " + b"y" * 40_000 + b"\r\n", b"431"),
+            (
+                b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n"
+                + b"".join(b"X-%d: %b\r\n" % (n, b"y" * 900) for n in range(50)),
+                b"431",
+            ),
+            (b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 40_000 + b"\r\n", b"431"),
             (b"GET /" + b"y" * 40_000 + b" HTTP/1.1\r\n", b"414"),
-            (b"GET /v1.0/alive HTTP/1.1\r\n" + b"X: y\r\n" * 101, b"431"),
-            (b"GET /v1.0/alive HTTP/1.1\r\n" + b"".join(b"X-%d: %b\r\n" % (n, b"y" * 300) for n in range(90)), b"200"),
+            (b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 100, b"431"),
+            (b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 99, b"200"),
+            (
+                b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n"
+                + b"".join(b"X-%d: %b\r\n" % (n, b"y" * 300) for n in range(90)),
+                b"200",
+            ),
         ):
             with socket.create_connection(("localhost", running.port), DEADLINE) as sock:
                 sock.sendall(head + b"\r\n")
                 assert sock.recv(65536).split()[1] == status
         with socket.create_connection(("localhost", running.port), DEADLINE) as sock:
             for _ in range(10):  # the limit is for each request
-                sock.sendall(b"GET /v1.0/alive HTTP/1.1\r\nX: " + b"y" * 20_000 + b"\r\n\r\n")
+                sock.sendall(b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 20_000 + b"\r\n\r\n")
                 assert sock.recv(65536).split()[1] == b"200"
 
 
@@ -39,7 +48,7 @@ def test_connections_per_address_are_limited(tmp_path: Path) -> None:
         stats = running.stats()
         assert stats["refusedConnections"] == 1 and stats["connections"] == 2
         with socket.create_connection(("127.0.0.1", running.port), source_address=("127.0.0.2", 0)) as other:
-            other.sendall(b"GET /v1.0/ingest HTTP/1.1\r\nHost: x\r\n\r\n")
+            other.sendall(b"GET /v1.0/ingest HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert other.recv(65536).startswith(b"HTTP/1.1 426"), "each address has its own limit"
         held.pop().sock.close()
 
@@ -58,9 +67,9 @@ def test_flood_from_one_address_does_not_block_others(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0", "-H", "0.0.0.0", "--per_address", "1", patch=patch) as running:
         flood = [socket.create_connection(("127.0.0.1", running.port), DEADLINE) for _ in range(50)]
         with socket.create_connection(("127.0.0.1", running.port), DEADLINE, ("127.0.0.2", 0)) as other:
-            other.sendall(b"GET /v1.0/alive HTTP/1.1\r\nHost: x\r\n\r\n")
+            other.sendall(b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert other.recv(65536).startswith(b"HTTP/1.1 200")
-            other.sendall(b"GET /v1.0/stats HTTP/1.1\r\nHost: x\r\n\r\n")
+            other.sendall(b"GET /v1.0/stats HTTP/1.1\r\nHost: localhost\r\n\r\n")
             body = b""
             while not body.endswith(b"}\n"):
                 body += other.recv(65536)

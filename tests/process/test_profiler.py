@@ -211,12 +211,12 @@ def test_threads_with_equal_stacks_share_a_block(shared: ProfiledServer) -> None
         {"Host": "elsewhere.example"},
         {"Host": "elsewhere.example:6061"},
         {"Host": "localhost.elsewhere.example"},
-        {"Host": "10.0.0.1"},
+        {"Host": "elsewhere.example", "Origin": "http://elsewhere.example"},
     ],
 )
 def test_request_of_another_website_is_refused(shared: ProfiledServer, headers: dict[str, str]) -> None:
     for path in ("", "threads", "profile?seconds=1", "heap?start=1", "nothing"):
-        assert shared.get(path, **headers)[0] == 403
+        assert shared.get(path, **headers)[0] == (421 if "Host" in headers else 403)
     assert shared.get("heap")[0] == 409, "tracing did not start"
 
 
@@ -228,6 +228,8 @@ def test_request_of_another_website_is_refused(shared: ProfiledServer, headers: 
         {"Host": "LOCALHOST"},
         {"Host": "127.0.0.1:6061"},
         {"Host": "[::1]:6061"},
+        {"Host": "10.0.0.1"},
+        {"Host": "localhost:6061", "Origin": "http://localhost:6061"},
     ],
 )
 def test_request_of_user_or_own_page_is_answered(shared: ProfiledServer, headers: dict[str, str]) -> None:
@@ -236,7 +238,7 @@ def test_request_of_user_or_own_page_is_answered(shared: ProfiledServer, headers
 
 @pytest.mark.parametrize("host", ["[", "[::1", "a b", "]:[", "%", "[x]", ":", ":80"])
 def test_malformed_host_header_is_refused(shared: ProfiledServer, host: str) -> None:
-    assert shared.get("cmdline", Host=host)[0] == 403
+    assert shared.get("cmdline", Host=host)[0] == (421 if host.startswith(":") else 400)
 
 
 @LINUX
@@ -272,7 +274,8 @@ def test_profiler_host_beyond_loopback_logs_a_warning(tmp_path: Path, shared: Pr
         assert listening(profiler) == {("0100007F", profiler.running.port), ("00000000", profiler.port)}
         log = profiler.running.errors.read_text()
         assert re.search(rf"level=warning event=profiling host=0.0.0.0 port={profiler.port}", log), log
-        assert profiler.get("cmdline", Host="a-name-of-this-machine.example")[0] == 200
+        assert profiler.get("cmdline", Host=socket.gethostname())[0] == 200
+        assert profiler.get("cmdline", Host="elsewhere.example")[0] == 421
         assert profiler.get("cmdline", Sec_Fetch_Site="cross-site")[0] == 403
     assert re.search(
         rf"level=info event=profiling host=localhost port={shared.port}", shared.running.errors.read_text()
