@@ -6,7 +6,6 @@ own locks.
 """
 
 import logging
-import uuid
 from time import monotonic
 from typing import Any, Protocol
 
@@ -22,7 +21,16 @@ from ringolib.timing import deadline_after, format_ago, remaining
 from ringolib.web import handler, headers
 from ringolib.web.budget import SMALL_SIZE, Budget
 from ringolib.web.connections import Connections
-from ringolib.web.handler import CHALLENGE, GET_OR_HEAD, JSON, Routes, WebHandler, new_request_id, peer_name
+from ringolib.web.handler import (
+    CHALLENGE,
+    GET_OR_HEAD,
+    JSON,
+    Routes,
+    WebHandler,
+    new_request_id,
+    peer_name,
+    random_uuid,
+)
 from ringolib.web.headers import Refusal
 from ringolib.web.intake import Intake
 from ringolib.web.loop import IngestLoop
@@ -222,18 +230,19 @@ class Handler(WebHandler):
         """Put the values into the intake, wait until they are stored, and answer. Raises Refusal."""
         started, deadline = monotonic(), deadline_after(INGEST_TIMEOUT_SECONDS)
         intake = self.server.intake
-        try:
-            block = Block([Run(uuid.uuid4().bytes, 0, len(values))], values)
-            accepted, ticket = intake.put(block, INGEST_TIMEOUT_SECONDS)
-        except StoreError as error:
-            self.server.totals.add_refused(len(values))
-            raise _not_stored(f"not stored: {error}", 0) from error
+        block = Block([Run(random_uuid().bytes, 0, len(values))], values)
+        accepted, ticket = intake.put(block, INGEST_TIMEOUT_SECONDS)
         timeout = remaining(deadline)
         if accepted < len(values):
             self.server.totals.add_refused(len(values) - accepted)
-            cause = "the server is stopping" if intake.closed else "the ring is full"
+            cause = "the server is stopping" if intake.closed else f"the {intake.name} is full"
             raise _not_stored(f"{cause}: {accepted} of {len(values)} records were accepted", accepted)
-        if not intake.wait(ticket, timeout):
+        try:
+            stored = intake.wait(ticket, timeout)
+        except StoreError as error:
+            self.server.totals.add_refused(accepted)
+            raise _not_stored(f"not stored: {error}", 0) from error
+        if not stored:
             raise _not_stored("the records were accepted, but are not stored yet: is the consumer reachable?", accepted)
         self.server.totals.add_acked(accepted, [monotonic() - started])
         self.reply_json(200, {"stored": accepted})

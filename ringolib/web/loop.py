@@ -114,7 +114,7 @@ class IngestLoop:
 
         for source in (self._wake_receiver, self._readers, self._writers):
             self._poll.register(source, select.POLLIN)
-        intake.on_progress(self._wake)
+        intake.on_progress(self._on_progress)
         self._budget.on_room = self._wake
         self._thread = start_thread(self._run, name="ingest")
 
@@ -156,6 +156,11 @@ class IngestLoop:
         self._took_news.clear()
         self._wake()
         return not self._thread.is_alive() or self._took_news.wait(timeout) or not self._thread.is_alive()
+
+    def _on_progress(self) -> None:
+        """Wake the loop if it may wait for this commit: only clients have records and backlogs."""
+        if self._clients:  # one read: no lock needed
+            self._wake()
 
     def _wake(self) -> None:
         if not self._woken:
