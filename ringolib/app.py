@@ -40,7 +40,7 @@ from ringolib.storage.clickhouse.url import Target, is_clickhouse_url, parse_url
 from ringolib.storage.interface import Storage
 from ringolib.storage.retention import Retention
 from ringolib.timing import ThreadError, deadline_after, remaining
-from ringolib.web.budget import MIB
+from ringolib.web import budget
 from ringolib.web.intake import Intake, RingIntake, StoreIntake
 from ringolib.web.names import Names
 from ringolib.web.table import Limits
@@ -333,7 +333,7 @@ def _open_server(
                 "-T, with the same port as -p"
             )
         raise StartupError(f"{error} ({hint})") from error
-    unfinished = settings.unfinished * MIB
+    unfinished = settings.unfinished * budget.MIB
     limits = Limits(settings.connections, settings.per_address, None, settings.max_request_threads, unfinished)
     server = Server(listeners, settings.name, limits, credentials, totals, _names(settings, settings.hostname))
     undo.callback(server.close)

@@ -24,6 +24,7 @@ MAX_STORE_BYTES = 200
 """A longer identity of a store is ignored."""
 _STATUS_REASONS = {
     400: ": it may require TLS (wss://, --consumer_tls)",
+    421: ": it does not answer to this name (--allow_host there)",
     401: ": the token is missing or wrong (--token_file, or RINGOEXP_TOKEN)",
 }
 

@@ -95,6 +95,7 @@ class WebHandler(BaseHTTPRequestHandler):
         self.reader = RequestReader()
         self.routes = self.make_routes()
         self.admitted = self.server.table.is_admitted()
+        self.may_be_cut_off = not self.admitted or self.server.table.limits.refused == 0
         self.command = ""  # the method of the current request; "" if the request is malformed
         self.cors: dict[str, str] = {}  # headers for a page that --allow_origin admits
         self.idle_timeout = REQUEST_TIMEOUT_SECONDS  # of the first request
@@ -107,6 +108,7 @@ class WebHandler(BaseHTTPRequestHandler):
         try:
             request = self._read_head()
             if request:
+                self._mark_busy(True)
                 self.parsed, self.command = request, request.method
                 self._answer(request.path)
         except TimeoutError as error:  # while waiting for a request, or for the client to read
@@ -114,10 +116,18 @@ class WebHandler(BaseHTTPRequestHandler):
             self.close_connection = True
         except Refusal as refusal:
             self._refuse(refusal)
-        if self.handed_over or self.close_connection:
+        if self.handed_over:
+            return
+        self._mark_busy(False)
+        if self.close_connection:
             return
         self.reader.start_next()
         self.idle_timeout = IDLE_TIMEOUT_SECONDS
+
+    def _mark_busy(self, busy: bool) -> None:
+        """While a connection waits for a request, it may be cut off in favour of another one: see `wait_for_room`."""
+        if self.may_be_cut_off:
+            self.server.table.mark_busy(busy)
 
     def finish(self) -> None:
         """End the connection, unless it was handed over. If the client may still be sending, `linger` before."""
@@ -224,8 +234,13 @@ class WebHandler(BaseHTTPRequestHandler):
         """Send a response with a JSON body."""
         self.reply(status, json.dumps(body).encode() + b"\n", JSON, headers)
 
-    def reply(self, status: int, content: bytes, content_type: str, headers: dict[str, str] | None = None) -> None:
-        """Send a response. The body is omitted for HEAD, and for status 304, where the client has it already."""
+    def reply(
+        self, status: int, content: bytes | None, content_type: str, headers: dict[str, str] | None = None
+    ) -> None:
+        """Send a response. The body is omitted for HEAD, and for status 304, where the client has it already.
+
+        For HEAD, `content` may be None: it is unknown.
+        """
         if log.isEnabledFor(logging.DEBUG):  # without the query, which may contain a secret
             path = self.parsed.path[:200] if self.command else ""
             client = self.client_address[0]
@@ -235,13 +250,15 @@ class WebHandler(BaseHTTPRequestHandler):
             options = f"{fields['Connection']}, close" if "Connection" in fields else "close"
             fields = {**fields, "Connection": options}
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
-        kind = f"Content-Type: {content_type}\r\nContent-Length: {len(content)}\r\n" if status != 204 else ""
+        kind = f"Content-Type: {content_type}\r\n" if content_type else ""
+        if content is not None and status != HTTPStatus.NO_CONTENT:
+            kind += f"Content-Length: {len(content)}\r\n"
         head = (
             f"{_STATUS_LINES[status]}Server: {self.server.name}\r\nDate: {_format_date(int(time()))}\r\n{kind}"
             f"X-Request-Id: {new_request_id()}\r\n{lines}\r\n"
         ).encode("latin-1")
-        omitted = self.command == "HEAD" or status == HTTPStatus.NOT_MODIFIED
-        self.stream.write(head if omitted else head + content, REQUEST_TIMEOUT_SECONDS)
+        omitted = content is None or self.command == "HEAD" or status == HTTPStatus.NOT_MODIFIED
+        self.stream.write(head if omitted else head + (content or b""), REQUEST_TIMEOUT_SECONDS)
 
 
 @functools.lru_cache(maxsize=2)
