@@ -25,12 +25,12 @@ MAX_PORT = 65_535
 _TLS_RECORD = 0x16
 _FOLDED = re.compile(rb"\n[ \t]")
 _AUTHORITY = re.compile(
-    r"(\[(?:[0-9A-Fa-f:.]+(?:%25[\w.~-]+)?|[Vv][0-9A-Fa-f]+\.[\w.~!$&'()*+,;=:-]+)\]"  # IPv6, perhaps with a zone
+    r"(\[(?:[0-9A-Fa-f:.]+(?:%25[\w.~-]+)?|[Vv][0-9A-Fa-f]+\.[\w.~!$&'()*+,;=:-]+)\]"  # IPv6, with or without a zone
     r"|(?:[\w.~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)"  # a name, or IPv4
     r"(?::(\d*))?",
     re.ASCII,
 )
-"""A host and perhaps a port (RFC 3986 section 3.2)."""
+"""A host, with or without a port (RFC 3986 section 3.2)."""
 _ENCODED = re.compile("%([0-9A-Fa-f]{2})")
 _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 

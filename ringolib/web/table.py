@@ -62,8 +62,8 @@ class ConnectionTable:
         self._changed = threading.Condition(self._lock)
         # Guarded by _lock.
         self._entries: dict[object, _Entry] = {}  # by its thread, or by the key of `detach`
-        self._silent: dict[object, None] = {}  # keys of those that may be cut off: they answer no request
-        self._cut: set[object] = set()  # keys of those that were cut off, until their threads end
+        self._silent: dict[object, None] = {}  # keys of connections that may be cut off: they answer no request
+        self._cut: set[object] = set()  # keys of connections that were cut off, until their threads end
         self._admitted = 0
         self._threads = 0  # of admitted connections
         self._admitted_from: Counter[str] = Counter()  # by the client's address

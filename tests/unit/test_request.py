@@ -1,4 +1,4 @@
-"""Requests without sockets: what h11 parses, and what it leaves to `ringolib.web.request` and its checks."""
+"""Requests without sockets: parsing with h11, the rules that h11 leaves to its user, and the checks of headers."""
 
 import pytest
 
