@@ -22,6 +22,8 @@ MAX_SHOWN = 100
 _SUBPROTOCOL = re.compile("[!-~]+")
 """The characters of a subprotocol. RFC 6455 section 4.1 allows fewer: tokens may come without percent-encoding."""
 _UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}
+_TYPE = re.compile(r"[\w!#$&^.+-]+(?:/[\w!#$&^.+-]+)?", re.ASCII)
+"""A media type (RFC 6838 section 4.2), or one word."""
 _TAG = re.compile('"[^"]*"')
 _ELEMENT = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*"?)+')
 """An element of a list with commas, where a quoted string may contain commas (RFC 9110 section 5.6.4)."""
@@ -103,11 +105,10 @@ def check_body_type(headers: Headers) -> None:
     """Raise Refusal if the body of a POST has a content type other than BODY_TYPES, or is compressed."""
     content_type = _content_type(headers) or BODY_TYPES[0]
     if content_type not in BODY_TYPES:
-        raise Refusal(415, f"a body of type {content_type[:MAX_SHOWN]} is not supported: send {BODY_TYPES[0]}")
+        raise Refusal(415, f"a body of type {_shown(content_type)} is not supported: send {BODY_TYPES[0]}")
     codings = [coding for coding in tokens(headers, "content-encoding") if coding.lower() != "identity"]
     if codings:
-        shown = ", ".join(codings)[:MAX_SHOWN]
-        reason = f"Content-Encoding {shown} is not supported: send the integers as they are"
+        reason = f"Content-Encoding {_shown(codings[0])} is not supported: send the integers as they are"
         raise Refusal(415, reason, {"Accept-Encoding": "identity"})
 
 
@@ -115,6 +116,11 @@ def check_expect(headers: Headers) -> None:
     """Raise Refusal if the client expects anything but 100 Continue (RFC 9110 section 10.1.1)."""
     if "expect" in headers and [token.lower() for token in tokens(headers, "expect")] != ["100-continue"]:
         raise Refusal(417, "Expect may only be 100-continue: send that, or no Expect header")
+
+
+def _shown(value: str) -> str:
+    """Return a media type or a coding for an error text. A value of another form may be a secret."""
+    return value[:MAX_SHOWN] if _TYPE.fullmatch(value) else "(malformed)"
 
 
 def _content_type(headers: Headers) -> str:
@@ -130,7 +136,7 @@ def check_json_request(headers: Headers) -> None:
     check_accept(headers)
     content_type = _content_type(headers)
     if content_type not in ("", "application/json", "*/*"):
-        shown = content_type[:MAX_SHOWN]
+        shown = _shown(content_type)
         raise Refusal(415, f"Content-Type {shown} is not supported: send application/json, or no Content-Type")
 
 
