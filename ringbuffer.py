@@ -26,15 +26,17 @@ it aside*: the batch has a copy of its values, and its slots become free as if i
 stored until a worker commits it. At most `capacity` values are set aside. A marked batch that finds no room there stays
 in its slots until there is room. So every value before *committed* is either stored or set aside.
 
-One lock guards everything. Three conditions share it:
+One lock guards everything. Three conditions share it, beside the waiters:
 
 - `_not_full`: producers wait in `put` for free slots. When slots become free, one producer is notified, and it notifies
   the next one if it leaves some. Waking all of them would cause a thundering herd. `close` notifies all.
 - `_not_empty`: workers wait in `reserve`. If there are values that any worker may have, one worker is notified, and it
   notifies the next one if it leaves some. All are notified of a marked batch, because only some accept it, and at the
   end, when the ring is closed and everything is stored.
-- `_stored`: callers of `wait_committed` and `join` wait for values to be stored. All are notified when `committed`
-  grows, when a batch that was set aside is stored, and by `abort`.
+- `_stored`: callers of `join` wait for all values to be stored. All are notified when `committed` grows, when a batch
+  that was set aside is stored, and by `abort`.
+- `_waiters`, for `wait_committed`: each caller has a lock of its own to wait on, so that a commit wakes those whose
+  values it stores, and no others. `abort` wakes all. A waiter that was woken too early waits again.
 
 The ring runs no thread. Nothing but bookkeeping and copying is done under the lock.
 
@@ -48,8 +50,9 @@ import bisect
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from math import inf
 from time import monotonic
 from typing import NamedTuple, TypeAlias
 
@@ -99,6 +102,30 @@ class Batch:
 
     def __len__(self) -> int:
         return self.end - self.start
+
+
+class _Waiter:
+    """A thread that waits until the values `[since, sequence)` are stored."""
+
+    __slots__ = ("sequence", "since", "_signal")
+
+    def __init__(self, sequence: int, since: int) -> None:
+        self.sequence = sequence
+        self.since = since
+        self._signal = threading.Lock()
+        self._signal.acquire()
+
+    def wait(self, timeout: float) -> None:
+        """Wait for `wake`, for at most `timeout` seconds."""
+        self._signal.acquire(timeout=-1 if timeout == inf else min(timeout, threading.TIMEOUT_MAX))
+
+    def wake(self) -> None:
+        """End the wait. Called once."""
+        self._signal.release()
+
+    def overlaps(self, batches: "list[Batch]") -> bool:
+        """True if it waits for values of one of these batches."""
+        return any(batch.start < self.sequence and self.since < batch.end for batch in batches)
 
 
 class RingStats(NamedTuple):
@@ -152,6 +179,7 @@ class Ring:
         self._marked: list[Batch] = []  # waiting for a worker that accepts the mark, ordered by start
         self._aside: dict[Batch, None] = {}  # marked, waiting or in flight, and no longer in their slots
         self._aside_size = 0  # how many values these have
+        self._waiters: list[_Waiter] = []  # ordered by sequence
         self._finished: dict[int, int] = {}  # start -> end of ranges stored or set aside, after a gap
         self._idle_workers = 0  # waiting in reserve
         self._closed = False
@@ -283,13 +311,15 @@ class Ring:
                 self._stored.notify_all()
             if self._closed:
                 self._not_empty.notify_all()  # this may have been the last batch
-            self._stage(moved if was_aside else [batch], moved)
+            woken = self._stage(moved if was_aside else [batch], moved, batch)
             # Nothing below can fail.
             del self._in_flight[batch]
             if was_aside:
                 del self._aside[batch]
                 self._aside_size = aside_size
             self._advance()
+        for waiter in woken:
+            waiter.wake()
         self._listener()
 
     def requeue(self, batch: Batch, mark: object = None) -> None:
@@ -313,7 +343,7 @@ class Ring:
             aside_size = self._aside_size + sum(map(len, moved))
             bisect.insort(waiting, batch, key=_start_of)
             try:
-                self._stage(moved, moved)
+                woken = self._stage(moved, moved)
             except BaseException:
                 waiting.remove(batch)
                 raise
@@ -322,6 +352,8 @@ class Ring:
             batch.mark = mark
             self._aside_size = aside_size
             self._advance()
+        for waiter in woken:
+            waiter.wake()
         if moved:
             self._listener()
 
@@ -341,9 +373,21 @@ class Ring:
         The wait ends after `timeout` seconds, or if the ring is aborted.
         """
         deadline = deadline_after(timeout)
-        with self._lock:
-            wait_until(self._stored, lambda: self._is_stored(sequence, since) or self._aborted, deadline)
-            return self._is_stored(sequence, since)
+        while not self.is_stored(sequence, since):
+            seconds = deadline - monotonic()
+            with self._lock:
+                if self._is_stored(sequence, since):
+                    return True
+                if self._aborted or seconds <= 0:
+                    return False
+                waiter = _Waiter(sequence, since)
+                bisect.insort(self._waiters, waiter, key=_sequence_of)
+            waiter.wait(seconds)
+            if monotonic() >= deadline:
+                with self._lock:
+                    if waiter in self._waiters:
+                        self._waiters.remove(waiter)
+        return True
 
     def close(self) -> None:
         """Take no more values. Those in the ring are still handed out; `reserve` ends when all of them are stored."""
@@ -360,6 +404,9 @@ class Ring:
             self._not_full.notify_all()
             self._not_empty.notify_all()
             self._stored.notify_all()
+            for waiter in self._waiters:
+                waiter.wake()
+            self._waiters.clear()
         self._listener()
 
     def join(self, timeout: float | None = None) -> bool:
@@ -491,11 +538,11 @@ class Ring:
                 room -= len(batch)
         return fitting
 
-    def _stage(self, finished: list[Batch], aside: list[Batch]) -> None:
+    def _stage(self, finished: list[Batch], aside: list[Batch], leaving: Batch | None = None) -> Sequence[_Waiter]:
         """Note that `finished` need their slots no more, and that `aside` are set aside. Changes all or nothing.
 
         The caller then calls `_advance`. In this order: a thread that sees the larger `committed` must see the batches
-        in `_aside`.
+        in `_aside`. Then it wakes the returned waiters, without the lock; `leaving` is not set aside any more then.
         """
         assert self._lock.locked()
         try:
@@ -506,12 +553,38 @@ class Ring:
             if self._committed in self._finished:
                 self._not_full.notify()
                 self._stored.notify_all()
+            return self._take_waiters(leaving)
         except BaseException:
             for batch in aside:
                 self._aside.pop(batch, None)
             for batch in finished:
                 self._finished.pop(batch.start, None)
             raise
+
+    def _next_committed(self) -> int:
+        """Return where the gapless prefix ends."""
+        committed = self._committed
+        while committed in self._finished:
+            committed = self._finished[committed]
+        return committed
+
+    def _take_waiters(self, leaving: Batch | None = None) -> Sequence[_Waiter]:
+        """Remove and return the waiters whose values are stored after `_advance`, once `leaving` is not set aside.
+
+        The caller wakes them, without the lock. It must not fail before it does.
+        """
+        assert self._lock.locked()
+        committed = self._next_committed()
+        if not self._waiters or self._waiters[0].sequence > committed:
+            return ()
+        count = bisect.bisect_right(self._waiters, committed, key=_sequence_of)
+        aside = [batch for batch in self._aside if batch is not leaving]
+        ready, doubtful = self._waiters[:count], []
+        if aside:
+            doubtful = [waiter for waiter in ready if waiter.overlaps(aside)]
+            ready = [waiter for waiter in ready if waiter not in doubtful]
+        self._waiters[:count] = doubtful
+        return ready
 
     def _advance(self) -> None:
         """Free the slots of the gapless prefix. Cannot fail."""
@@ -612,6 +685,10 @@ class Ring:
 
 def _start_of(batch: Batch) -> int:
     return batch.start
+
+
+def _sequence_of(waiter: _Waiter) -> int:
+    return waiter.sequence
 
 
 def _append_run(runs: list[Run], run: Run) -> None:

@@ -70,6 +70,10 @@ _INSERT_RECORDS = _insert_statements("record(value)", 1, (1, 16, 128, 1024))
 _INSERT_BATCHES = _insert_statements("batch", BATCH_COLUMNS, (1, 8, 40, 200))
 _UNUSED = array("q", bytes(8 * 1024))  # for the rows that LIMIT skips
 _MAX_SOURCES_CACHED = 10_000
+_FIND_SOURCES = {size: f"SELECT 1 FROM source WHERE uuid IN ({','.join('?' * size)}) LIMIT 1" for size in (64, 16, 4)}
+_INSERT_SOURCES = {
+    size: "INSERT OR ROLLBACK INTO source(uuid) VALUES " + ",".join(["(?)"] * size) for size in _FIND_SOURCES
+}
 LARGE_WAL_BYTES = 64 * 1024 * 1024
 """A WAL of this size is emptied. A file without records is shrunk if it has as much free space."""
 READER_WAIT_MS = 100
@@ -303,6 +307,7 @@ class Store(GroupCommit):
             ids, self._ids = self._ids, None  # None again until this commit has succeeded
             new, batches = array("q"), array("q")
             next_id = ids.last + 1
+            self._insert_new_sources(group)
             for block in group:
                 next_id = self._collect_new(block, next_id, now_ms, new, batches)
             self._insert_batches(batches)
@@ -375,6 +380,28 @@ class Store(GroupCommit):
             part += _UNUSED[: (size - rows) * columns]
             part.append(rows)
             self._db.execute(statements[size], part)
+
+    def _insert_new_sources(self, group: list[PendingBlock]) -> None:
+        """Insert sources that are new, many with one statement, and cache them. `_source` does the rest.
+
+        Each request of an HTTP client has a source of its own.
+        """
+        uuids = dict.fromkeys(run.source for block in group for run in block.runs)
+        unknown = [uuid for uuid in uuids if uuid not in self._sources][:_MAX_SOURCES_CACHED]
+        if len(self._sources) + len(unknown) > _MAX_SOURCES_CACHED:
+            self._sources.clear()
+        start = 0
+        for size, insert in _INSERT_SOURCES.items():
+            while len(unknown) - start >= size:
+                part = unknown[start : start + size]
+                start += size
+                if self._db.execute(_FIND_SOURCES[size], part).fetchone():
+                    continue
+                last_id = self._db.execute(insert, part).lastrowid or 0
+                # Their ids have no gaps: no other connection writes during the transaction.
+                self._sources.update(
+                    zip(part, (_Source(last_id - size + n, 0) for n in range(1, size + 1)), strict=True)
+                )
 
     def _source(self, uuid: bytes) -> _Source:
         """Return the source with this UUID from the database, and cache it; insert it if it is new."""

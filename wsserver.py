@@ -6,7 +6,6 @@ own locks.
 """
 
 import logging
-import uuid
 from time import monotonic
 from typing import Any, Protocol
 
@@ -20,12 +19,24 @@ from ringolib.status.readiness_rules import CONNECTIONS_FULL, Reason
 from ringolib.storage.interface import StoreError
 from ringolib.timing import deadline_after, format_ago, remaining
 from ringolib.web import handler, headers
+from ringolib.web.budget import SMALL_SIZE, Budget
 from ringolib.web.connections import Connections
-from ringolib.web.handler import CHALLENGE, GET_OR_HEAD, JSON, Routes, WebHandler, new_request_id, peer_name
+from ringolib.web.handler import (
+    CHALLENGE,
+    GET_OR_HEAD,
+    JSON,
+    Routes,
+    WebHandler,
+    new_request_id,
+    peer_name,
+    random_uuid,
+)
 from ringolib.web.headers import Refusal
 from ringolib.web.intake import Intake
 from ringolib.web.loop import IngestLoop
+from ringolib.web.names import Names
 from ringolib.web.page import HTML, load_page
+from ringolib.web.request import BodyEnded
 from ringolib.web.session import LOST, Session
 from ringolib.web.table import Limits
 from ringolib.wire import INGEST_PATH, READY_PATH, SUBPROTOCOL, Block, Run, WireError, decode_plain
@@ -65,10 +76,17 @@ class Server(Connections):
     """Serves HTTP and WebSocket clients on `listeners`, which it owns, once `serve` is called."""
 
     def __init__(
-        self, listeners: Listeners, name: str, limits: Limits, credentials: Credentials, totals: Totals
+        self,
+        listeners: Listeners,
+        name: str,
+        limits: Limits,
+        credentials: Credentials,
+        totals: Totals,
+        names: Names | None = None,
     ) -> None:
-        super().__init__(listeners, Handler, name, limits, credentials)
+        super().__init__(listeners, Handler, name, limits, credentials, names)
         self.totals = totals
+        self.budget = Budget(limits.unfinished)
         # `serve` sets these before the first connection is accepted.
         self.intake: Intake
         self.monitor: Monitor
@@ -78,7 +96,7 @@ class Server(Connections):
         """Begin to accept connections. Records go to `intake`; `monitor` describes the server. Raises ThreadError."""
         self.intake = intake
         self.monitor = monitor
-        self.loop = IngestLoop(intake, self.totals)
+        self.loop = IngestLoop(intake, self.totals, self.budget)
         self.start()
 
     def stop(self) -> None:
@@ -107,7 +125,7 @@ class Handler(WebHandler):
     paths_beyond_limit = (PAGE_PATH, ALIVE_PATH, READY_PATH, STATS_PATH, METRICS_PATH)
     paths_without_token = (ALIVE_PATH, READY_PATH)
 
-    def routes(self) -> Routes:
+    def make_routes(self) -> Routes:
         """Return the table of routes."""
         return {
             PAGE_PATH: dict.fromkeys(GET_OR_HEAD, self._page),
@@ -142,15 +160,18 @@ class Handler(WebHandler):
             raise Refusal(
                 404, "the live page is missing: dashboard.html was not installed with the program; reinstall it"
             )
-        cached = live_page.headers["ETag"] in self.headers.get("If-None-Match", "")
+        fields, tag = self.parsed.headers, live_page.headers["ETag"]
+        if "if-match" in fields and not headers.lists_tag(fields, "if-match", tag):
+            raise Refusal(412, "If-Match names another version of the page: omit it")
+        cached = headers.lists_tag(fields, "if-none-match", tag)
         self.reply(304 if cached else 200, live_page.content, HTML, live_page.headers)
 
     def _alive(self) -> None:
-        headers.check_json_request(self.headers)
+        headers.check_json_request(self.parsed.headers)
         self.reply(200, b"", JSON)
 
     def _stats(self) -> None:
-        headers.check_json_request(self.headers)
+        headers.check_json_request(self.parsed.headers)
         self.reply_json(200, self.server.monitor.report())
 
     def _metrics(self) -> None:
@@ -158,7 +179,7 @@ class Handler(WebHandler):
 
     def _ready(self) -> None:
         """Answer whether a record that a new client sends now would be stored now."""
-        headers.check_accept(self.headers)
+        headers.check_accept(self.parsed.headers)
         reasons = self._not_ready_reasons()
         trusted = self.has_token()
         fields: dict[str, Any] = {}
@@ -177,52 +198,61 @@ class Handler(WebHandler):
         if self.server.stopping.is_set():  # reason enough: the monitor is not asked during a stop
             return [Reason("draining", "the server is stopping")]
         reasons = self.server.monitor.reasons()
-        if not self.server.table.is_admitted():
+        if not self.admitted:
             limit = self.server.table.reached_limit()
             reasons.append(Reason(CONNECTIONS_FULL, f"the limit is reached: {limit}"))
         return reasons
 
     def _post(self) -> None:
         """Store the integers of the body, and answer how many they are."""
-        headers.check_origin(self.headers)
-        headers.check_accept(self.headers)
-        headers.check_body_type(self.headers)
-        body = self._read_body()
-        self.lingering = False
-        self.close_connection = self.asked_to_close or self.server.stopping.is_set()
+        fields = self.parsed.headers
+        self.server.names.check_origin(self.parsed)
+        headers.check_accept(fields)
+        headers.check_body_type(fields)
+        headers.check_expect(fields)
+        length = self._body_length()
         try:
-            values = decode_plain(body)
-        except WireError as error:
-            self.server.totals.add_refused()
-            raise Refusal(error.status, str(error)) from error
-        self.server.totals.add_records(len(values))
-        self._ingest(values)
+            body = self._read_body(length)
+            self.lingering = False
+            self.close_connection = self.parsed.wants_close or self.server.stopping.is_set()
+            try:
+                values = decode_plain(body)
+            except WireError as error:
+                self.server.totals.add_refused()
+                raise Refusal(error.status, str(error)) from error
+            del body
+            self.server.totals.add_records(len(values))
+            self._ingest(values)
+        finally:
+            self.server.budget.release(self)
 
     def _ingest(self, values: Any) -> None:
         """Put the values into the intake, wait until they are stored, and answer. Raises Refusal."""
         started, deadline = monotonic(), deadline_after(INGEST_TIMEOUT_SECONDS)
         intake = self.server.intake
-        try:
-            block = Block([Run(uuid.uuid4().bytes, 0, len(values))], values)
-            accepted, ticket = intake.put(block, INGEST_TIMEOUT_SECONDS)
-        except StoreError as error:
-            self.server.totals.add_refused(len(values))
-            raise _not_stored(f"not stored: {error}", 0) from error
+        block = Block([Run(random_uuid().bytes, 0, len(values))], values)
+        accepted, ticket = intake.put(block, INGEST_TIMEOUT_SECONDS)
         timeout = remaining(deadline)
         if accepted < len(values):
             self.server.totals.add_refused(len(values) - accepted)
-            cause = "the server is stopping" if intake.closed else "the ring is full"
+            cause = "the server is stopping" if intake.closed else f"the {intake.name} is full"
             raise _not_stored(f"{cause}: {accepted} of {len(values)} records were accepted", accepted)
-        if not intake.wait(ticket, timeout):
+        try:
+            stored = intake.wait(ticket, timeout)
+        except StoreError as error:
+            self.server.totals.add_refused(accepted)
+            raise _not_stored(f"not stored: {error}", 0) from error
+        if not stored:
             raise _not_stored("the records were accepted, but are not stored yet: is the consumer reachable?", accepted)
         self.server.totals.add_acked(accepted, [monotonic() - started])
         self.reply_json(200, {"stored": accepted})
 
     def _upgrade(self) -> None:
         """Answer the upgrade, and hand the connection over to the ingest loop."""
-        handshake = headers.check_handshake(self.command, self.request_version, self.headers)
-        subprotocols = headers.supported_subprotocols(self.headers)
-        frames = self._take_buffered()
+        request = self.parsed
+        handshake = headers.check_handshake(request.method, request.version, request.headers)
+        self.server.names.check_origin(request)
+        subprotocols = headers.supported_subprotocols(request.headers)
         self.connection.settimeout(handler.REQUEST_TIMEOUT_SECONDS)  # for the response: the client may not read it
         self.close_connection = True
         self.server.table.mark_websocket()
@@ -233,7 +263,7 @@ class Handler(WebHandler):
             subprotocol = accept_upgrade(self.connection, handshake, extra, subprotocols)
         except HandshakeError as error:
             raise Refusal(400, f"bad WebSocket handshake: {error}") from error
-        self._hand_over(subprotocol == SUBPROTOCOL, frames)
+        self._hand_over(subprotocol == SUBPROTOCOL, self.reader.rest)
 
     def _hand_over(self, batches: bool, frames: bytes) -> None:
         """Give the connection to the ingest loop. `frames` are bytes that came with the handshake."""
@@ -255,38 +285,41 @@ class Handler(WebHandler):
 
     # Reading.
 
-    def _read_body(self) -> bytes:
-        """Return the whole body. Raises Refusal if it is too large, too slow or incomplete."""
-        length = headers.body_length(self.headers)
+    def _body_length(self) -> int:
+        """Return the length of the body. Raises Refusal if it is unknown or too large."""
+        length = headers.body_length(self.parsed.headers)
         if length > MAX_MESSAGE:
             self.server.totals.add_refused()
             raise Refusal(
                 413, f"the body has {length} bytes, and the limit is {MAX_MESSAGE}: send several smaller requests"
             )
+        return length
+
+    def _read_body(self, length: int) -> bytes:
+        """Return the whole body. Raises Refusal if it is too slow or incomplete, or if there is no room for it."""
         timeout = handler.REQUEST_TIMEOUT_SECONDS + length / BODY_BYTES_PER_SECOND
-        self.reader.deadline = deadline_after(timeout)
+        deadline = deadline_after(timeout)
+        pieces, size = [], 0
         try:
-            body = self.rfile.read(length)
+            while piece := self.read_piece(deadline):
+                pieces.append(piece)
+                size += len(piece)
+                if size > SMALL_SIZE and not self.server.budget.hold(self, size, deadline):
+                    raise Refusal(503, "too many bodies are being sent: retry later", {"Retry-After": "5"})
         except TimeoutError:
             raise Refusal(
                 408, f"the body did not arrive within {timeout:.0f} s: send it faster, or in smaller requests"
             ) from None
-        finally:
-            self.connection.settimeout(handler.REQUEST_TIMEOUT_SECONDS)
-        self.server.totals.add_bytes(len(body))
-        if len(body) < length:
+        except BodyEnded:
             if self.server.stopping.is_set():  # which ends the reading side of connections
-                raise _not_stored("the server is stopping", 0)
+                raise _not_stored("the server is stopping", 0) from None
             self.server.totals.add_refused()
             raise Refusal(
-                400, f"the body ended after {len(body)} bytes, but Content-Length is {length}: send all of it"
-            )
-        return body
-
-    def _take_buffered(self) -> bytes:
-        """Return what `rfile` has read beyond the request: the first frames may come with the handshake."""
-        self.reader.deadline = None
-        return self.rfile.peek()  # type: ignore[attr-defined,no-any-return]  # a BufferedReader
+                400, f"the body ended after {size} bytes, but Content-Length is {length}: send all of it"
+            ) from None
+        finally:
+            self.server.totals.add_bytes(size)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _describe(reason: Reason, trusted: bool) -> dict[str, Any]:

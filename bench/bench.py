@@ -16,6 +16,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import socket
 import sqlite3
 import statistics
@@ -91,6 +92,20 @@ QUICK = Sizes(
     grow_to=10**6,
     stretch=200_000,
 )
+INGEST_PATH = "/v1.0/ingest"
+POST_SCRIPT = """
+wrk.method = "POST"
+wrk.body = "\\0\\0\\0\\42"
+wrk.headers["Content-Type"] = "application/octet-stream"
+"""
+REPORT_SCRIPT = """
+function done(summary, latency, requests)
+  local errors = summary.errors
+  local failed = errors.connect + errors.read + errors.write + errors.status + errors.timeout
+  io.write(string.format("ringoexp %d %d %d %d", summary.requests, failed, summary.duration, latency:percentile(99)))
+end
+"""
+"""What wrk prints for `run_wrk`."""
 SLOW_INTERVAL_SECONDS = 1.0
 BUSY_LOAD = 0.5
 """Load average per core above which other work distorts the figures."""
@@ -493,6 +508,41 @@ def idle_rows(sizes: Sizes) -> list[Row]:
     ]
 
 
+def http_rows(sizes: Sizes) -> list[Row]:
+    """Measure requests a second on connections that stay open, with wrk (Debian: `apt install wrk`)."""
+    if not shutil.which("wrk"):
+        return [Row("HTTP requests", "not measured: wrk is not installed")]
+    say("HTTP")
+    rows = []
+    with own_consumer() as (process, database):
+        for connections in (1, 16, 100):
+            before = stored(database)
+            rate, p99_ms = run_wrk(process.port, INGEST_PATH, connections, sizes.crowd_seconds, POST_SCRIPT)
+            if stored(database) - before < rate * sizes.crowd_seconds * 0.9:
+                raise SystemExit("POSTs were answered and are not stored")
+            target = {"target": ">= 3,000, p99 < 60 ms", "met": rate >= 3000 and p99_ms < 60} if connections > 1 else {}
+            figure = f"{rate:,.0f} a second, p99 {p99_ms:.1f} ms"
+            rows.append(Row(f"POSTs of one integer on {connections} connections", figure, **target))
+        rate, p99_ms = run_wrk(process.port, "/v1.0/alive", 16, sizes.crowd_seconds)
+        figure = f"{rate:,.0f} a second, p99 {p99_ms:.1f} ms"
+        rows.append(Row("alive on 16 connections", figure, ">= 4,000", rate >= 4000))
+    return rows
+
+
+def run_wrk(port: int, path: str, connections: int, seconds: float, script: str = "") -> tuple[float, float]:
+    """Send requests with wrk. Return answers a second, and the 99th percentile of the latency in ms."""
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
+        file.write(script + REPORT_SCRIPT)
+        file.flush()
+        duration = f"{max(1, round(seconds))}s"
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{duration}", "-s", file.name, f"http://127.0.0.1:{port}{path}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    answers, errors, microseconds, p99 = map(int, done.stdout.rsplit("ringoexp", 1)[1].split())
+    if errors:
+        raise SystemExit(f"{errors} requests to {path} failed")
+    return answers / microseconds * 1e6, p99 / 1000
+
+
 def growth_rows(sizes: Sizes) -> list[Row]:
     """Measure whether the rate depends on the number of stored records."""
     say("growth")
@@ -504,7 +554,7 @@ def growth_rows(sizes: Sizes) -> list[Row]:
 
 def measure(sizes: Sizes) -> list[Row]:
     """Measure all rows of the table."""
-    parts = (throughput_rows, latency_rows, crowd_rows, memory_rows, idle_rows, growth_rows)
+    parts = (throughput_rows, latency_rows, crowd_rows, http_rows, memory_rows, idle_rows, growth_rows)
     return [row for part in parts for row in part(sizes)]
 
 

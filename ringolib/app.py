@@ -40,7 +40,9 @@ from ringolib.storage.clickhouse.url import Target, is_clickhouse_url, parse_url
 from ringolib.storage.interface import Storage
 from ringolib.storage.retention import Retention
 from ringolib.timing import ThreadError, deadline_after, remaining
+from ringolib.web import budget
 from ringolib.web.intake import Intake, RingIntake, StoreIntake
+from ringolib.web.names import Names
 from ringolib.web.table import Limits
 from store import Store
 from wsserver import Server
@@ -331,8 +333,9 @@ def _open_server(
                 "-T, with the same port as -p"
             )
         raise StartupError(f"{error} ({hint})") from error
-    limits = Limits(settings.connections, settings.per_address, threads=settings.max_request_threads)
-    server = Server(listeners, settings.name, limits, credentials, totals)
+    unfinished = settings.unfinished * budget.MIB
+    limits = Limits(settings.connections, settings.per_address, None, settings.max_request_threads, unfinished)
+    server = Server(listeners, settings.name, limits, credentials, totals, _names(settings, settings.hostname))
     undo.callback(server.close)
     return server
 
@@ -342,11 +345,19 @@ def _open_profiler(settings: Settings, credentials: Credentials, undo: ExitStack
     host, port = settings.profiler_host, settings.profiler_port
     listening = resolve_option("--profiler_host", host, port)
     try:
-        profiler = Profiler(Listeners(format_address(host, port), listening), host, settings.name, credentials)
+        listeners = Listeners(format_address(host, port), listening)
+        profiler = Profiler(listeners, settings.name, credentials, _names(settings, host))
     except AddressError as error:
         raise StartupError(f"-L: {error} (-L and --profiler_host name another address)") from error
     undo.callback(profiler.close)
     return profiler
+
+
+def _names(settings: Settings, hostname: str) -> Names:
+    """Return the names that a server on `hostname` answers to."""
+    is_unix = unix_path(hostname) is not None
+    hosts = settings.allow_host if is_unix else [*settings.allow_host, hostname]
+    return Names(hosts, settings.allow_origin, any_host=is_unix)
 
 
 def _open_store(settings: Settings, target: Target | None, undo: ExitStack) -> tuple[Storage, Retention | None]:

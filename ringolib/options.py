@@ -122,6 +122,20 @@ def _not_empty(text: str) -> str:
     return text
 
 
+def _host_name(text: str) -> str:
+    """Parse the name of a host, without a port."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a host's name, without a port")
+    return text
+
+
+def _origin(text: str) -> str:
+    """Parse the origin of web pages, as browsers send it."""
+    if text != "null" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[!-.0-~]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: SCHEME://HOST:PORT, without a path, or null")
+    return text
+
+
 def _host(text: str) -> str:
     """Parse a host: a name, an address, an IPv6 address with or without brackets, or `unix:PATH`."""
     try:
@@ -201,6 +215,12 @@ OPTIONS = (
     Option("", "tls_key", None, _not_empty, "security", "private key of --tls_cert, PEM, if it is in another file"),
     Option("", "client_ca", None, _not_empty, "security",
            "certificate authorities, PEM; clients then need a certificate signed by one of them"),
+    Option("", "allow_host", (), _host_name, "security",
+           "name that clients call this server by, beside its addresses, localhost, the name of -H and that of the "
+           "machine; other names are refused. May be given several times"),
+    Option("", "allow_origin", (), _origin, "security",
+           "origin of web pages that may use this server, such as https://HOST:PORT; other pages are refused. May be "
+           "given several times"),
     Option("", "consumer_tls", False, _boolean, "security",
            "publisher: use TLS to the consumer, with the certificate of --tls_cert, if there is one"),
     Option("", "consumer_ca", None, _not_empty, "security",
@@ -210,6 +230,8 @@ OPTIONS = (
     Option("", "threads", DEFAULT_THREADS, _whole_number(512, 10**6), "limits",
            "maximum number of threads, at least 512: one for each HTTP connection and worker, 128 for the rest; an "
            "open WebSocket needs none; the server refuses HTTP connections beyond it, as with -n"),
+    Option("", "unfinished", 256, _whole_number(16, 2**20), "limits",
+           "MiB of unfinished messages and request bodies, of all clients together; beyond it, clients wait"),
     Option("X", "procs", 0, _limit, "system", "processor cores to use; 0: all available"),
     Option("L", "profiler_port", 0, _optional_port, "system", "port of the profiler, /debug/pprof/; 0 or less: off"),
     Option("", "profiler_host", "localhost", _host, "system", "address the profiler listens on"),
@@ -242,10 +264,13 @@ class Settings:
     tls_cert: str | None
     tls_key: str | None
     client_ca: str | None
+    allow_host: tuple[str, ...]
+    allow_origin: tuple[str, ...]
     consumer_tls: bool
     consumer_ca: str | None
     per_address: int
     threads: int
+    unfinished: int
     procs: int
     profiler_port: int
     profiler_host: str
@@ -436,12 +461,14 @@ def _add_option(group: Any, option: Option) -> None:
     details: dict[str, Any] = {"type": option.parse, "default": option.default, "help": help_text}
     if isinstance(option.default, bool):
         group.add_argument(*flags, nargs="?", const=True, metavar="BOOL", **details)
+    elif option.default == ():
+        group.add_argument(*flags, action="append", metavar="TEXT", type=option.parse, help=help_text)
     else:
         group.add_argument(*flags, metavar="N" if isinstance(option.default, int) else "TEXT", **details)
 
 
 def _default_text(default: Any) -> str:
-    if default is None:
+    if default in (None, ()):
         return "off"
     return str(default).lower() if isinstance(default, bool) else str(default)
 
@@ -469,11 +496,13 @@ def _parse(parser: _Parser, argv: Sequence[str]) -> Settings:
     if rest:
         parser.error(f"{rest[0]!r} is not a flag")
     for option in OPTIONS:
-        if getattr(values, option.long) == []:  # argparse before 3.13 returns this for --flag=--
+        if getattr(values, option.long) in ([], [[]]):  # argparse before 3.13 returns this for --flag=--
             parser.error(f"argument {option.flags}: '--' is not accepted: name a value")
     if unix_path(values.hostname) and values.consumer_hostname is None and values.consumer_port is None:
         values.consumer_hostname = values.hostname  # a complete system
     for option in OPTIONS:
         if getattr(values, option.long) is None:
             setattr(values, option.long, option.default)
+        elif option.default == ():
+            setattr(values, option.long, tuple(getattr(values, option.long)))
     return Settings(**vars(values))

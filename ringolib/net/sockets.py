@@ -1,10 +1,11 @@
-"""Small helpers for connected sockets: connect, shut down, linger before a close.
+"""Small helpers for connected sockets: connect, read and write with timeouts, shut down, linger before a close.
 
 A socket belongs to one thread at a time; that of a WebSocket client belongs to the ingest loop. Only `shut_down` may be
 called from other threads.
 """
 
 import socket
+import struct
 from typing import Any
 
 from ringolib.net.addresses import Address, unix_path
@@ -39,6 +40,52 @@ def connect(host: str, port: int, timeout: float) -> socket.socket:
 def peer_address(sock: socket.socket, host: str) -> Address:
     """Return the address that a socket connected to `host` has reached. Raises OSError if the connection is lost."""
     return sock.family, unix_path(host) or sock.getpeername()
+
+
+class Stream:
+    """Reads and writes of the thread that owns a connected socket, each with a timeout in seconds.
+
+    A read uses the system's timeout (SO_RCVTIMEO). Python's would take a second system call for each read, and each
+    call gives Python's lock away, which costs more than the call if many threads are busy.
+    """
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self._timeout = 0.0  # of reads; 0: to be set
+        sock.settimeout(None)
+
+    def read(self, size: int, timeout: float) -> bytes:
+        """Return 1 to `size` bytes, or b"" at the end of the stream. Raises TimeoutError, or another OSError."""
+        if timeout != self._timeout:
+            self._set_timeout(timeout)
+        try:
+            data: bytes = self._sock.recv(size)
+        except BlockingIOError:
+            raise TimeoutError("too slow") from None
+        return data
+
+    def write(self, data: bytes, timeout: float) -> None:
+        """Send all of `data`. Raises TimeoutError if that takes longer than `timeout`, or another OSError."""
+        try:
+            sent = self._sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            self._sock.settimeout(timeout)
+            self._sock.sendall(memoryview(data)[sent:])
+            self._sock.settimeout(None)
+            self._timeout = 0.0
+
+    def _set_timeout(self, timeout: float) -> None:
+        if timeout <= 0:
+            raise TimeoutError("too slow")
+        if isinstance(self._sock, socket.socket):
+            seconds, microseconds = divmod(max(1, int(timeout * 1_000_000)), 1_000_000)
+            value = struct.pack("@ll", seconds, microseconds)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        else:
+            self._sock.settimeout(timeout)  # a TLSSocket, which polls in any case
+        self._timeout = timeout
 
 
 def shut_down(sock: Any, how: int = socket.SHUT_RDWR) -> None:

@@ -17,9 +17,8 @@ import tracemalloc
 from collections import defaultdict
 from time import monotonic
 from types import CodeType, FrameType
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
-from ringolib.net.addresses import is_loopback
 from ringolib.net.credentials import Credentials
 from ringolib.net.listeners import Listeners
 from ringolib.status import pprof, sampler
@@ -27,6 +26,7 @@ from ringolib.timing import deadline_after, remaining
 from ringolib.web.connections import Connections
 from ringolib.web.handler import GET_OR_HEAD, Routes, WebHandler
 from ringolib.web.headers import Refusal
+from ringolib.web.names import Names
 from ringolib.web.table import Limits
 
 MAX_CONNECTIONS = 32
@@ -42,6 +42,9 @@ CLIENT_CHECK_SECONDS = 0.25
 _CLIENT_CLOSED: int = getattr(select, "POLLRDHUP", select.POLLIN)
 """The poll event of a connection whose client has closed its side. POLLRDHUP exists on Linux only; it is set even if
 data that the client sent before is still unread."""
+_PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""Sent to a client that has closed its side. A client that waits for the answer ignores it. If the client has left, its
+system answers with a reset."""
 
 INDEX = "/debug/pprof/"
 TEXT = "text/plain; charset=utf-8"
@@ -59,13 +62,12 @@ PAGES = {
 
 
 class Profiler(Connections):
-    """The profiler's server. Owns `listeners`; `host` is the name it listens on."""
+    """The profiler's server. Owns `listeners`."""
 
     acceptor_name = connection_name = "profiler"
 
-    def __init__(self, listeners: Listeners, host: str, name: str, credentials: Credentials) -> None:
-        super().__init__(listeners, Handler, name, Limits(MAX_CONNECTIONS, refused=0), credentials)
-        self.host = host.lower()
+    def __init__(self, listeners: Listeners, name: str, credentials: Credentials, names: Names) -> None:
+        super().__init__(listeners, Handler, name, Limits(MAX_CONNECTIONS, refused=0), credentials, names)
         self.loopback = listeners.loopback
         self.sampling_lock = threading.Lock()
         self.sampling_ends_at = 0.0  # monotonic seconds; written by the holder of sampling_lock
@@ -77,10 +79,10 @@ class Handler(WebHandler):
     server: Profiler
 
     _client_checked_at = 0.0  # monotonic seconds
+    _half_closed = False  # the client has closed its side, and _PROBE was sent
 
-    def routes(self) -> Routes:
-        """Return the routes. Raises Refusal if the request comes from another website."""
-        self._check_origin()
+    def make_routes(self) -> Routes:
+        """Return the table of routes."""
         pages = {
             INDEX: self._index,
             INDEX.rstrip("/"): self._redirect,
@@ -91,7 +93,7 @@ class Handler(WebHandler):
         actions = {f"{INDEX}profile": self._profile, f"{INDEX}heap": self._heap}
         return {
             **{path: dict.fromkeys(GET_OR_HEAD, page) for path, page in pages.items()},
-            **{path: {"GET": action} for path, action in actions.items()},
+            **{path: dict.fromkeys(GET_OR_HEAD, action) for path, action in actions.items()},
         }
 
     # Pages.
@@ -140,6 +142,9 @@ class Handler(WebHandler):
         query = self._query(seconds=str(DEFAULT_SECONDS), format="pprof")
         seconds = self._parse_integer("seconds", query["seconds"], 1, MAX_SECONDS)
         self._check_choice("format", query["format"], ("pprof",))
+        if self.command == "HEAD":
+            self._reply_pprof(None, "profile")
+            return
         _check_stacks_readable()
         self._reply_pprof(pprof.encode_profile(self._take_profile(seconds)), "profile")
 
@@ -173,16 +178,25 @@ class Handler(WebHandler):
         return self._is_client_gone()
 
     def _is_client_gone(self) -> bool:
-        """True if the client has closed its side of the connection."""
+        """True if the client has closed the connection. A client that has only ended its side waits for the answer."""
         poll = select.poll()
-        poll.register(self.connection, _CLIENT_CLOSED)
-        if not poll.poll(0):
+        poll.register(self.connection, 0 if self._half_closed else _CLIENT_CLOSED)
+        events = poll.poll(0)
+        if not events:
             return False
+        if events[0][1] & (select.POLLERR | select.POLLHUP):
+            return True
         try:
             # POLLIN can also mean that the next request has arrived.
-            return _CLIENT_CLOSED != select.POLLIN or not self.connection.recv(1, socket.MSG_PEEK)
+            if _CLIENT_CLOSED == select.POLLIN and self.connection.recv(1, socket.MSG_PEEK):
+                return False
+            if self.parsed.version == "1.0":  # it knows no 100 Continue
+                return True
+            self.stream.write(_PROBE, CLIENT_CHECK_SECONDS)
         except OSError:
             return True
+        self._half_closed = True
+        return False
 
     # Memory.
 
@@ -196,7 +210,10 @@ class Handler(WebHandler):
         self._check_choice("format", query["format"], ("pprof", "text"))
         if query["start"] and query["stop"]:
             raise Refusal(400, "use either start=1 or stop=1, not both")
-        if query["start"]:
+        if self.command == "HEAD":  # without its effects
+            is_text = query["start"] or query["stop"] or query["format"] == "text"
+            self._reply_ok(None, TEXT if is_text else PPROF_TYPE)
+        elif query["start"]:
             tracemalloc.start(frames)  # does nothing if it is already started
             frames = tracemalloc.get_traceback_limit()
             self._reply_ok(f"tracing memory, {frames} calls kept per allocation; ?stop=1 ends it\n".encode(), TEXT)
@@ -214,25 +231,17 @@ class Handler(WebHandler):
 
     # Requests and responses.
 
-    def _check_origin(self) -> None:
-        """Raise Refusal if a page of another website makes the request.
-
-        On a loopback address the Host must be a loopback name too, or the name given with --profiler_host. Otherwise
-        a page whose own name resolves to 127.0.0.1 would count as the same origin (DNS rebinding).
-        """
-        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") or "Origin" in self.headers:
-            raise Refusal(403, "the profiler refuses requests from other websites")
-        given = self.headers.get("Host") or "localhost"
-        try:
-            host = urlsplit(f"//{given}").hostname or ""
-        except ValueError:
-            host = ""
-        if self.server.loopback and not is_loopback(host) and host != self.server.host:
-            raise Refusal(403, f"unknown Host {given[:100]}: use localhost")
+    def check_site(self) -> None:
+        """Raise Refusal if a page of another website makes the request: a GET has effects here."""
+        if self.cors.get("Access-Control-Allow-Origin"):
+            return
+        self.server.names.check_origin(self.parsed)
+        if self.parsed.headers.get_all("sec-fetch-site") not in ([], ["none"], ["same-origin"]):
+            raise Refusal(403, "the profiler refuses requests from other websites: open its pages themselves")
 
     def _query(self, **defaults: str) -> dict[str, str]:
         """Return the query's parameters, with defaults. Raises Refusal if a parameter has none."""
-        given = parse_qsl(self.path.partition("?")[2], keep_blank_values=True)
+        given = parse_qsl(self.parsed.query, keep_blank_values=True)
         for name, _ in given:
             if name not in defaults:
                 known = ", ".join(defaults) or "none"
@@ -249,11 +258,11 @@ class Handler(WebHandler):
         if text not in choices:
             raise Refusal(400, f"{name}={text[:40]} is invalid: expected {' or '.join(filter(None, choices))}")
 
-    def _reply_pprof(self, content: bytes, name: str) -> None:
+    def _reply_pprof(self, content: bytes | None, name: str) -> None:
         disposition = f'attachment; filename="{name}.pb.gz"'
         self._reply_ok(content, PPROF_TYPE, {"Content-Disposition": disposition})
 
-    def _reply_ok(self, content: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
+    def _reply_ok(self, content: bytes | None, kind: str, headers: dict[str, str] | None = None) -> None:
         common = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
         self.reply(200, content, kind, {**common, **(headers or {})})
 

@@ -35,6 +35,7 @@ from ringolib.net.listeners import Listeners
 from ringolib.net.sockets import linger
 from ringolib.net.tls_socket import NotTLS, TLSSocket
 from ringolib.timing import ThreadError, start
+from ringolib.web.names import Names
 from ringolib.web.table import ConnectionStats, ConnectionTable, Limits
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Connections(ThreadingHTTPServer):
     """Accepts connections from `listeners`, which it owns, once `start` is called. Each one is served by `handler`.
 
     Connections beyond `limits`, and all connections after `stop`, are not admitted: the handler chooses their response.
-    If `credentials` have a certificate, all connections use TLS.
+    If `credentials` have a certificate, all connections use TLS. `names` are the hosts that the server answers to.
     """
 
     daemon_threads = True  # the ordered stop waits for them; a second signal must end the process without it
@@ -76,11 +77,13 @@ class Connections(ThreadingHTTPServer):
         name: str,
         limits: Limits,
         credentials: Credentials | None = None,
+        names: Names | None = None,
     ) -> None:
         BaseServer.__init__(self, listeners.addresses[0][1], handler)  # TCPServer.__init__ would open a socket
         self.listeners = listeners
         self.name = name
         self.credentials = credentials or Credentials()
+        self.names = names or Names()
         self.table = ConnectionTable(limits)
         self.stopping = self.table.stopping
         self._accepted = 0  # numbers the threads; belongs to the acceptor

@@ -5,7 +5,9 @@ blocks from the loop without blocking (`offer`), and from an HTTP request's thre
 *ticket* identifies a block that was taken.
 
 `StoreIntake._lock` guards its queue. The condition `_filled` on it is notified when blocks are queued, and by `stop`.
-No commit runs under the lock.
+`_emptied` is notified when a commit takes the queue, and by `stop`: requests wait on it for room. No commit runs
+under the lock. A request waits for its block on a lock of its own, so that a commit wakes only the requests whose
+records it has stored.
 
 The only error that a commit may raise is StoreError. After any other error, `commit` ends the process: some blocks
 would never get an outcome, or a wrong one.
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ringbuffer import Closed, Full, Ring
 from ringolib.storage.interface import Storage, StoreError
-from ringolib.timing import fatal, start_thread
+from ringolib.timing import deadline_after, fatal, start_thread, wait_until
 from ringolib.wire import Block, Rest, Run
 
 log = logging.getLogger("ringoexp.ingest")
@@ -38,7 +40,12 @@ class RingTicket(NamedTuple):
 
 
 class Intake(Protocol):
-    """See the module's docstring. `closed` is true once no more is taken; records taken before are still stored."""
+    """See the module's docstring. `closed` is true once no more is taken; records taken before are still stored.
+
+    `name` says what the intake is, for people.
+    """
+
+    name: str
 
     @property
     def closed(self) -> bool: ...
@@ -66,13 +73,13 @@ class Intake(Protocol):
         """Have `listener` called, by any thread, when there may be new outcomes, or room."""
 
     def put(self, block: Block, timeout: float) -> tuple[int, Any]:
-        """Take the block, waiting for room: how many records were taken within `timeout` seconds, and the ticket.
-
-        Raises StoreError when they were not stored.
-        """
+        """Take the block, waiting for room: how many records were taken within `timeout` seconds, and the ticket."""
 
     def wait(self, ticket: Any, timeout: float) -> bool:
-        """True once the records of the ticket are stored; False after `timeout` seconds, or on abort."""
+        """True once the records of the ticket are stored; False after `timeout` seconds, or on abort.
+
+        Raises StoreError if they were not stored. Only the thread that has put them may call.
+        """
 
     def stop(self, timeout: float) -> None:
         """End the intake's own thread, if it has one."""
@@ -80,6 +87,8 @@ class Intake(Protocol):
 
 class RingIntake:
     """A publisher's intake. With `ack_in_ring` a record counts as stored as soon as it is in the ring (`-A ring`)."""
+
+    name = "ring"
 
     def __init__(self, ring: Ring, ack_in_ring: bool = False) -> None:
         self._ring = ring
@@ -153,11 +162,12 @@ class RingIntake:
 class _Queued:
     """A block on its way into a commit, and its outcome once the commit has ended."""
 
-    __slots__ = ("block", "outcome")
+    __slots__ = ("block", "outcome", "signal")
 
-    def __init__(self, block: Block | Rest) -> None:
+    def __init__(self, block: Block | Rest, signal: "threading.Lock | None" = None) -> None:
         self.block = block
         self.outcome: bool | StoreError = False
+        self.signal = signal  # of a request that waits: a lock that is released once there is an outcome
 
 
 class StoreIntake:
@@ -166,13 +176,14 @@ class StoreIntake:
     Raises ThreadError when there is no thread.
     """
 
-    closed = False
+    name = "queue of the store"
 
     def __init__(self, store: Storage) -> None:
         self._store = store
         self._listener: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._filled = threading.Condition(self._lock)
+        self._emptied = threading.Condition(self._lock)
         # Guarded by _lock.
         self._queue: list[_Queued] = []
         self._cost = 0  # of the queue
@@ -188,6 +199,11 @@ class StoreIntake:
         """See Intake."""
         self._listener = listener
 
+    @property
+    def closed(self) -> bool:
+        """True once nothing more is taken."""
+        return self._stopping
+
     def offer(self, blocks: Iterable[Block | Rest]) -> list[tuple[_Queued, int]]:
         """See Intake. There is no room while MAX_QUEUED records wait."""
         taken = []
@@ -196,8 +212,7 @@ class StoreIntake:
                 if self._cost >= MAX_QUEUED or self._stopping:
                     break
                 queued = _Queued(block)
-                self._queue.append(queued)
-                self._cost += len(block.values) + RUN_COST * len(block.runs)
+                self._enqueue(queued)
                 taken.append((queued, len(block.values)))
             if taken:
                 self._filled.notify()
@@ -214,21 +229,42 @@ class StoreIntake:
         """See Intake."""
         return ticket.outcome
 
-    def put(self, block: Block, timeout: float) -> tuple[int, bool]:
-        """See Intake. A commit takes as long as it takes; then there is nothing left to wait for."""
-        self._store.append(block.runs, block.values)
-        return len(block.values), True
-
-    def wait(self, ticket: bool, timeout: float) -> bool:
+    def put(self, block: Block, timeout: float) -> tuple[int, _Queued]:
         """See Intake."""
-        return ticket
+        signal = threading.Lock()
+        signal.acquire()
+        queued = _Queued(block, signal)
+        deadline = deadline_after(timeout)
+        with self._lock:
+            wait_until(self._emptied, lambda: self._cost < MAX_QUEUED or self._stopping, deadline)
+            if self._cost >= MAX_QUEUED or self._stopping:
+                return 0, queued
+            self._enqueue(queued)
+            self._filled.notify()
+        return len(block.values), queued
+
+    def wait(self, ticket: _Queued, timeout: float) -> bool:
+        """See Intake."""
+        assert ticket.signal
+        ticket.signal.acquire(timeout=max(0.0, timeout))
+        outcome = ticket.outcome
+        if isinstance(outcome, StoreError):
+            # A new exception for each caller: raising one in several threads would mix their tracebacks.
+            raise StoreError(str(outcome)) from outcome
+        return outcome
 
     def stop(self, timeout: float) -> None:
         """End the thread once the queue is stored."""
         with self._lock:
             self._stopping = True
             self._filled.notify()
+            self._emptied.notify_all()
         self._thread.join(timeout)
+
+    def _enqueue(self, queued: _Queued) -> None:
+        assert self._lock.locked()
+        self._queue.append(queued)
+        self._cost += len(queued.block.values) + RUN_COST * len(queued.block.runs)
 
     # The thread.
 
@@ -240,6 +276,7 @@ class StoreIntake:
             if not self._queue:
                 return False
             group, self._queue, self._cost = self._queue, [], 0
+            self._emptied.notify_all()
         self._commit(group)
         return True
 
@@ -258,6 +295,8 @@ class StoreIntake:
             outcome = error
         for queued in group:
             queued.outcome = outcome
+            if queued.signal:
+                queued.signal.release()
         self._listener()
 
     def _run(self) -> None:

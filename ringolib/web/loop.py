@@ -34,6 +34,7 @@ from ringolib.net.poller import Poller
 from ringolib.storage.interface import StoreError
 from ringolib.timing import fatal, log_unexpected, start_thread
 from ringolib.web import session as session_module
+from ringolib.web.budget import Budget
 from ringolib.web.client import Client, Mark
 from ringolib.web.deadlines import Deadlines
 from ringolib.web.intake import Intake
@@ -62,12 +63,6 @@ READ_SECONDS = 0.005
 """Time after which a turn reads from no other client, as with OFFER_RECORDS."""
 SLOW_READ_SECONDS = 0.002
 """Time for one client in a turn, beyond which the next read from it is a small one."""
-HELD_BYTES = 64 * 1024 * 1024
-"""Bytes of unfinished messages, of all clients. Beyond it, only one client with a large unfinished message is read.
-
-Clients with at most SHARED_READ_SIZE bytes are read in any case, so the memory is bounded by this and twice
-SHARED_READ_SIZE for each client.
-"""
 MAX_MARKS = 1024
 """A client may have this many marks, and the loop this many offers. Beyond it, the newest two are merged."""
 INTERNAL_ERROR = "internal error"
@@ -82,9 +77,12 @@ _HALF_CLOSED = getattr(select, "POLLRDHUP", 0)  # Linux only
 class IngestLoop:
     """Serves the clients that `add` hands over, until `stop`. Raises ThreadError if the thread cannot start."""
 
-    def __init__(self, intake: Intake, totals: Totals) -> None:
+    def __init__(self, intake: Intake, totals: Totals, budget: Budget | None = None) -> None:
         self._intake = intake
         self._totals = totals
+        # While it is full, the loop reads from clients without a large unfinished message, and from the oldest of the
+        # others. So the messages exceed it by one message, and by twice SHARED_READ_SIZE for each client.
+        self._budget = budget or Budget()
 
         self._lock = threading.Lock()
         # Guarded by _lock.
@@ -110,9 +108,8 @@ class IngestLoop:
         self._writers = Poller(selectors.EVENT_WRITE)
         self._ready: deque[Client] = deque()  # to be served; `queued` is set, so that each is here once
         self._left_in_round = 0  # of those; the others, behind them, are served in the next round
-        self._held = 0  # bytes of unfinished messages
         self._holders: dict[Client, None] = {}  # clients with a large unfinished message, in the order they began
-        self._suspended: dict[Client, float] = {}  # holders that are not read since, because HELD_BYTES are reached
+        self._suspended: dict[Client, float] = {}  # holders that are not read since, because the budget is full
         self._buffer = memoryview(bytearray(READ_SIZE))
         # Records on their way.
         self._backlog: deque[tuple[Client, Block | Rest, float]] = deque()  # and when each block was read
@@ -128,7 +125,8 @@ class IngestLoop:
 
         for source in (self._wake_receiver, self._readers, self._writers):
             self._poll.register(source, select.POLLIN)
-        intake.on_progress(self._wake)
+        intake.on_progress(self._on_progress)
+        self._budget.on_room = self._wake
         self._thread = start_thread(self._run, name="ingest")
 
     # For other threads.
@@ -169,6 +167,11 @@ class IngestLoop:
         self._took_news.clear()
         self._wake()
         return not self._thread.is_alive() or self._took_news.wait(timeout) or not self._thread.is_alive()
+
+    def _on_progress(self) -> None:
+        """Wake the loop if it may wait for this commit: only clients have records and backlogs."""
+        if self._clients:  # one read: no lock needed
+            self._wake()
 
     def _wake(self) -> None:
         if not self._woken:
@@ -245,6 +248,8 @@ class IngestLoop:
             added, self._added = self._added, []
             stopping, aborting = self._stop_requested, self._abort_requested
         self._took_news.set()
+        if self._suspended and not self._budget.full:  # bodies of HTTP requests have ended
+            self._resume(next(iter(self._holders), None))
         for client, rest in added:
             self._admit(client, rest, now)
         if added:
@@ -301,7 +306,7 @@ class IngestLoop:
                 if client.is_tls:
                     self._queue(client)
             else:
-                is_large = is_alone and not client.slow and self._held < HELD_BYTES
+                is_large = is_alone and not client.slow and not self._budget.full
                 records += self._read(client, READ_SIZE if is_large else share, now)
             if client.session.has_input:
                 self._queue(client)
@@ -312,7 +317,7 @@ class IngestLoop:
 
     def _read(self, client: Client, limit: int, now: float) -> int:
         """Read from a client. Return the number of records that came."""
-        if self._held >= HELD_BYTES and self._suspend(client, now):
+        if self._budget.full and self._suspend(client, now):
             return 0
         try:
             data = client.read(self._buffer, limit)
@@ -380,13 +385,13 @@ class IngestLoop:
         """Note that the client's unfinished message has this many bytes now."""
         if size < client.held:
             self._holders.pop(client, None)  # its next message comes after the messages of others
-        self._held += size - client.held
+        self._budget.add(size - client.held)
         client.held = size
         if size > SHARED_READ_SIZE:
             self._holders[client] = None
         if self._suspended:
             oldest = next(iter(self._holders), None)
-            if self._held < HELD_BYTES or oldest in self._suspended or client in self._suspended:
+            if not self._budget.full or oldest in self._suspended or client in self._suspended:
                 self._resume(oldest)
 
     def _suspend(self, client: Client, now: float) -> bool:
@@ -402,7 +407,7 @@ class IngestLoop:
         now = monotonic()
         lost = []
         for client, since in list(self._suspended.items()):
-            if client is oldest or client not in self._holders or self._held < HELD_BYTES:
+            if client is oldest or client not in self._holders or not self._budget.full:
                 del self._suspended[client]
                 client.session.paused(now - since, now)
                 client.pause_seen = self._paused_seconds  # that pause is in it

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 from ringolib.net.addresses import UNIX_PEER
 from ringolib.net.sockets import shut_down
 from ringolib.timing import deadline_after, wait_until
+from ringolib.web import budget
 
 MAX_REFUSED = 64
-"""Connections that are not admitted and still get a response, at once. The next ones wait to be accepted."""
+"""Connections that are not admitted and still get a response, at once. For the next one, the oldest that waits for its
+client's request is cut off; if none does, it waits to be accepted."""
 
 
 class Limits(NamedTuple):
@@ -26,6 +28,7 @@ class Limits(NamedTuple):
     per_address: int = 0  # admitted from one client address; not applied to Unix sockets
     refused: int | None = None  # open without being admitted; None: MAX_REFUSED
     threads: int = 0  # admitted connections that have a thread: all but WebSockets
+    unfinished: int = budget.DEFAULT_MIB * budget.MIB  # bytes of unfinished messages and bodies
 
 
 class ConnectionStats(NamedTuple):
@@ -59,6 +62,8 @@ class ConnectionTable:
         self._changed = threading.Condition(self._lock)
         # Guarded by _lock.
         self._entries: dict[object, _Entry] = {}  # by its thread, or by the key of `detach`
+        self._silent: dict[object, None] = {}  # keys of connections that may be cut off: they answer no request
+        self._cut: set[object] = set()  # keys of connections that were cut off, until their threads end
         self._admitted = 0
         self._threads = 0  # of admitted connections
         self._admitted_from: Counter[str] = Counter()  # by the client's address
@@ -82,9 +87,14 @@ class ConnectionTable:
     # For the acceptor thread.
 
     def wait_for_room(self) -> bool:
-        """Wait until the next connection may be accepted. Return False if the server closes."""
+        """Wait until the next connection may be accepted. Return False if the server closes.
+
+        A crowd of silent clients must not delay a client with a request: the silent ones are cut off, the oldest first.
+        """
         with self._lock:
-            wait_until(self._changed, lambda: not self._is_full())
+            while self._is_full():
+                self._cut_off_oldest()
+                self._changed.wait()
             return not self._closing
 
     def wait_for_change(self, timeout: float) -> None:
@@ -114,6 +124,8 @@ class ConnectionTable:
             if admitted and limits.per_address:
                 self._admitted_from[address] += 1
             self._entries[thread] = _Entry(sock, address, admitted, address_full, late)
+            if not admitted or not self._max_refused:
+                self._silent[thread] = None
             return True
 
     def remove(self, key: object) -> None:
@@ -122,6 +134,8 @@ class ConnectionTable:
             entry = self._entries.pop(key, None)
             if entry is None:
                 return
+            self._silent.pop(key, None)
+            self._cut.discard(key)
             self._admitted -= entry.admitted
             self._threads -= entry.admitted and not entry.detached
             if entry.admitted and self.limits.per_address:
@@ -135,6 +149,18 @@ class ConnectionTable:
         assert self._lock.locked()
         refusing = self._limit_reached() or self.stopping.is_set()
         return refusing and self._unadmitted() >= self._max_refused and not self._closing
+
+    def _cut_off_oldest(self) -> None:
+        """Shut down the oldest connection that may be cut off; its thread ends then.
+
+        These are the connections that are not admitted. Without places for such, they are all connections.
+        """
+        assert self._lock.locked()
+        if self._silent and not self._cut:  # else the thread of one is about to end
+            key = next(iter(self._silent))
+            del self._silent[key]
+            self._cut.add(key)
+            shut_down(self._entries[key].sock, socket.SHUT_RDWR)
 
     def _limit_reached(self) -> bool:
         """True if no more connections may be admitted."""
@@ -155,6 +181,16 @@ class ConnectionTable:
         """True if the calling thread's connection was admitted when it was accepted."""
         with self._lock:
             return self._entries[threading.current_thread()].admitted
+
+    def mark_busy(self, busy: bool) -> None:
+        """Record whether the calling thread's connection answers a request, or waits for one."""
+        with self._lock:
+            thread = threading.current_thread()
+            if busy:
+                self._silent.pop(thread, None)
+            elif thread not in self._cut:
+                self._silent[thread] = None
+                self._changed.notify_all()  # it may be cut off now
 
     def reached_limit(self) -> str:
         """Return the limit that keeps the calling thread's connection from being admitted, in words."""
@@ -177,6 +213,7 @@ class ConnectionTable:
         key = object()
         with self._lock:
             entry = self._entries.pop(threading.current_thread())
+            self._silent.pop(threading.current_thread(), None)
             self._entries[key] = entry._replace(detached=True)
             self._threads -= entry.admitted
             self._changed.notify_all()

@@ -109,7 +109,7 @@ def test_pod_has_valid_flags_and_probes_existing_routes(role: str) -> None:
     if settings.is_publisher:
         consumer = read_arguments([*entry_point()[1:], *pods()["consumer"]["containers"][0]["args"]])
         assert (settings.consumer_hostname, settings.consumer_port) == ("ringoexp-consumer", consumer.port)
-    routes = Handler.__new__(Handler).routes()
+    routes = Handler.__new__(Handler).make_routes()
     for probe, path in ("startup", "alive"), ("liveness", "alive"), ("readiness", "ready"):
         check = container[f"{probe}Probe"]
         assert check["httpGet"] == {"path": f"/v1.0/{path}", "port": "http"} and check["timeoutSeconds"] == 5

@@ -44,7 +44,11 @@ def directory() -> Iterator[Path]:
 @pytest.fixture(scope="module", params=["unix", "tcp"])
 def proxied(request: pytest.FixtureRequest) -> Iterator[Proxied]:
     """A server, and the port of the nginx in front of it."""
-    flags = ("-H", "unix:x.sock") if request.param == "unix" else ("-H", "127.0.0.1", "-p", "0", "-T", "0")
+    flags = (
+        ("-H", "unix:x.sock")
+        if request.param == "unix"
+        else ("-H", "127.0.0.1", "-p", "0", "-T", "0", "--allow_host", "numbers.example")
+    )
     with socket_directory() as directory, server(directory, *flags, "-N", "our name") as process:
         with nginx(directory, process.at) as port:
             yield process, port
@@ -130,7 +134,7 @@ def test_timeouts_of_nginx_fit_those_of_the_server() -> None:
     """nginx closes idle connections first, so no POST is lost on one; its other timeouts are longer than our pings."""
     text = CONFIG.read_text()
     (idle,) = re.findall(r"^ *keepalive_timeout (\d+)s;", text, re.M)
-    assert int(idle) + 5 <= handler.REQUEST_TIMEOUT_SECONDS
+    assert int(idle) + 5 <= handler.IDLE_TIMEOUT_SECONDS
     for hours in re.findall(r"proxy_(?:read|send)_timeout (\d+)h;", text):
         assert int(hours) * 3600 > session.PING_AFTER_SECONDS + session.PING_TIMEOUT_SECONDS
     assert session.PING_AFTER_SECONDS == 20, "see the comment in nginx.conf"

@@ -100,14 +100,14 @@ def dribbles_its_headers(sock: socket.socket) -> Steps:
 
 
 def dribbles_its_body(sock: socket.socket) -> Steps:
-    push(sock, b"POST /v1.0/ingest HTTP/1.1\r\nContent-Length: 800\r\n\r\n")
+    push(sock, b"POST /v1.0/ingest HTTP/1.1\r\nHost: localhost\r\nContent-Length: 800\r\n\r\n")
     while True:
         push(sock, b"x")
         yield
 
 
 def claims_too_large_a_body(sock: socket.socket) -> Steps:
-    push(sock, b"POST /v1.0/ingest HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % (MAX_MESSAGE + 8))
+    push(sock, b"POST /v1.0/ingest HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (MAX_MESSAGE + 8))
     while True:
         push(sock, bytes(1000))
         yield
@@ -115,7 +115,7 @@ def claims_too_large_a_body(sock: socket.socket) -> Steps:
 
 def reads_no_answers(sock: socket.socket) -> Steps:
     while True:
-        push(sock, b"GET /v1.0/stats HTTP/1.1\r\n\r\n" * 50)
+        push(sock, b"GET /v1.0/stats HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
         yield
 
 

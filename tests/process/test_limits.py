@@ -3,27 +3,37 @@
 import http.client
 import json
 import socket
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from support.harness import DEADLINE, RawClient, eventually, frame, not_ready, server
+from support.harness import DEADLINE, RawClient, eventually, frame, free_port, not_ready, request, server
 
 
 def test_request_head_has_a_total_limit(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         for head, status in (
-            (b"GET /v1.0/alive HTTP/1.1\r\n" + b"".join(b"X-%d: %b\r\n" % (n, b"y" * 900) for n in range(50)), b"431"),
-            (b"GET /v1.0/alive HTTP/1.1\r\nX: " + b"y" * 40_000 + b"\r\n", b"431"),
+            (
+                b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n"
+                + b"".join(b"X-%d: %b\r\n" % (n, b"y" * 900) for n in range(50)),
+                b"431",
+            ),
+            (b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 40_000 + b"\r\n", b"431"),
             (b"GET /" + b"y" * 40_000 + b" HTTP/1.1\r\n", b"414"),
-            (b"GET /v1.0/alive HTTP/1.1\r\n" + b"X: y\r\n" * 101, b"431"),
-            (b"GET /v1.0/alive HTTP/1.1\r\n" + b"".join(b"X-%d: %b\r\n" % (n, b"y" * 300) for n in range(90)), b"200"),
+            (b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 100, b"431"),
+            (b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 99, b"200"),
+            (
+                b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n"
+                + b"".join(b"X-%d: %b\r\n" % (n, b"y" * 300) for n in range(90)),
+                b"200",
+            ),
         ):
             with socket.create_connection(("localhost", running.port), DEADLINE) as sock:
                 sock.sendall(head + b"\r\n")
                 assert sock.recv(65536).split()[1] == status
         with socket.create_connection(("localhost", running.port), DEADLINE) as sock:
             for _ in range(10):  # the limit is for each request
-                sock.sendall(b"GET /v1.0/alive HTTP/1.1\r\nX: " + b"y" * 20_000 + b"\r\n\r\n")
+                sock.sendall(b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 20_000 + b"\r\n\r\n")
                 assert sock.recv(65536).split()[1] == b"200"
 
 
@@ -39,7 +49,7 @@ def test_connections_per_address_are_limited(tmp_path: Path) -> None:
         stats = running.stats()
         assert stats["refusedConnections"] == 1 and stats["connections"] == 2
         with socket.create_connection(("127.0.0.1", running.port), source_address=("127.0.0.2", 0)) as other:
-            other.sendall(b"GET /v1.0/ingest HTTP/1.1\r\nHost: x\r\n\r\n")
+            other.sendall(b"GET /v1.0/ingest HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert other.recv(65536).startswith(b"HTTP/1.1 426"), "each address has its own limit"
         held.pop().sock.close()
 
@@ -58,9 +68,9 @@ def test_flood_from_one_address_does_not_block_others(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "0", "-H", "0.0.0.0", "--per_address", "1", patch=patch) as running:
         flood = [socket.create_connection(("127.0.0.1", running.port), DEADLINE) for _ in range(50)]
         with socket.create_connection(("127.0.0.1", running.port), DEADLINE, ("127.0.0.2", 0)) as other:
-            other.sendall(b"GET /v1.0/alive HTTP/1.1\r\nHost: x\r\n\r\n")
+            other.sendall(b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert other.recv(65536).startswith(b"HTTP/1.1 200")
-            other.sendall(b"GET /v1.0/stats HTTP/1.1\r\nHost: x\r\n\r\n")
+            other.sendall(b"GET /v1.0/stats HTTP/1.1\r\nHost: localhost\r\n\r\n")
             body = b""
             while not body.endswith(b"}\n"):
                 body += other.recv(65536)
@@ -79,6 +89,47 @@ def test_flood_from_one_address_does_not_block_others(tmp_path: Path) -> None:
                 return False
 
         eventually(is_ready)
+        assert running.stop() == 0
+
+
+def test_silent_crowd_beyond_the_limit_does_not_delay_alive(tmp_path: Path) -> None:
+    with server(
+        tmp_path, "-p", "0", "-T", "0", "-n", "1", patch="web.handler.REFUSED_TIMEOUT_SECONDS = 600"
+    ) as running:
+        with RawClient(running.port) as admitted, ExitStack() as crowd:
+            for _ in range(300):  # 64 have a place
+                crowd.enter_context(socket.create_connection(("localhost", running.port), DEADLINE))
+            assert running.get("/v1.0/alive")[0] == 200
+            admitted.send(frame(2, bytes(4)))
+            assert admitted.acked(1) == 1, "an admitted client is not cut off"
+            assert running.stop() == 0
+
+
+def test_silent_crowd_at_the_profiler_does_not_delay_its_pages(tmp_path: Path) -> None:
+    port = free_port()
+    with server(tmp_path, "-p", "0", "-T", "0", "-L", str(port)) as running, ExitStack() as crowd:
+        for _ in range(100):  # 32 have a place
+            crowd.enter_context(socket.create_connection(("localhost", port), DEADLINE))
+        started = time.monotonic()
+        assert request(port, "GET", "/debug/pprof/cmdline")[0] == running.get("/v1.0/alive")[0] == 200
+        assert time.monotonic() - started < 20, "the crowd is not waited for"
+
+
+def test_large_bodies_wait_for_their_share_of_the_memory(tmp_path: Path) -> None:
+    """One body at a time goes on beyond the budget, and all are stored."""
+    patch = "web.budget.MIB = 1024 * 32"
+    with server(tmp_path, "-p", "0", "-T", "0", "-r", "65536", "--unfinished", "16", patch=patch) as running:
+        size = 400_000
+        head = b"POST /v1.0/ingest HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % size
+        with ExitStack() as stack:
+            clients = [stack.enter_context(socket.create_connection(("localhost", running.port))) for _ in range(5)]
+            for client in clients:
+                client.sendall(head + bytes(size - 1))
+            assert request(running.port, "POST", "/v1.0/ingest", bytes(8))[0] == 200, "a small body does not wait"
+            for client in clients:
+                client.sendall(b"\0")
+            for client in clients:
+                assert client.recv(65536).startswith(b"HTTP/1.1 200")
         assert running.stop() == 0
 
 

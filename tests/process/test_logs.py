@@ -330,7 +330,7 @@ def send_everything(running: ServerProcess) -> None:
         request(running.port, "POST", "/v1.0/ingest", body, {header: "http://me:s3cret-token@x/?t=s3cret-token"})
     with socket.create_connection(("localhost", running.port)) as raw:
         raw.sendall(b"GET http://me:s3cret-token@x/v1.0/alive?s3cret-token HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert raw.recv(100).startswith(b"HTTP/1.1 404")
+        assert raw.recv(100).startswith(b"HTTP/1.1 400")
         raw.sendall(b"GET /v1.0/alive?s3cret-token s3cret-token HTTP/1.1\r\n\r\n")
         assert raw.recv(65536)
     frames = [

@@ -74,7 +74,7 @@ def test_help_shows_every_option_with_its_default(word: str, capsys: pytest.Capt
     for option in OPTIONS:
         assert f"-{option.short}" in text and f"--{option.long}" in text and option.help in text
         if option.default != "" and option.long != "debug":
-            default = "off" if option.default is None else str(option.default).lower()
+            default = "off" if option.default in (None, ()) else str(option.default).lower()
             assert f"{option.help} (default {default})" in text
     for group in ("basic:", "publisher:", "consumer:", "system:", "common:", "examples:"):
         assert f"\n{group}\n" in output.out
@@ -118,6 +118,13 @@ GOOD: dict[str, list[tuple[str, Any]]] = {
     "profiler_host": [("::1", "::1")],
     "log_json": [("true", True), ("F", False)],
     "consumer_tls": [("true", True), ("F", False)],
+    "allow_host": [("numbers.example", ("numbers.example",))],
+    "allow_origin": [
+        ("https://a.example:8443", ("https://a.example:8443",)),
+        ("null", ("null",)),
+        ("file://", ("file://",)),
+    ],
+    "unfinished": [("16", 16), ("1048576", 1048576)],
 }
 
 
@@ -138,6 +145,11 @@ def test_flag_is_read_in_every_spelling(option: Option) -> None:
             assert getattr(read_arguments([f"{flag}={text}", *others]), option.long) == value
         if option.short:
             assert getattr(read_arguments([f"-{option.short}", text]), option.long) == value
+
+
+def test_allowed_hosts_and_origins_may_be_given_several_times() -> None:
+    settings = read_arguments(["--allow_host", "a", "--allow-host=b", "--allow_origin", "http://a"])
+    assert settings.allow_host == ("a", "b") and settings.allow_origin == ("http://a",)
 
 
 def test_debug_takes_no_value() -> None:
@@ -191,6 +203,9 @@ BAD: dict[str, list[str]] = {
     "procs": ["100000", *NUMBERS],
     "profiler_port": ["65536", *NUMBERS],
     "profiler_host": ["", " "],
+    "allow_host": ["", "a.example:80", "http://a.example", "a b", "--"],
+    "allow_origin": ["", "a.example", "http://a.example/", "--"],
+    "unfinished": ["15", "1048577", *NUMBERS],
 }
 
 
@@ -648,7 +663,9 @@ def test_procs_limits_the_cores(tmp_path: Path) -> None:
 def test_readme_lists_the_flags_of_the_options_table() -> None:
     section = README.partition("\n## Flags\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (?:`-(\w)` )?\| `--(\w+)` \| (.*?) \|", section, re.MULTILINE)
-    defaults = {"name": "empty", "debug": "off"} | {option.long: "off" for option in OPTIONS if option.default is None}
+    defaults = {"name": "empty", "debug": "off"} | {
+        option.long: "off" for option in OPTIONS if option.default in (None, ())
+    }
     expected = [
         (option.short, option.long, defaults.get(option.long, f"`{str(option.default).lower()}`")) for option in OPTIONS
     ]

@@ -364,7 +364,7 @@ def test_new_address_of_a_name_becomes_a_consumer(tmp_path: Path) -> None:
     ends: ServerProcess | None = None
     with ExitStack() as stack:
         for last in (1, 2, 3):
-            flags = "-H", f"127.0.0.{last}", "-p", str(port), "-D", f"{last}.db"
+            flags = "-H", f"127.0.0.{last}", "-p", str(port), "-D", f"{last}.db", "--allow_host", "db.example"
             running = stack.enter_context(server(tmp_path, "-I", "false", *flags, patch=SHORT_TIMES))
             ends = running if last == 2 else ends
         publisher = stack.enter_context(server(tmp_path, "-p", "0", "-U", "db.example", "-T", str(port), patch=patch))

@@ -186,7 +186,8 @@ def test_post_of_an_invalid_length_is_400(running: ServerProcess, size: int) -> 
         pytest.param("Content-Length: \xb2", bytes(4), 400, id="digit that is not ASCII"),
         pytest.param("Content-Length: 4\r\nContent-Length: 8", bytes(8), 400, id="two lengths"),
         pytest.param(f"Content-Length: {MAX_MESSAGE + 8}", bytes(MAX_MESSAGE + 8), 413, id="too large, all sent"),
-        pytest.param(f"Content-Length: {'9' * 50}", bytes(4), 413, id="too large for a number"),
+        pytest.param(f"Content-Length: {'9' * 20}", bytes(4), 413, id="twenty digits"),
+        pytest.param(f"Content-Length: {'9' * 21}", bytes(4), 400, id="more digits than h11 reads"),
         pytest.param("Content-Length: 4\r\nContent-Type: application/json", bytes(4), 415, id="JSON"),
         pytest.param("Content-Length: 4\r\nContent-Type: text/plain", bytes(4), 415, id="text"),
         pytest.param("Content-Length: 4\r\nOrigin: http://elsewhere", bytes(4), 403, id="foreign origin"),
@@ -209,8 +210,8 @@ def test_unread_body_is_not_parsed_as_a_request(running: ServerProcess) -> None:
     before = len(values(running))
     hidden = post("Content-Length: 4", bytes(4))
     for start in (
-        f"GET /v1.0/alive HTTP/1.1\r\nContent-Length: {len(hidden)}\r\n\r\n",
-        f"POST /v1.0/alive HTTP/1.1\r\nContent-Length: {len(hidden)}\r\n\r\n",
+        f"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(hidden)}\r\n\r\n",
+        f"POST /v1.0/alive HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(hidden)}\r\n\r\n",
     ):
         assert raw(running.port, start.encode() + hidden).count(b"HTTP/1.1") == 1
     assert len(values(running)) == before
@@ -258,7 +259,7 @@ def test_pipelined_requests_are_answered_in_order(running: ServerProcess) -> Non
     [
         b"nonsense\r\n\r\n",
         b"GET /v1.0/alive HTTP/9.9\r\n\r\n",
-        b"GET /v1.0/alive HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+        b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n" + b"a: b\r\n" * 200 + b"\r\n",
         b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
     ],
@@ -309,10 +310,10 @@ def test_valid_handshake_is_answered_101(running: ServerProcess) -> None:
 
 @pytest.mark.parametrize("header", ["Content-Length: 5", "Transfer-Encoding: chunked"])
 def test_handshake_with_a_body_is_told_which_header_to_omit(running: ServerProcess, header: str) -> None:
-    """Also if the client asks for 100 Continue before it sends the body."""
+    """No 100 Continue invites the body, even if the client asks for it."""
     lines = f"\r\nExpect: 100-continue\r\n{header}\r\n\r\n".encode()
     answer = raw(running.port, UPGRADE.replace(b"\r\n\r\n", lines) + b"12345", half_close=True)
-    assert [int(code) for code in re.findall(rb"HTTP/1.1 (\d+)", answer)] == [100, 400]
+    assert [int(code) for code in re.findall(rb"HTTP/1.1 (\d+)", answer)] == [400]
     assert header.partition(":")[0].encode() in answer.partition(b"400 ")[2]
 
 
@@ -322,7 +323,7 @@ def test_handshake_with_a_body_is_told_which_header_to_omit(running: ServerProce
         pytest.param({"Content-Length": "0"}, b"", id="empty body"),
         pytest.param({"Expect": "100-continue"}, b"", id="expect"),
         pytest.param({"Connection": "close, Upgrade"}, b"", id="close"),
-        pytest.param({}, b"GET /v1.0/alive HTTP/1.1\r\n\r\n", id="behind another request"),
+        pytest.param({}, b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n\r\n", id="behind another request"),
         pytest.param({}, post("Content-Length: 4", bytes(4)), id="behind a body"),
     ],
 )
@@ -346,7 +347,8 @@ def test_only_the_loop_uses_the_socket_after_the_handshake(
 
 def test_thread_leaves_the_socket_alone_after_the_handshake(tmp_path: Path) -> None:
     """Even if it believes that a body follows, which it would discard before the close."""
-    with server(tmp_path, *ROLES["publisher"], patch="web.handler.has_body = lambda headers: True") as running:
+    patch = "web.handler.WebHandler.lingering = True"
+    with server(tmp_path, *ROLES["publisher"], patch=patch) as running:
         with RawClient(running.port) as client:
             assert client.status == 101
             for count in range(1, 4):
@@ -356,7 +358,7 @@ def test_thread_leaves_the_socket_alone_after_the_handshake(tmp_path: Path) -> N
 
 
 def test_request_behind_the_handshake_is_not_answered(running: ServerProcess) -> None:
-    with RawClient(running.port, behind=b"GET /v1.0/stats HTTP/1.1\r\n\r\n") as client:
+    with RawClient(running.port, behind=b"GET /v1.0/stats HTTP/1.1\r\nHost: localhost\r\n\r\n") as client:
         assert client.status == 101
         assert client.closed()[0] == 1002
 
@@ -446,8 +448,8 @@ def test_slowly_sent_request_is_ended_at_its_deadline(tmp_path: Path) -> None:
 
 def test_content_length_may_have_leading_zeros(running: ServerProcess) -> None:
     body = encode_plain([12345])
-    zeros = post(f"Content-Length: {'0' * 30}8", body)
-    answer = raw(running.port, zeros + b"GET /v1.0/alive HTTP/1.1\r\n\r\n", half_close=True)
+    zeros = post(f"Content-Length: {'0' * 19}8", body)
+    answer = raw(running.port, zeros + b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n\r\n", half_close=True)
     assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"200"]
     assert values(running)[-1] == 12345
 
@@ -469,7 +471,7 @@ def test_curl_stores_a_file(running: ServerProcess, tmp_path: Path, size: int) -
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
         (b"hello\r\n\r\n", 400),
         (b"GET / HTTP/1.1 x\r\n\r\n", 400),
-        (b"GET /v1.0/alive\r\n\r\n", 200),
+        (b"GET /v1.0/alive\r\n\r\n", 400),
     ],
 )
 def test_response_to_a_malformed_request_has_a_status_line(tmp_path: Path, data: bytes, status: int) -> None:
@@ -477,4 +479,4 @@ def test_response_to_a_malformed_request_has_a_status_line(tmp_path: Path, data:
         answer = raw(running.port, data)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status) and b"Content-Type: application/json" in head
-    assert status == 200 or json.loads(body)["error"]
+    assert json.loads(body)["error"]

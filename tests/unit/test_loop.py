@@ -317,9 +317,10 @@ def test_tls_streams_do_not_starve_a_quiet_client(world: World, monkeypatch: pyt
         theirs.close()
 
 
-def test_unfinished_messages_share_a_budget(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfinished_messages_share_a_budget(world: World) -> None:
     """One client at a time goes on, so that all are served."""
-    monkeypatch.setattr(module, "HELD_BYTES", 1_000_000)
+    budget = world.loop._budget
+    budget.limit = 1_000_000
     count, message = 10, frame(2, bytes(1_000_000))
     may_finish = threading.Event()
 
@@ -331,7 +332,7 @@ def test_unfinished_messages_share_a_budget(world: World, monkeypatch: pytest.Mo
     clients = [world.connect() for _ in range(count)]
     calls = [Blocked(lambda client=client: send(client)) for client in clients]  # type: ignore[misc]
     eventually(lambda: len(world.loop._suspended) >= count - 2)
-    assert world.loop._held < 1_000_000 + (count + 1) * module.SHARED_READ_SIZE + len(message)
+    assert budget.held < 1_000_000 + (count + 1) * module.SHARED_READ_SIZE + len(message)
     quiet = world.connect()
     quiet.sendall(plain(1))
     eventually(lambda: world.ring.cursor == 1, "small messages are not concerned")
@@ -340,19 +341,19 @@ def test_unfinished_messages_share_a_budget(world: World, monkeypatch: pytest.Mo
         world.store()
     for call in calls:
         call.result()
-    eventually(lambda: not (world.loop._held or world.loop._holders or world.loop._suspended))
+    eventually(lambda: not (budget.held or world.loop._holders or world.loop._suspended))
 
 
 def test_suspended_client_is_not_given_up_for_silence(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot be heard while it is not read."""
-    monkeypatch.setattr(module, "HELD_BYTES", 100_000)
+    world.loop._budget.limit = 100_000
     monkeypatch.setattr(module, "GONE_CHECK_SECONDS", 0.05)
     monkeypatch.setattr("ringolib.web.session.PING_AFTER_SECONDS", 0.2)
     monkeypatch.setattr("ringolib.web.session.PING_TIMEOUT_SECONDS", 0.2)
     message = frame(2, bytes(1_000_000))
     oldest, other = world.connect(), world.connect()
     oldest.sendall(message[:150_000])
-    eventually(lambda: world.loop._held >= 100_000)
+    eventually(lambda: world.loop._budget.held >= 100_000)
     call = Blocked(lambda: other.sendall(message))
     eventually(lambda: world.loop._suspended)
     for at in range(150_000, 150_020):  # 20 times 0.05 s

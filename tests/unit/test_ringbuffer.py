@@ -819,3 +819,18 @@ def test_thread_that_fails_passes_its_notification_on(monkeypatch: pytest.Monkey
         except MemoryError:
             results.append([])
     assert sorted(results) == [[], [1]]
+
+
+def test_commit_wakes_only_the_threads_whose_values_it_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    woken: list[int] = []
+    waiter = ringbuffer._Waiter
+    real = waiter.wake
+    monkeypatch.setattr(waiter, "wake", lambda self: (woken.append(self.sequence), real(self)))
+    ring = ring_of(4, 1, 2, 3)
+    calls = [Blocked(lambda end=end: ring.wait_committed(end, DEADLINE)) for end in (3, 1, 2)]  # type: ignore[misc]
+    eventually(lambda: len(ring._waiters) == 3)
+    ring.commit(ring.reserve(1))
+    assert calls[1].result() and woken == [1]
+    assert not ring.wait_committed(3, 0.01) and len(ring._waiters) == 2, "a waiter that gives up leaves nothing"
+    ring.commit(ring.reserve(2))
+    assert calls[0].result() and calls[2].result() and woken == [1, 2, 3] and not ring._waiters

@@ -467,7 +467,7 @@ def test_publisher_never_forwards_its_spool_to_itself(tmp_path: Path, port: int)
         " host == 'me.lan' and (socket.tries.append(1) or len(socket.tries) < 2) else"
         " 'localhost' if host == 'me.lan' else host, *args, **kw))(socket.getaddrinfo)"
     )
-    flags = ["-p", str(port), "-T", str(port), "-U", "me.lan", "-S", "s"]
+    flags = ["-p", str(port), "-T", str(port), "-U", "me.lan", "-S", "s", "--allow_host", "me.lan"]
     with server(tmp_path, *flags, patch=unknown) as publisher:
         with Producer(publisher.url) as sender:
             sender.send(range(100))

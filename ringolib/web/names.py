@@ -1,0 +1,118 @@
+"""The names of a server: which hosts it answers to, and which web pages may use it.
+
+A page of any website can resolve its own name to this machine (DNS rebinding). Then its `Host` and its `Origin` agree,
+and the browser takes this server for the page's own. So the server answers only to names that it knows. `Names` does
+not change after its construction, so any thread may use it.
+"""
+
+import functools
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from ringolib.web.headers import MAX_SHOWN, Headers, Refusal
+from ringolib.web.request import Authority, Request, parse_authority
+
+_ORIGIN = re.compile(r"null|[A-Za-z][\w.+-]*://[^/?#@\s]*")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class Names:
+    """The hosts that a server answers to, beside IP addresses, and the origins of pages that may use it.
+
+    `any_host` is for a server on Unix sockets, which no web page can reach.
+    """
+
+    def __init__(self, hosts: Sequence[str] = (), origins: Sequence[str] = (), any_host: bool = False) -> None:
+        self._hosts = {"localhost", *(_plain_name(host) for host in hosts)}
+        self._origins = {normalize_origin(origin) for origin in origins}
+        self._any_host = any_host
+
+    def check_host(self, host: Authority | None) -> None:
+        """Raise Refusal unless the server answers to this host. HTTP/1.0 may name none; browsers do not send it."""
+        if host is None or host.host in self._hosts or self._any_host:
+            return
+        name = _plain_name(host.host)
+        if name in self._hosts or _is_address(name) or name in own_names():
+            return
+        shown = host.host[:MAX_SHOWN]
+        raise Refusal(
+            421, f"this server does not answer to the host {shown!r}: use its address, or start it with --allow_host"
+        )
+
+    def check_origin(self, request: Request) -> None:
+        """Raise Refusal if the web page of another site sends the request (RFC 6455 section 10.2).
+
+        Browsers add the Origin header. Requests without it do not come from a web page.
+        """
+        origin = origin_of(request.headers)
+        if origin is None or self.admits(origin) or _is_own_origin(origin, request.host):
+            return
+        shown = repr(origin[:MAX_SHOWN]) if _ORIGIN.fullmatch(origin) else "header, which is malformed,"  # or a secret
+        raise Refusal(
+            403,
+            f"the Origin {shown} is not this server's: web pages may send data only to the server they come from; "
+            f"omit the header if this is not a page, or start the server with --allow_origin",
+        )
+
+    def admits(self, origin: str) -> bool:
+        """True if --allow_origin names this origin."""
+        return bool(self._origins) and normalize_origin(origin) in self._origins
+
+    @property
+    def admits_others(self) -> bool:
+        """True if --allow_origin names any origin: then responses depend on the Origin header."""
+        return bool(self._origins)
+
+
+def origin_of(headers: Headers) -> str | None:
+    """Return the Origin header, or None. Raises Refusal if there are two."""
+    origins = headers.get_all("origin")
+    if len(origins) > 1:
+        raise Refusal(400, "a request may have only one Origin header: omit the others")
+    return origins[0] if origins else None
+
+
+def normalize_origin(origin: str) -> str:
+    """Return an origin in the form that is compared: in lower case, without the default port of its scheme."""
+    origin = origin.strip().lower()
+    try:
+        url = urlsplit(origin)
+        default = _DEFAULT_PORTS.get(url.scheme)
+        if default and url.port == default:
+            return origin.removesuffix(f":{default}")
+    except ValueError:
+        pass  # compared as it is
+    return origin
+
+
+@functools.cache
+def own_names() -> frozenset[str]:
+    """Return the names of this machine. The first call may ask the name service."""
+    name = socket.gethostname()
+    return frozenset(_plain_name(own) for own in (name, f"{name}.local", socket.getfqdn(name)))
+
+
+def _plain_name(host: str) -> str:
+    """Return a host's name in lower case, without the dot that may end it."""
+    return host.lower().removesuffix(".")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def _is_own_origin(origin: str, host: Authority | None) -> bool:
+    """True if the Origin header names the same host and port as the request."""
+    scheme, separator, rest = origin.partition("://")
+    theirs = parse_authority(rest)
+    if not separator or host is None or theirs is None or not theirs.host:
+        return False
+    default = _DEFAULT_PORTS.get(scheme.lower())
+    return (theirs.host, theirs.port or default) == (host.host, host.port or default)
