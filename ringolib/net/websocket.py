@@ -31,7 +31,6 @@ _STATUS_REASONS = {
     400: "it may require TLS (wss://, --consumer_tls)",
     401: "the token is missing or wrong (--token_file, or RINGOEXP_TOKEN)",
     407: "a proxy requires a user name and a password, which are not supported",
-    421: "it does not answer to this name (--allow_host there)",
 }
 
 

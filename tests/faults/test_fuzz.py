@@ -43,7 +43,7 @@ GRACE_SECONDS = 10.0
 """The time for an ack to a good client, and for the server's end of a connection after the client's end."""
 MAX_GROWTH = 4_000_000
 """Bytes by which the server's memory may grow during the last three quarters of the run: its caches."""
-STATUSES = {100, 101, 200, 400, 403, 404, 405, 406, 408, 411, 413, 414, 415, 426, 431, 505}
+STATUSES = {100, 101, 200, 400, 403, 404, 405, 406, 408, 411, 412, 413, 414, 415, 417, 421, 426, 431, 501, 505}
 """The HTTP statuses that random input may cause. 500 is not one of them."""
 REQUIRED_ANSWERS = {200, 400, 404, 405, 406, 1002, 1003, 1007}
 """Statuses and close codes that a run must have caused before it may end."""

@@ -54,6 +54,7 @@ class Turns:
 
     # In place of `threading` and the clock.
 
+    TIMEOUT_MAX = threading.TIMEOUT_MAX
     current_thread = staticmethod(threading.current_thread)
 
     def Lock(self) -> "Lock":
@@ -209,11 +210,11 @@ class Lock:
         self._turns = turns
         self._held = False
 
-    def acquire(self) -> bool:
+    def acquire(self, timeout: float = -1) -> bool:
         self._turns.switch()
-        self._turns.block(lambda: not self._held)
+        is_free = self._turns.block(lambda: not self._held, None if timeout < 0 else timeout)
         self._held = True
-        return True
+        return is_free
 
     def release(self) -> None:
         self._held = False
