@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 from ringolib.net.addresses import Endpoint, decode_zone
+from ringolib.net.credentials import TOKEN_FORM, is_token
 from ringolib.net.tls import client_context
 from ringolib.net.tls_socket import TLSError
 from ringolib.net.websocket import HandshakeError
@@ -120,8 +121,8 @@ class Producer:
     up to which all records are known to be acked, and `send` gets the values from there on. `token` is the server's
     access token. For `wss:` URLs, `context` verifies the server; by default, the system's authorities do.
 
-    Raises ValueError for a URL that `parse_url` refuses, and ThreadError. As a context manager, it flushes at the end
-    of the block.
+    Raises ValueError for a URL that `parse_url` refuses and for a malformed token, and ThreadError. As a context
+    manager, it flushes at the end of the block.
     """
 
     def __init__(
@@ -135,6 +136,8 @@ class Producer:
         self._target = parse_url(url)
         if context and not self._target.secure:
             raise ValueError(f"{url!r} is not accepted with certificates: TLS needs wss://")
+        if token is not None and not is_token(token):
+            raise ValueError(f"malformed token: expected {TOKEN_FORM}, without a newline")
         if not 0 <= first < MAX_SEQUENCE:
             raise ValueError(f"first {first} is not accepted: 0 to 2**63 - 2")
         self.url = url

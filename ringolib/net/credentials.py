@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 TOKEN_VARIABLE = "RINGOEXP_TOKEN"
 MAX_TOKEN_LENGTH = 4096
 """Characters in a token, at most: a token must fit into a header."""
+TOKEN_FORM = f"at most {MAX_TOKEN_LENGTH} letters, digits and - . _ ~ + /, with = only at the end"
 EXPIRY_WARNING_SECONDS = 14 * 86_400.0
 """How long before its end a certificate is reported."""
 BEARER_PREFIX = "bearer."
@@ -110,12 +111,14 @@ def read_token(path: str | None) -> str | None:
     token = token.strip()
     if not token:
         raise CredentialError(f"{source}: the token is empty")
-    if len(token) > MAX_TOKEN_LENGTH or not _TOKEN.fullmatch(token):
-        raise CredentialError(
-            f"{source}: malformed token: expected at most {MAX_TOKEN_LENGTH} letters, digits and - . _ ~ + /, with = "
-            "only at the end"
-        )
+    if not is_token(token):
+        raise CredentialError(f"{source}: malformed token: expected {TOKEN_FORM}")
     return token
+
+
+def is_token(text: str) -> bool:
+    """True if the text has the form of a token."""
+    return len(text) <= MAX_TOKEN_LENGTH and bool(_TOKEN.fullmatch(text))
 
 
 def _read(files: CredentialFiles) -> CredentialSet:

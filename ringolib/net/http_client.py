@@ -7,15 +7,14 @@ skipped. Each call has one deadline for all that it waits for: an answer that co
 An `HTTPConnection` belongs to one thread. Its socket belongs to the caller.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import h11
 
 from ringolib.net.addresses import Endpoint, certified_name
-from ringolib.net.sockets import READ_SIZE, connect
+from ringolib.net.sockets import READ_SIZE, connect, time_left
 from ringolib.net.tls_socket import TLSSocket
-from ringolib.timing import remaining
 
 if TYPE_CHECKING:
     import ssl
@@ -44,16 +43,22 @@ class Head(NamedTuple):
         return [value.decode("latin-1") for header, value in self.headers if header == wanted]
 
 
-def open_stream(endpoint: Endpoint, context: "ssl.SSLContext | None", deadline: float) -> Any:
+def open_stream(
+    endpoint: Endpoint,
+    context: "ssl.SSLContext | None",
+    deadline: float,
+    on_socket: Callable[[Any], None] = lambda sock: None,
+) -> Any:
     """Return a socket that is connected to the endpoint, with TLS if there is a context.
 
-    Raises OSError, and TimeoutError after `deadline`.
+    `on_socket` is called with the socket before the TLS handshake. Raises OSError, and TimeoutError after `deadline`.
     """
-    sock: Any = connect(endpoint.host, endpoint.port, _time_left(deadline))
+    sock: Any = connect(endpoint.host, endpoint.port, deadline)
     try:
+        on_socket(sock)
         if context:
             sock = TLSSocket(sock, context, certified_name(endpoint.name))
-            sock.handshake(_time_left(deadline))
+            sock.handshake(time_left(deadline))
     except BaseException:
         sock.close()
         raise
@@ -70,12 +75,24 @@ class HTTPConnection:
     def __init__(self, sock: Any) -> None:
         self._sock = sock
         self._h11 = h11.Connection(h11.CLIENT, MAX_HEAD_BYTES)
+        self._send_error: ConnectionError | None = None  # the request was not sent to its end
 
-    @property
-    def reusable(self) -> bool:
-        """True if the last answer is read to its end, nothing is behind it, and the peer keeps the connection open."""
+    def is_reusable(self) -> bool:
+        """Return whether the last exchange is complete, and nothing has arrived since.
+
+        Whatever arrives before the next request cannot be its answer. It may be the end of an idle connection.
+        """
         done = self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
-        return done and self._h11.trailing_data == (b"", False)
+        if not done or self._send_error or self._h11.trailing_data != (b"", False):
+            return False
+        self._sock.settimeout(0)
+        try:
+            self._sock.recv(1)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass  # the connection is lost
+        return False
 
     @property
     def rest(self) -> bytes:
@@ -85,23 +102,44 @@ class HTTPConnection:
     def send(
         self, method: str, target: str, headers: Mapping[str, str], deadline: float, body: bytes | memoryview = b""
     ) -> None:
-        """Send a request. A body needs a Content-Length among the `headers`."""
+        """Send a request. A body needs a Content-Length among the `headers`.
+
+        If the peer closes the connection before it has read all, `read_head` has the reason: the peer's answer, if it
+        sent one before. Raises ValueError if a header or the target has characters that HTTP does not allow.
+        """
         if self._h11.our_state is h11.DONE:
             self._h11.start_next_cycle()
         try:
             head = self._h11.send(h11.Request(method=method, target=target, headers=list(headers.items())))
-        except h11.LocalProtocolError as error:  # for example, a host name that no header can have
-            raise HTTPError(f"the request is not valid HTTP: {error}") from error
+        except (h11.LocalProtocolError, UnicodeError):  # their texts show the value, which may be a token
+            raise ValueError("a header or the path of the request has a character that HTTP does not allow") from None
         pieces: list[bytes] = [head]
         if body:
             pieces += self._h11.send_with_data_passthrough(h11.Data(data=body)) or []  # type: ignore[arg-type]
         self._h11.send(h11.EndOfMessage())
-        for piece in pieces:
-            self._sock.settimeout(_time_left(deadline))
-            self._sock.sendall(piece)
+        try:
+            for piece in pieces:
+                self._sock.settimeout(time_left(deadline))
+                self._sock.sendall(piece)
+        except ConnectionError as error:
+            self._send_error = error
 
     def read_head(self, deadline: float) -> Head:
-        """Return the head of the final answer. A 101 is final if the request asked for an upgrade."""
+        """Return the head of the final answer. A 101 is final if the request asked for an upgrade.
+
+        If the request was not sent to its end, only a refusal is an answer to it.
+        """
+        try:
+            head = self._read_final_head(deadline)
+        except (OSError, HTTPError):
+            if self._send_error:
+                raise self._send_error from None
+            raise
+        if self._send_error and head.status < 300:
+            raise self._send_error
+        return head
+
+    def _read_final_head(self, deadline: float) -> Head:
         while True:
             event = self._next_event(deadline)
             is_interim = isinstance(event, h11.InformationalResponse)
@@ -126,7 +164,7 @@ class HTTPConnection:
                 raise HTTPError(_explain(error)) from error
             if event is not h11.NEED_DATA:
                 return event
-            self._sock.settimeout(_time_left(deadline))
+            self._sock.settimeout(time_left(deadline))
             data = self._sock.recv(READ_SIZE)
             if not data and self._h11.their_state is h11.SEND_RESPONSE:
                 if start := self.rest[:MAX_SHOWN_BYTES]:
@@ -139,11 +177,3 @@ def _explain(error: h11.RemoteProtocolError) -> str:
     if error.error_status_hint == 431:
         return f"the head of the answer has more than {MAX_HEAD_BYTES} bytes"
     return f"the answer is not valid HTTP: {error}"
-
-
-def _time_left(deadline: float) -> float:
-    """Return the seconds left until `deadline`. Raises TimeoutError after it."""
-    seconds = remaining(deadline)
-    if not seconds:
-        raise TimeoutError("timed out")
-    return seconds

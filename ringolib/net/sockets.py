@@ -17,24 +17,46 @@ READ_SIZE = 256 * 1024
 """Bytes that one read takes at most."""
 
 
-def connect(host: str, port: int, timeout: float) -> socket.socket:
-    """Return a socket connected to this address, without Nagle's delay. Raises OSError.
+def connect(host: str, port: int, deadline: float) -> socket.socket:
+    """Return a socket connected to this address, without Nagle's delay.
 
-    `timeout` is in seconds, and stays the timeout of the socket.
+    If a name has several addresses, they are tried in turn. Each has an equal share of the time left, so one that does
+    not answer leaves time for the next. Raises OSError, and TimeoutError after `deadline`. Only the name service may
+    take longer: its time limits are the system's.
     """
     path = unix_path(host)
-    if path is None:
-        sock = socket.create_connection((host, port), timeout)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-    sock = socket.socket(socket.AF_UNIX)
+    if path is not None:
+        return _connect_address(socket.AF_UNIX, path, time_left(deadline))
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for index, (family, _, _, _, address) in enumerate(entries):
+        try:
+            sock = _connect_address(family, address, time_left(deadline) / (len(entries) - index))
+        except OSError:
+            if index == len(entries) - 1:
+                raise
+        else:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+    raise OSError("the host has no address")
+
+
+def _connect_address(family: int, address: Any, timeout: float) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout)
-        sock.connect(path)
+        sock.connect(address)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def time_left(deadline: float) -> float:
+    """Return the seconds left until `deadline`, for the timeout of a socket. Raises TimeoutError after it."""
+    seconds = remaining(deadline)
+    if not seconds:
+        raise TimeoutError("timed out")
+    return seconds
 
 
 def peer_address(sock: socket.socket, host: str) -> Address:

@@ -9,18 +9,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ringolib.net import sockets
-from ringolib.net.addresses import Endpoint, certified_name, host_header
+from ringolib.net.addresses import Endpoint, host_header
 from ringolib.net.frames import MAX_MESSAGE, MessageGroup
+from ringolib.net.http_client import open_stream
 from ringolib.net.protocol import Protocol
-from ringolib.net.sockets import READ_SIZE, connect, linger, shut_down
-from ringolib.net.tls_socket import TLSSocket
+from ringolib.net.sockets import READ_SIZE, linger, shut_down
 from ringolib.net.websocket import request_upgrade
+from ringolib.timing import deadline_after
 
 if TYPE_CHECKING:
     import ssl
 
 CONNECT_TIMEOUT = 5.0
-"""Seconds for each step: the connection, the TLS handshake, each read of the upgrade."""
+"""Seconds for the connection and its TLS handshake together. The upgrade has HANDSHAKE_TIMEOUT after that."""
 MAX_UNSENT = 64 * 1024 + 2 * MAX_MESSAGE
 """Bytes that may be queued behind the system's buffer: pongs, behind a message of ours. Beyond it the link is lost."""
 
@@ -47,14 +48,11 @@ class ClientConnection:
     ) -> None:
         self._protocol = Protocol(is_server=False)
         self._unsent = b""
-        self.sock: Any = connect(endpoint.host, endpoint.port, CONNECT_TIMEOUT)
+        host = host_header(endpoint.name, endpoint.port)
+        self.sock: Any = open_stream(endpoint, context, deadline_after(CONNECT_TIMEOUT), on_socket)
         try:
-            on_socket(self.sock)
-            if context:
-                self.sock = TLSSocket(self.sock, context, certified_name(endpoint.name))
-                self.sock.handshake(CONNECT_TIMEOUT)
-            host = host_header(endpoint.name, endpoint.port)
             accepted = request_upgrade(self.sock, host, path, subprotocol, token)
+            self.sock.settimeout(CONNECT_TIMEOUT)
         except BaseException:
             self.sock.close()
             raise

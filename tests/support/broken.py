@@ -79,8 +79,8 @@ class Sock:
             self._sock.sendall(data[:-800])
             raise MemoryError
         self._sock.sendall(data)
-connect = websocket_client.connect
-websocket_client.connect = lambda *arguments: Sock(connect(*arguments))
+open_stream = websocket_client.open_stream
+websocket_client.open_stream = lambda *arguments: Sock(open_stream(*arguments))
 """
 """Code for a server process: every nth message of its links breaks off."""
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from time import monotonic
 
 import pytest
+from support.harness import eventually
 from support.scripted_server import Script, ScriptedServer
 
 from ringolib.storage.clickhouse.http import PermanentError, RetryableError, Server
@@ -49,6 +50,27 @@ def client(*scripts: Script | list[Script]) -> Iterator[tuple[Server, ScriptedSe
             RetryableError,
             "keeper .code 999",
         ),
+        (
+            b"HTTP/1.1 500 x\r\n" + b"X-ClickHouse-Exception-Code: 62\r\n" * 2 + b"Content-Length: 0\r\n\r\n",
+            PermanentError,
+            r"code 62\)",
+        ),
+        (
+            b"HTTP/1.1 500 x\r\nX-ClickHouse-Exception-Code: \xb2\r\nContent-Length: 0\r\n\r\n",
+            RetryableError,
+            "answered 500",
+        ),
+        (
+            b"HTTP/1.1 500 x\r\nX-ClickHouse-Exception-Code: %b\r\nContent-Length: 0\r\n\r\n" % (b"9" * 5000),
+            RetryableError,
+            "answered 500",
+        ),
+        (
+            b"HTTP/1.1 200 x\r\nContent-Length: 5008\r\n\r\nCode: %b. " % (b"9" * 5000),
+            RetryableError,
+            "answered 200: Code: 999",
+        ),
+        (b"HTTP/1.1 425 Too Early\r\nContent-Length: 0\r\n\r\n", RetryableError, "answered 425"),
         (b"SSH-2.0\r\n", RetryableError, "SSH"),
         (b"", RetryableError, "closed"),
     ],
@@ -78,7 +100,7 @@ def test_no_content_is_the_success_of_an_insert() -> None:
     with client([NO_CONTENT, NO_CONTENT], b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n") as (server, scripted):
         assert server.post("INSERT", b"rows", 5) == server.post("INSERT", b"rows", 5) == b""
         server.close()
-        with pytest.raises(PermanentError, match="answered 202"):
+        with pytest.raises(RetryableError, match="answered 202"):
             server.post("INSERT", b"rows", 5)
     assert [request.endswith(b"\r\n\r\nrows") for request in scripted.requests] == [True] * 3
 
@@ -145,3 +167,14 @@ def test_connection_is_used_again_until_the_server_closes_it() -> None:
         for _ in range(4):
             assert server.query("SELECT 1", 5) == [["1"]]
     assert len(scripted.requests) == 4
+
+
+def test_answer_without_a_request_does_not_confirm_the_next_insert() -> None:
+    """The rows of an insert that no server has read would be acked."""
+    with client([[NO_CONTENT, NO_CONTENT], OK], NO_CONTENT) as (server, scripted):
+        assert server.post("INSERT", b"first", 5) == b""
+        connection = server._connection
+        assert connection
+        eventually(lambda: not connection.is_reusable())
+        assert server.post("INSERT", b"second", 5) == b""
+    assert [request.rpartition(b"\r\n")[2] for request in scripted.requests] == [b"first", b"second"]

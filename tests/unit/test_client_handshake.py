@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+import select
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import pytest
 from support.fake_consumer import GUID
 from support.harness import Blocked, eventually
 
-from ringolib.net import websocket
+from ringolib.net import websocket, websocket_client
 from ringolib.net.addresses import Endpoint
 from ringolib.net.frames import Messages
 from ringolib.net.websocket import HandshakeError
@@ -105,6 +106,17 @@ def test_101_that_does_not_answer_our_request_is_refused(before: bytes, after: b
         peer.sendall(head.replace(before, after, 1))
 
     assert message in str(refusal(answer))
+
+
+def test_slow_handshake_leaves_the_socket_its_usual_timeout() -> None:
+    def answer(peer: socket.socket, head: bytes) -> None:
+        assert not select.select([peer], [], [], 0.3)[0]
+        peer.sendall(head)
+
+    with connecting(answer) as (call, _):
+        connection = call.result()
+        assert connection.sock.gettimeout() == websocket_client.CONNECT_TIMEOUT
+        connection.sock.close()
 
 
 def test_header_names_and_tokens_may_have_any_case() -> None:

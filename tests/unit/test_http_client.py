@@ -1,14 +1,21 @@
 """The HTTP client that all answers pass through: interim answers, large heads, slow answers, reuse of a connection."""
 
+import socket
+import traceback
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from time import monotonic
+from typing import Any
 
 import pytest
+from support.certificates import Authority
+from support.harness import Blocked, eventually
 from support.scripted_server import Script, ScriptedServer
 
+from ringolib.net import tls
 from ringolib.net.addresses import Endpoint
 from ringolib.net.http_client import MAX_BODY_BYTES, MAX_HEAD_BYTES, Head, HTTPConnection, HTTPError, open_stream
+from ringolib.net.tls_socket import TLSSocket
 from ringolib.timing import deadline_after
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -112,7 +119,7 @@ def test_answer_that_is_cut_short_or_is_not_http_is_an_error(
     with connected(answer) as (connection, _):
         with pytest.raises(error, match=message):
             get(connection)
-        assert not connection.reusable
+        assert not connection.is_reusable()
 
 
 @pytest.mark.parametrize(
@@ -129,9 +136,64 @@ def test_answer_that_is_cut_short_or_is_not_http_is_an_error(
     ],
 )
 def test_connection_is_reused_only_if_the_server_keeps_it(answer: bytes, reusable: bool) -> None:
-    with connected(answer) as (connection, _):
+    script = answer if answer.endswith(b"OK\r\n\r\nok") else [answer, OK]  # its end is the end of the connection
+    with connected(script) as (connection, _):
         get(connection)
-        assert connection.reusable is reusable
+        assert connection.is_reusable() is reusable
+
+
+@pytest.mark.parametrize("later", [OK, b"HTTP/1.1 408 Request Timeout\r\n\r\n", b""], ids=["200", "408", "the end"])
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_connection_is_not_reused_after_something_has_arrived(
+    later: bytes, encrypted: bool, request: pytest.FixtureRequest
+) -> None:
+    """An answer that comes before its request must not be taken for the answer to the next one."""
+    authority: Authority | None = request.getfixturevalue("authority") if encrypted else None
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        endpoint = Endpoint("127.0.0.1", listener.getsockname()[1], "localhost")
+        trust = tls.client_context(str(authority.ca)) if authority else None
+        connecting = Blocked(lambda: open_stream(endpoint, trust, deadline_after(5)))
+        peer: Any = listener.accept()[0]
+        if authority:
+            pair = authority.issue()
+            peer = TLSSocket(peer, tls.server_context(str(pair.cert), str(pair.key), None))
+            peer.handshake()
+        with closing(connecting.result()) as sock, closing(peer):
+            connection = HTTPConnection(sock)
+            peer.sendall(OK)
+            assert get(connection)[1] == b"ok" and connection.is_reusable()
+            if later:
+                peer.sendall(later)
+            else:
+                peer.shutdown(socket.SHUT_WR)
+            eventually(lambda: not connection.is_reusable())
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"), [(OK.replace(b"200 OK", b"413 Too Large"), 413), (OK, None), (HINTS, None), (b"", None)]
+)
+def test_answer_to_an_unfinished_request_counts_if_it_is_a_refusal(answer: bytes, status: int | None) -> None:
+    def refuse() -> None:
+        peer, _ = listener.accept()
+        with peer:
+            peer.recv(100)
+            peer.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        refusing = Blocked(refuse)
+        endpoint = Endpoint("127.0.0.1", listener.getsockname()[1], "127.0.0.1")
+        with closing(open_stream(endpoint, None, deadline_after(5))) as sock:
+            connection = HTTPConnection(sock)
+            body = bytes(20_000_000)
+            connection.send("POST", "/", {**HOST, "Content-Length": str(len(body))}, deadline_after(5), body)
+            if status:
+                assert connection.read_head(deadline_after(5)).status == status
+                assert connection.read_body(deadline_after(5)) == b"ok"
+            else:
+                with pytest.raises(ConnectionError):
+                    connection.read_head(deadline_after(5))
+            assert not connection.is_reusable()
+        refusing.result()
 
 
 def test_body_is_sent_with_its_length() -> None:
@@ -144,6 +206,8 @@ def test_body_is_sent_with_its_length() -> None:
     assert server.requests[0].endswith(b"\r\n\r\na body") and server.requests[1].endswith(b"\r\n\r\n")
 
 
-def test_request_with_an_impossible_header_is_an_error() -> None:
-    with connected() as (connection, _), pytest.raises(HTTPError, match="the request is not valid HTTP"):
-        connection.send("GET", "/", {"Host": "a\nb"}, deadline_after(5))
+@pytest.mark.parametrize(("target", "token"), [("/", "secret\n"), ("/", "secr\xe9t"), ("/a b", "x"), ("/\xe9", "x")])
+def test_impossible_request_is_an_error_that_shows_no_header(target: str, token: str) -> None:
+    with connected() as (connection, _), pytest.raises(ValueError, match="character that HTTP does not") as error:
+        connection.send("GET", target, {**HOST, "Authorization": token}, deadline_after(5))
+    assert "secr" not in "".join(traceback.format_exception(error.value))

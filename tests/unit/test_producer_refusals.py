@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.fake_consumer import Link, fake_consumer
-from support.harness import DEADLINE, ROOT, eventually
+from support.harness import DEADLINE, ROOT, eventually, free_port
 from support.scripted_server import ScriptedServer
 from support.short_times import short_times  # noqa: F401  # a fixture for each test
 
@@ -77,3 +77,11 @@ def test_retryable_status_is_followed_by_another_attempt(status: int) -> None:
         sender.send([1])
         eventually(lambda: len(refusing.requests) == 2)
         assert f"refused with HTTP status {status}" in (sender.trouble or "")
+
+
+@pytest.mark.parametrize("token", ["secret\n", " secret", "secr\xe9t", "sec ret", ""])
+def test_malformed_token_is_refused_at_once(token: str) -> None:
+    """No server would get it: the producer would try for ever."""
+    with pytest.raises(ValueError, match="malformed token") as error:
+        Producer(f"ws://localhost:{free_port()}/", token=token)
+    assert "sec" not in str(error.value)

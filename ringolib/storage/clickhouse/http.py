@@ -49,7 +49,7 @@ _REMEDIES = {
 }
 """Error codes of the server that are permanent, from its ErrorCodes.cpp, and what to do. All others are retried."""
 _EXCEPTION = re.compile(
-    r"^Code: (\d+)[.,] *(?:e\.displayText\(\) = )?(?:DB::(?:NetException|Exception): )?(.*)", re.DOTALL
+    r"^Code: ([0-9]{1,9})[.,] *(?:e\.displayText\(\) = )?(?:DB::(?:NetException|Exception): )?(.*)", re.DOTALL
 )
 _NOISE = (
     re.compile(r"[, ]*e\.what\(\) = .*", re.DOTALL),
@@ -122,7 +122,7 @@ class Server:
             if reason is None:
                 raise
             raise RetryableError(f"{self.name}: {reason}") from None
-        code = "".join(head.values("X-ClickHouse-Exception-Code"))
+        code = next(iter(head.values("X-ClickHouse-Exception-Code")), "")
         if head.status not in SUCCESSES or code or content.startswith(b"Code: "):
             raise _server_error(self.name, head.status, content.decode("utf-8", "replace"), code)
         return content
@@ -143,13 +143,13 @@ class Server:
         head = connection.read_head(deadline)
         content = connection.read_body(deadline)
         self._used_at = monotonic()
-        if not connection.reusable:
+        if not connection.is_reusable():
             self.close()
         return head, content
 
     def _connect(self, timeout: float) -> HTTPConnection:
         """Return the idle connection, or a new one. It may take CONNECT_TIMEOUT, and at most `timeout` seconds."""
-        if self._connection and monotonic() - self._used_at > IDLE_SECONDS:
+        if self._connection and (monotonic() - self._used_at > IDLE_SECONDS or not self._connection.is_reusable()):
             self.close()
         if not self._connection:
             self._sock = open_stream(self._endpoint, self._context, deadline_after(min(timeout, CONNECT_TIMEOUT)))
@@ -173,12 +173,13 @@ def _server_error(name: str, status: int, content: str, code_header: str) -> Cli
     if match:
         code = int(match[1])
     else:
-        code = int(code_header) if code_header.isdigit() else 0
+        code = int(code_header) if re.fullmatch("[0-9]{1,9}", code_header) else 0
     for noise in _NOISE:
         text = noise.sub("", text)
     text = _one_line(text)
     if not code:
-        kind = RetryableError if status >= 500 or status in (408, 429) else PermanentError
+        refused = 300 <= status < 500 and status not in (408, 425, 429)  # below 300 it may have been executed
+        kind = PermanentError if refused else RetryableError
         return kind(f"{name}: answered {status}" + (f": {text}" if text else ""))
     text = f"{name}: {text or 'failed'} (code {code})"
     if code in _REMEDIES:
