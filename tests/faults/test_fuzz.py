@@ -249,6 +249,8 @@ def http_request(rng: random.Random) -> bytes:
     fields = [name + rng.choice([b": ", b": ", b":", b" : "]) + rng.choice(values) for name, values in kinds]
     if rng.randrange(60) == 0:
         fields *= 60
+    if rng.randrange(8):  # without it, a request in HTTP/1.1 gets 400 only
+        fields.insert(0, b"Host: localhost")
     end = b"\n" if rng.randrange(10) == 0 else b"\r\n"
     data = end.join([line, *fields, b"", b""])
     if any(name in (b"Content-Length", b"Transfer-Encoding") for name, _ in kinds):
@@ -266,7 +268,7 @@ def http_inputs(rng: random.Random, tag: int) -> Iterator[Input]:
     for _ in range(rng.randrange(1, 40)):
         if rng.randrange(3):  # requests that do not end the connection
             path = rng.choice([b"/v1.0/alive", b"/v1.0/stats", b"/v1.0/ingest", b"/" + rng.randbytes(5).hex().encode()])
-            head = b" HTTP/1.1\r\nAccept: " + rng.choice(ACCEPTS) + b"\r\n\r\n"
+            head = b" HTTP/1.1\r\nHost: localhost\r\nAccept: " + rng.choice(ACCEPTS) + b"\r\n\r\n"
             yield Input(rng.choice([b"GET ", b"HEAD ", b"PUT "]) + path + head)
         else:
             yield Input(http_request(rng))
