@@ -17,7 +17,9 @@ from ringolib.web.headers import Headers, Refusal, tokens
 MAX_HEAD = 32 * 1024
 """Bytes of the request line and the headers together."""
 MAX_HEADERS = 100
-BODY_READ_SIZE = 256 * 1024
+HEAD_READ_SIZE = 4096
+"""Bytes that one read of a head takes at most. Each read allocates as many, so more would fragment the memory."""
+BODY_READ_SIZE = 64 * 1024
 """Bytes that one read of a body takes at most."""
 MAX_EMPTY_LINES = 2
 """Empty lines that are skipped before a request (RFC 9112 section 2.2)."""
@@ -106,7 +108,9 @@ class RequestReader:
     @property
     def room(self) -> int:
         """How many bytes a read may take: in a head, not more than the rest of MAX_HEAD."""
-        return BODY_READ_SIZE if self.has_body else max(1, MAX_HEAD - len(self._head) - len(self._unparsed))
+        if self.has_body:
+            return BODY_READ_SIZE
+        return min(HEAD_READ_SIZE, max(1, MAX_HEAD - len(self._head) - len(self._unparsed)))
 
     @property
     def expects_continue(self) -> bool:

@@ -41,6 +41,8 @@ from ringolib.wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 
 GRACE_SECONDS = 10.0
 """The time for an ack to a good client, and for the server's end of a connection after the client's end."""
+PATCH = "forward.workers.IDLE_SECONDS = 0.3; storage.sqlite_file.CACHE_KIB = 1024"
+"""SQLite's page cache is small, so that it is full at once: while it fills, the memory grows."""
 MAX_GROWTH = 4_000_000
 """Bytes by which the server's memory may grow during the last three quarters of the run: its caches."""
 STATUSES = {100, 101, 200, 400, 403, 404, 405, 406, 408, 411, 412, 413, 414, 415, 417, 421, 426, 431, 501, 505}
@@ -506,7 +508,7 @@ def test_server_survives_random_input_and_serves_good_clients(
     tmp_path: Path, role: str, seconds: float, least: int
 ) -> None:
     seed = seeded()
-    with server(tmp_path, *ROLES[role], patch="forward.workers.IDLE_SECONDS = 0.3", env=RETURNING) as running:
+    with server(tmp_path, *ROLES[role], patch=PATCH, env=RETURNING) as running:
         assert request(running.port, "POST", "/v1.0/ingest", bytes(4))[0] == 200
         base = settled(running)
         fuzz = Fuzz(running, seed)
