@@ -169,10 +169,10 @@ class WebHandler(BaseHTTPRequestHandler):
         self.close_connection = request.wants_close or self.server.stopping.is_set()
         if self.reader.has_body:  # a route that reads the body resets this
             self.close_connection = self.lingering = True
-        self.server.names.check_host(request.host)
         origin = origin_of(request.headers)
-        if origin and self.server.names.admits_others:
+        if self.server.names.admits_others:
             self._admit_origin(origin)
+        self.server.names.check_host(request.host)
         if not self.admitted:
             self.close_connection = True
             if path not in self.paths_beyond_limit:
@@ -197,10 +197,10 @@ class WebHandler(BaseHTTPRequestHandler):
             raise Refusal(405, f"{path} supports only {', '.join(methods)}", {"Allow": ", ".join(methods)})
         action()
 
-    def _admit_origin(self, origin: str) -> None:
+    def _admit_origin(self, origin: str | None) -> None:
         """Let the page of another site read the response, if --allow_origin admits it (https://fetch.spec.whatwg.org)."""
-        self.cors = {"Vary": "Origin"}
-        if self.server.names.admits(origin):
+        self.cors = {"Vary": "Origin"}  # also without an Origin: caches must not reuse the response for a page
+        if origin and self.server.names.admits(origin):
             exposed = "X-Request-Id, Retry-After, WWW-Authenticate"
             self.cors |= {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": exposed}
 
