@@ -105,6 +105,22 @@ def test_silent_crowd_beyond_the_limit_does_not_delay_alive(tmp_path: Path) -> N
             assert running.stop() == 0
 
 
+def test_crowd_that_does_not_read_the_page_does_not_delay_alive(tmp_path: Path) -> None:
+    small_buffer = f"{int(socket.SOL_SOCKET)}, {int(socket.SO_SNDBUF)}, 4096"
+    patch = (
+        f"web.connections._set_tcp_options = lambda sock: sock.setsockopt({small_buffer}); "
+        "web.handler.REQUEST_TIMEOUT_SECONDS = 600; web.handler.REFUSED_TIMEOUT_SECONDS = 0.5"
+    )
+    with server(tmp_path, "-p", "0", "-T", "0", "-n", "1", patch=patch) as running, ExitStack() as crowd:
+        crowd.enter_context(RawClient(running.port))
+        for _ in range(64):  # all places for connections beyond the limit
+            client = crowd.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            client.connect(("127.0.0.1", running.port))
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert running.get("/v1.0/alive")[0] == 200
+
+
 def test_silent_crowd_at_the_profiler_does_not_delay_its_pages(tmp_path: Path) -> None:
     port = free_port()
     with server(tmp_path, "-p", "0", "-T", "0", "-L", str(port)) as running, ExitStack() as crowd:
