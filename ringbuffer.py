@@ -579,10 +579,10 @@ class Ring:
             return ()
         count = bisect.bisect_right(self._waiters, committed, key=_sequence_of)
         aside = [batch for batch in self._aside if batch is not leaving]
-        ready, doubtful = self._waiters[:count], []
-        if aside:
-            doubtful = [waiter for waiter in ready if waiter.overlaps(aside)]
-            ready = [waiter for waiter in ready if waiter not in doubtful]
+        ready: list[_Waiter] = []
+        doubtful: list[_Waiter] = []
+        for waiter in self._waiters[:count]:
+            (doubtful if waiter.overlaps(aside) else ready).append(waiter)
         self._waiters[:count] = doubtful
         return ready
 

@@ -209,7 +209,7 @@ class Handler(WebHandler):
         self.server.names.check_origin(self.parsed)
         headers.check_accept(fields)
         headers.check_body_type(fields)
-        headers.check_expect(fields)
+        headers.check_expect(self.parsed.version, fields)
         length = self._body_length()
         try:
             body = self._read_body(length)
@@ -295,16 +295,15 @@ class Handler(WebHandler):
             )
         return length
 
-    def _read_body(self, length: int) -> bytes:
+    def _read_body(self, length: int) -> bytearray:
         """Return the whole body. Raises Refusal if it is too slow or incomplete, or if there is no room for it."""
         timeout = handler.REQUEST_TIMEOUT_SECONDS + length / BODY_BYTES_PER_SECOND
         deadline = deadline_after(timeout)
-        pieces, size = [], 0
+        body = bytearray()  # not a list: a client may send pieces that are smaller than the overhead of an object
         try:
             while piece := self.read_piece(deadline):
-                pieces.append(piece)
-                size += len(piece)
-                if size > SMALL_SIZE and not self.server.budget.hold(self, size, deadline):
+                body += piece
+                if len(body) > SMALL_SIZE and not self.server.budget.hold(self, len(body), deadline):
                     raise Refusal(503, "too many bodies are being sent: retry later", {"Retry-After": "5"})
         except TimeoutError:
             raise Refusal(
@@ -315,11 +314,11 @@ class Handler(WebHandler):
                 raise _not_stored("the server is stopping", 0) from None
             self.server.totals.add_refused()
             raise Refusal(
-                400, f"the body ended after {size} bytes, but Content-Length is {length}: send all of it"
+                400, f"the body ended after {len(body)} bytes, but Content-Length is {length}: send all of it"
             ) from None
         finally:
-            self.server.totals.add_bytes(size)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            self.server.totals.add_bytes(len(body))
+        return body
 
 
 def _describe(reason: Reason, trusted: bool) -> dict[str, Any]:

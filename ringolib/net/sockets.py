@@ -13,6 +13,8 @@ from ringolib.timing import deadline_after, remaining
 
 CLOSE_TIMEOUT = 2.0
 """Seconds to wait for the peer to read the last bytes before the socket is closed."""
+HAS_KNOWN_TIMEVAL = struct.calcsize("@l") == 8
+"""True if `struct timeval` has two fields of 8 bytes. On 32-bit systems their size depends on the C library."""
 READ_SIZE = 256 * 1024
 """Bytes that one read takes at most."""
 
@@ -101,12 +103,12 @@ class Stream:
     def _set_timeout(self, timeout: float) -> None:
         if timeout <= 0:
             raise TimeoutError("too slow")
-        if isinstance(self._sock, socket.socket):
+        if HAS_KNOWN_TIMEVAL and isinstance(self._sock, socket.socket):
             seconds, microseconds = divmod(max(1, int(timeout * 1_000_000)), 1_000_000)
             value = struct.pack("@ll", seconds, microseconds)
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         else:
-            self._sock.settimeout(timeout)  # a TLSSocket, which polls in any case
+            self._sock.settimeout(timeout)  # a TLSSocket polls in any case
         self._timeout = timeout
 
 

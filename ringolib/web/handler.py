@@ -34,7 +34,7 @@ IDLE_TIMEOUT_SECONDS = 75.0
 """The time between two requests. Load balancers usually close connections that are idle for 60 s; they must be first,
 or the server closes a connection while a request is on its way."""
 REFUSED_TIMEOUT_SECONDS = 2.0
-"""The time for a request, and for its first byte, on a connection that was not admitted."""
+"""The same times on a connection that was not admitted: it must soon give its place to another one."""
 PREFLIGHT_SECONDS = 600
 """How long a browser may keep the answer to a CORS preflight."""
 JSON = "application/json;charset=utf-8"
@@ -98,9 +98,8 @@ class WebHandler(BaseHTTPRequestHandler):
         self.may_be_cut_off = not self.admitted or self.server.table.limits.refused == 0
         self.command = ""  # the method of the current request; "" if the request is malformed
         self.cors: dict[str, str] = {}  # headers for a page that --allow_origin admits
-        self.idle_timeout = REQUEST_TIMEOUT_SECONDS  # of the first request
-        if not self.admitted:
-            self.idle_timeout = REFUSED_TIMEOUT_SECONDS
+        self.request_timeout = REQUEST_TIMEOUT_SECONDS if self.admitted else REFUSED_TIMEOUT_SECONDS
+        self.idle_timeout = self.request_timeout  # until the first request
 
     def handle_one_request(self) -> None:
         """Read and answer one request. The base class calls this until `close_connection` is true."""
@@ -142,8 +141,7 @@ class WebHandler(BaseHTTPRequestHandler):
         while (request := self.reader.next_request()) is None:
             if self.reader.begun:
                 if deadline == inf:
-                    limit = REQUEST_TIMEOUT_SECONDS if self.admitted else REFUSED_TIMEOUT_SECONDS
-                    deadline = deadline_after(limit)
+                    deadline = deadline_after(self.request_timeout)
                 timeout = deadline - monotonic()
             data = self.stream.read(self.reader.room, timeout)
             if not data:
@@ -169,10 +167,10 @@ class WebHandler(BaseHTTPRequestHandler):
         self.close_connection = request.wants_close or self.server.stopping.is_set()
         if self.reader.has_body:  # a route that reads the body resets this
             self.close_connection = self.lingering = True
-        self.server.names.check_host(request.host)
         origin = origin_of(request.headers)
-        if origin and self.server.names.admits_others:
+        if self.server.names.admits_others:
             self._admit_origin(origin)
+        self.server.names.check_host(request.host)
         if not self.admitted:
             self.close_connection = True
             if path not in self.paths_beyond_limit:
@@ -197,10 +195,10 @@ class WebHandler(BaseHTTPRequestHandler):
             raise Refusal(405, f"{path} supports only {', '.join(methods)}", {"Allow": ", ".join(methods)})
         action()
 
-    def _admit_origin(self, origin: str) -> None:
+    def _admit_origin(self, origin: str | None) -> None:
         """Let the page of another site read the response, if --allow_origin admits it (https://fetch.spec.whatwg.org)."""
-        self.cors = {"Vary": "Origin"}
-        if self.server.names.admits(origin):
+        self.cors = {"Vary": "Origin"}  # also without an Origin: caches must not reuse the response for a page
+        if origin and self.server.names.admits(origin):
             exposed = "X-Request-Id, Retry-After, WWW-Authenticate"
             self.cors |= {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": exposed}
 
@@ -258,7 +256,7 @@ class WebHandler(BaseHTTPRequestHandler):
             f"X-Request-Id: {new_request_id()}\r\n{lines}\r\n"
         ).encode("latin-1")
         omitted = content is None or self.command == "HEAD" or status == HTTPStatus.NOT_MODIFIED
-        self.stream.write(head if omitted else head + (content or b""), REQUEST_TIMEOUT_SECONDS)
+        self.stream.write(head if omitted else head + (content or b""), self.request_timeout)
 
 
 @functools.lru_cache(maxsize=2)

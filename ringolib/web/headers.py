@@ -112,9 +112,9 @@ def check_body_type(headers: Headers) -> None:
         raise Refusal(415, reason, {"Accept-Encoding": "identity"})
 
 
-def check_expect(headers: Headers) -> None:
-    """Raise Refusal if the client expects anything but 100 Continue (RFC 9110 section 10.1.1)."""
-    if "expect" in headers and [token.lower() for token in tokens(headers, "expect")] != ["100-continue"]:
+def check_expect(version: str, headers: Headers) -> None:
+    """Raise Refusal if a client of HTTP/1.1 expects anything but 100 Continue (RFC 9110 section 10.1.1)."""
+    if version != "1.0" and any(token.lower() != "100-continue" for token in tokens(headers, "expect")):
         raise Refusal(417, "Expect may only be 100-continue: send that, or no Expect header")
 
 

@@ -136,20 +136,21 @@ class RingIntake:
         """See Intake."""
         deadline = monotonic() + timeout
         accepted, since = 0, self._ring.cursor
+        end = since
         with memoryview(block.values) as values:
             for run in block.runs:
                 part = values[accepted : accepted + run.count]
                 left = max(0.0, deadline - monotonic())
                 try:
-                    self._ring.put(part, run.source, run.first, left)
+                    end = self._ring.put(part, run.source, run.first, left)
                 except (Full, Closed) as stop:
                     accepted += stop.accepted
+                    end = self._ring.cursor  # Full and Closed carry no cursor; a later one only delays the ack
                     break
                 finally:
                     part.release()
                 accepted += run.count
-        # Full and Closed carry no cursor. A later one is safe: the ack only comes later.
-        return accepted, RingTicket(since, self._ring.cursor)
+        return accepted, RingTicket(since, end)
 
     def wait(self, ticket: RingTicket, timeout: float) -> bool:
         """See Intake."""

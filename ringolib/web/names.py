@@ -92,7 +92,8 @@ def normalize_origin(origin: str) -> str:
 def own_names() -> frozenset[str]:
     """Return the names of this machine. The first call may ask the name service."""
     name = socket.gethostname()
-    return frozenset(_plain_name(own) for own in (name, f"{name}.local", socket.getfqdn(name)))
+    short = name.partition(".")[0]
+    return frozenset(_plain_name(own) for own in (name, short, f"{short}.local", socket.getfqdn(name)))
 
 
 def _plain_name(host: str) -> str:
@@ -102,7 +103,7 @@ def _plain_name(host: str) -> str:
 
 def _is_address(host: str) -> bool:
     try:
-        ipaddress.ip_address(host.partition("%")[0])
+        ipaddress.ip_address(host)  # an IPv6 address may have a zone; an IPv4 address with "%" is a name
     except ValueError:
         return False
     return True
@@ -112,7 +113,7 @@ def _is_own_origin(origin: str, host: Authority | None) -> bool:
     """True if the Origin header names the same host and port as the request."""
     scheme, separator, rest = origin.partition("://")
     theirs = parse_authority(rest)
-    if not separator or host is None or theirs is None or not theirs.host:
-        return False
     default = _DEFAULT_PORTS.get(scheme.lower())
+    if not separator or not default or host is None or theirs is None or not theirs.host:
+        return False
     return (theirs.host, theirs.port or default) == (host.host, host.port or default)

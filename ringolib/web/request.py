@@ -40,6 +40,7 @@ _MALFORMED_HEADER = "malformed header line: expected NAME: VALUE on one line"
 _MALFORMED_LINE = "malformed request line: expected METHOD TARGET HTTP/1.1"
 _HOST = "a request in HTTP/1.1 must have exactly one Host header, with a valid host and port"
 _LENGTH = "Content-Length must be one whole number of at most 20 digits"
+_TWO_LENGTHS = "a request must not have both Content-Length and Transfer-Encoding: omit Transfer-Encoding"
 _TOO_LARGE = f"a request may have at most {MAX_HEADERS} headers, and at most {MAX_HEAD} bytes before its body"
 _REASONS = {
     "illegal header line": _MALFORMED_HEADER,
@@ -220,9 +221,13 @@ def _check(event: h11.Request, head: bytes) -> Request:
         raise Refusal(505, f"HTTP/{version} is not supported: use HTTP/1.1")
     if _FOLDED.search(head):  # a proxy in front of this server may see other headers (RFC 9112 section 5.2)
         raise Refusal(400, _MALFORMED_HEADER)
-    if len(event.headers) > MAX_HEADERS:
+    if len(head) > MAX_HEAD or len(event.headers) > MAX_HEADERS:
         raise Refusal(431, _TOO_LARGE)
     headers = Headers(event.headers)
+    if (
+        "content-length" in headers and "transfer-encoding" in headers
+    ):  # a proxy may take the other (RFC 9112 section 6.1)
+        raise Refusal(400, _TWO_LENGTHS)
     hosts = headers.get_all("host")
     host = parse_authority(hosts[0]) if hosts else None
     if host is None and (hosts or version != "1.0"):
@@ -240,7 +245,7 @@ def _check(event: h11.Request, head: bytes) -> Request:
 
 def _take_apart(method: str, target: str) -> tuple[Authority | None, str]:
     """Return the authority and the rest of a target that is not a path (RFC 9112 section 3.2). Raises Refusal."""
-    if method == "CONNECT" or target == "*":
+    if method == "CONNECT" or (method, target) == ("OPTIONS", "*"):
         return None, target
     scheme, separator, rest = target.partition("://")
     end = min((at for at in map(rest.find, "/?") if at >= 0), default=len(rest))

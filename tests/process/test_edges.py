@@ -205,6 +205,21 @@ def test_page_that_is_allowed_may_write_and_read(running: ServerProcess) -> None
     assert status == 403 and "Access-Control-Allow-Origin" not in fields
 
 
+def test_answers_to_pages_can_be_read_and_are_cached_apart(running: ServerProcess) -> None:
+    for lines in ({"Host": EVIL}, {"Accept": "text/html"}):
+        lines["Origin"] = "https://tools.example"
+        status, fields, _ = request(running.port, "GET", "/v1.0/stats", headers=lines)
+        assert status in (421, 406) and fields["Access-Control-Allow-Origin"] == "https://tools.example"
+    assert request(running.port, "GET", "/")[1]["Vary"] == "Origin", "also if no page asks"
+
+
+def test_body_with_two_lengths_hides_no_request(running: ServerProcess) -> None:
+    get = b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n"
+    two = get + b"Transfer-Encoding: chunked\r\nContent-Length: 60\r\n\r\n0\r\n\r\n"
+    codes, answer = answers(running, two + get + b"\r\n")
+    assert codes == [400] and b"\r\nConnection: close\r\n" in answer
+
+
 def test_device_that_invents_an_origin_is_told_what_to_do(running: ServerProcess) -> None:
     status, _, body = request(running.port, "POST", "/v1.0/ingest", bytes(4), {"Origin": "file://"})
     assert status == 403 and b"'file://'" in body and b"--allow_origin" in body

@@ -105,6 +105,22 @@ def test_silent_crowd_beyond_the_limit_does_not_delay_alive(tmp_path: Path) -> N
             assert running.stop() == 0
 
 
+def test_crowd_that_does_not_read_the_page_does_not_delay_alive(tmp_path: Path) -> None:
+    small_buffer = f"{int(socket.SOL_SOCKET)}, {int(socket.SO_SNDBUF)}, 4096"
+    patch = (
+        f"web.connections._set_tcp_options = lambda sock: sock.setsockopt({small_buffer}); "
+        "web.handler.REQUEST_TIMEOUT_SECONDS = 600; web.handler.REFUSED_TIMEOUT_SECONDS = 0.5"
+    )
+    with server(tmp_path, "-p", "0", "-T", "0", "-n", "1", patch=patch) as running, ExitStack() as crowd:
+        crowd.enter_context(RawClient(running.port))
+        for _ in range(64):  # all places for connections beyond the limit
+            client = crowd.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            client.connect(("127.0.0.1", running.port))
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert running.get("/v1.0/alive")[0] == 200
+
+
 def test_silent_crowd_at_the_profiler_does_not_delay_its_pages(tmp_path: Path) -> None:
     port = free_port()
     with server(tmp_path, "-p", "0", "-T", "0", "-L", str(port)) as running, ExitStack() as crowd:
@@ -131,6 +147,24 @@ def test_large_bodies_wait_for_their_share_of_the_memory(tmp_path: Path) -> None
             for client in clients:
                 assert client.recv(65536).startswith(b"HTTP/1.1 200")
         assert running.stop() == 0
+
+
+def test_body_without_room_is_refused_and_lost_bodies_give_room(tmp_path: Path) -> None:
+    patch = "web.budget.MIB = 1024 * 16; wsserver.BODY_BYTES_PER_SECOND = 100_000; "
+    patch += "web.handler.REQUEST_TIMEOUT_SECONDS = 1.0"
+    head = b"POST /v1.0/ingest HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    with server(tmp_path, "-p", "0", "-T", "0", "-r", "262144", "--unfinished", "32", patch=patch) as running:
+        for _ in range(10):  # together, more than the budget
+            with socket.create_connection(("localhost", running.port), DEADLINE) as lost:
+                lost.sendall((head % 400_000) + bytes(100_000))
+        with socket.create_connection(("localhost", running.port), DEADLINE) as oldest:
+            oldest.sendall((head % 1_000_000) + bytes(400_000))
+            assert request(running.port, "POST", "/v1.0/ingest", bytes(96_000))[0] == 200, "there is room"
+            oldest.sendall(bytes(599_000))
+            eventually(lambda: request(running.port, "POST", "/v1.0/ingest", bytes(96_000))[0] == 503)
+            oldest.sendall(bytes(1000))
+            assert oldest.recv(65536).startswith(b"HTTP/1.1 200")
+        assert request(running.port, "POST", "/v1.0/ingest", bytes(96_000))[0] == 200
 
 
 def test_http_connections_are_limited_by_threads_websockets_are_not(tmp_path: Path) -> None:

@@ -1,9 +1,14 @@
 """The memory that unfinished messages and HTTP bodies share."""
 
+import tracemalloc
+from types import SimpleNamespace
+
 from support.harness import Blocked, eventually
 
+from ringolib.counters import Totals
 from ringolib.timing import deadline_after
 from ringolib.web.budget import Budget
+from wsserver import Handler
 
 
 def test_body_waits_until_another_one_ends_but_not_the_oldest() -> None:
@@ -41,3 +46,16 @@ def test_messages_and_bodies_make_room_for_each_other() -> None:
     budget.add(-60)
     assert waiting.result()
     eventually(lambda: budget.held == 51)
+
+
+def test_body_in_tiny_pieces_needs_little_more_than_its_bytes() -> None:
+    handler, size = object.__new__(Handler), 60_000
+    handler.server = SimpleNamespace(budget=Budget(), totals=Totals())  # type: ignore[assignment]
+    pieces = (bytes((at % 251, 1)) for at in range(size // 2))
+    handler.read_piece = lambda deadline: next(pieces, b"")  # type: ignore[method-assign]
+    tracemalloc.start()
+    try:
+        body = handler._read_body(size)
+        assert len(body) == size and tracemalloc.get_traced_memory()[1] < 2 * size
+    finally:
+        tracemalloc.stop()

@@ -947,3 +947,14 @@ def test_error_in_the_loops_bookkeeping_ends_the_process(tmp_path: Path, part: s
     assert len(rows(tmp_path / "ringoexp.db")) >= acked
     errors = running.errors.read_text()
     assert "event=fatal" in errors and "ZeroDivisionError" in errors and "Traceback" not in errors
+
+
+def test_request_waits_for_its_own_records_only() -> None:
+    class BusyRing(Ring):
+        def put(self, values: Any, source: bytes, first: int, timeout: float | None = None) -> int:
+            end = super().put(values, source, first, timeout)
+            super().put(array("q", [9]), bytes(16), first)  # of another client, before the caller looks at the cursor
+            return end
+
+    _, ticket = RingIntake(BusyRing(8)).put(Block([Run(bytes(16), 0, 2)], array("q", [1, 2])), 5)
+    assert (ticket.since, ticket.end) == (0, 2)

@@ -1,10 +1,12 @@
 """Requests without sockets: parsing with h11, the rules that h11 leaves to its user, and the checks of headers."""
 
+import socket
+
 import pytest
 
 from ringolib.web import headers
 from ringolib.web.headers import Refusal
-from ringolib.web.names import Names
+from ringolib.web.names import Names, own_names
 from ringolib.web.request import MAX_HEAD, BodyEnded, Request, RequestReader, parse_authority
 
 HOST = b"Host: localhost:6660\r\n"
@@ -71,7 +73,14 @@ def status(data: bytes) -> int:
         pytest.param(get(lines=HOST + b"Content-Length: 4\r\nContent-Length: 5\r\n"), 400, id="two lengths"),
         pytest.param(get(lines=HOST + b"Content-Length: 0x4\r\n"), 400, id="hexadecimal length"),
         pytest.param(get(lines=HOST + b"Transfer-Encoding: gzip, chunked\r\n"), 501, id="compressed chunks"),
+        pytest.param(
+            get(lines=HOST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n") + b"0\r\n\r\n",
+            400,
+            id="chunks with a length",
+        ),
+        pytest.param(get("*"), 400, id="GET of all"),
         pytest.param(get(lines=HOST + b"A: b\r\n" * 100), 431, id="101 headers"),
+        pytest.param(get(lines=HOST + b"A: " + b"b" * MAX_HEAD + b"\r\n"), 431, id="long header that came at once"),
         pytest.param(get("/" + "a" * MAX_HEAD)[:MAX_HEAD], 414, id="long target"),
         pytest.param(get(lines=HOST + b"A: " + b"b" * MAX_HEAD)[:MAX_HEAD], 431, id="long header"),
     ],
@@ -168,6 +177,9 @@ def test_frames_behind_a_handshake_are_the_rest() -> None:
         ("evil.example", False),
         ("localhost.evil.example", False),
         ("127.0.0.1.evil.example", False),
+        ("127.0.0.1%2Eevil.example", False),
+        ("127.0.0.1%25.evil.example", False),
+        ("[::1%25.evil.example]", True),  # a zone: the address comes before it
         ("0x7f.1", False),
         ("", False),
     ],
@@ -181,6 +193,47 @@ def test_server_answers_only_to_its_names(host: str, known: bool) -> None:
             names.check_host(authority)
         assert refused.value.status == 421
     Names(any_host=True).check_host(authority)
+
+
+def test_server_answers_to_the_names_of_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "Pump7.plant.example")
+    monkeypatch.setattr(socket, "getfqdn", lambda name: name)
+    own_names.cache_clear()
+    try:
+        for host in ("pump7.plant.example", "pump7", "PUMP7.local"):
+            Names().check_host(parse_authority(host))
+        with pytest.raises(Refusal):
+            Names().check_host(parse_authority("plant.example"))
+    finally:
+        own_names.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("lines", "version", "expected"),
+    [
+        (b"Expect: 100-Continue\r\n", "HTTP/1.1", None),
+        (b"Expect: 100-continue\r\nExpect: 100-continue\r\n", "HTTP/1.1", None),
+        (b"Expect:\r\n", "HTTP/1.1", None),
+        (b"Expect: 100-continue, a-miracle\r\n", "HTTP/1.1", 417),
+        (b"Expect: a-miracle\r\n", "HTTP/1.0", None),
+    ],
+)
+def test_only_100_continue_may_be_expected(lines: bytes, version: str, expected: int | None) -> None:
+    request = parse(get(lines=HOST + lines, version=version))
+    if expected is None:
+        headers.check_expect(request.version, request.headers)
+    else:
+        with pytest.raises(Refusal) as refused:
+            headers.check_expect(request.version, request.headers)
+        assert refused.value.status == expected
+
+
+def test_app_with_a_scheme_of_its_own_is_another_origin() -> None:
+    """An app chooses the host of its pages itself."""
+    request = parse(get(lines=b"Host: localhost\r\nOrigin: capacitor://localhost\r\n"))
+    with pytest.raises(Refusal, match="--allow_origin"):
+        Names().check_origin(request)
+    Names(origins=["capacitor://localhost"]).check_origin(request)
 
 
 @pytest.mark.parametrize(
