@@ -1,8 +1,8 @@
 """The SQLite store: WAL mode, group commit, and each (source, sequence) at most once.
 
 One connection does all writes and checkpoints: SQLite before 3.51.3 can corrupt a database if two connections reset
-the WAL at the same time (https://www.sqlite.org/wal.html#walresetbug). An advisory lock on `PATH-lock` keeps a second
-server off the file. Readers, for example the `sqlite3` shell, need no lock. They delay a commit by at most
+the WAL at the same time (https://www.sqlite.org/wal.html#walresetbug). `storage.database_file` keeps a second server
+off the file. Readers, for example the `sqlite3` shell, need no lock. They delay a commit by at most
 READER_WAIT_MS, once for every LARGE_WAL_BYTES of WAL.
 
 Any thread may call any method. `storage.group_commit` gives turns: only the thread that holds the turn uses the
@@ -24,6 +24,7 @@ from contextlib import ExitStack, closing, contextmanager
 from time import monotonic
 from typing import NamedTuple
 
+from ringolib.storage.database_file import DatabaseFile, moved_away
 from ringolib.storage.group_commit import CommitResult, GroupCommit, PendingBlock
 from ringolib.storage.interface import Sizes, StoreError
 from ringolib.storage.oldest import (
@@ -34,17 +35,14 @@ from ringolib.storage.oldest import (
     delete_oldest,
     read_oldest,
 )
+from ringolib.storage.remedies import explain, store_errors
 from ringolib.storage.sqlite_file import (
     APPLICATION_ID,
     BUSY_TIMEOUT_MS,
     SCHEMA_VERSION,
-    check_file,
     connect,
     count_records,
-    explain,
-    lock_file,
     read_identity,
-    store_errors,
 )
 from ringolib.wire import Run
 
@@ -64,6 +62,8 @@ _INSERT_BATCHES = {
 _MAX_SOURCES_CACHED = 10_000
 LARGE_WAL_BYTES = 64 * 1024 * 1024
 """A WAL of this size is emptied. A file without records is shrunk if it has as much free space."""
+INODE_CHECK_SECONDS = 1.0
+"""How often a commit checks that the WAL is still the same file: reading its inode makes the next write slower."""
 READER_WAIT_MS = 100
 """How long a commit waits for readers that keep a large WAL from being emptied: once for every LARGE_WAL_BYTES."""
 SUCCESS_VALID_SECONDS = 1.0
@@ -99,30 +99,96 @@ class _Wal:
     belongs to the thread that holds the turn.
     """
 
-    def __init__(self, db: sqlite3.Connection, path: str) -> None:
-        self.path = path
+    def __init__(self, db: sqlite3.Connection, file: DatabaseFile) -> None:
+        self.path = f"{file.real_path}-wal"
         self.limit = LARGE_WAL_BYTES  # the size at which the WAL is emptied the next time
-        self.committed_size = self.size()  # after the last commit
+        self._file = file
         self._db = db
+        self._wal_file = open(self.path, "rb", buffering=0)
+        self._seen_size = self.size()  # before the last commit
+        self._min_size = self._seen_size  # after it; then the WAL may not be shorter
+        # https://www.sqlite.org/fileformat.html#wal_file_format
+        self._page_bytes = 24 + int(db.execute("PRAGMA page_size").fetchone()[0])
+        self._inode_checked_at = monotonic()
         self._held_by_reader = False  # this is logged
 
     def size(self) -> int:
-        """Return the size of the WAL file: commits that are not yet in the database file, and reusable space."""
+        """Return the size of the WAL file: commits that are not yet in the database file, and reusable space.
+
+        Not from `stat`: on Linux 6.13 and newer, the first write after a `stat` stores an exact time of change, and a
+        commit takes a third longer (https://docs.kernel.org/filesystems/multigrain-ts.html).
+        """
         try:
-            return os.stat(self.path).st_size
-        except OSError:
+            return self._wal_file.seek(0, os.SEEK_END)
+        except ValueError:  # it is closed
             return 0
+
+    def close(self) -> None:
+        """Close the descriptor. SQLite locks other files, so this takes no lock from it."""
+        self._wal_file.close()
+
+    def check_in_place(self) -> None:
+        """Raise StoreError if the WAL was removed, replaced or truncated since the last commit.
+
+        No transaction may be open.
+        """
+        if not self._is_in_place():
+            raise moved_away(self._file.path)
+        self._seen_size = self.size()
+        if self._seen_size >= self._min_size or self._is_complete():
+            self._min_size = self._seen_size
+
+    def _is_in_place(self) -> bool:
+        """True if there is a file with the WAL's name. Now and then, also look whether it is the same file."""
+        now = monotonic()
+        if now - self._inode_checked_at < INODE_CHECK_SECONDS:
+            return os.access(self.path, os.F_OK)
+        self._inode_checked_at = now
+        try:
+            in_place = os.path.samestat(os.stat(self.path), os.fstat(self._wal_file.fileno()))
+        except OSError:
+            in_place = False
+        if not in_place:
+            self._inode_checked_at = float("-inf")  # until it is put back
+        return in_place
+
+    def on_commit(self) -> None:
+        """Note the size after a commit."""
+        self._min_size = self.size()
+
+    def _is_complete(self) -> bool:
+        """True if a WAL that has become shorter has all that SQLite needs of it; False if that is unknown.
+
+        Any program that has the database open may empty the WAL after it has copied all of it into the database file.
+        Raises StoreError if pages are missing.
+        """
+        try:
+            (busy, pages, copied) = self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        except sqlite3.Error as error:  # it could not read a page
+            log.debug("wal_incomplete", {"reason": str(error)})
+            complete = False
+        else:
+            if busy:  # another program is about to copy it
+                return False
+            complete = pages == copied or self._seen_size >= pages * self._page_bytes
+        if not complete:
+            raise StoreError(
+                f"{self._file.path}: its -wal file was truncated while it was in use, so acked records may be lost: "
+                "stop this server and start it again, which checks the file"
+            )
+        return True
 
     def empty_if_large(self) -> None:
         """Empty a large WAL. If a reader still needs it, let it grow by LARGE_WAL_BYTES before the next attempt."""
-        size = self.committed_size
+        size = self._seen_size
         if self._held_by_reader and size <= LARGE_WAL_BYTES:
             self.limit, self._held_by_reader = LARGE_WAL_BYTES, False
             log.info("wal_cut", {"bytes": size})
         if size < self.limit:
             return
         needed = self.empty()
-        self.limit = self.size() + LARGE_WAL_BYTES
+        self._min_size = self.size()
+        self.limit = self._min_size + LARGE_WAL_BYTES
         if needed and not self._held_by_reader and size > LARGE_WAL_BYTES:
             self._held_by_reader = True
             reason = "a reader holds a transaction open: the WAL grows until it ends"
@@ -160,28 +226,24 @@ class Store(GroupCommit):
         # Used only by the thread that holds the turn.
         self._sources: dict[bytes, _Source] = {}
         self._ids: Ids | None = None  # None: to be read again
-        self._real_path = os.path.realpath(path)  # so that all symbolic links lead to the same lock file
         with ExitStack() as undo:
-            is_new_lock = not os.path.exists(f"{self._real_path}-lock")
-            self._lock_file = undo.enter_context(lock_file(self._real_path))
-            if is_new_lock:
-                undo.callback(os.unlink, self._lock_file.name)
-            check_file(path, self._real_path)
-            self._db = undo.enter_context(closing(connect(path, application_id, LARGE_WAL_BYTES)))
-            self._wal = _Wal(self._db, f"{self._real_path}-wal")
-            status = os.stat(self._real_path)
-            self._inode = status.st_dev, status.st_ino
-            with store_errors(path):
+            self._file = DatabaseFile(path)
+            undo.callback(self._file.discard)
+            self._db = undo.enter_context(closing(connect(self._file, application_id, LARGE_WAL_BYTES)))
+            self._file.check_in_place()
+            self._wal = undo.enter_context(closing(_Wal(self._db, self._file)))
+            with store_errors(self._file):
                 self.identity = read_identity(self._db)
                 self._held = count_records(self._db)
             undo.pop_all()
+        self._file.warn_of_file_system()
 
     def oldest(self, limit: int) -> OldestBatches | None:
         """Return the oldest batches that together have at most `limit` records, but at least one batch; None if empty.
 
         Raises StoreError if they cannot be read.
         """
-        with self._exclusive(), store_errors(self.path):
+        with self._exclusive(), store_errors(self._file):
             self._set_held(count_records(self._db))
             self._ids = None
             return read_oldest(self._db, limit)
@@ -191,8 +253,7 @@ class Store(GroupCommit):
 
         Raises StoreError if the deletion may not have happened.
         """
-        with self._exclusive(), store_errors(self.path):
-            self._wal.empty_if_large()
+        with self._exclusive(), store_errors(self._file):
             self._ids = None
             with self._transaction():
                 if not delete_oldest(self._db, oldest):
@@ -211,9 +272,8 @@ class Store(GroupCommit):
         deleted. Raises StoreError if the deletions may not have happened.
         """
         records, batches, more = 0, 0, False
-        with self._exclusive(), store_errors(self.path):
+        with self._exclusive(), store_errors(self._file):
             started = monotonic()
-            self._wal.empty_if_large()
             self._ids = None
             with self._transaction():
                 if seconds > 0:
@@ -228,8 +288,8 @@ class Store(GroupCommit):
     def sizes(self) -> Sizes:
         """Return the sizes of the files and the free space on their disk."""
         try:
-            disk = os.statvfs(os.path.dirname(self._real_path))
-            return Sizes(os.stat(self._real_path).st_size, self._wal.size(), disk.f_bavail * disk.f_frsize)
+            disk = os.statvfs(os.path.dirname(self._file.real_path))
+            return Sizes(os.stat(self._file.real_path).st_size, self._wal.size(), disk.f_bavail * disk.f_frsize)
         except OSError:
             return Sizes(0, self._wal.size(), None)
 
@@ -243,11 +303,10 @@ class Store(GroupCommit):
         error = None
         with self._exclusive():
             try:
-                self._wal.empty_if_large()
                 with self._transaction():
                     self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             except BaseException as cause:
-                error = StoreError(explain(self.path, cause))
+                error = explain(self._file, cause)
             with self._lock:
                 conclusive = bool(error) or monotonic() - self._failed_at >= FAILURE_VALID_SECONDS
                 if conclusive:
@@ -260,8 +319,13 @@ class Store(GroupCommit):
     def close(self) -> None:
         """Wait for the running commit, then close the file. A second call does nothing."""
         if self._close():
+            try:
+                self._check_in_place()
+            except StoreError as error:
+                self._log_outcome(error)
+            self._wal.close()
             self._db.close()
-            self._lock_file.close()
+            self._file.close()
 
     # Commits. The thread that holds the turn calls everything below.
 
@@ -271,7 +335,6 @@ class Store(GroupCommit):
         The last id and the number of records are kept in memory. They are read again after an error, because a commit
         may have happened although it reported one, and after records were deleted.
         """
-        self._wal.empty_if_large()
         arrived = sum(len(block.values) for block in group)
         now_ms = time.time_ns() // 1_000_000
         with self._transaction():
@@ -329,7 +392,7 @@ class Store(GroupCommit):
         self._sources.clear()  # the caches may be wrong, whether the commit happened or not
         self._ids = None
         self._wal.limit = 0  # empty the WAL before the next commit: it may be the WAL that fills the disk
-        return StoreError(explain(self.path, cause))
+        return explain(self._file, cause)
 
     def _slow_commit_details(self) -> dict[str, object]:
         return {"wal_bytes": self._wal.size()}
@@ -396,12 +459,14 @@ class Store(GroupCommit):
         """Commit the statements of the block, synced to disk, or roll them back. All writes go through here."""
         if self._db.in_transaction:  # even the rollback of the last transaction failed
             self._db.execute("ROLLBACK")
+        self._check_in_place()
+        self._wal.empty_if_large()
         # Not a deferred BEGIN: its upgrade to a write lock would ignore the busy timeout.
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
             self._db.execute("COMMIT")
-            self._check_in_place()
+            self._wal.on_commit()
         except BaseException:
             # SQLite rolls back by itself after some errors, for example a full disk:
             # https://www.sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction
@@ -413,19 +478,9 @@ class Store(GroupCommit):
             raise
 
     def _check_in_place(self) -> None:
-        """Raise StoreError if the file or its WAL was moved or removed: then the records of this commit are lost."""
-        try:
-            # By path: the status of an open file does not tell that the file was moved.
-            status = os.stat(self._real_path)
-            self._wal.committed_size = os.stat(self._wal.path).st_size
-            in_place = (status.st_dev, status.st_ino) == self._inode
-        except OSError:
-            in_place = False
-        if not in_place:
-            raise StoreError(
-                f"{self.path}: the file or its -wal file was removed or replaced while it was in use: "
-                "put it back, or stop this server before you replace it"
-            )
+        """Raise StoreError if the file or its WAL is not as the last commit left it."""
+        self._file.check_in_place()
+        self._wal.check_in_place()
 
     def _shrink_empty_file(self) -> None:
         """Shrink the file if it has no records and much free space. Errors are logged: the deletion itself succeeded.

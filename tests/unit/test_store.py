@@ -237,7 +237,8 @@ def test_sizes_match_files_and_disk(opened: Store, path: Path) -> None:
     for name in path.parent.iterdir():
         name.unlink()
     path.parent.rmdir()
-    assert opened.sizes() == (0, 0, None)
+    sizes = opened.sizes()  # the removed WAL has its size, and its room on the disk, until the store is closed
+    assert (sizes.database, sizes.disk_free) == (0, None)
     path.parent.mkdir()
 
 
