@@ -210,7 +210,8 @@ def _check_other_name(file: IO[bytes], path: str, real_path: str) -> None:
         return
     try:
         with open(other + b"-lock", "rb") as locked:
-            if locked.read() == record:
+            same_inode = os.path.samestat(os.fstat(locked.fileno()), os.fstat(file.fileno()))  # then it is our own lock
+            if not same_inode and locked.read() == record:
                 fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         _write_lock_file(file, previous)
