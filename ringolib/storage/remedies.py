@@ -1,7 +1,7 @@
 """Errors of the disk and of SQLite in one line for people: the true cause, and the remedy.
 
-SQLite reports a full disk, a quota or a lack of descriptors in several ways, some of which name another cause. So
-after such an error a small file is written beside the database, and the system's own error tells the cause.
+SQLite reports a full disk, a quota or a lack of descriptors in several ways, and some of them name another cause. So
+after an error that is unclear, a small file is written beside the database, and the system's own error tells the cause.
 Functions only; no thread runs here.
 """
 

@@ -42,7 +42,7 @@ def run_or_skip(*command: str | Path) -> None:
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Mount]:
-    """A function that mounts a file system, unmounted after the test. Its arguments are those of mount(8)."""
+    """A function that mounts a file system, unmounted after the test. It takes the arguments of mount(8)."""
     with ExitStack() as stack:
 
         def make(*arguments: str | Path, target: Path | None = None) -> Path:
