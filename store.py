@@ -35,7 +35,7 @@ from ringolib.storage.oldest import (
     delete_oldest,
     read_oldest,
 )
-from ringolib.storage.remedies import explain, store_errors
+from ringolib.storage.remedies import NoRoom, explain, store_errors
 from ringolib.storage.sqlite_file import (
     APPLICATION_ID,
     BUSY_TIMEOUT_MS,
@@ -323,6 +323,8 @@ class Store(GroupCommit):
                 self._check_in_place()
             except StoreError as error:
                 self._log_outcome(error)
+                if isinstance(error, NoRoom):
+                    self._file.keep_wal()
             self._wal.close()
             self._db.close()
             self._file.close()
@@ -481,6 +483,7 @@ class Store(GroupCommit):
         """Raise StoreError if the file or its WAL is not as the last commit left it."""
         self._file.check_in_place()
         self._wal.check_in_place()
+        self._file.check_room()
 
     def _shrink_empty_file(self) -> None:
         """Shrink the file if it has no records and much free space. Errors are logged: the deletion itself succeeded.

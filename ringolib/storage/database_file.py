@@ -22,6 +22,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from time import monotonic
 from typing import IO
 
 from ringolib.storage.interface import StoreError
@@ -36,6 +37,12 @@ _SHARED_BYTES = _PENDING_BYTE + 2, 510
 """The start and length of the bytes that each open connection has locked in WAL mode."""
 _OUR_BYTE = _PENDING_BYTE + 512, 1
 """The byte that this program locks. It is in SQLite's lock-byte page, which has no data."""
+_ROOM = bytes(256 * 1024)
+"""What `check_room` writes: the -shm file of a WAL of 64 MiB has 128 KiB."""
+_ROOM_SECONDS = 0.1
+"""How often a commit checks that there is room. The check takes about a millisecond, and the kernel writes the pages of
+a mapping to the disk, which is when they need new room, only every few seconds.
+"""
 READ_SECONDS = 1.0
 """How long a damaged database is read to find out whether the disk fails instead."""
 _NOT_SHARED = re.compile(r"nfs4?|cifs|smb.*|9p|virtiofs|fuse.*|ceph|afs|lustre|vboxsf|prl_fs")
@@ -76,10 +83,15 @@ class DatabaseFile:
                     f"{path} is mounted by itself, so its -wal file would be stored elsewhere: mount its directory"
                 )
             self._take_over_leftovers()
+            self._room_fd = self._open_room(undo) if self.file_system == "btrfs" else None
+            self._room_checked_at = float("-inf")  # monotonic seconds
+            self.check_room()
             self._undo = undo.pop_all()
 
     def close(self) -> None:
         """Unlock the file. SQLite must have closed it."""
+        if self._room_fd is not None:
+            os.close(self._room_fd)
         os.close(self.fd)
         self._lock_file.close()
 
@@ -96,6 +108,36 @@ class DatabaseFile:
             in_place = False
         if not in_place:
             raise moved_away(self.path)
+
+    def check_room(self) -> None:
+        """On Btrfs, raise NoRoom if the disk or a quota is full. Elsewhere, SQLite reports an error itself.
+
+        SQLite changes the -shm file through a mapping, and if Btrfs has no room to change a page, it ends the process
+        with SIGBUS. So this writes to another file first, which gets an error instead.
+        """
+        if self._room_fd is None or monotonic() - self._room_checked_at < _ROOM_SECONDS:
+            return
+        try:
+            os.pwrite(self._room_fd, _ROOM, 0)
+            os.ftruncate(self._room_fd, 0)
+        except OSError as error:
+            self._room_checked_at = float("-inf")  # until there is room
+            raise system_error(self.path, error) from error
+        self._room_checked_at = monotonic()
+
+    def keep_wal(self) -> None:
+        """Make SQLite leave the WAL as it is when it closes the file: it copies it only if no reader is left."""
+        with suppress(OSError):
+            _lock_bytes(self.fd, fcntl.F_RDLCK, *_SHARED_BYTES)
+
+    def _open_room(self, undo: ExitStack) -> int:
+        """Return the descriptor of a file without a name, for `check_room`."""
+        try:
+            fd = os.open(os.path.dirname(self.real_path), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise system_error(self.path, error) from error
+        undo.callback(os.close, fd)
+        return fd
 
     def warn_of_file_system(self) -> None:
         """Log a warning if the file system may not keep two machines, or two mounts, from corrupting the file."""

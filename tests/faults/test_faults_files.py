@@ -270,29 +270,44 @@ def test_file_system_that_was_shut_down_is_not_called_corrupt(tmp_path: Path, mo
 
 
 @pytest.mark.slow
-def test_full_btrfs_does_not_end_the_server(tmp_path: Path, mount: Mount) -> None:
+@pytest.mark.parametrize("limit", ["disk", "quota"])
+def test_full_btrfs_does_not_end_the_server(tmp_path: Path, mount: Mount, limit: str) -> None:
     """A write to a mapped page that has to be copied raises SIGBUS if there is no room for the copy."""
     image = tmp_path / "image"
     with image.open("wb") as file:
         file.truncate(128 * MEBIBYTE)
     run_or_skip("mkfs.btrfs", "-q", image)
     disk = mount("-o", "loop", image)
-    with server(tmp_path, "-I", "false", "-p", "0", "-D", str(disk / "numbers.db"), patch=QUICK) as running:
-        for n in range(20):
-            assert post(running, 1000 * n, 1000) == 200
-            if n == 10:
-                os.sync()
-        ballast = fill(disk)
+    directory = disk / "sub"
+    run_or_skip("btrfs", "subvolume", "create", directory)
+    if limit == "quota":
+        run_or_skip("btrfs", "quota", "enable", disk)
+        run_or_skip("btrfs", "qgroup", "limit", "40M", directory)
+    database = directory / "numbers.db"
+    acked = 0
+    with server(tmp_path, "-I", "false", "-p", "0", "-D", str(database), patch=QUICK) as running:
+        for _ in range(20):
+            assert post(running, acked, 1000) == 200
+            acked += 1000
         os.sync()
-        acked = 20_000
+        ballast = fill(directory)
+        os.sync()
         for _ in range(30):
             acked += 1000 * (post(running, acked, 1000) == 200)
         assert running.get("/v1.0/alive")[0] == 200
-        ballast.unlink()
-        os.sync()
-        eventually(lambda: post(running, acked, 1000) == 200, "there is room again")
-        assert running.stop() == 0
-    assert len(set(values(disk / "numbers.db"))) == acked + 1000
+        if limit == "quota":
+            assert "Disk quota exceeded" in running.stats()["storeError"]
+            assert running.stop() == 0
+            run_or_skip("btrfs", "qgroup", "limit", "none", directory)
+        else:
+            ballast.unlink()
+            os.sync()
+            eventually(lambda: post(running, acked, 1000) == 200, "there is room again")
+            acked += 1000
+            assert running.stop() == 0
+    with server(tmp_path, "-I", "false", "-p", "0", "-D", str(database), patch=QUICK) as running:
+        assert post(running, acked, 1000) == 200 and running.stop() == 0
+    assert len(set(values(database))) == acked + 1000
 
 
 # Busy elsewhere.
