@@ -24,6 +24,7 @@ from contextlib import ExitStack, closing, contextmanager
 from time import monotonic
 from typing import NamedTuple
 
+from ringolib.storage import sqlite_file
 from ringolib.storage.database_file import DatabaseFile, moved_away
 from ringolib.storage.group_commit import CommitResult, GroupCommit, PendingBlock
 from ringolib.storage.interface import Sizes, StoreError
@@ -38,7 +39,6 @@ from ringolib.storage.oldest import (
 from ringolib.storage.remedies import NoRoom, explain, store_errors
 from ringolib.storage.sqlite_file import (
     APPLICATION_ID,
-    BUSY_TIMEOUT_MS,
     SCHEMA_VERSION,
     connect,
     count_records,
@@ -207,7 +207,7 @@ class _Wal:
             log.debug("wal_not_cut", {"reason": str(error)})
             return False
         finally:
-            self._db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+            self._db.execute(f"PRAGMA busy_timeout = {sqlite_file.BUSY_TIMEOUT_MS}")
 
 
 class Store(GroupCommit):

@@ -319,7 +319,7 @@ def test_write_lock_held_by_another_program_delays_acks_only(tmp_path: Path, sec
     """Commits wait for the lock for a second here, and for 5 s otherwise. Later ones fail and are sent again."""
     database = tmp_path / "numbers.db"
     flags = ["-I", "false", "-p", "0", "-D", str(database)]
-    patch = f"storage.sqlite_file.BUSY_TIMEOUT_MS = store.BUSY_TIMEOUT_MS = 1000; {QUICK}"
+    patch = f"storage.sqlite_file.BUSY_TIMEOUT_MS = 1000; {QUICK}"
     with server(tmp_path, *flags, patch=patch) as running, closing(Producer(running.url)) as producer:
         producer.send(range(1000))
         producer.flush(30)

@@ -272,8 +272,8 @@ def others(path: Path) -> Path:
     for file in (path, Path(f"{path}-lock"), path.parent):
         if os.getuid() == 0:
             os.chown(file, 65534, 65534)
-    for parent in path.parents[1:4]:  # pytest creates its directories without access for other users
-        if parent.stat().st_uid == os.getuid() and "pytest" in parent.name:
+    for parent in path.parents[1:]:  # pytest creates its directories without access for other users
+        if parent.stat().st_uid == os.getuid() and "pytest" in str(parent):
             parent.chmod(parent.stat().st_mode | stat.S_IXOTH)
     return path
 

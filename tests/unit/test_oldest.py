@@ -11,6 +11,7 @@ from support.databases import FAR, A, B, append, block, check_file, query, store
 from support.harness import rows
 
 import store
+from ringolib.storage import sqlite_file
 from ringolib.storage.interface import StoreError
 from ringolib.storage.oldest import RECORDS_PER_SLICE
 from ringolib.storage.sqlite_file import SPOOL_APPLICATION_ID
@@ -95,7 +96,7 @@ def test_delete_succeeds_when_file_cannot_be_shrunk(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(store, "LARGE_WAL_BYTES", 100_000)
-    monkeypatch.setattr(store, "BUSY_TIMEOUT_MS", 1)
+    monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_MS", 1)
     spool = Store(str(path), SPOOL_APPLICATION_ID)
     spool.append(*block(A, 0, 100_000))
     oldest = spool.oldest(100_000)

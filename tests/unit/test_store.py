@@ -13,6 +13,7 @@ from support.databases import A_TEXT, A, B, block, query, stored_values
 from support.harness import seeded
 
 import store
+from ringolib.storage import sqlite_file
 from ringolib.storage.group_commit import CommitResult, PendingBlock
 from ringolib.storage.interface import StoreError
 from ringolib.storage.sqlite_file import APPLICATION_ID
@@ -182,7 +183,7 @@ def test_check_detects_failure_and_recovery(
     opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(store, "BUSY_TIMEOUT_MS", 1)
+    monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_MS", 1)
     opened._db.execute("PRAGMA busy_timeout = 1")
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
