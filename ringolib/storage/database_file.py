@@ -212,7 +212,7 @@ def _check_kind_of_file(path: str) -> None:
     if status.st_nlink > 1:
         raise StoreError(
             f"{path} has {status.st_nlink} names (hard links), and SQLite would look for its -wal file beside each: "
-            f"delete the other names; find -samefile {path} lists them"
+            f"delete the other names (find / -xdev -samefile {path} lists them)"
         )
 
 
