@@ -4,7 +4,12 @@
 certificates again, SIGINT or SIGTERM starts the ordered stop, which the main thread carries out. A second signal ends
 the process at once. If the main thread hangs, the thread `signals` ends the process, at a second signal or after a
 timeout.
+
+A SIGINT or SIGHUP that is ignored when the program starts stays ignored. A shell starts the background jobs of a script
+like this, because Ctrl-C is meant for the foreground. `nohup` does it, so that the program survives the terminal.
 """
+
+from __future__ import annotations
 
 import os
 import signal
@@ -13,37 +18,50 @@ import sys
 # Before the other imports, which an older Python cannot read.
 if sys.version_info < (3, 10):
     sys.exit("ringoexp: error: this is Python %d.%d, Python 3.10 or newer is needed" % sys.version_info[:2])
+if sys.platform == "win32":
+    sys.exit(
+        "ringoexp: error: Windows is not supported: run this program on Linux or macOS, in WSL 2 or in a container; "
+        "any WebSocket or HTTP client on Windows can send to it"
+    )
 if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "ringoexp":  # the program, also by its installed script
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
     if os.getpid() == 1:  # the first process of a container, for which no signal has a default effect
         for signal_number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signal_number, lambda number, frame: os._exit(128 + number))
+            if signal.getsignal(signal_number) != signal.SIG_IGN:
+                signal.signal(signal_number, lambda number, frame: os._exit(128 + number))
 
 import logging
-import resource
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from time import monotonic, sleep
 from typing import Any
 
+_missing: str | None = None  # the module that a server lacks
+_can_send = False
 try:
-    import simple_websocket  # noqa: F401  # to check that it is installed
-except ModuleNotFoundError as missing:
-    if __name__ != "__main__":
-        raise
-    sys.exit(
-        f"ringoexp: error: the package {missing.name} is missing: pip install simple-websocket, in a venv, "
-        "or use ringoexp.pyz"
-    )
+    from ringolib import __version__
+    from ringolib.client import send
+    from ringolib.client.send import print_line
+    from ringolib.options import Settings, read_arguments
+    from ringolib.timing import ThreadError, deadline_after, remaining, start_thread
 
-from ringolib import __version__, app
-from ringolib.client import send
-from ringolib.client.send import print_line
-from ringolib.options import Settings, read_arguments
-from ringolib.status import logs, systemd
-from ringolib.storage.interface import StoreError
-from ringolib.timing import ThreadError, deadline_after, remaining, start_thread
+    _can_send = True
+    # The rest is for servers: `ringoexp send` works without it, for example in a Python without SQLite.
+    import resource
+
+    from ringolib import app
+    from ringolib.status import logs, systemd
+    from ringolib.storage.interface import StoreError
+except ImportError as error:
+    module = (error.name or "").partition(".")[0]
+    if module in sys.stdlib_module_names:
+        _missing = f"this Python lacks the module {module} ({error}): use a Python that was built with it"
+    elif module in ("simple_websocket", "wsproto", "h11"):
+        _missing = f"the package {module} is missing: pip install simple-websocket, in a venv, or use ringoexp.pyz"
+    else:
+        raise
 
 log = logging.getLogger("ringoexp")
 
@@ -99,9 +117,10 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
     with received, wakeup, ExitStack() as watchdog:
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)  # if it is full, a wakeup is due anyway
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, on_stop_signal)
-            if _can_reload(settings):
+            signal.signal(signal.SIGTERM, on_stop_signal)
+            if not _is_ignored(signal.SIGINT):
+                signal.signal(signal.SIGINT, on_stop_signal)
+            if _can_reload(settings) and not _is_ignored(signal.SIGHUP):
                 signal.signal(signal.SIGHUP, lambda number, frame: None)  # only wakes the main thread
             application = app.App(settings, argv)
             try:
@@ -126,6 +145,11 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
     tally = f"ringoexp: stopped, {stored} stored, {unstored} unstored"
     print_line(f"{tally}, {application.spool.depth} in the spool" if application.spool else tally)
     return EXIT_UNSTORED if unstored else EXIT_OK
+
+
+def _is_ignored(number: int) -> bool:
+    """True if the program that started this one has made it ignore the signal."""
+    return signal.getsignal(number) == signal.SIG_IGN
 
 
 def _can_reload(settings: Settings) -> bool:
@@ -215,10 +239,15 @@ def _greeting(application: app.App) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return the exit status: 0 stopped in order, 1 cannot run, 2 bad usage, 3 records unstored."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if not _can_send:
+        sys.exit(f"ringoexp: error: {_missing}")
     if arguments[:1] == ["send"]:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not _is_ignored(signal.SIGINT):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return send.main(arguments[1:])
     settings = read_arguments(arguments)
+    if _missing:
+        sys.exit(f"ringoexp: error: {_missing}")
     logs.setup(settings.debug, settings.log_json)
     try:
         return serve(settings, arguments)

@@ -48,17 +48,25 @@ from ringolib.wire import Run
 
 log = logging.getLogger("ringoexp.store")
 
+
 # One statement inserts many rows. The texts are constant, so that sqlite3 keeps the prepared statements in its cache.
+# LIMIT skips the rest of the rows, so that one statement is enough for any number: after each statement, Python's lock
+# must be taken again, which takes long while another thread is busy.
 # OR ROLLBACK, because a failed statement fails the whole transaction anyway. Without it, SQLite copies each page that a
 # statement changes to a temporary file first: section 2.5 of https://www.sqlite.org/tempfiles.html
-_INSERT_RECORDS = {
-    size: "INSERT OR ROLLBACK INTO record(value) VALUES " + ",".join(["(?)"] * size) for size in (1024, 128, 16, 1)
-}
+def _insert_statements(table: str, columns: int, sizes: tuple[int, ...]) -> dict[int, str]:
+    """Return for each number of rows a statement that inserts up to as many; its last parameter is the real number."""
+    row = f"({','.join('?' * columns)})"
+    return {
+        size: f"INSERT OR ROLLBACK INTO {table} SELECT * FROM (VALUES {','.join([row] * size)}) LIMIT ?"
+        for size in sizes
+    }
+
+
 BATCH_COLUMNS = 5
-_INSERT_BATCHES = {
-    size: "INSERT OR ROLLBACK INTO batch VALUES " + ",".join([f"({','.join('?' * BATCH_COLUMNS)})"] * size)
-    for size in (200, 32, 8, 1)
-}
+_INSERT_RECORDS = _insert_statements("record(value)", 1, (1, 16, 128, 1024))
+_INSERT_BATCHES = _insert_statements("batch", BATCH_COLUMNS, (1, 8, 40, 200))
+_UNUSED = array("q", bytes(8 * 1024))  # for the rows that LIMIT skips
 _MAX_SOURCES_CACHED = 10_000
 LARGE_WAL_BYTES = 64 * 1024 * 1024
 """A WAL of this size is emptied. A file without records is shrunk if it has as much free space."""
@@ -401,21 +409,23 @@ class Store(GroupCommit):
 
     def _insert_batches(self, rows: "array[int]") -> None:
         """Insert rows of `batch`, given end to end, and empty the array."""
-        start, left = 0, len(rows) // BATCH_COLUMNS
-        for size, statement in _INSERT_BATCHES.items():
-            while left >= size:
-                self._db.execute(statement, rows[start : start + BATCH_COLUMNS * size])
-                start += BATCH_COLUMNS * size
-                left -= size
+        self._insert(_INSERT_BATCHES, BATCH_COLUMNS, rows)
         del rows[:]
 
     def _insert_records(self, values: "array[int]") -> None:
-        """Insert records in order; they get the next ids."""
-        start = 0
-        for size, statement in _INSERT_RECORDS.items():
-            while len(values) - start >= size:
-                self._db.execute(statement, values[start : start + size])
-                start += size
+        """Insert records. Their ids follow the last one."""
+        self._insert(_INSERT_RECORDS, 1, values)
+
+    def _insert(self, statements: dict[int, str], columns: int, numbers: "array[int]") -> None:
+        """Insert rows of so many columns, given end to end."""
+        largest = max(statements)
+        for start in range(0, len(numbers), largest * columns):
+            part = numbers[start : start + largest * columns]
+            rows = len(part) // columns
+            size = next(size for size in statements if size >= rows)
+            part += _UNUSED[: (size - rows) * columns]
+            part.append(rows)
+            self._db.execute(statements[size], part)
 
     def _source(self, uuid: bytes) -> _Source:
         """Return the source with this UUID from the database, and cache it; insert it if it is new."""

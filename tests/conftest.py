@@ -1,12 +1,19 @@
 """CI installs everything that the tests need, so a skipped test is a failed test there (RINGOEXP_NO_SKIPS)."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.certificates import Authority, Pair
+
+# A shell or `nohup` may have started the tests with these signals ignored. The servers of the tests would ignore them,
+# too (see ringoexp.py). A handler that does nothing has the same effect here, and is not inherited.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: None)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -34,7 +34,13 @@ if sys.version_info < (3, 10):
 
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
+if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
+
+try:
+    import zlib
+except ImportError:
+    sys.exit("ringoexp: error: this Python lacks the module zlib: use a Python that was built with it")
 
 import ringoexp
 from ringolib.web import page
@@ -102,7 +108,8 @@ def archive(files: dict[str, bytes]) -> bytes:
             info = zipfile.ZipInfo(name, ZIP_EPOCH)
             info.create_system = UNIX
             info.external_attr = FILE_MODE << 16
-            zip_file.writestr(info, content, zipfile.ZIP_DEFLATED, 9)
+            method = zipfile.ZIP_STORED if name == "__main__.py" else zipfile.ZIP_DEFLATED  # it runs without zlib, too
+            zip_file.writestr(info, content, method, 9)
     return output.getvalue()
 
 

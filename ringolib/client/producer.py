@@ -12,23 +12,25 @@ with callers. Nothing is sent or received under the lock.
 
 import select
 import socket
-import ssl
 import threading
 import uuid
 from array import array
 from collections import deque
 from collections.abc import Iterable
 from time import monotonic
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
-from ringolib.net.addresses import Endpoint
+from ringolib.net.addresses import Endpoint, decode_zone
 from ringolib.net.tls import client_context
 from ringolib.net.tls_socket import TLSError
 from ringolib.net.websocket import HandshakeError
 from ringolib.net.websocket_client import ClientConnection
 from ringolib.timing import backoff, deadline_after, start, wait_until
 from ringolib.wire import INGEST_PATH, MAX_SEQUENCE, SUBPROTOCOL, Run, WireError, decode_ack, encode_batch
+
+if TYPE_CHECKING:
+    import ssl
 
 URL = f"ws://localhost:6660{INGEST_PATH}"
 URL_FORMS = f"ws://HOST:PORT{INGEST_PATH}, wss:// for TLS, or ws+unix:PATH:{INGEST_PATH}"
@@ -44,8 +46,10 @@ about to store.
 """
 PERMANENT_CLOSE_CODES = (1002, 1003, 1007, 1008, 1009)
 """Close codes after which the same records would be refused again (RFC 6455 section 7.4.1)."""
-PERMANENT_STATUSES = (400, 401, 403, 404, 405, 426)
-"""HTTP statuses after which the same handshake would be refused again. Those below 400 come from other servers."""
+RETRYABLE_STATUSES = (408, 425, 429)
+"""HTTP statuses below 500 after which the same handshake may succeed. Those below 400 come from other servers."""
+PERMANENT_SERVER_STATUSES = (501, 505)
+"""HTTP statuses from 500 on after which the same handshake would be refused again."""
 
 
 class ProducerError(Exception):
@@ -86,7 +90,7 @@ def parse_url(url: str) -> Target:
 def _network_target(parts: SplitResult) -> Target | None:
     """Return the parts of a `ws:` or `wss:` URL, None if it is neither. Raises ValueError for a wrong host or port."""
     secure = parts.scheme == "wss"
-    host = parts.hostname or ""
+    host = decode_zone(parts.hostname or "")
     host.encode("idna")  # raises UnicodeError, a ValueError
     port = (443 if secure else 80) if parts.port is None else parts.port
     if parts.scheme not in ("ws", "wss") or not host or not port or parts.query or parts.fragment:
@@ -104,7 +108,9 @@ def _unix_target(url: str) -> Target | None:
 
 def is_permanent_status(status: int) -> bool:
     """True if a handshake that was answered with this HTTP status would be answered the same way again."""
-    return status < 400 or status in PERMANENT_STATUSES
+    if status < 500:
+        return status not in RETRYABLE_STATUSES
+    return status in PERMANENT_SERVER_STATUSES
 
 
 class Producer:
@@ -124,7 +130,7 @@ class Producer:
         source: uuid.UUID | None = None,
         first: int = 0,
         token: str | None = None,
-        context: ssl.SSLContext | None = None,
+        context: "ssl.SSLContext | None" = None,
     ) -> None:
         self._target = parse_url(url)
         if context and not self._target.secure:
@@ -383,9 +389,9 @@ class Producer:
                     raise WireError(f"acked {acks[-1] - base} records of {sent - base} sent")
                 self._on_ack(acks[-1])
             if link.ending:
-                code, reason = link.ending
-                kind = ProducerError if code in PERMANENT_CLOSE_CODES else ConnectionResetError
-                raise kind(f"closed with {code:d} {reason}")
+                # A fault in the server's own frames says nothing about the records: another attempt may succeed.
+                refused = link.ending[0] in PERMANENT_CLOSE_CODES and not link.at_fault
+                raise (ProducerError if refused else ConnectionResetError)(link.ending_text)
             data = link.read(wait=False)
             if data == b"":
                 raise ConnectionResetError("the server closed the connection")

@@ -208,8 +208,7 @@ class LinkSink:
                 if acked == self._sent:
                     return
             if link.ending:
-                code, reason = link.ending
-                raise ConnectionResetError(f"the consumer closed with {code:d} {reason}")
+                raise ConnectionResetError(f"the consumer {link.ending_text}")
             seconds = remaining(deadline)
             if not seconds:
                 raise TimeoutError(f"no ack within {self._ack_timeout:.0f} s")

@@ -7,6 +7,7 @@ import ipaddress
 import os
 import socket
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 UNIX_PREFIX = "unix:"
 """The start of a host that is the path of a Unix socket."""
@@ -111,9 +112,25 @@ def format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def decode_zone(host: str) -> str:
+    """Return the host of a URL with its IPv6 zone as the system writes it: URLs have `%25` for `%` (RFC 6874).
+
+    A `%` alone is accepted, too. Any other host is returned as it is.
+    """
+    address, _, zone = host.partition("%")
+    return f"{address}%{unquote(zone[2:])}" if ":" in host and zone.startswith("25") and zone != "25" else host
+
+
 def host_header(host: str, port: int) -> str:
-    """Return the `Host` header of a request to this address."""
-    return "localhost" if host.startswith(UNIX_PREFIX) else format_address(host, port)
+    """Return the `Host` header of a request to this address.
+
+    It has no IPv6 zone, which is known on this machine only (RFC 6874 section 4). Raises ValueError if no host can
+    have this name.
+    """
+    if host.startswith(UNIX_PREFIX):
+        return "localhost"
+    name = host.partition("%")[0] if ":" in host else host.encode("idna").decode()
+    return format_address(name, port)
 
 
 def certified_name(host: str) -> str:

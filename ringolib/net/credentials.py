@@ -4,17 +4,21 @@
 a lock, once for each use. The token is never logged and is in no error text.
 """
 
+from __future__ import annotations
+
 import hmac
 import os
 import re
-import ssl
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
 from ringolib.net import tls
 from ringolib.timing import format_unix_time
+
+if TYPE_CHECKING:
+    import ssl
 
 TOKEN_VARIABLE = "RINGOEXP_TOKEN"
 MAX_TOKEN_LENGTH = 4096

@@ -1,17 +1,27 @@
 """TLS contexts made from certificate files, and the validity of a certificate.
 
-No state. A context may be used by all threads. `tls_socket` has the socket.
+No state. A context may be used by all threads. `tls_socket` has the socket. A Python without the module `ssl` can do
+everything but TLS: the functions that make a context refuse, so nothing else here is reached.
 """
 
-import ssl
+from __future__ import annotations
+
 from pathlib import Path
+
+try:
+    import ssl
+except ImportError:
+    ssl = None  # type: ignore[assignment]
 
 NO_CHECK_TIME = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME, which `ssl` has no name for."""
 
 
 class CredentialFileError(Exception):
-    """A file with a certificate, a key or CA certificates cannot be used. The text names the file and the reason."""
+    """A file with a certificate, a key or CA certificates cannot be used. The text names the file and the reason.
+
+    Also raised if this Python has no TLS at all.
+    """
 
 
 def server_context(cert: str, key: str | None, client_ca: str | None) -> ssl.SSLContext:
@@ -20,6 +30,7 @@ def server_context(cert: str, key: str | None, client_ca: str | None) -> ssl.SSL
     Without `key`, the key is in the file of the certificate. With `client_ca`, clients must show a certificate that
     one of its authorities has signed. Raises CredentialFileError.
     """
+    _check_available()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
@@ -37,6 +48,7 @@ def client_context(ca: str | None, cert: str | None = None, key: str | None = No
     The client trusts the authorities in the file `ca`; without it, the system's authorities. It shows the certificate
     `cert` to a server that asks for one. Raises CredentialFileError.
     """
+    _check_available()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca:
@@ -82,6 +94,13 @@ def error_text(error: OSError) -> str:
     """Return OpenSSL's reason in lower-case words, or the system's text."""
     reason = getattr(error, "reason", None)
     return str(reason).replace("_", " ").lower() if reason else str(error.strerror or error)
+
+
+def _check_available() -> None:
+    if not ssl:
+        raise CredentialFileError(
+            "TLS is not possible: this Python was built without the module _ssl (OpenSSL): use another Python"
+        )
 
 
 def _load_chain(context: ssl.SSLContext, cert: str, key: str | None) -> None:

@@ -8,12 +8,18 @@ A `TLSSocket` belongs to one thread at a time: the `http-N` of its connection, t
 WebSocket; or the link that connected it. Only `shutdown(SHUT_RDWR)` is for other threads. Nothing is locked.
 """
 
+from __future__ import annotations
+
 import math
 import select
 import socket
-import ssl
 from time import monotonic
 from typing import Any
+
+try:
+    import ssl
+except ImportError:
+    ssl = None  # type: ignore[assignment]  # then there is no context to make a TLSSocket with
 
 from ringolib.net.sockets import READ_SIZE
 from ringolib.net.tls import error_text

@@ -1,20 +1,23 @@
-"""The two WebSocket handshakes (RFC 6455, section 4), performed by `simple_websocket` on a connected socket.
+"""The two WebSocket handshakes (RFC 6455, section 4), on a connected socket. After them, `protocol` has the frames.
 
-Only the library's handshake is used, not its reader thread, its unbounded message list, its `send` or its compression.
-After the handshake, `protocol.Protocol` handles the frames.
+`simple_websocket` performs the server's. Only the library's handshake is used, not its reader thread, its unbounded
+message list, its `send` or its compression. The client's is an HTTP request (`http_client`) with a few checks.
 
-Functions for one thread; the timeouts of the socket apply.
+Functions for one thread. The server's end waits as long as the socket's timeout, the client's for HANDSHAKE_TIMEOUT.
 """
 
+import json
+import sys
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
-from simple_websocket.ws import Base
 from wsproto import ConnectionType
-from wsproto.events import AcceptConnection, RejectConnection, Request
+from wsproto.events import AcceptConnection
+from wsproto.utilities import generate_accept_token, generate_nonce
 
-from ringolib.net.sockets import READ_SIZE
-from ringolib.timing import deadline_after, remaining
+from ringolib.net.http_client import SWITCHING_PROTOCOLS, Head, HTTPConnection, HTTPError
+from ringolib.timing import deadline_after
 
 STORE_HEADER = "X-Ringoexp-Store"
 """Response header of an upgrade: the identity of the store behind the server."""
@@ -22,9 +25,12 @@ HANDSHAKE_TIMEOUT = 5.0
 """Seconds that a server has to answer a client's upgrade request."""
 MAX_STORE_BYTES = 200
 """A longer identity of a store is ignored."""
+MAX_REASON_CHARACTERS = 300
+"""A longer reason of a refusal is cut."""
 _STATUS_REASONS = {
-    400: ": it may require TLS (wss://, --consumer_tls)",
-    401: ": the token is missing or wrong (--token_file, or RINGOEXP_TOKEN)",
+    400: "it may require TLS (wss://, --consumer_tls)",
+    401: "the token is missing or wrong (--token_file, or RINGOEXP_TOKEN)",
+    407: "a proxy requires a user name and a password, which are not supported",
 }
 
 
@@ -58,16 +64,69 @@ def accept_upgrade(
 def request_upgrade(sock: Any, host: str, path: str, subprotocol: str, token: str | None = None) -> Accepted:
     """Request the upgrade of `path` to this subprotocol, and read the response. `token` is sent as a bearer token.
 
-    Raises HandshakeError if the server refuses, OSError if the connection is lost.
+    Raises HandshakeError if the server refuses or does not answer in time, OSError if the connection is lost.
     """
-    handshake = _ClientHandshake(sock, host, path, subprotocol, token)
-    return Accepted(handshake.rest, handshake.store)
+    key = generate_nonce()
+    headers = {
+        "Host": host,
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": key.decode(),
+        "Sec-WebSocket-Protocol": subprotocol,
+    }
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    connection = HTTPConnection(sock)
+    deadline = deadline_after(HANDSHAKE_TIMEOUT)
+    try:
+        connection.send("GET", path, headers, deadline)
+        head = connection.read_head(deadline)
+    except TimeoutError as error:
+        raise HandshakeError(f"did not finish the handshake within {HANDSHAKE_TIMEOUT:.0f} s") from error
+    except HTTPError as error:
+        raise HandshakeError(f"is not a WebSocket server: {error}") from error
+    if head.status != SWITCHING_PROTOCOLS:
+        reason = _refusal_reason(connection, head.status, deadline)
+        raise HandshakeError(f"refused with HTTP status {head.status}{reason}", head.status)
+    _check_accepted(head, generate_accept_token(key).decode(), subprotocol)
+    stores = [value for value in head.values(STORE_HEADER) if len(value) <= MAX_STORE_BYTES]
+    return Accepted(connection.rest, stores[-1] if stores else None)
 
 
 def explain_status(status: int) -> str:
-    """Return the likely reason for the HTTP status of a refused upgrade, to append to an error text; or ""."""
-    wrong_url = ": is that the /v1.0/ingest of a ringoexp?" if status < 400 or status == 404 else ""
-    return _STATUS_REASONS.get(status, wrong_url)
+    """Return the likely reason for the HTTP status of a refusal, to append to an error text; or ""."""
+    if reason := _STATUS_REASONS.get(status):
+        return f": {reason}"
+    return ": is that the /v1.0/ingest of a ringoexp?" if status < 400 or status == 404 else ""
+
+
+def _check_accepted(head: Head, accept_token: str, subprotocol: str) -> None:
+    """Raise HandshakeError unless the 101 is the answer to our request (RFC 6455 section 4.1)."""
+    connection = ",".join(head.values("Connection")).lower().split(",")
+    if [value.lower() for value in head.values("Upgrade")] != ["websocket"]:
+        raise HandshakeError("is not a WebSocket server: it switches to another protocol")
+    if "upgrade" not in [token.strip() for token in connection]:
+        raise HandshakeError("is not a WebSocket server: its answer has no Connection: Upgrade")
+    if head.values("Sec-WebSocket-Accept") != [accept_token]:
+        raise HandshakeError("is not a WebSocket server: its Sec-WebSocket-Accept is wrong")
+    if head.values("Sec-WebSocket-Extensions"):
+        raise HandshakeError("is not a WebSocket server: it selects an extension that was not offered")
+    if head.values("Sec-WebSocket-Protocol") != [subprotocol]:
+        raise HandshakeError(f"does not speak {subprotocol}")
+
+
+def _refusal_reason(connection: HTTPConnection, status: int, deadline: float) -> str:
+    """Return why the server refuses, to append to an error text. A ringoexp server says it as `error`, in JSON."""
+    try:
+        reason = json.loads(connection.read_body(deadline))["error"]
+    except (OSError, HTTPError, ValueError, TypeError, KeyError, RecursionError):
+        reason = ""
+    if not isinstance(reason, str) or not reason:
+        return explain_status(status)
+    text = "".join(character if character.isprintable() else " " for character in reason[:MAX_REASON_CHARACTERS])
+    known = _STATUS_REASONS.get(status)
+    return f": {known}; it says: {text}" if known else f": {text}"
 
 
 class _NoThread:
@@ -82,7 +141,28 @@ class _NoThread:
         pass
 
 
-class _ServerHandshake(Base):  # type: ignore[misc]  # the library has no types
+def _import_base() -> Any:
+    """Return simple_websocket's base class.
+
+    The library imports `ssl`, which only its own client needs. If this Python has no `ssl`, the import gets an empty
+    module instead.
+    """
+    try:
+        import ssl  # noqa: F401
+    except ImportError:
+        import asyncio  # noqa: F401  # before the empty module is there: asyncio can do without `ssl`
+
+        sys.modules["ssl"] = ModuleType("ssl")
+        try:
+            from simple_websocket.ws import Base
+        finally:
+            del sys.modules["ssl"]
+    else:
+        from simple_websocket.ws import Base
+    return Base
+
+
+class _ServerHandshake(_import_base()):  # type: ignore[misc]  # the library has no types
     """The server's end. The library's constructor calls `handshake`."""
 
     def __init__(
@@ -105,49 +185,3 @@ class _ServerHandshake(Base):  # type: ignore[misc]  # the library has no types
         accept = AcceptConnection(subprotocol=self.subprotocol, extensions=[], extra_headers=extra)
         self.sock.sendall(self.ws.send(accept))
         self.connected = True
-
-
-class _ClientHandshake(Base):  # type: ignore[misc]  # the library has no types
-    """The client's end. The library's constructor calls `handshake`."""
-
-    def __init__(self, sock: Any, host: str, path: str, subprotocol: str, token: str | None) -> None:
-        self._host = host
-        self._path = path
-        self._wanted = subprotocol
-        self._token = token
-        self.rest = b""
-        self.store: str | None = None
-        super().__init__(sock, connection_type=ConnectionType.CLIENT, thread_class=_NoThread)
-
-    def handshake(self) -> None:
-        headers = [(b"Authorization", f"Bearer {self._token}".encode())] if self._token else []
-        request = Request(host=self._host, target=self._path, subprotocols=[self._wanted], extra_headers=headers)
-        self.sock.sendall(self.ws.send(request))
-        head, self.rest = self._read_response()
-        try:
-            self.ws.receive_data(head)
-            response = next(self.ws.events(), None)
-        except Exception as error:  # errors of h11 and wsproto, and errors inside them
-            raise HandshakeError(f"is not a WebSocket server: {error}") from error
-        if isinstance(response, RejectConnection):
-            status = response.status_code
-            raise HandshakeError(f"refused with HTTP status {status}{explain_status(status)}", status)
-        if not isinstance(response, AcceptConnection) or response.subprotocol != self._wanted:
-            raise HandshakeError(f"does not speak {self._wanted}")
-        for header, value in response.extra_headers:
-            if header.lower() == STORE_HEADER.lower().encode() and len(value) <= MAX_STORE_BYTES:
-                self.store = value.decode("latin-1")
-        self.connected = True
-
-    def _read_response(self) -> tuple[bytes, bytes]:
-        """Return the head of the response, and the bytes behind it: frames may follow in the same segment."""
-        deadline = deadline_after(HANDSHAKE_TIMEOUT)
-        head, end, rest = b"", b"", b""
-        while not end:
-            data = self.sock.recv(READ_SIZE)
-            if not data:
-                raise HandshakeError("closed the connection during the handshake")
-            if not remaining(deadline) or len(head) > READ_SIZE:
-                raise HandshakeError(f"did not finish the handshake within {HANDSHAKE_TIMEOUT:.0f} s")
-            head, end, rest = (head + data).partition(b"\r\n\r\n")
-        return head + end, rest

@@ -5,9 +5,8 @@ owner's reads and writes fail then. The protocol is `protocol.Protocol`'s.
 """
 
 import socket
-import ssl
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ringolib.net import sockets
 from ringolib.net.addresses import Endpoint, certified_name, host_header
@@ -16,6 +15,9 @@ from ringolib.net.protocol import Protocol
 from ringolib.net.sockets import READ_SIZE, connect, linger, shut_down
 from ringolib.net.tls_socket import TLSSocket
 from ringolib.net.websocket import request_upgrade
+
+if TYPE_CHECKING:
+    import ssl
 
 CONNECT_TIMEOUT = 5.0
 """Seconds for each step: the connection, the TLS handshake, each read of the upgrade."""
@@ -30,7 +32,8 @@ class ClientConnection:
     `on_socket` is called with the socket as soon as it is connected. The socket keeps the timeout CONNECT_TIMEOUT.
     Raises OSError if the server is unreachable, HandshakeError if it refuses.
 
-    `store` is the identity of the store behind the server, if it tells it. `ending` and `at_fault` are the protocol's.
+    `store` is the identity of the store behind the server, or None if the server does not report it. `ending` and
+    `at_fault` are the protocol's.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class ClientConnection:
         endpoint: Endpoint,
         path: str,
         subprotocol: str,
-        context: ssl.SSLContext | None = None,
+        context: "ssl.SSLContext | None" = None,
         token: str | None = None,
         on_socket: Callable[[Any], None] = lambda sock: None,
     ) -> None:
@@ -67,6 +70,12 @@ class ClientConnection:
     def at_fault(self) -> bool:
         """See Protocol."""
         return self._protocol.at_fault
+
+    @property
+    def ending_text(self) -> str:
+        """The ending in words, with the server as the subject: it closed, or the code is ours for its fault."""
+        code, reason = self.ending or (1006, "")
+        return f"{'broke the protocol:' if self.at_fault else 'closed with'} {code:d} {reason}"
 
     @property
     def unsent(self) -> int:

@@ -5,18 +5,16 @@ that need the answer wait for it until their deadline. At most one thread per pr
 without the lock.
 """
 
-import http.client
 import json
 import logging
-import ssl
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from time import monotonic
 
-from ringolib.net.addresses import Endpoint, certified_name, host_header
+from ringolib.net.addresses import Endpoint, host_header
 from ringolib.net.credentials import CredentialSet
-from ringolib.net.sockets import connect
-from ringolib.net.tls_socket import explain
+from ringolib.net.http_client import HTTPConnection, HTTPError, open_stream
 from ringolib.net.websocket import explain_status
 from ringolib.status.readiness_rules import CONNECTIONS_FULL, Reason
 from ringolib.timing import ThreadError, deadline_after, log_unexpected, start_thread, wait_until
@@ -32,7 +30,6 @@ ANSWER_TIMEOUT_SECONDS = 2.0
 """How long the database or the consumer may take to answer."""
 GLANCE_TIMEOUT_SECONDS = 0.1
 """How long stats and metrics wait for an answer. If it comes later, the next request has it."""
-MAX_BODY_BYTES = 65536
 
 Answer = tuple[str, str] | None
 """Code and detail of a reason, or None if there is no reason."""
@@ -135,15 +132,13 @@ def check_consumer(endpoint: Endpoint, credentials: CredentialSet, linked: bool)
         status, body = _get_ready(endpoint, credentials)
     except TimeoutError:
         return "consumer_unreachable", f"{endpoint}: {no_answer()}"
-    except ssl.SSLError as error:
-        return "consumer_unreachable", f"{endpoint}: {explain(error)}"
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no host can have this name
+    except (OSError, HTTPError, ValueError) as error:  # ValueError: no host can have this name
         return "consumer_unreachable", f"{endpoint}: {error or type(error).__name__}"
     try:
         response = json.loads(body)
         reasons = [(str(reason["code"]), str(reason["detail"])) for reason in response.get("reasons", ())]
         unauthorized = response.get("authorized") is False
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "consumer_unreachable", f"{endpoint}: answered {status}: not a ringoexp server?"
     if unauthorized:
         return (
@@ -157,18 +152,17 @@ def check_consumer(endpoint: Endpoint, credentials: CredentialSet, linked: bool)
 
 
 def _get_ready(endpoint: Endpoint, credentials: CredentialSet) -> tuple[int, bytes]:
-    """Request `/v1.0/ready`. Return the status and the body, of which at most MAX_BODY_BYTES are read."""
-    host, port, name = endpoint
-    connection = http.client.HTTPConnection(host, port, timeout=ANSWER_TIMEOUT_SECONDS)
-    try:
-        connection.sock = connect(host, port, ANSWER_TIMEOUT_SECONDS)
-        if credentials.client:
-            connection.sock = credentials.client.wrap_socket(connection.sock, server_hostname=certified_name(name))
-        headers = {"Host": host_header(name, port), "Accept": "application/json", "Connection": "close"}
-        if credentials.token:
-            headers["Authorization"] = f"Bearer {credentials.token}"
-        connection.request("GET", READY_PATH, headers=headers)
-        response = connection.getresponse()
-        return response.status, response.read(MAX_BODY_BYTES)
-    finally:
-        connection.close()
+    """Request `/v1.0/ready`. Return the status and the body. All of it takes at most ANSWER_TIMEOUT_SECONDS."""
+    deadline = deadline_after(ANSWER_TIMEOUT_SECONDS)
+    headers = {
+        "Host": host_header(endpoint.name, endpoint.port),
+        "Accept": "application/json",
+        "Accept-Encoding": "identity",
+        "Connection": "close",
+    }
+    if credentials.token:
+        headers["Authorization"] = f"Bearer {credentials.token}"
+    with closing(open_stream(endpoint, credentials.client, deadline)) as sock:
+        connection = HTTPConnection(sock)
+        connection.send("GET", READY_PATH, headers, deadline)
+        return connection.read_head(deadline).status, connection.read_body(deadline)

@@ -119,6 +119,7 @@ class Handler(WebHandler):
     def _threads(self) -> None:
         """Send the stacks of all threads. Threads with the same stack share one block."""
         self._query()
+        _check_stacks_readable()
         threads = {thread.ident: thread for thread in threading.enumerate()}
         idents_by_stack: dict[tuple[tuple[CodeType, int], ...], list[int]] = defaultdict(list)
         for ident, frame in sys._current_frames().items():
@@ -139,6 +140,7 @@ class Handler(WebHandler):
         query = self._query(seconds=str(DEFAULT_SECONDS), format="pprof")
         seconds = self._parse_integer("seconds", query["seconds"], 1, MAX_SECONDS)
         self._check_choice("format", query["format"], ("pprof",))
+        _check_stacks_readable()
         self._reply_pprof(pprof.encode_profile(self._take_profile(seconds)), "profile")
 
     def _take_profile(self, seconds: int) -> sampler.Profile:
@@ -254,6 +256,12 @@ class Handler(WebHandler):
     def _reply_ok(self, content: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
         common = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
         self.reply(200, content, kind, {**common, **(headers or {})})
+
+
+def _check_stacks_readable() -> None:
+    """Raise Refusal in a Python without the GIL: reading the frames of threads that run can crash the process."""
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        raise Refusal(501, "this Python runs without the GIL: stacks can be read only with it (PYTHON_GIL=1)")
 
 
 def _take_snapshot() -> tracemalloc.Snapshot:

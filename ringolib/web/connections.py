@@ -21,13 +21,12 @@ import errno
 import logging
 import select
 import socket
-import ssl
 import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import BaseServer
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ringolib.net import tls_socket
 from ringolib.net.addresses import UNIX_PEER
@@ -37,6 +36,9 @@ from ringolib.net.sockets import linger
 from ringolib.net.tls_socket import NotTLS, TLSSocket
 from ringolib.timing import ThreadError, start
 from ringolib.web.table import ConnectionStats, ConnectionTable, Limits
+
+if TYPE_CHECKING:
+    import ssl
 
 log = logging.getLogger("ringoexp.http")
 
@@ -235,7 +237,7 @@ class Connections(ThreadingHTTPServer):
                 return
         super().shutdown_request(request)
 
-    def _secure(self, request: socket.socket, context: ssl.SSLContext, client_address: Any) -> TLSSocket | None:
+    def _secure(self, request: socket.socket, context: "ssl.SSLContext", client_address: Any) -> TLSSocket | None:
         """Return the connection after the TLS handshake. If the handshake fails, close it and return None."""
         try:
             secured = TLSSocket(request, context)

@@ -2,7 +2,7 @@
 
 A publisher's intake is its ring; a consumer's is its store, which a thread of the intake, `commit`, feeds. Both take
 blocks from the loop without blocking (`offer`), and from an HTTP request's thread, which waits (`put`, `wait`). A
-*ticket* stands for a block that was taken.
+*ticket* identifies a block that was taken.
 
 `StoreIntake._lock` guards its queue. The condition `_filled` on it is notified when blocks are queued, and by `stop`.
 No commit runs under the lock.
@@ -31,17 +31,21 @@ RUN_COST = 64
 
 
 class RingTicket(NamedTuple):
-    """The ring's sequences `[since, end)`, perhaps with other producers' values among them."""
+    """The ring's sequences `[since, end)`; values of other producers may be among them."""
 
     since: int
     end: int
 
 
 class Intake(Protocol):
-    """See the module's docstring. `closed` is true once nothing more is taken. What was taken may still be stored."""
+    """See the module's docstring. `closed` is true once no more is taken; records taken before are still stored."""
 
     @property
     def closed(self) -> bool: ...
+    @property
+    def room(self) -> int:
+        """How many records would be taken now; at a consumer, roughly."""
+
     def offer(self, blocks: Iterable[Block | Rest]) -> list[tuple[Any, int]]:
         """Take blocks in order, without blocking: for each the ticket and how many of its records were taken.
 
@@ -85,6 +89,11 @@ class RingIntake:
     def closed(self) -> bool:
         """True once the ring takes nothing more."""
         return self._ring.closed
+
+    @property
+    def room(self) -> int:
+        """See Intake."""
+        return self._ring.committed + self._ring.capacity - self._ring.cursor
 
     def on_progress(self, listener: Callable[[], None]) -> None:
         """See Intake."""
@@ -169,6 +178,11 @@ class StoreIntake:
         self._cost = 0  # of the queue
         self._stopping = False
         self._thread = start_thread(self._run, name="commit")
+
+    @property
+    def room(self) -> int:
+        """See Intake."""
+        return MAX_QUEUED - self._cost  # one read of an int: no lock needed
 
     def on_progress(self, listener: Callable[[], None]) -> None:
         """See Intake."""

@@ -6,7 +6,8 @@ step waits, and the work for one client in a turn is bounded. Clients that are r
 a round, so no client delays the others. A round may take several turns.
 
 Blocks that the intake has no room for wait in `_backlog`. The loop pauses then: it reads from no client until the
-backlog is empty. That is the backpressure, and the backlog is at most the reads of one turn.
+backlog is empty. That is the backpressure, and the backlog is at most the reads of one turn. If a block fits in part,
+its rest waits behind the blocks of other clients.
 
 A commit wakes the loop once through a socket pair, however many clients wait for it: any thread may call `_wake`.
 `add`, `stop` and `abort` leave their news under `_lock`. Everything else belongs to the thread.
@@ -44,9 +45,19 @@ log = logging.getLogger("ringoexp.ingest")
 READ_SIZE = 256 * 1024
 """Bytes read from the client in a turn if there is no other."""
 SHARED_READ_SIZE = 64 * 1024
-"""Bytes read from each client in a turn if there are several: what others wait for while it is decoded and stored."""
+"""Bytes read from each client in a turn, at most, if there are several: the others wait while they are stored."""
+BYTES_PER_SLOT = 8
+"""Bytes read from each client in a turn if there are several, for each record that the intake has room for.
+
+A client with more than fits would fill the backlog, and all would wait until it is stored.
+"""
+MIN_READ_SIZE = 2048
+"""Bytes read from a client in a turn, at most, if the intake has next to no room."""
 OFFER_RECORDS = 65_536
-"""Records after which a turn offers what it has read; the other ready clients are read in the next turn."""
+"""A turn that has read this many records, or more than the intake has room for, offers them.
+
+The other ready clients are read in the next turn.
+"""
 READ_SECONDS = 0.005
 """Time after which a turn reads from no other client, as with OFFER_RECORDS."""
 SLOW_READ_SECONDS = 0.002
@@ -211,7 +222,7 @@ class IngestLoop:
         return bool(self._clients) or not self._stopping or not self._end()
 
     def _timeout_ms(self) -> int | None:
-        """Return the time until the next deadline, None if there is none."""
+        """Return the time until the next deadline, or None without a deadline."""
         until = self._deadlines.next
         if self._paused_at is not None or self._suspended:
             until = min(until, self._gone_checked_at + GONE_CHECK_SECONDS)
@@ -229,7 +240,7 @@ class IngestLoop:
             self._wake_receiver.recv(64)
         except BlockingIOError:
             pass
-        self._woken = False  # before the news are read: what comes later sends another byte
+        self._woken = False  # before the news are read: later news send another byte
         with self._lock:
             added, self._added = self._added, []
             stopping, aborting = self._stop_requested, self._abort_requested
@@ -273,11 +284,13 @@ class IngestLoop:
             self._ready.append(client)
 
     def _read_all(self, now: float) -> None:
-        """Serve the clients of the round, up to OFFER_RECORDS records and READ_SECONDS, and offer the blocks."""
+        """Serve the clients of the round, as far as there is room and READ_SECONDS allow, and offer the blocks."""
         records, at = 0, monotonic()
         until = at + READ_SECONDS
         is_alone = len(self._clients) == 1
-        while self._left_in_round and records < OFFER_RECORDS and at < until:
+        room = max(1, self._intake.room)
+        share = max(MIN_READ_SIZE, min(SHARED_READ_SIZE, BYTES_PER_SLOT * room))
+        while self._left_in_round and records < min(OFFER_RECORDS, room) and at < until:
             self._left_in_round -= 1
             client = self._ready.popleft()
             client.queued = False
@@ -289,7 +302,7 @@ class IngestLoop:
                     self._queue(client)
             else:
                 is_large = is_alone and not client.slow and self._held < HELD_BYTES
-                records += self._read(client, READ_SIZE if is_large else SHARED_READ_SIZE, now)
+                records += self._read(client, READ_SIZE if is_large else share, now)
             if client.session.has_input:
                 self._queue(client)
             started, at = at, monotonic()
@@ -366,7 +379,7 @@ class IngestLoop:
     def _hold(self, client: Client, size: int) -> None:
         """Note that the client's unfinished message has this many bytes now."""
         if size < client.held:
-            self._holders.pop(client, None)  # its next message comes after those of others
+            self._holders.pop(client, None)  # its next message comes after the messages of others
         self._held += size - client.held
         client.held = size
         if size > SHARED_READ_SIZE:
@@ -385,7 +398,7 @@ class IngestLoop:
         return True
 
     def _resume(self, oldest: Client | None) -> None:
-        """Read again from suspended clients: from the oldest holder, from those that have ended, or from all."""
+        """Read again from suspended clients: from the oldest holder, from clients that have ended, or from all."""
         now = monotonic()
         lost = []
         for client, since in list(self._suspended.items()):
@@ -413,7 +426,10 @@ class IngestLoop:
             if count < len(block.values):
                 rest = Rest(block) if isinstance(block, Block) else block
                 rest.skip(count)
-                self._backlog.appendleft((client, rest, read_at))
+                if client.waiting == 1:  # the blocks of other clients go first
+                    self._backlog.append((client, rest, read_at))
+                else:
+                    self._backlog.appendleft((client, rest, read_at))
             else:
                 client.waiting -= 1
             client.taken += count
@@ -485,7 +501,7 @@ class IngestLoop:
     # Acks.
 
     def _settle(self, now: float, is_woken: bool = False) -> None:
-        """Take the outcomes that are known by now, and send the acks. Only a wake-up can settle what is in doubt."""
+        """Take the outcomes that are known by now, and send the acks. Only a wake-up can settle records in doubt."""
         offers, passed = self._offers, self._intake.passed
         clients: set[Client] = set()
         if is_woken:
@@ -529,7 +545,7 @@ class IngestLoop:
             client.session.replace_ending(1011, f"not stored: {error}")
 
     def _forget_records(self, client: Client) -> None:
-        """Ack no more records of a client, and drop those that the intake has not taken."""
+        """Ack no more records of a client, and drop the records that the intake has not taken."""
         client.marks.clear()
         if client.waiting:
             dropped = [block for owner, block, _ in self._backlog if owner is client]
@@ -540,7 +556,7 @@ class IngestLoop:
     # Sending and ending.
 
     def _advance(self, client: Client, now: float) -> None:
-        """Send what is due, and take the next step of an ending connection."""
+        """Send the bytes that are due, and take the next step of an ending connection."""
         session = client.session
         if session.ending is not None and not session.closing and client in self._clients:
             self._hold(client, session.held)  # an ending frees the unfinished message
@@ -555,7 +571,7 @@ class IngestLoop:
             self._drop(client)
 
     def _send(self, client: Client, now: float) -> None:
-        """Send what is due, as far as the socket takes it. After the Close frame, end the output."""
+        """Send the bytes that are due, as far as the socket takes it. After the Close frame, end the output."""
         if client not in self._clients:
             return
         session = client.session
@@ -564,7 +580,7 @@ class IngestLoop:
             client.send(now)
             if client.writing != bool(client.unsent):
                 self._wait_for_room(client)
-        except Exception as error:  # what has been sent is unknown, so no Close frame can follow
+        except Exception as error:  # the number of bytes sent is unknown, so no Close frame can follow
             self._lose(client, error)
             return
         self._acked += session.acked - acked

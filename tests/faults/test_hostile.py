@@ -54,7 +54,11 @@ SMALL_BUFFERS = (
 
 def patched(timeouts: dict[str, float]) -> str:
     """Return the patch for a server with these timeouts, and with short intervals for its workers."""
-    more = {"forward.workers.IDLE_SECONDS": 0.3, "timing.BACKOFF_MAX_SECONDS": 0.2}
+    more = {
+        "forward.workers.IDLE_SECONDS": 0.3,
+        "timing.BACKOFF_MAX_SECONDS": 0.2,
+        "storage.sqlite_file.CACHE_KIB": 1024,  # full from the start: while it fills, the memory grows
+    }
     return "; ".join([*(f"{name} = {seconds}" for name, seconds in {**timeouts, **more}.items()), SMALL_BUFFERS])
 
 

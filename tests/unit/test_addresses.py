@@ -2,7 +2,7 @@
 
 import pytest
 
-from ringolib.net.addresses import certified_name, parse_host
+from ringolib.net.addresses import certified_name, decode_zone, parse_host
 from ringolib.options import read_arguments
 
 
@@ -32,6 +32,21 @@ def test_parse_host_removes_brackets_of_ipv6_address(text: str, host: str) -> No
 )
 def test_certified_name_has_no_trailing_dot_and_no_zone(host: str, name: str) -> None:
     assert certified_name(host) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("fe80::1%25eth0", "fe80::1%eth0"),
+        ("fe80::1%25en%2D1", "fe80::1%en-1"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+        ("fe80::1%25", "fe80::1%25"),  # the zone 25, without the encoding
+        ("fe80::1", "fe80::1"),
+        ("100%25.example", "100%25.example"),
+    ],
+)
+def test_zone_of_an_address_in_a_url_is_decoded(text: str, host: str) -> None:
+    assert decode_zone(text) == host
 
 
 @pytest.mark.parametrize("host", ["unix:", "unix: "])

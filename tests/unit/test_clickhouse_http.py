@@ -1,40 +1,30 @@
 """The ClickHouse HTTP client against scripted responses: which ones are errors, and of which kind."""
 
-import socket
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
 
 import pytest
-from support.harness import DEADLINE
+from support.scripted_server import Script, ScriptedServer
 
 from ringolib.storage.clickhouse.http import PermanentError, RetryableError, Server
 from ringolib.storage.clickhouse.url import parse_url
+from ringolib.timing import deadline_after
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n1\n"
+NO_CONTENT = b"HTTP/1.1 204 No Content\r\n\r\n"
 
 
-class ScriptedServer:
-    """Accepts one connection for each of `responses`, reads a request and sends the response."""
-
-    def __init__(self, *responses: bytes) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self._responses = responses
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        for response in self._responses:
-            client, _ = self._listener.accept()
-            with client:
-                head = b""
-                while b"\r\n\r\n" not in head:
-                    head += client.recv(65536)
-                client.sendall(response)
-
-    def __enter__(self) -> "ScriptedServer":
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self._listener.close()
-        self._thread.join(DEADLINE)
+@contextmanager
+def client(*scripts: Script | list[Script]) -> Iterator[tuple[Server, ScriptedServer]]:
+    """Yield a client of a server that answers with this script."""
+    with ScriptedServer(*scripts) as scripted:
+        target = parse_url(f"clickhouse://127.0.0.1:{scripted.port}/d")
+        server = Server(target, *target.hosts[0])
+        try:
+            yield server, scripted
+        finally:
+            server.close()
 
 
 @pytest.mark.parametrize(
@@ -50,8 +40,8 @@ class ScriptedServer:
             PermanentError,
             r"code 62",
         ),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n", RetryableError, "IncompleteRead"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabc", RetryableError, "IncompleteRead"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n", RetryableError, "received 0 bytes, expected 30"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabc", RetryableError, "incomplete chunked read"),
         (b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy", RetryableError, "answered 503: busy"),
         (b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n", PermanentError, "answered 403"),
         (
@@ -64,10 +54,94 @@ class ScriptedServer:
     ],
 )
 def test_incomplete_or_failed_response_raises(response: bytes, kind: type[Exception], message: str) -> None:
-    with ScriptedServer(response) as scripted:
-        target = parse_url(f"clickhouse://127.0.0.1:{scripted.port}/d")
-        server = Server(target, *target.hosts[0])
+    with client(response) as (server, _):
         with pytest.raises(kind, match=message) as error:
             server.post("INSERT", b"", 5)
-        server.close()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 102 x\r\n\r\n" * 3,
+    ],
+)
+def test_interim_answers_are_no_answer_of_clickhouse(before: bytes) -> None:
+    with client([before + OK, [before, OK]]) as (server, _):
+        assert server.query("SELECT 1", 5) == server.query("SELECT 1", 5) == [["1"]]
+
+
+def test_no_content_is_the_success_of_an_insert() -> None:
+    """A proxy may send it for a 200 without a body. Any other status may mean that nothing was inserted yet."""
+    with client([NO_CONTENT, NO_CONTENT], b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n") as (server, scripted):
+        assert server.post("INSERT", b"rows", 5) == server.post("INSERT", b"rows", 5) == b""
+        server.close()
+        with pytest.raises(PermanentError, match="answered 202"):
+            server.post("INSERT", b"rows", 5)
+    assert [request.endswith(b"\r\n\r\nrows") for request in scripted.requests] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        b'X-ClickHouse-Progress: {"read_rows":"1"}\r\n' * 101,
+        b'X-ClickHouse-Progress: {"read_rows":"1"}\r\n' * 10_000,
+        b"X-ClickHouse-Summary: %b\r\n" % (b"x" * 70_000),
+    ],
+)
+def test_many_or_long_headers_do_not_hide_an_answer(headers: bytes) -> None:
+    with client(OK[:17] + headers + OK[17:]) as (server, _):
+        assert server.query("SELECT 1", 5) == [["1"]]
+
+
+def test_progress_headers_are_declined() -> None:
+    with client(OK) as (server, scripted):
+        server.query("SELECT 1", 5)
+    assert b"&send_progress_in_http_headers=0" in scripted.requests[0]
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [b"HTTP/1.1 100 Continue\r\n\r\n"] * 500,
+        [b"HTTP/1.1 200 OK\r\n", *[b"X-ClickHouse-Progress: {}\r\n"] * 500],
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n", *[b" "] * 500],
+    ],
+    ids=["interim answers", "headers", "body"],
+)
+def test_answer_that_dribbles_ends_at_the_timeout(pieces: list[bytes]) -> None:
+    with client(tuple(pieces)) as (server, _):
+        started = monotonic()
+        with pytest.raises(RetryableError, match="no complete answer within 0.3 s"):
+            server.post("INSERT", b"", 0.3)
+        assert monotonic() - started < 2
+
+
+def test_deadline_limits_several_requests_together() -> None:
+    slow = (b"", *[b"HTTP/1.1 100 Continue\r\n\r\n"] * 10, OK)
+    with client([slow] * 5) as (server, _):
+        server.deadline = deadline_after(0.5)
+        started = monotonic()
+        with pytest.raises(RetryableError, match="no complete answer"):
+            for _ in range(5):
+                server.query("SELECT 1", 5)
+        assert monotonic() - started < 2
+
+
+@pytest.mark.parametrize(("host", "header"), [("[::1]", b"[::1]"), ("[fe80::1%25lo]", b"[fe80::1]"), ("a.b", b"a.b")])
+def test_host_header_has_no_zone(host: str, header: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with client(OK) as (server, scripted):
+        name = parse_url(f"clickhouse://{host}:8123/d").hosts[0][0]
+        server._endpoint = server._endpoint._replace(name=name)
+        server.query("SELECT 1", 5)
+    assert b"\r\nHost: %b:%d\r\n" % (header, scripted.port) in scripted.requests[0]
+
+
+def test_connection_is_used_again_until_the_server_closes_it() -> None:
+    closing = OK[:17] + b"Connection: close\r\n" + OK[17:]
+    with client([OK, OK, closing], OK) as (server, scripted):
+        for _ in range(4):
+            assert server.query("SELECT 1", 5) == [["1"]]
+    assert len(scripted.requests) == 4

@@ -12,6 +12,7 @@ from ringolib.storage.clickhouse.url import is_clickhouse_url, parse_url, redact
         ("clickhouse://h/d", [("h", 8123)], "default", "", "d", "clickhouse://h:8123/d"),
         ("clickhouses://h", [("h", 8443)], "default", "", "default", "clickhouses://h:8443/default"),
         ("clickhouse://u:p@h:1,[::1]:2,g/d", [("h", 1), ("::1", 2), ("g", 8123)], "u", "p", "d", None),
+        ("clickhouse://[fe80::1%25eth0]:1/d", [("fe80::1%eth0", 1)], "default", "", "d", None),
         ("ClickHouses://u:p@h/d", [("h", 8443)], "u", "p", "d", "clickhouses://u@h:8443/d"),
         ("clickhouse://u:@h/d", [("h", 8123)], "u", "", "d", "clickhouse://u@h:8123/d"),
         ("clickhouse://u%40x:a%2Fb@c@h/d%20e", [("h", 8123)], "u@x", "a/b@c", "d e", "clickhouse://u%40x@h:8123/d%20e"),

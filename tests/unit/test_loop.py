@@ -199,6 +199,30 @@ def test_full_ring_stops_reading_and_nothing_is_lost() -> None:
         assert own == list(range(100 * number, 100 * number + 25)), "in order, each once"
 
 
+def test_rest_of_a_large_block_waits_behind_the_blocks_of_others() -> None:
+    with running(capacity=10) as world:
+        large = world.connect()
+        large.sendall(plain(*range(35)))
+        eventually(lambda: bool(world.loop._backlog))
+        small = world.connect(rest=plain(1000))
+        eventually(lambda: len(world.loop._backlog) == 2)
+        values = list(world.store(10).values)
+        eventually(lambda: world.ring.cursor == 20)  # ten more of the large block, as it came first
+        while len(values) < 36:
+            values += world.store(10).values
+        assert values == [*range(20), 1000, *range(20, 35)]
+        assert read(small, 10) == ack(1)
+
+
+def test_turn_reads_little_more_than_there_is_room_for() -> None:
+    with running(capacity=512) as world:
+        world.connect()
+        noisy = world.connect()
+        noisy.sendall(plain(*range(5000)))
+        eventually(lambda: world.loop._paused_at is not None)
+        assert world.totals.snapshot().received <= 1024
+
+
 def test_no_client_starves_while_the_ring_is_full() -> None:
     with running(capacity=8) as world:
         flood = world.connect()
@@ -380,7 +404,7 @@ def test_client_that_closed_in_order_may_end_its_side_before_the_ack(
 
 
 def test_client_that_closed_in_order_and_left_is_dropped(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the consumer is away, it would keep its place in `-n` for as long as the records take."""
+    """While the consumer is unreachable, the client would keep its place in `-n` for as long as the records take."""
     monkeypatch.setattr("ringolib.web.session.STALL_TIMEOUT_SECONDS", 0.1)
     client = world.connect()
     client.sendall(plain(1) + CLOSE)
@@ -450,7 +474,7 @@ def test_pause_of_the_loop_does_not_count_as_the_silence_of_clients(monkeypatch:
         client.sendall(plain(1, 2, 3) + plain(4)[:5])
         eventually(lambda: world.loop._paused_at is not None)
         pause = Blocked(lambda: eventually(lambda: world.ended))
-        assert pause.still(1.0), "nobody is given up"
+        assert pause.still(1.0), "no client is given up"
         client.sendall(plain(4)[5:])
         world.store()
         world.store()
@@ -771,7 +795,7 @@ def test_loop_that_has_ended_counts_as_responding(world: World) -> None:
 
 
 class Memory:
-    """A store that keeps blocks, and fails when it is told to."""
+    """A store that keeps blocks, and fails on request."""
 
     def __init__(self) -> None:
         self.blocks: list[tuple[list[Run], list[int]]] = []
@@ -857,7 +881,7 @@ def test_queue_of_a_stalled_store_is_bounded() -> None:
 
 
 def test_large_block_goes_through_a_tiny_ring_piece_by_piece() -> None:
-    """Each piece costs what it takes in. When it cost what was left, this took 20 s of CPU time."""
+    """The cost of a piece depends on its own records. When it depended on the rest, this took 20 s of CPU time."""
     runs = [Run(bytes(16), 2 * number, 1) for number in range(65_536)]
     with running(capacity=64) as world:
         client = world.connect(batches=True)

@@ -560,6 +560,8 @@ def test_producer_refuses_misuse() -> None:
         ("ws://host", Target("host", 80, "/v1.0/ingest", False)),
         ("wss://HOST/", Target("host", 443, "/v1.0/ingest", True)),
         ("ws://[::1]:6660/a@b", Target("::1", 6660, "/a@b", False)),
+        ("ws://[fe80::1%25eth0]:6660/", Target("fe80::1%eth0", 6660, "/v1.0/ingest", False)),
+        ("wss://[FE80::1%Eth0]", Target("fe80::1%Eth0", 443, "/v1.0/ingest", True)),
         ("ws+unix:/tmp/me@x.sock:/v1.0/ingest", Target("unix:/tmp/me@x.sock", 80, "/v1.0/ingest", False)),
         ("ws+unix:///tmp/x.sock", Target("unix:/tmp/x.sock", 80, "/v1.0/ingest", False)),
     ],

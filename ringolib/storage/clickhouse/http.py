@@ -5,22 +5,25 @@ must be changed first. A `Server` belongs to one thread at a time. No thread run
 """
 
 import base64
-import http.client
+import math
 import re
-import ssl
 from collections.abc import Mapping
 from time import monotonic
+from typing import Any
 from urllib.parse import quote, urlencode
 
 from ringolib.net import tls
-from ringolib.net.addresses import format_address
-from ringolib.net.tls_socket import explain
+from ringolib.net.addresses import Endpoint, format_address, host_header
+from ringolib.net.http_client import Head, HTTPConnection, HTTPError, open_stream
 from ringolib.storage.clickhouse.url import PASSWORD_VARIABLE, Target
+from ringolib.timing import deadline_after, remaining
 
 IDLE_SECONDS = 2.0
 """How long an idle connection is kept for reuse. Servers close idle connections after 3 s or more."""
 CONNECT_TIMEOUT = 5.0
 MAX_ERROR_CHARACTERS = 300
+SUCCESSES = (200, 204)
+"""The statuses of an executed statement. A proxy may send 204, No Content, for ClickHouse's 200 with an empty body."""
 
 _WRONG_SCHEMA = "the table has a different schema: use another database"
 _REMEDIES = {
@@ -76,12 +79,18 @@ class Server:
 
     def __init__(self, target: Target, host: str, port: int) -> None:
         self.name = format_address(host, port)
-        self._host, self._port = host, port
+        self._endpoint = Endpoint(host, port, host)
         self._database = target.database
         credentials = base64.b64encode(f"{target.user}:{target.password}".encode()).decode()
-        self._headers = {"Authorization": f"Basic {credentials}", "Content-Type": "application/octet-stream"}
+        self._headers = {
+            "Authorization": f"Basic {credentials}",
+            "Content-Type": "application/octet-stream",
+            "Accept-Encoding": "identity",
+        }
+        self.deadline = math.inf  # monotonic seconds: no request lasts longer, whatever its own timeout
         self._context = tls.client_context(None) if target.tls else None
-        self._connection: http.client.HTTPConnection | None = None
+        self._sock: Any = None
+        self._connection: HTTPConnection | None = None  # on _sock
         self._used_at = 0.0  # monotonic seconds
 
     def query(self, sql: str, timeout: float, settings: Mapping[str, str] | None = None) -> list[list[str]]:
@@ -94,73 +103,77 @@ class Server:
     ) -> bytes:
         """Execute a statement with `body` as its data, and return the whole response body.
 
-        `timeout` is in seconds and limits each wait on the socket. Raises RetryableError or PermanentError.
+        `timeout` is in seconds and limits all of it, from the connection to the end of the response; so does
+        `deadline`. Raises RetryableError or PermanentError.
         """
-        parameters = {"query": sql, "database": self._database, "wait_end_of_query": "1", **(settings or {})}
+        timeout = min(timeout, remaining(self.deadline))
+        parameters = {
+            "query": sql,
+            "database": self._database,
+            "wait_end_of_query": "1",
+            "send_progress_in_http_headers": "0",
+            **(settings or {}),
+        }
         try:
-            response, content = self._exchange(f"/?{urlencode(parameters, quote_via=quote)}", body, timeout)
+            head, content = self._exchange(f"/?{urlencode(parameters, quote_via=quote)}", body, timeout)
         except BaseException as error:
             self.close()
             reason = _connection_failure(error, timeout)
             if reason is None:
                 raise
             raise RetryableError(f"{self.name}: {reason}") from None
-        self._used_at = monotonic()
-        if response.getheader("Connection", "").lower() == "close":
-            self.close()
-        code = response.getheader("X-ClickHouse-Exception-Code")
-        if response.status != 200 or code or content.startswith(b"Code: "):
-            raise _server_error(self.name, response.status, content.decode("utf-8", "replace"), code)
+        code = "".join(head.values("X-ClickHouse-Exception-Code"))
+        if head.status not in SUCCESSES or code or content.startswith(b"Code: "):
+            raise _server_error(self.name, head.status, content.decode("utf-8", "replace"), code)
         return content
 
     def close(self) -> None:
         """Close the connection, if there is one."""
-        if self._connection:
-            self._connection.close()
-            self._connection = None
+        if self._sock:
+            self._sock.close()
+            self._sock = self._connection = None
 
-    def _exchange(self, path: str, body: bytes | memoryview, timeout: float) -> tuple[http.client.HTTPResponse, bytes]:
+    def _exchange(self, target: str, body: bytes | memoryview, timeout: float) -> tuple[Head, bytes]:
+        """Send a request and read the whole response, because an error may follow at the end of its body."""
+        deadline = deadline_after(timeout)
+        host = host_header(self._endpoint.name, self._endpoint.port)
+        headers = {"Host": host, **self._headers, "Content-Length": str(len(body))}
         connection = self._connect(timeout)
-        connection.request("POST", path, body, self._headers)
-        response = connection.getresponse()
-        return response, response.read()  # an error may follow at the end of the body
+        connection.send("POST", target, headers, deadline, body)
+        head = connection.read_head(deadline)
+        content = connection.read_body(deadline)
+        self._used_at = monotonic()
+        if not connection.reusable:
+            self.close()
+        return head, content
 
-    def _connect(self, timeout: float) -> http.client.HTTPConnection:
-        """Return a connection whose operations wait at most `timeout` seconds each."""
+    def _connect(self, timeout: float) -> HTTPConnection:
+        """Return the idle connection, or a new one. It may take CONNECT_TIMEOUT, and at most `timeout` seconds."""
         if self._connection and monotonic() - self._used_at > IDLE_SECONDS:
             self.close()
         if not self._connection:
-            connect_timeout = min(timeout, CONNECT_TIMEOUT)
-            if self._context:
-                self._connection = http.client.HTTPSConnection(
-                    self._host, self._port, timeout=connect_timeout, context=self._context
-                )
-            else:
-                self._connection = http.client.HTTPConnection(self._host, self._port, timeout=connect_timeout)
-            self._connection.connect()
-        self._connection.sock.settimeout(timeout)
+            self._sock = open_stream(self._endpoint, self._context, deadline_after(min(timeout, CONNECT_TIMEOUT)))
+            self._connection = HTTPConnection(self._sock)
         return self._connection
 
 
 def _connection_failure(error: BaseException, timeout: float) -> str | None:
     """Return why no complete response arrived, or None if `error` has another cause than the connection."""
     if isinstance(error, TimeoutError):
-        return f"no answer within {timeout:.0f} s"
-    if isinstance(error, ssl.SSLError):
-        return explain(error)
-    if isinstance(error, OSError | http.client.HTTPException | ValueError):  # ValueError: an impossible host name
+        return f"no complete answer within {round(timeout, 1):g} s"
+    if isinstance(error, OSError | HTTPError | ValueError):  # ValueError: an impossible host name
         return _one_line(str(error)) or type(error).__name__
     return None
 
 
-def _server_error(name: str, status: int, content: str, code_header: str | None) -> ClickHouseError:
+def _server_error(name: str, status: int, content: str, code_header: str) -> ClickHouseError:
     """Return the error that a response reports."""
     match = _EXCEPTION.match(content)
     text = match[2] if match else content
     if match:
         code = int(match[1])
     else:
-        code = int(code_header) if code_header and code_header.isdigit() else 0
+        code = int(code_header) if code_header.isdigit() else 0
     for noise in _NOISE:
         text = noise.sub("", text)
     text = _one_line(text)

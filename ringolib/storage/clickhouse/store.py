@@ -7,11 +7,12 @@ insert is harmless. The first value is kept, by the clocks of the consumers that
 Any thread may call any method. `group_commit` decides which thread inserts: the leader. It first waits until
 FULL_INSERT_RECORDS are queued or INSERT_INTERVAL_SECONDS have passed since the previous insert began, because many
 small inserts overload ClickHouse. The servers and their state belong to the leader, without a lock. `check` opens its
-own connections, and reads only the index of the current host.
+own connections, and reads only the index of the current host and since when an insert runs.
 """
 
 import functools
 import logging
+import math
 import sys
 import time
 import uuid
@@ -26,6 +27,7 @@ from ringolib.storage.clickhouse.http import ClickHouseError, PermanentError, Re
 from ringolib.storage.clickhouse.url import Target
 from ringolib.storage.group_commit import CommitResult, GroupCommit, PendingBlock, Turn
 from ringolib.storage.interface import Sizes, StoreError
+from ringolib.timing import deadline_after
 from ringolib.wire import Run
 
 log = logging.getLogger("ringoexp.clickhouse")
@@ -128,6 +130,7 @@ class ClickHouse(GroupCommit):
         self._records = self._bytes = 0  # the size of the tables, duplicates included
         self._sized_at = float("-inf")  # monotonic seconds
         self._last_ns = 0  # the arrival time of the last run
+        self._inserting_since = math.inf  # monotonic seconds; `check` reads it
         self._servers: list[Server] = []
         try:
             self._servers = [Server(target, *host) for host in target.hosts]
@@ -151,11 +154,14 @@ class ClickHouse(GroupCommit):
     def check(self) -> None:
         """Return if an empty insert succeeds at the current host, or at a host that may replace it.
 
-        Raises StoreError if all of them fail. While the last insert of records failed and no later one succeeded, its
-        error stays in the stats.
+        Raises StoreError if all of them fail, or if an insert of records has taken SLOW_COMMIT_SECONDS so far. While
+        the last insert of records failed and no later one succeeded, its error stays in the stats.
         """
         if self._committed_within(SUCCESS_VALID_SECONDS):
             return
+        inserting_for = monotonic() - self._inserting_since  # one read: no lock needed
+        if inserting_for >= self.SLOW_COMMIT_SECONDS:
+            raise StoreError(f"{self.path}: an insert has had no complete answer for {inserting_for:.0f} s")
         error = self._check_hosts()
         with self._lock:
             # While records are being inserted, only they show whether inserts succeed.
@@ -238,7 +244,11 @@ class ClickHouse(GroupCommit):
         deadline = max(
             group[0].arrived_at + INSERT_TIMEOUT_SECONDS, started + INSERT_TIMEOUT_SECONDS * MIN_TIMEOUT_SHARE
         )
-        self._insert(encode(((block.runs, block.values) for block in group), arrived_ns), deadline)
+        self._inserting_since = started
+        try:
+            self._insert(encode(((block.runs, block.values) for block in group), arrived_ns), deadline)
+        finally:
+            self._inserting_since = math.inf
         return CommitResult(sum(len(block.values) for block in group), 0, self._records)
 
     def _insert(self, rows: "array[int]", deadline: float) -> None:
@@ -274,13 +284,14 @@ class ClickHouse(GroupCommit):
 
     def _insert_once(self, server: Server, body: memoryview, token: str, deadline: float) -> None:
         """Insert the rows at one host. Raises RetryableError or PermanentError."""
+        timeout = max(1.0, deadline - monotonic())
+        if len(self._servers) > 1:  # a host that hangs must leave time for the next one
+            timeout = min(timeout, INSERT_TIMEOUT_SECONDS / 3)
+        server.deadline = deadline_after(timeout)  # for the inspection and the insert together
         tables = self._tables = self._tables or self._inspect_same(server)
         settings = tables.settings
         if tables.accepts_token:
             settings = {**settings, "insert_deduplication_token": token}
-        timeout = max(1.0, deadline - monotonic())
-        if len(self._servers) > 1:  # a host that hangs must leave time for the next one
-            timeout = min(timeout, INSERT_TIMEOUT_SECONDS / 3)
         response = server.post(tables.insert, body, timeout, settings)
         if response:
             raise RetryableError(f"{server.name}: unexpected answer to an insert: {response[:100]!r}")

@@ -9,14 +9,14 @@ import re
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
-from ringolib.net.addresses import format_address
+from ringolib.net.addresses import decode_zone, format_address
 
 PASSWORD_VARIABLE = "RINGOEXP_CLICKHOUSE_PASSWORD"
 """The environment variable for the password: other users of the machine can read command lines."""
 PORT, TLS_PORT = 8123, 8443
 SCHEMES = ("clickhouse://", "clickhouses://")  # without and with TLS
 
-_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\[\]:\s]+))(?::(\d{1,5}))?")
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%[^\[\]\s]+)?)\]|([^\[\]:\s]+))(?::(\d{1,5}))?")
 _CREDENTIALS = re.compile(r"(clickhouses?://)(?:([^:@]*):.*@|([^@]*)@)", re.DOTALL | re.IGNORECASE)
 _QUERY = re.compile(r"(clickhouses?://[^?#]*[?#]).*", re.DOTALL | re.IGNORECASE)
 
@@ -82,4 +82,4 @@ def _parse_host(text: str, default_port: int) -> tuple[str, int]:
     port = int(match[3] or default_port) if match else 0
     if not match or not 0 < port < 65536:
         raise ValueError("hosts must be HOST or HOST:PORT, separated by commas")
-    return match[1] or match[2], port
+    return decode_zone(match[1] or match[2]), port

@@ -1,0 +1,79 @@
+"""What ends a `Producer` and `send`: refusals that repetition cannot change, and no fault of the server."""
+
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from support.fake_consumer import Link, fake_consumer
+from support.harness import DEADLINE, ROOT, eventually
+from support.scripted_server import ScriptedServer
+from support.short_times import short_times  # noqa: F401  # a fixture for each test
+
+from ringolib.client.producer import Producer, is_permanent_status
+from ringolib.net.frames import MAX_MESSAGE
+from ringolib.wire import decode_batch, encode_ack
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        b"\x88\x02" + (1014).to_bytes(2, "big"),  # Bad Gateway, which wsproto does not know
+        b"\x88\x02" + (999).to_bytes(2, "big"),
+        b"\x88\x01x",
+        b"\x88\x04" + (1000).to_bytes(2, "big") + b"\xff\xff",
+        b"\x81\x04text",
+        b"\x82\x88" + bytes(12),  # masked
+        b"\x82\x7f" + (MAX_MESSAGE + 1).to_bytes(8, "big") + bytes(MAX_MESSAGE + 1),
+        b"\xc2\x00",  # a reserved bit
+    ],
+    ids=["1014", "999", "close of one byte", "reason", "text", "masked", "too large", "reserved bit"],
+)
+def test_fault_in_the_servers_frames_does_not_end_the_producer(fault: bytes) -> None:
+    """A close code that we find for the server's fault would be permanent if the server had sent it."""
+    served: list[int] = []
+
+    def answer(connection: Link) -> None:
+        served.append(1)
+        count = len(decode_batch(connection.recv()).values)
+        if len(served) == 1:
+            connection.socket.sendall(fault)
+        else:
+            connection.send(encode_ack(count))
+        connection.read_frame(DEADLINE)
+
+    with fake_consumer(answer) as port, Producer(f"ws://localhost:{port}/") as sender:
+        sender.send([1, 2])
+        eventually(lambda: "broke the protocol" in (sender.trouble or "") or sender.acked)
+        sender.flush(DEADLINE)
+        assert (sender.acked, len(served)) == (2, 2)
+
+
+PERMANENT = (101, 200, 204, 301, 307, 400, 401, 403, 404, 405, 406, 407, 409, 410, 411, 413, 414, 415, 418, 421, 426,
+             428, 431, 451, 499, 501, 505)  # fmt: skip
+RETRYABLE = (408, 425, 429, 500, 502, 503, 504, 507, 508, 511, 599)
+
+
+@pytest.mark.parametrize("status", [*PERMANENT, *RETRYABLE])
+def test_statuses_that_repetition_cannot_change_are_permanent(status: int) -> None:
+    assert is_permanent_status(status) is (status in PERMANENT)
+
+
+@pytest.mark.parametrize("status", [406, 411, 413, 414, 415, 421, 431, 451, 505])
+def test_permanent_status_ends_send_with_its_reason(status: int, tmp_path: Path) -> None:
+    body = b'{"error": "as the server says"}'
+    with ScriptedServer(b"HTTP/1.1 %d No\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body)) as refusing:
+        command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", f"ws://127.0.0.1:{refusing.port}/"]
+        done = subprocess.run(command, cwd=tmp_path, input="1\n", capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 1
+    assert f"refused with HTTP status {status}: as the server says\n" in done.stderr
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 503])
+def test_retryable_status_is_followed_by_another_attempt(status: int) -> None:
+    busy = b"HTTP/1.1 %d Busy\r\nContent-Length: 0\r\n\r\n" % status
+    with ScriptedServer(busy, busy) as refusing, closing(Producer(f"ws://127.0.0.1:{refusing.port}/")) as sender:
+        sender.send([1])
+        eventually(lambda: len(refusing.requests) == 2)
+        assert f"refused with HTTP status {status}" in (sender.trouble or "")
