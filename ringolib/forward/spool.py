@@ -21,9 +21,10 @@ from ringolib.forward.workers import BATCH_RECORDS
 from ringolib.storage.interface import Sizes, StoreError, StoreStats
 from ringolib.storage.remedies import NoRoom
 from ringolib.storage.sqlite_file import SPOOL_APPLICATION_ID
+from ringolib.storage.wal import LARGE_WAL_BYTES
 from ringolib.timing import ThreadError, backoff, deadline_after, fatal, start_thread, wait_until
 from ringolib.wire import Block
-from store import LARGE_WAL_BYTES, Store
+from store import Store
 
 log = logging.getLogger("ringoexp.spool")
 
