@@ -44,7 +44,7 @@ from ringolib.storage.sqlite_file import (
     count_records,
     read_identity,
 )
-from ringolib.storage.wal import Wal
+from ringolib.storage.wal import Wal, WalCut
 from ringolib.wire import Run
 
 log = logging.getLogger("ringoexp.store")
@@ -207,7 +207,7 @@ class Store(GroupCommit):
                 self._check_in_place()
             except StoreError as error:
                 self._log_outcome(error)
-                if isinstance(error, NoRoom):
+                if isinstance(error, NoRoom | WalCut):
                     self._file.keep_wal()
             self._wal.close()
             self._db.close()

@@ -11,6 +11,7 @@ from time import monotonic
 from ringolib.storage import sqlite_file
 from ringolib.storage.database_file import DatabaseFile, moved_away
 from ringolib.storage.interface import StoreError
+from ringolib.storage.remedies import system_error
 
 log = logging.getLogger("ringoexp.store")
 
@@ -20,6 +21,21 @@ INODE_CHECK_SECONDS = 1.0
 """How often a commit checks that the WAL is still the same file: reading its inode makes the next write slower."""
 READER_WAIT_MS = 100
 """How long a commit waits for readers that keep a large WAL from being emptied: once for every LARGE_WAL_BYTES."""
+HEADER_BYTES = 32
+"""The header has random numbers, which change when the WAL starts over.
+
+https://www.sqlite.org/fileformat.html#the_wal_file
+"""
+
+
+class WalCut(StoreError):
+    """The WAL was truncated, so it must stay as it is: the next start takes from it what is whole."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"{path}: its -wal file was truncated while it was in use, so acked records may be lost: "
+            "stop this server and start it again, which checks the file"
+        )
 
 
 class Wal:
@@ -35,11 +51,13 @@ class Wal:
         self.limit = LARGE_WAL_BYTES  # the size at which the WAL is emptied the next time
         self._file = file
         self._db = db
-        self._wal_file = open(self.path, "rb", buffering=0)
+        try:
+            self._wal_file = open(self.path, "rb", buffering=0)
+        except OSError as error:
+            raise system_error(f"cannot read {file.path}-wal", error) from error
         self._seen_size = self.size()  # before the last commit
         self._min_size = self._seen_size  # after it; then the WAL may not be shorter
-        # https://www.sqlite.org/fileformat.html#wal_file_format
-        self._page_bytes = 24 + int(db.execute("PRAGMA page_size").fetchone()[0])
+        self._header = self._read_header()  # after it
         self._inode_checked_at = monotonic()
         self._held_by_reader = False  # this is logged
 
@@ -66,8 +84,9 @@ class Wal:
         if not self._is_in_place():
             raise moved_away(self._file.path)
         self._seen_size = self.size()
-        if self._seen_size >= self._min_size or self._is_complete():
-            self._min_size = self._seen_size
+        if self._seen_size < self._min_size and not self._is_complete():
+            raise WalCut(self._file.path)
+        self._min_size = self._seen_size
 
     def _is_in_place(self) -> bool:
         """True if there is a file with the WAL's name. Now and then, also look whether it is the same file."""
@@ -84,30 +103,32 @@ class Wal:
         return in_place
 
     def on_commit(self) -> None:
-        """Note the size after a commit."""
+        """Note the size and the header after a commit."""
         self._min_size = self.size()
+        self._header = self._read_header()
+
+    def _read_header(self) -> bytes:
+        """Return the header; it is empty as long as the file is empty, or if the disk fails."""
+        try:
+            return os.pread(self._wal_file.fileno(), HEADER_BYTES, 0)
+        except OSError:
+            return b""
 
     def _is_complete(self) -> bool:
-        """True if a WAL that has become shorter has all that SQLite needs of it; False if that is unknown.
+        """True if a WAL that has become shorter has all that SQLite needs of it.
 
-        Any program that has the database open may empty the WAL after it has copied all of it into the database file.
-        Raises StoreError if pages are missing.
+        Any program that has the database open may copy all of the WAL into the database file and then empty it. If it
+        then writes, the WAL gets a new header. A checkpoint of a WAL that was cut would copy a part of a commit and so
+        damage the database; from an empty WAL, it can copy nothing.
         """
+        if header := self._read_header():
+            return len(header) == HEADER_BYTES and header != self._header
         try:
             (busy, pages, copied) = self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         except sqlite3.Error as error:  # it could not read a page
             log.debug("wal_incomplete", {"reason": str(error)})
-            complete = False
-        else:
-            if busy:  # another program is about to copy it
-                return False
-            complete = pages == copied or self._seen_size >= pages * self._page_bytes
-        if not complete:
-            raise StoreError(
-                f"{self._file.path}: its -wal file was truncated while it was in use, so acked records may be lost: "
-                "stop this server and start it again, which checks the file"
-            )
-        return True
+            return False
+        return bool(busy) or pages == copied  # busy: another program copies it, so it was empty for a moment only
 
     def empty_if_large(self) -> None:
         """Empty a large WAL. If a reader still needs it, let it grow by LARGE_WAL_BYTES before the next attempt."""

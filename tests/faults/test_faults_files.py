@@ -237,7 +237,7 @@ def test_error_of_sqlite_names_the_systems_cause(
     assert isinstance(error, remedies.NoRoom) == (number in (errno.EDQUOT, errno.ENOSPC))
 
 
-@pytest.mark.parametrize("spare", [0, 1, 2, 3])
+@pytest.mark.parametrize("spare", range(6))
 def test_lack_of_descriptors_at_start_is_named(tmp_path: Path, spare: int) -> None:
     Store(str(tmp_path / "numbers.db")).close()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

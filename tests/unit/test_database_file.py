@@ -189,6 +189,32 @@ def test_truncated_wal_is_noticed_at_next_commit(path: Path, commits: int, size:
         assert os.path.getsize(wal) < before, "nothing was written"
 
 
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.1, 0.5, 0.9])
+def test_truncated_wal_does_not_damage_what_was_stored_before(path: Path, part: float) -> None:
+    """A checkpoint would copy the first pages of the last commit, and leave the others out."""
+    with closing(Store(str(path))) as opened:
+        append(opened, A, 0, 30_000)
+        opened._wal.empty()
+        append(opened, A, 30_000, 60_000)
+        os.truncate(f"{path}-wal", int(part * os.path.getsize(f"{path}-wal")))
+        with pytest.raises(StoreError, match="truncated"):
+            append(opened, A, 60_000, 60_001)
+    with closing(Store(str(path))) as opened:
+        assert opened.stats().held == 30_000
+    assert query(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_wal_started_over_by_another_program_is_no_error(path: Path) -> None:
+    """The other program empties the WAL and then writes, as a replication program does."""
+    with closing(Store(str(path))) as opened, closing(sqlite3.connect(path, isolation_level=None)) as other:
+        append(opened, A, 0, 30_000)
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        other.execute("CREATE TABLE other(value)")
+        assert 0 < os.path.getsize(f"{path}-wal") < opened._wal._min_size
+        append(opened, A, 30_000, 30_001)
+    assert query(path, "SELECT count(*) FROM record") == [(30_001,)]
+
+
 def test_wal_truncated_after_last_commit_is_noticed_at_stop(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     opened = Store(str(path))
     append(opened, A, 0, 10)
