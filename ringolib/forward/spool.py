@@ -43,9 +43,9 @@ class SpoolStats(NamedTuple):
 
 
 class UnopenedStore:
-    """Stands for the file of a spool while there is no room to open it: no record is known, and none can be stored."""
+    """Stands for the file of a spool that cannot be opened yet: no record is known, and none can be stored."""
 
-    def __init__(self, path: str, error: NoRoom) -> None:
+    def __init__(self, path: str, error: StoreError) -> None:
         self.path = path
         self.reason = str(error)
 
@@ -130,7 +130,7 @@ class Spool:
         size, store = len(block.values), self.store
         free = store.sizes().disk_free
         with self._lock:
-            reason = self._why_full(size, free)
+            reason = self._why_full(store, size, free)
             self._full = reason is not None
             if reason or isinstance(store, UnopenedStore):
                 raise NotStored(reason)
@@ -146,9 +146,10 @@ class Spool:
 
     def refuses(self) -> str | None:
         """Return why there is no room for a record now, or None if there is room."""
-        free = self.store.sizes().disk_free
+        store = self.store
+        free = store.sizes().disk_free
         with self._lock:
-            return self._why_full(1, free)
+            return self._why_full(store, 1, free)
 
     def stats(self) -> SpoolStats:
         """Return a snapshot."""
@@ -172,10 +173,10 @@ class Spool:
         self.store.close()
         return True
 
-    def _why_full(self, size: int, free: int | None) -> str | None:
+    def _why_full(self, store: Store | UnopenedStore, size: int, free: int | None) -> str | None:
         """Return why there is no room for `size` records, with `free` bytes left on the disk, or None."""
         assert self._lock.locked()
-        if isinstance(store := self.store, UnopenedStore):
+        if isinstance(store, UnopenedStore):
             return store.reason
         if store.stats().held + self._incoming + size > self._max_records:
             return f"{self.path}: the spool is full, it has at most {self._max_records} records (--spool_max)"
@@ -220,10 +221,12 @@ class Spool:
         return isinstance(self.store, UnopenedStore) or self.depth > 0
 
     def _open(self) -> None:
-        """Open the file. Raises StoreError."""
+        """Open the file. Raises StoreError; the first time that the reason is another one, it is logged."""
         try:
             self.store = Store(self.path, SPOOL_APPLICATION_ID)
-        except NoRoom as error:
+        except StoreError as error:
+            if not isinstance(error, NoRoom) and str(error) != self.store.stats().error:
+                log.error("spool_unopened", {"reason": str(error)})
             self.store = UnopenedStore(self.path, error)
             raise
         log.info("spool_opened", {"records": self.depth})

@@ -25,7 +25,7 @@ from ringolib.forward.link import LinkSink, LinkState
 from ringolib.forward.sink import InDoubt, NotStored
 from ringolib.forward.spool import Spool, SpoolSink
 from ringolib.forward.workers import Forwarder
-from ringolib.storage.interface import StoreError
+from ringolib.storage.interface import Sizes, StoreError
 from ringolib.storage.remedies import NoRoom
 from ringolib.wire import Block, Run, decode_batch, encode_ack
 from store import Store
@@ -549,6 +549,38 @@ def test_spool_without_room_is_opened_when_there_is_room(
         running.append(a_block(10, 15))
     events = [record.getMessage() for record in caplog.records if record.name == "ringoexp.spool"]
     assert events.count("spool_unopened") == events.count("spool_opened") == 1 and "replay_error" not in events
+
+
+def test_spool_that_cannot_be_opened_later_is_named(
+    tmp_path: Path, no_room: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is room again, but the file is no spool."""
+    caplog.set_level(logging.INFO)
+    (tmp_path / "s").write_bytes(b"a user's notes\n" * 100)
+    with spooling(tmp_path / "s", FakeLink()) as running:
+        no_room.set()
+        eventually(lambda: "is not a SQLite file" in (running.refuses() or ""))
+        assert "is not a SQLite file" in str(running.store.stats().error)
+        eventually(lambda: running._failures > 5)
+    events = [str(record.args) for record in caplog.records if record.getMessage() == "spool_unopened"]
+    assert len(events) == 2 and "disk is full" in events[0] and "is not a SQLite file" in events[1]
+
+
+def test_block_that_comes_while_the_spool_opens_gets_a_reason(tmp_path: Path, no_room: threading.Event) -> None:
+    with spooling(tmp_path / "s", FakeLink()) as running:
+        unopened = running.store
+        sizes = unopened.sizes
+
+        def opens_meanwhile() -> Sizes:
+            no_room.set()
+            eventually(lambda: running.store is not unopened)
+            return sizes()
+
+        unopened.sizes = opens_meanwhile  # type: ignore[method-assign]
+        with pytest.raises(NotStored, match="the disk is full"):
+            running.append(a_block(0, 5))
+        running.append(a_block(0, 5))
+        assert not running.full
 
 
 def test_stop_ends_while_spool_has_no_room(tmp_path: Path, no_room: threading.Event) -> None:
