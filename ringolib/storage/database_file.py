@@ -16,6 +16,7 @@ import logging
 import os
 import pwd
 import re
+import shlex
 import stat
 import struct
 import sys
@@ -45,13 +46,18 @@ a mapping to the disk, which is when they need new room, only every few seconds.
 """
 READ_SECONDS = 1.0
 """How long a damaged database is read to find out whether the disk fails instead."""
-_NOT_SHARED = re.compile(r"nfs4?|cifs|smb.*|9p|virtiofs|fuse.*|ceph|afs|lustre|vboxsf|prl_fs")
-"""File systems that may keep locks, or memory that processes share, from other machines or from their lower layer."""
+_NOT_SHARED = re.compile(r"nfs4?|cifs|smb.*|9p|virtiofs|fakeowner|fuse.*|ceph|afs|lustre|vboxsf|prl_fs")
+"""File systems that may keep locks, or memory that processes share, from other machines or from their lower layer.
+
+Docker Desktop calls directories of the host "fakeowner".
+"""
 _NOCOW = 0x00800000  # FS_NOCOW_FL of linux/fs.h: changes are written in place
 _GET_FLAGS, _SET_FLAGS = (  # FS_IOC_GETFLAGS and FS_IOC_SETFLAGS
     direction << 30 | struct.calcsize("l") << 16 | ord("f") << 8 | number for direction, number in ((2, 1), (1, 2))
 )
 
+_open_here: set[tuple[int, int]] = set()
+"""The databases that stores of this process have open. Each change is one step, so it needs no lock."""
 _OFD_SETLK: int | None = getattr(fcntl, "F_OFD_SETLK", None) if sys.platform == "linux" else None
 
 
@@ -92,7 +98,7 @@ class DatabaseFile:
         """Unlock the file. SQLite must have closed it."""
         if self._room_fd is not None:
             os.close(self._room_fd)
-        os.close(self.fd)
+        _close(self.fd)
         self._lock_file.close()
 
     def discard(self) -> None:
@@ -212,8 +218,16 @@ def _check_kind_of_file(path: str) -> None:
     if status.st_nlink > 1:
         raise StoreError(
             f"{path} has {status.st_nlink} names (hard links), and SQLite would look for its -wal file beside each: "
-            f"delete the other names (find / -xdev -samefile {path} lists them)"
+            f"delete the other names (find {_mount_point(path)} -xdev -samefile {shlex.quote(path)} lists them)"
         )
+
+
+def _mount_point(path: str) -> str:
+    """Return the top directory of the file system that `path` is on: all names of a file are below it."""
+    directory = os.path.dirname(os.path.realpath(path))
+    while not os.path.ismount(directory):
+        directory = os.path.dirname(directory)
+    return shlex.quote(directory)
 
 
 def _open_lock_file(path: str, real_path: str, undo: ExitStack) -> IO[bytes]:
@@ -284,13 +298,20 @@ def _open_and_lock(path: str, real_path: str, undo: ExitStack) -> tuple[int, boo
     try:
         locked = _lock_bytes(fd, fcntl.F_WRLCK, *_OUR_BYTE)
     except (BlockingIOError, PermissionError) as error:
-        # The descriptor stays open. If another store of this process has the file, closing it would unlock that one.
+        if _inode(os.fstat(fd)) not in _open_here:  # otherwise, closing it would unlock the other store
+            os.close(fd)
         raise InUse(path) from error
     except OSError as error:
         os.close(fd)
         raise StoreError(f"{path} cannot be locked: {error.strerror} (move it to a local file system)") from error
-    undo.callback(os.close, fd)
+    undo.callback(_close, fd)
+    _open_here.add(_inode(os.fstat(fd)))
     return fd, locked
+
+
+def _close(fd: int) -> None:
+    _open_here.discard(_inode(os.fstat(fd)))
+    os.close(fd)
 
 
 def _lock_bytes(fd: int, kind: int, start: int, length: int) -> bool:

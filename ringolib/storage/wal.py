@@ -29,7 +29,7 @@ https://www.sqlite.org/fileformat.html#the_wal_file
 
 
 class WalCut(StoreError):
-    """The WAL was truncated, so it must stay as it is: the next start takes from it what is whole."""
+    """The WAL was truncated. It must not be changed: the next start reads the commits that are still complete."""
 
     def __init__(self, path: str) -> None:
         super().__init__(

@@ -2,16 +2,19 @@
 
 import logging
 import os
+import shlex
 import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from support.databases import A, append, query
+from support.harness import ROOT, eventually
 
 from ringolib.storage import database_file, sqlite_file
 from ringolib.storage.interface import StoreError
@@ -85,10 +88,42 @@ def test_file_with_two_names_is_refused(path: Path) -> None:
     link = path.with_name("link.db")
     link.hardlink_to(path)
     for name in (path, link):
-        with pytest.raises(StoreError, match=r"has 2 names \(hard links\).*find / -xdev -samefile"):
+        with pytest.raises(StoreError, match=r"has 2 names \(hard links\).*find /\S* -xdev -samefile"):
             Store(str(name))
     link.unlink()
     Store(str(path)).close()
+
+
+@linux_only
+def test_names_of_a_file_on_another_file_system_are_found(path: Path) -> None:
+    """The command in the error searches the file system of the file, which may be another one than "/"."""
+    directory = Path("/dev/shm")
+    if not os.access(directory, os.W_OK):
+        pytest.skip("needs /dev/shm")
+    with tempfile.TemporaryDirectory(dir=directory, prefix="with blank ") as name:
+        first, second = Path(name, "a.db"), Path(name, "b.db")
+        first.touch()
+        second.hardlink_to(first)
+        with pytest.raises(StoreError) as refused:
+            Store(str(first))
+        command = str(refused.value).partition("other names (")[2].removesuffix(" lists them)")
+        found = subprocess.run(shlex.split(command), capture_output=True, text=True).stdout.splitlines()
+        assert sorted(found) == [str(first), str(second)]
+
+
+@linux_only
+def test_refused_store_leaves_no_descriptor_open(path: Path) -> None:
+    program = f"import sys; sys.path[0] = {str(ROOT)!r}; import store; s = store.Store(sys.argv[1]); input()"
+    with subprocess.Popen([sys.executable, "-c", program, path], stdin=subprocess.PIPE) as other:
+        try:
+            eventually(lambda: Path(f"{path}-wal").exists())
+            path.with_name("numbers.db-lock").unlink()
+            before = os.listdir("/proc/self/fd")
+            with pytest.raises(StoreError, match="in use by another ringoexp"):
+                Store(str(path))
+            assert len(os.listdir("/proc/self/fd")) == len(before)
+        finally:
+            other.kill()
 
 
 def test_lock_is_held_until_sqlite_has_closed(path: Path) -> None:
@@ -151,7 +186,17 @@ def test_mount_of_an_open_file_is_found(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file_system", "warned"),
-    [("nfs4", 1), ("cifs", 1), ("fuse.bindfs", 1), ("virtiofs", 1), ("9p", 1), ("ext4", 0), ("tmpfs", 0), ("", 0)],
+    [
+        ("nfs4", 1),
+        ("cifs", 1),
+        ("fuse.bindfs", 1),
+        ("virtiofs", 1),
+        ("fakeowner", 1),
+        ("9p", 1),
+        ("ext4", 0),
+        ("tmpfs", 0),
+        ("", 0),
+    ],
 )
 def test_file_system_without_shared_memory_is_warned_of(
     path: Path, file_system: str, warned: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
