@@ -1,15 +1,16 @@
 """Errors of the disk and of SQLite in one line for people: the true cause, and the remedy.
 
 SQLite reports a full disk, a quota or a lack of descriptors in several ways, and some of them name another cause. So
-after an error that is unclear, a small file is written beside the database, and the system's own error tells the cause.
+after an error that is unclear, a small file is written in its directory, and the system's own error tells the cause.
 Functions only; no thread runs here.
 """
 
 import errno
 import os
 import sqlite3
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Protocol
 
 from ringolib.storage.interface import StoreError
@@ -75,7 +76,7 @@ def explain(file: OpenFile, cause: BaseException) -> StoreError:
     # SQLite quotes the damaged part of a schema, which may be no text; in Python 3.10 the message is empty then.
     if isinstance(cause, UnicodeDecodeError) or not message or message.startswith("malformed database schema"):
         message = "database disk image is malformed"
-    if message in _UNCLEAR and (error := _write_error(f"{file.real_path}-probe") or file.read_error()):
+    if message in _UNCLEAR and (error := _write_error(os.path.dirname(file.real_path)) or file.read_error()):
         return system_error(f"{file.path}: {message}", error)
     remedy = {
         "file is not a database": "its header is damaged: restore it from a backup",
@@ -90,14 +91,11 @@ def explain(file: OpenFile, cause: BaseException) -> StoreError:
     return NoRoom(text) if message == "database or disk is full" else StoreError(text)
 
 
-def _write_error(path: str) -> OSError | None:
-    """Return the error of writing a small file, which is removed at once; None if that succeeds."""
+def _write_error(directory: str) -> OSError | None:
+    """Return the error of writing a small file without a name; None if that succeeds."""
     try:
-        with open(path, "wb") as file:
+        with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(_PROBE_BYTES))
     except OSError as error:
         return error
-    finally:
-        with suppress(OSError):
-            os.unlink(path)
     return None

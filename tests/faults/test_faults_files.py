@@ -237,6 +237,17 @@ def test_error_of_sqlite_names_the_systems_cause(
     assert isinstance(error, remedies.NoRoom) == (number in (errno.EDQUOT, errno.ENOSPC))
 
 
+def test_search_for_the_cause_touches_no_other_file(tmp_path: Path) -> None:
+    """A file of the user may have any name."""
+    files = [tmp_path / f"numbers.db-{name}" for name in ("probe", "test", "tmp")]
+    with closing(Store(str(tmp_path / "numbers.db"))) as opened:
+        for file in files:
+            file.write_text("a user's notes")
+        before = set(tmp_path.iterdir())
+        remedies.explain(opened._file, sqlite3.OperationalError("disk I/O error"))
+        assert set(tmp_path.iterdir()) == before and {file.read_text() for file in files} == {"a user's notes"}
+
+
 @pytest.mark.parametrize("spare", range(6))
 def test_lack_of_descriptors_at_start_is_named(tmp_path: Path, spare: int) -> None:
     Store(str(tmp_path / "numbers.db")).close()
