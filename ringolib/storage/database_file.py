@@ -78,7 +78,7 @@ class DatabaseFile:
         self.stopped_in_order = not os.path.exists(f"{self.real_path}-wal")  # SQLite removes it when it closes the file
         with ExitStack() as undo:
             _check_kind_of_file(path)
-            self._lock_file = undo.enter_context(_open_lock_file(path, self.real_path, undo))
+            self._lock_file = _open_lock_file(path, self.real_path, undo)
             self.fd, has_own_lock = _open_and_lock(path, self.real_path, undo)
             self._inodes = {self.real_path: _inode(os.fstat(self.fd))}
             if not has_own_lock:
@@ -231,24 +231,22 @@ def _mount_point(path: str) -> str:
 
 
 def _open_lock_file(path: str, real_path: str, undo: ExitStack) -> IO[bytes]:
-    """Open and lock `real_path`-lock. If it is new, `undo` removes it. Raises StoreError if it is not free."""
+    """Open and lock `real_path`-lock. `undo` closes it, and removes a new one. Raises StoreError if it is not free."""
     is_new = not os.path.exists(f"{real_path}-lock")
     try:
         file = open(f"{real_path}-lock", "a+b", buffering=0)
     except OSError as error:
         raise system_error(f"cannot open {path}-lock", error) from error
-    with ExitStack() as failed:
-        failed.callback(file.close)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InUse(path) from error
-        except OSError as error:
-            raise StoreError(f"{path} cannot be locked: {error.strerror} (move it to a local file system)") from error
-        if is_new:
-            undo.callback(_remove, file.name)
-        _check_other_name(file, path, real_path)
-        failed.pop_all()
+    undo.callback(file.close)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InUse(path) from error
+    except OSError as error:
+        raise StoreError(f"{path} cannot be locked: {error.strerror} (move it to a local file system)") from error
+    if is_new:
+        undo.callback(_remove, file.name)  # before it is unlocked: then no other server has locked it
+    _check_other_name(file, path, real_path)
     return file
 
 

@@ -1,5 +1,6 @@
 """Tests of the database file's lock, of its place, and of the files that others leave beside it."""
 
+import fcntl
 import logging
 import os
 import shlex
@@ -168,6 +169,22 @@ def test_refused_file_leaves_no_new_files(path: Path) -> None:
     with pytest.raises(StoreError, match="is not a SQLite file"):
         Store(str(path))
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_new_lock_file_is_removed_before_it_is_unlocked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, another server could lock it in between, and a third one could lock a new one."""
+    removed = []
+
+    def remove(name: str) -> None:
+        with open(name, "rb") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        removed.append(name)
+
+    path.write_bytes(b"a user's notes\n" * 100)
+    monkeypatch.setattr(database_file, "_remove", remove)
+    with pytest.raises(StoreError, match="is not a SQLite file"):
+        Store(str(path))
+    assert removed == [f"{os.path.realpath(path)}-lock"]
 
 
 def test_file_that_is_mounted_by_itself_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
