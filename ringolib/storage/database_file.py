@@ -132,7 +132,7 @@ class DatabaseFile:
         self._room_checked_at = monotonic()
 
     def keep_wal(self) -> None:
-        """Make SQLite leave the WAL as it is when it closes the file: it copies it only if no reader is left."""
+        """On Linux, make SQLite leave the WAL as it is when it closes the file: it copies it if no reader is left."""
         with suppress(OSError):
             _lock_bytes(self.fd, fcntl.F_RDLCK, *_SHARED_BYTES)
 
@@ -183,9 +183,9 @@ class DatabaseFile:
                 _remove(shm)
                 _create_without_copy_on_write(shm, stat.S_IMODE(os.fstat(self.fd).st_mode))
         if left := [name for name in foreign if os.path.exists(name)]:
-            owner = _user_name(os.stat(left[0]).st_uid)
+            names, owner = " and ".join(left), _owner(left[0])
             raise StoreError(
-                f"{self.path}: this server may not write {' and '.join(left)} of user {owner}: end the programs that "
+                f"{self.path}: this server may not write {names} of user {owner}: end the programs that "
                 f"read the database, then give the server's user these files (chown), or delete them if they are empty"
             )
 
@@ -383,7 +383,12 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
-def _user_name(uid: int) -> str:
+def _owner(path: str) -> str:
+    """Return the name or the number of the file's user; "unknown" if the file was just removed."""
+    try:
+        uid = os.stat(path).st_uid
+    except OSError:
+        return "unknown"
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

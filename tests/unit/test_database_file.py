@@ -251,6 +251,7 @@ def test_truncated_wal_is_noticed_at_next_commit(path: Path, commits: int, size:
         assert os.path.getsize(wal) < before, "nothing was written"
 
 
+@linux_only
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.1, 0.5, 0.9])
 def test_truncated_wal_does_not_damage_what_was_stored_before(path: Path, part: float) -> None:
     """A checkpoint would copy the first pages of the last commit, and leave the others out."""
@@ -396,6 +397,28 @@ def test_wal_of_another_user_with_records_is_not_touched(others: Path) -> None:
     message = as_user(lambda: Store(str(others)))
     assert f"may not write {wal}" in message and "of user" in message and "chown" in message, message
     assert wal.read_bytes() == b"records"
+
+
+def test_files_that_their_reader_removes_meanwhile_stop_no_start(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader ends after the server has found its files."""
+    Store(str(path)).close()
+    Path(f"{path}-wal").touch()
+    monkeypatch.setattr(os, "access", lambda name, mode: not str(name).endswith("-wal"))
+    monkeypatch.setattr(
+        database_file, "_lock_bytes", lambda fd, kind, start, length: start != database_file._SHARED_BYTES[0]
+    )
+    exists = os.path.exists
+
+    def removed_once_seen(name: str) -> bool:
+        seen = exists(name)
+        if name.endswith("-wal") and seen and next(looks) == 2:
+            os.unlink(name)
+        return seen
+
+    looks = iter(range(10))
+    monkeypatch.setattr(os.path, "exists", removed_once_seen)
+    with pytest.raises(StoreError, match="may not write .*-wal of user unknown"):
+        Store(str(path))
 
 
 def test_files_of_another_user_in_use_are_named(others: Path) -> None:
