@@ -240,7 +240,7 @@ class Store(GroupCommit):
         """
         if self._committed_within(SUCCESS_VALID_SECONDS):
             return
-        error = None
+        error = failing_since = None
         with self._exclusive():
             try:
                 self._wal.empty_if_large()
@@ -253,7 +253,9 @@ class Store(GroupCommit):
                 if conclusive:
                     self._error = str(error) if error else None
             if conclusive:
-                self._log_outcome(error)
+                failing_since = self._note_outcome(error)
+        if failing_since is not None:
+            self._log_outcome(error, failing_since)
         if error:
             raise error
 
