@@ -39,7 +39,7 @@ except ModuleNotFoundError as missing:
 
 from ringolib import __version__, app
 from ringolib.client import send
-from ringolib.client.send import print_line
+from ringolib.client.output import print_line
 from ringolib.options import Settings, read_arguments
 from ringolib.status import logs, systemd
 from ringolib.storage.interface import StoreError

@@ -6,7 +6,6 @@ The main thread reads the file and passes the integers to a `Producer`. The thre
 import argparse
 import errno
 import json
-import os
 import signal
 import sys
 import threading
@@ -17,7 +16,9 @@ from contextlib import ExitStack
 from time import monotonic
 from typing import Any, BinaryIO, NoReturn
 
-from ringolib.client.producer import URL, Producer, ProducerError
+from ringolib.client.output import print_line
+from ringolib.client.producer import Producer, ProducerError
+from ringolib.client.url import URL
 from ringolib.net.credentials import CredentialError, read_token
 from ringolib.net.tls import CredentialFileError, client_context
 from ringolib.timing import ThreadError, start
@@ -210,7 +211,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         except OSError as error:
             _print_error(f"cannot open a socket: {error}")
             return EXIT_FAILED
-        stack.callback(producer.close)
+        stack.callback(producer.close, report=False)
         status, error_text = _transfer(producer, _integers(source, arguments.binary), name)
         _print_result(producer, arguments, error_text, started)
         if status == EXIT_INTERRUPTED:
@@ -288,16 +289,3 @@ def _on_interrupt(handler: Callable[..., Any] | signal.Handlers) -> None:
 
 def _print_error(text: str) -> None:
     print_line(f"ringoexp send: error: {text}", error=True)
-
-
-def print_line(line: str, error: bool = False) -> None:
-    """Print a line to stdout or stderr. A stream that is closed, or that cannot show a character, is no error."""
-    stream = sys.stderr if error else sys.stdout
-    if stream is None:  # closed from the start
-        return
-    try:
-        encoding = stream.encoding or "ascii"
-        print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
-    except OSError:
-        with open(os.devnull, "wb") as devnull:
-            os.dup2(devnull.fileno(), stream.fileno())  # otherwise Python reports the error again at exit

@@ -37,7 +37,8 @@ from support.harness import (
 from ringolib import timing
 from ringolib.client import producer
 from ringolib.client import send as command
-from ringolib.client.producer import Producer, ProducerError, Target, parse_url
+from ringolib.client.producer import Producer, ProducerError
+from ringolib.client.url import Target, parse_url
 from ringolib.net import sockets
 from ringolib.wire import decode_batch, encode_ack
 
@@ -47,6 +48,7 @@ def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "BACKOFF_FIRST_SECONDS", 0.005)
     monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.05)
     monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.2)
+    monkeypatch.setattr(producer, "EXIT_FLUSH_SECONDS", 0.2)
 
 
 def send(directory: Path, *flags: str, given: bytes = b"") -> "subprocess.CompletedProcess[str]":
@@ -550,7 +552,7 @@ def test_producer_refuses_misuse() -> None:
         sender.send([1])
     with pytest.raises(RuntimeError, match="mine"), Producer(f"ws://localhost:{free_port()}/") as other:
         other.send([1])
-        raise RuntimeError("mine")  # the block ends without a flush
+        raise RuntimeError("mine")
     assert not [thread for thread in threading.enumerate() if thread.name == "producer"]
 
 
@@ -583,3 +585,167 @@ def test_http_answer_without_upgrade_is_permanent(tmp_path: Path) -> None:
         with pytest.raises(ProducerError, match="HTTP status 200: is that the /v1.0/ingest of a ringoexp"):
             with Producer(url) as producer:
                 producer.send([1])
+
+
+# Forks, and the end of the program. Each test runs a script: a fork of the tests would copy their threads.
+
+
+def run_script(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a Python script, which finds `Producer` and the module `producer` imported, to its end."""
+    start = "import os, sys, time, uuid; from ringolib.client import producer; from ringolib.client.producer import *; "
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"{start}\n{script}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "Exception ignored" not in done.stderr
+    return done
+
+
+CHILDREN = """
+def in_child(work):
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            work()
+        except producer.ProducerError as error:
+            status = 42 if "after a fork" in str(error) else 2
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return "hangs"
+"""
+"""Code for scripts: `in_child` returns 42 if `work` raises the ProducerError of another process, in a child."""
+
+
+@pytest.mark.slow
+def test_child_gets_an_error_while_the_parent_is_sending(shared: ServerProcess) -> None:
+    """The lock may be locked at the fork, and the thread is missing in the child."""
+    source = uuid.uuid4()
+    script = f"""{CHILDREN}
+import threading
+sender = Producer(sys.argv[1], uuid.UUID(sys.argv[2]))
+def send_all():
+    for start in range(0, 200_000, 100):
+        sender.send(range(start, start + 100))
+sending = threading.Thread(target=send_all)
+sending.start()
+statuses = [in_child(lambda: sender.send([1])) for _ in range(20)]
+statuses += [in_child(sender.flush) for _ in range(20)]
+sending.join()
+sender.flush()
+sender.close()
+print(set(statuses), sender.acked, sender.reconnects)
+"""
+    done = run_script(script, shared.url, str(source))
+    assert (done.stdout, done.stderr) == ("{42} 200000 0\n", "")
+    assert in_order(shared.database, source) == list(range(200_000))
+
+
+@pytest.mark.parametrize("end", ["sender.close()", "sys.exit()", "pass"])
+def test_child_that_ends_leaves_the_connection_of_its_parent(shared: ServerProcess, end: str) -> None:
+    """The child closes the producer, leaves the `with` block, or ends without both: only the parent may flush."""
+    source = uuid.uuid4()
+    script = f"""
+with Producer(sys.argv[1], uuid.UUID(sys.argv[2])) as sender:
+    sender.send([1])
+    sender.flush()
+    child = os.fork()
+    if not child:
+        {end}
+        sys.exit()
+    os.waitpid(child, 0)
+    sender.send([2])
+print(sender.acked, sender.reconnects)
+"""
+    done = run_script(script, shared.url, str(source))
+    assert (done.stdout, done.stderr) == ("2 0\n", "")
+    assert in_order(shared.database, source) == [1, 2]
+
+
+def test_child_sends_with_a_producer_of_its_own(shared: ServerProcess) -> None:
+    source = uuid.uuid4()
+    script = f"""{CHILDREN}
+parents = Producer(sys.argv[1])
+def work():
+    with Producer(sys.argv[1], uuid.UUID(sys.argv[2])) as sender:
+        sender.send([1, 2])
+    os._exit(7)
+print(in_child(work))
+parents.close()
+"""
+    assert run_script(script, shared.url, str(source)).stdout == "7\n"
+    assert in_order(shared.database, source) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "end", ["", "raise SystemExit(0)", "sys.exit()", "with sender: raise SystemExit", "raise KeyError"]
+)
+def test_program_that_ends_without_flush_stores_its_records(shared: ServerProcess, end: str) -> None:
+    source = uuid.uuid4()
+    script = f"""
+sender = Producer(sys.argv[1], uuid.UUID(sys.argv[2]))
+sender.send(range(100_000))
+{end}
+"""
+    done = run_script(script, shared.url, str(source))
+    assert "not acked" not in done.stderr
+    assert in_order(shared.database, source) == list(range(100_000))
+
+
+@pytest.mark.parametrize("end", ["", "sender.close()", "with sender: raise SystemExit", "raise KeyError('mine')"])
+def test_records_without_ack_are_reported_at_the_end(end: str) -> None:
+    """Within a bounded time, with all that another producer needs to resume."""
+    source = uuid.uuid4()
+    url = f"ws://localhost:{free_port()}/v1.0/ingest"
+    script = f"""
+producer.EXIT_FLUSH_SECONDS = 0.5
+senders = [Producer(sys.argv[1], uuid.UUID(sys.argv[2]), 7) for _ in range(20)]
+senders[0].send(range(3))
+sender = Producer(sys.argv[1], uuid.UUID(sys.argv[2]), 7)
+sender.send(range(1000))
+senders.pop(0).close(report=False)
+{end}
+"""
+    started = monotonic()
+    done = run_script(script, url, str(source))
+    assert monotonic() - started < 10
+    (line,) = [line for line in done.stderr.splitlines() if "not acked" in line]
+    assert line.startswith(f"ringoexp Producer: 1000 of 1000 records are not acked by {url} (")
+    assert line.endswith(f"Connection refused): send all values again with source {source} and first 7")
+    assert ("Traceback" in done.stderr) == ("KeyError" in end)
+
+
+def test_report_names_the_number_to_resume_with(capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(connection: Link) -> None:
+        connection.recv()
+        connection.send(encode_ack(3))
+        connection.recv()
+
+    with peer(answer) as url:
+        sender = Producer(url, first=100)
+        sender.send(range(10))
+        eventually(lambda: sender.acked == 3)
+        sender.close()
+        sender.close()
+    expected = f"7 of 10 records are not acked by {url}: send the values after the first 3 with source "
+    assert capsys.readouterr().err == f"ringoexp Producer: {expected}{sender.source} and first 103\n"
+
+
+def test_closed_producer_with_all_acks_reports_nothing(
+    shared: ServerProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Producer(shared.url) as sender:
+        sender.send([1])
+    assert capsys.readouterr() == ("", "")
+    assert not producer._open_producers
