@@ -1,5 +1,6 @@
 """`ringoexp send` and its Producer: every record is stored once and in order, whatever fails."""
 
+import io
 import json
 import os
 import random
@@ -122,6 +123,86 @@ def test_bad_line_is_named_and_lines_before_it_are_stored(shared: ServerProcess,
         f"2 of 2 acked; send the integers after the first 2 with --source {summary['source']} --first 2"
     )
     assert in_order(shared.database, json.loads(done.stdout)["source"]) == [7, -8]
+
+
+@pytest.mark.parametrize("given", ["%05000d" % 7, "+%060000d" % 7, "-%05000d" % 7, "%05000d" % 0])
+def test_leading_zeros_do_not_count(given: str) -> None:
+    given = f"1\n{given}\r\n {given} \n2"
+    values = [value for block in command._text_integers(io.BytesIO(given.encode())) for value in block]
+    assert values == [int(line.replace("0" * 4000, "")) for line in given.split("\n")]
+
+
+@pytest.mark.parametrize("step", [1, 1000, command.READ_BYTES])
+@pytest.mark.parametrize("character", [b"x", b"7", b"0", b" "])
+@pytest.mark.parametrize("end", [b"", b"7\n9\n"])
+def test_line_over_the_limit_is_refused_however_it_arrives(character: bytes, end: bytes, step: int) -> None:
+    class Pipe(io.BytesIO):
+        def read1(self, size: int | None = -1) -> bytes:
+            return super().read1(step)
+
+    pipe = Pipe(b"1\n\n2\n" + character * 70_000 + end)
+    blocks, values = command._text_integers(pipe), []
+    with pytest.raises(command.BadInput, match="^line 4 is longer than 65536 bytes: '"):
+        for block in blocks:
+            values += block
+    assert values == [1, 2]
+
+
+@pytest.mark.parametrize(("start", "flag"), [(b"7" * 40, ""), (bytes(40), "--binary"), (b"x", "")])
+def test_input_without_newlines_ends_send_at_once_in_flat_memory(tmp_path: Path, start: bytes, flag: str) -> None:
+    """The input has no end, and the server does not run."""
+    url = f"ws://localhost:{free_port()}/v1.0/ingest"
+    send = [sys.executable, "-c", MEASURED_SEND, "send", "--url", url]
+    with subprocess.Popen(
+        send, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as done:
+        assert done.stdin and done.stderr and done.stdout
+        written = 0
+        with pytest.raises(BrokenPipeError):
+            while written < 300_000_000:
+                written += os.write(done.stdin.fileno(), start.ljust(65536, start[:1]))
+        error, grown, seconds = done.stderr.read().decode(), *map(float, done.stdout.read().split())
+    assert done.returncode == 2 and error.count("\n") == 1
+    assert error.startswith("ringoexp send: error: stdin: line 1 is longer than 65536 bytes: ")
+    assert ("--binary" in error) == bool(flag)
+    assert written < 2_000_000 and grown < 10e6 and seconds < 1
+
+
+MEASURED_SEND = """
+import resource, sys, time
+import ringoexp
+from ringolib.client import send
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+status = ringoexp.main()
+grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(grown, time.monotonic() - started)
+sys.exit(status)
+"""
+"""A script that sends, and prints how many bytes its memory has grown, and the seconds that it took."""
+
+
+@pytest.mark.slow
+def test_large_input_is_sent_in_flat_memory(tmp_path: Path) -> None:
+    """50 MB of input are 10,000 integers with many leading zeros."""
+    line = b"%05000d\n" % 7
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        send = [sys.executable, "-c", MEASURED_SEND, "send", "--url", running.url]
+        done = subprocess.run(send, cwd=ROOT, input=line * 10_000, capture_output=True, timeout=DEADLINE)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert running.stats()["recordsStored"] == 10_000
+    assert float(done.stdout.split()[0]) < 20e6
+
+
+def test_send_without_memory_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_memory(*unused: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(command, "_read", no_memory)
+    (tmp_path / "numbers").write_text("1")
+    errors: list[str] = []
+    monkeypatch.setattr(command, "print_line", lambda line, error=False: errors.append(line))
+    assert command.main([str(tmp_path / "numbers")]) == 1
+    assert errors == ["ringoexp send: error: not enough memory (ulimit -v limits it)"]
 
 
 @pytest.mark.slow
@@ -281,20 +362,37 @@ def test_killed_sender_resumes_with_its_source(tmp_path: Path) -> None:
     assert in_order(tmp_path / "ringoexp.db", source) == list(range(60_000))
 
 
-def test_ctrl_c_ends_send_with_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_ends_send_with_a_line_that_tells_how_to_resume(tmp_path: Path, number: signal.Signals) -> None:
+    source = uuid.uuid4()
     url = f"ws://localhost:{free_port()}/v1.0/ingest"
-    command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", url]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+    command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", url, "--source", str(source), "--first", "5"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdin and running.stderr
+        running.stdin.write("1\n2\n")
+        running.stdin.flush()
+        assert "trying again" in running.stderr.readline(), "the lines are read"
+        running.send_signal(number)
+        errors = running.stderr.read()
+    assert running.returncode == 128 + number
+    cause = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    expected = f"0 of 2 acked; send all of it again with --source {source} --first 5"
+    assert errors == f"ringoexp send: error: {cause}\nringoexp send: {expected}\n"
+
+
+def test_hangup_that_nohup_ignores_does_not_end_send(shared: ServerProcess, tmp_path: Path) -> None:
+    source = uuid.uuid4()
+    command = ["nohup", sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", shared.url, "--source", str(source)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=tmp_path) as running:
+        assert running.stdin
         running.stdin.write(b"1\n2\n")
         running.stdin.flush()
-        # Send the signal once it has read the lines and waits for more.
-        eventually(lambda: "pipe_read" in Path(f"/proc/{running.pid}/wchan").read_text() or is_sleeping(running.pid))
-        eventually(lambda: len(os.listdir(f"/proc/{running.pid}/task")) > 1)
-        running.send_signal(signal.SIGINT)
-        errors = running.stderr.read().decode()
-    assert running.returncode == 130 and "Traceback" not in errors
-    assert "interrupted" in errors
+        eventually(lambda: in_order(shared.database, source) == [1, 2])
+        running.send_signal(signal.SIGHUP)
+        running.stdin.write(b"3\n")
+        running.stdin.close()
+        assert running.wait(DEADLINE) == 0
+    assert in_order(shared.database, source) == [1, 2, 3]
 
 
 def test_ctrl_c_before_the_first_record_is_one_line(
@@ -308,11 +406,6 @@ def test_ctrl_c_before_the_first_record_is_one_line(
     with sys.stdin:
         assert command.main([]) == 130
     assert capsys.readouterr().err == "ringoexp send: error: interrupted\n"
-
-
-def is_sleeping(pid: int) -> bool:
-    """True if the main thread of a process sleeps in the kernel."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
 def test_partial_acks_and_lost_links_keep_exactly_once() -> None:
