@@ -20,7 +20,6 @@ if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "ringoexp":  # the
             signal.signal(signal_number, lambda number, frame: os._exit(128 + number))
 
 import logging
-import resource
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -37,7 +36,7 @@ except ModuleNotFoundError as missing:
         "or use ringoexp.pyz"
     )
 
-from ringolib import __version__, app
+from ringolib import __version__, app, open_files
 from ringolib.client import send
 from ringolib.client.output import print_line
 from ringolib.options import Settings, read_arguments
@@ -80,7 +79,9 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
     """Run a server until it is stopped by a signal, and return the exit status. Raises what `App` raises."""
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     _use_one_malloc_arena()
-    _raise_descriptor_limit((settings.connections or MANY_CONNECTIONS) + settings.threads + OTHER_DESCRIPTORS)
+    open_files.raise_limit((settings.connections or MANY_CONNECTIONS) + settings.threads + OTHER_DESCRIPTORS)
+    if shortage := open_files.shortage():
+        raise app.StartupError(shortage)
     if settings.procs:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.procs])
     # A socket, not an Event: an Event that is set in a signal handler can deadlock with the wait of the main thread.
@@ -165,23 +166,6 @@ def _force_exit(received: socket.socket) -> None:
         os._exit(EXIT_UNSTORED)
     except OSError:
         pass  # the socket is closed: the server has stopped
-
-
-def _raise_descriptor_limit(wanted: int) -> None:
-    """Raise the soft limit of open files to `wanted`, as far as the hard limit allows.
-
-    The usual soft limit, 1,024, is less than many clients need. It is low for programs that use select(2), which this
-    program does not.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft == resource.RLIM_INFINITY or wanted <= soft:
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (OSError, ValueError):
-        pass  # the system has a lower limit: keep the old one
 
 
 def _use_one_malloc_arena() -> None:

@@ -56,6 +56,7 @@ def test_connection_without_a_thread_is_closed(tmp_path: Path) -> None:
         with socket.create_connection(("localhost", running.port), DEADLINE) as client:
             assert client.recv(1) == b"", "closed"
         eventually(lambda: re.search(NO_THREAD_EVENT, running.errors.read_text()))
+        assert "(ulimit -v limits memory)" in running.errors.read_text()
         resource.prlimit(pid, resource.RLIMIT_AS, before)
         assert request(running.port, "GET", "/v1.0/alive")[0] == 200
         assert running.stop() == 0
