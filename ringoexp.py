@@ -210,6 +210,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.debug("cannot_run", exc_info=True)
         print_line(f"ringoexp: error: {error}", error=True)
         return EXIT_FAILED
+    except MemoryError:
+        print_line("ringoexp: error: not enough memory (ulimit -v limits it)", error=True)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
