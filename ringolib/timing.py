@@ -90,7 +90,6 @@ def start(thread: threading.Thread) -> None:
     except RuntimeError as error:
         raise ThreadError(f"cannot start a thread: {error} ({_thread_limit()})") from error
     if not begun.is_set() and claim.acquire(blocking=False):
-        threading._limbo.pop(thread, None)  # type: ignore[attr-defined]  # else it counts as active for ever
         raise ThreadError(f"cannot start a thread: it has not begun after {START_TIMEOUT_SECONDS:g} s ({MEMORY_LIMIT})")
 
 
