@@ -11,6 +11,8 @@ with callers. Nothing is sent or received under the lock.
 
 A producer belongs to the process that made it. A child has no thread `producer` after a fork, and the child's copy of
 the lock may be locked for ever. So the child's calls fail before they take the lock.
+
+At the end of the program, `_close_all` closes the producers that are left open.
 """
 
 import atexit
@@ -18,14 +20,16 @@ import os
 import select
 import socket
 import ssl
+import sys
 import threading
 import uuid
 from array import array
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
 from time import monotonic
 
-from ringolib.client.output import print_line
 from ringolib.client.url import URL, parse_url
 from ringolib.net.addresses import Endpoint
 from ringolib.net.tls import client_context
@@ -49,6 +53,8 @@ EXIT_FLUSH_SECONDS = 5.0
 """How long the end of the program, or of a `with` block with an exception, waits for acks."""
 EXIT_CLOSE_SECONDS = 2.0
 """How long the end of the program then waits for the closing handshakes."""
+LAST_FINALIZER = -100
+"""A priority below those of Python's own finalizers: they run first."""
 PERMANENT_CLOSE_CODES = (1002, 1003, 1007, 1008, 1009)
 """Close codes after which the same records would be refused again (RFC 6455 section 7.4.1)."""
 PERMANENT_STATUSES = (400, 401, 403, 404, 405, 426)
@@ -126,6 +132,7 @@ class Producer:
             self._wakeup.close()
             raise
         _open_producers.add(self)
+        _close_with_multiprocessing(self._pid)
 
     @property
     def sent(self) -> int:
@@ -182,15 +189,18 @@ class Producer:
                 self._check_usable()
                 raise TimeoutError(f"{self._next - self._acked} records are not acked")
 
-    def close(self, report: bool = True) -> None:
+    def close(self, timeout: float | None = None, report: bool = True) -> None:
         """Close the connection. Records that are not acked by then may or may not be stored. Idempotent.
 
-        If records are not acked, a line on stderr says how to resume, unless `report` is false. In a process that did
-        not make the producer, this does nothing: the connection is still the other process's.
+        Waits for the closing handshake, for `timeout` seconds at most. If records are not acked, a line on stderr says
+        how to resume, unless `report` is false. In a process that did not make the producer, this does nothing: the
+        connection is still the other process's.
         """
-        if self._pid == os.getpid():
-            self._begin_close()
-            self._end_close(None, report)
+        if self._pid != os.getpid():
+            return
+        self._begin_close()
+        self._thread.join(timeout)
+        self._end_close(report)
 
     def __enter__(self) -> "Producer":
         return self
@@ -202,7 +212,7 @@ class Producer:
             else:
                 self._try_to_flush(EXIT_FLUSH_SECONDS)
         finally:
-            self.close()
+            self.close(None if kind is None else EXIT_CLOSE_SECONDS)
 
     def _try_to_flush(self, seconds: float) -> None:
         """Wait until all records are acked, for `seconds` at most, or until the producer fails."""
@@ -219,16 +229,17 @@ class Producer:
             self._progress.notify_all()
             self._wake_thread()
 
-    def _end_close(self, timeout: float | None, report: bool) -> None:
-        """Wait until the thread has ended, for `timeout` seconds at most, and report the records that are not acked."""
-        self._thread.join(timeout)
-        if not self._thread.is_alive():
-            self._wakeup_reader.close()
-            self._wakeup.close()
-        if self in _open_producers:
-            _open_producers.discard(self)
-            if report and self._acked < self._next:
-                print_line(self._resumption(), error=True)
+    def _end_close(self, report: bool) -> None:
+        """Report the records that are not acked, once."""
+        try:
+            _open_producers.remove(self)
+        except KeyError:
+            return
+        if report and self._acked < self._next and sys.stderr:
+            try:
+                print(self._resumption(), file=sys.stderr, flush=True)
+            except Exception:
+                pass  # stderr belongs to the program, and may be any object: `close` does not fail because of it
 
     def _resumption(self) -> str:
         """Return how many records are not acked, why, and how to resume."""
@@ -268,8 +279,14 @@ class Producer:
         """Send records until `close`, a permanent refusal, or an unexpected error."""
         try:
             self._run_attempts()
-        except BaseException as error:  # a bug, or no memory: callers that wait must see it
+        except MemoryError:
+            self._fail("not enough memory (ulimit -v limits it)")
+        except BaseException as error:  # a bug: callers that wait must see it
             self._fail(f"{self.url}: {type(error).__name__}: {error}")
+        finally:
+            with self._lock:
+                self._wakeup_reader.close()
+                self._wakeup.close()
 
     def _run_attempts(self) -> None:
         """Connect when there are records to send, serve the connection until it is lost, and pause between attempts."""
@@ -409,21 +426,46 @@ class Producer:
 
 
 _open_producers: set[Producer] = set()
-"""Producers that are not closed. `add` and `discard` are atomic."""
+"""Producers that are not closed. `add` and `remove` are atomic."""
 
 
 @atexit.register
 def _close_all() -> None:
-    """Close the producers that the program leaves open. They share the time for acks, and the time for the closing."""
+    """Close the producers that the program leaves open. They share the time for acks, and the time for the closing.
+
+    Ctrl-C, or a signal handler that raises, ends a wait, but the records that are not acked are reported all the same.
+    """
     producers = [producer for producer in _open_producers if producer._pid == os.getpid()]
-    deadline = deadline_after(EXIT_FLUSH_SECONDS)
-    try:
+    with suppress(BaseException):
+        deadline = deadline_after(EXIT_FLUSH_SECONDS)
         for producer in producers:
             producer._try_to_flush(remaining(deadline))
-    except KeyboardInterrupt:
-        pass  # the user does not want to wait
     for producer in producers:
         producer._begin_close()
-    deadline = deadline_after(EXIT_CLOSE_SECONDS)
+    with suppress(BaseException):
+        deadline = deadline_after(EXIT_CLOSE_SECONDS)
+        for producer in producers:
+            producer._thread.join(remaining(deadline))
     for producer in producers:
-        producer._end_close(remaining(deadline), report=True)
+        producer._end_close(report=True)
+
+
+@cache
+def _close_with_multiprocessing(pid: int) -> None:
+    """Have the producers of this process closed at its end if `multiprocessing` forked it.
+
+    Such a child ends without the functions that its parent registered with `atexit`. It runs the finalizers of
+    `multiprocessing`, but before it waits for its threads, which may still send.
+    """
+    process = sys.modules.get("multiprocessing.process")
+    if process and process.parent_process():
+        from multiprocessing.util import Finalize
+
+        Finalize(None, _close_all_after_threads, exitpriority=LAST_FINALIZER)
+
+
+def _close_all_after_threads() -> None:
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    _close_all()

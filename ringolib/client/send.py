@@ -7,6 +7,7 @@ stderr.
 import argparse
 import errno
 import json
+import select
 import signal
 import sys
 import threading
@@ -18,7 +19,7 @@ from time import monotonic
 from typing import Any, BinaryIO, NoReturn
 
 from ringolib.client.output import print_line
-from ringolib.client.producer import Producer, ProducerError
+from ringolib.client.producer import EXIT_CLOSE_SECONDS, Producer, ProducerError
 from ringolib.client.url import URL
 from ringolib.net.credentials import CredentialError, read_token
 from ringolib.net.tls import CredentialFileError, client_context
@@ -75,8 +76,12 @@ def _text_integers(source: BinaryIO) -> Iterator["array[int]"]:
 
 
 def _read(source: BinaryIO) -> bytes:
-    """Return the bytes that have arrived, READ_BYTES at most; b"" at the end."""
-    return source.read1(READ_BYTES) if hasattr(source, "read1") else source.read(READ_BYTES)
+    """Return the bytes that have arrived, READ_BYTES at most; b"" at the end. Waits until there are any."""
+    while (data := source.read(READ_BYTES)) is None:  # stdin shares a pipe that another program made non-blocking
+        readable = select.poll()
+        readable.register(source, select.POLLIN)
+        readable.poll()
+    return data
 
 
 def _integers_line_by_line(lines: list[bytes], number: int) -> Iterator["array[int]"]:
@@ -114,8 +119,8 @@ def _bad_line(line: bytes, number: int) -> BadInput:
 class _Signals:
     """Makes SIGTERM and SIGHUP raise KeyboardInterrupt in the `with` block, as Ctrl-C does, with the signal's number.
 
-    The signals after the first one are ignored while `ignored` is true, so that the command can print how to resume. A
-    signal that was ignored before, for example by nohup, stays ignored.
+    Later signals are ignored, so that the command can print how to resume. A signal that was ignored before, for
+    example by nohup, stays ignored.
     """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -260,7 +265,7 @@ def main(argv: list[str]) -> int:
             if arguments.key and not arguments.cert:
                 parser.error(f"argument --key: {arguments.key!r} requires --cert")
             return _run(parser, arguments, signals)
-        except KeyboardInterrupt as interrupt:  # before the first record, or during the end
+        except KeyboardInterrupt as interrupt:  # before the first record
             status, text = _describe_signal(interrupt)
             _print_error(text)
             return status
@@ -286,21 +291,21 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, signals
         except OSError as error:
             _print_error(f"cannot open a socket: {error}")
             return EXIT_FAILED
-        stack.callback(producer.close, report=False)
+        stack.callback(producer.close, EXIT_CLOSE_SECONDS, report=False)
         blocks = _binary_integers(source) if arguments.binary else _text_integers(source)
         status, error_text = _transfer(producer, blocks, name)
+        signals.ignored = True  # the result is printed once, and the closing does not take long
         _print_result(producer, arguments, error_text, started)
-        signals.ignored = False
     return status
 
 
 def _open_input(file: str, stack: ExitStack) -> BinaryIO:
-    """Return stdin for `-`, or else the open file, which `stack` closes. Raises OSError."""
+    """Return stdin for `-`, or else the open file, which `stack` closes. Both are without a buffer. Raises OSError."""
     if file != "-":
-        return stack.enter_context(open(file, "rb"))
+        return stack.enter_context(open(file, "rb", buffering=0))
     if sys.stdin is None:
         raise OSError(errno.EBADF, "it is closed")
-    return sys.stdin.buffer
+    return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
 
 
 def _make_producer(arguments: argparse.Namespace) -> Producer:

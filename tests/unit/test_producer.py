@@ -137,8 +137,8 @@ def test_leading_zeros_do_not_count(given: str) -> None:
 @pytest.mark.parametrize("end", [b"", b"7\n9\n"])
 def test_line_over_the_limit_is_refused_however_it_arrives(character: bytes, end: bytes, step: int) -> None:
     class Pipe(io.BytesIO):
-        def read1(self, size: int | None = -1) -> bytes:
-            return super().read1(step)
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(step)
 
     pipe = Pipe(b"1\n\n2\n" + character * 70_000 + end)
     blocks, values = command._text_integers(pipe), []
@@ -172,13 +172,13 @@ MEASURED_SEND = """
 import resource, sys, time
 import ringoexp
 from ringolib.client import send
-before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 status = ringoexp.main()
 grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-print(grown, time.monotonic() - started)
+print(grown, time.process_time() - started)
 sys.exit(status)
 """
-"""A script that sends, and prints how many bytes its memory has grown, and the seconds that it took."""
+"""A script that sends, and prints how many bytes its memory has grown, and the seconds of CPU time that it took."""
 
 
 @pytest.mark.slow
@@ -191,6 +191,21 @@ def test_large_input_is_sent_in_flat_memory(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr) == (0, b"")
         assert running.stats()["recordsStored"] == 10_000
     assert float(done.stdout.split()[0]) < 20e6
+
+
+@pytest.mark.parametrize("flags", [[], ["--binary"]])
+def test_stdin_that_does_not_block_is_read_to_its_end(shared: ServerProcess, flags: list[str]) -> None:
+    """Another program that shares the pipe may have made it non-blocking. No input yet is not the end."""
+    source, (read_end, write_end) = uuid.uuid4(), os.pipe()
+    os.set_blocking(read_end, False)
+    command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", shared.url, "--source", str(source), *flags]
+    with subprocess.Popen(command, stdin=read_end, stderr=subprocess.PIPE) as running, open(write_end, "wb", 0) as pipe:
+        os.close(read_end)
+        for count in (1, 2, 3):
+            pipe.write(bytes(8) if flags else b"0\n")
+            eventually(lambda count=count: len(in_order(shared.database, source)) == count)
+        pipe.close()
+        assert running.wait(DEADLINE) == 0
 
 
 def test_send_without_memory_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -378,6 +393,26 @@ def test_signal_ends_send_with_a_line_that_tells_how_to_resume(tmp_path: Path, n
     cause = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
     expected = f"0 of 2 acked; send all of it again with --source {source} --first 5"
     assert errors == f"ringoexp send: error: {cause}\nringoexp send: {expected}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_adds_nothing_to_what_send_prints(tmp_path: Path, number: signal.Signals) -> None:
+    """The server hangs, and the closing of the connection takes a moment."""
+    with socket.create_server(("localhost", 0)) as hung:
+        url = f"ws://localhost:{hung.getsockname()[1]}/v1.0/ingest"
+        command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", url]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+            assert running.stdin and running.stderr
+            running.stdin.write("1\n2\n")
+            running.stdin.flush()
+            connection, _ = hung.accept()  # the lines are read
+            with connection:
+                running.send_signal(number)
+                errors = [running.stderr.readline(), running.stderr.readline()]
+                running.send_signal(number)
+                errors += running.stderr.readlines()
+    assert running.returncode == 128 + number
+    assert len(errors) == 2 and "0 of 2 acked; send all of it again" in errors[1]
 
 
 def test_hangup_that_nohup_ignores_does_not_end_send(shared: ServerProcess, tmp_path: Path) -> None:
@@ -842,3 +877,109 @@ def test_closed_producer_with_all_acks_reports_nothing(
         sender.send([1])
     assert capsys.readouterr() == ("", "")
     assert not producer._open_producers
+
+
+STDERRS = {
+    "without an encoding": "type('Tee', (), {'write': lambda self, text: sys.__stderr__.write(text)})()",
+    "closed": "open(os.devnull, 'w'); sys.stderr.close()",
+    "full": "open('/dev/full', 'w')",
+    "missing": "None",
+}
+
+
+@pytest.mark.parametrize("stderr", STDERRS)
+def test_report_leaves_the_stderr_of_the_program_as_it_is(stderr: str) -> None:
+    script = f"""
+sender = Producer("ws://localhost:{free_port()}")
+sender.send([1])
+sys.stderr = {STDERRS[stderr]}
+sender.close()
+if "full" in repr(sys.stderr):
+    print(os.readlink(f"/proc/self/fd/{{sys.stderr.fileno()}}"))
+"""
+    done = run_script(script)
+    assert done.returncode in (0, 120)  # 120: Python cannot flush the full stderr
+    assert ("1 of 1 records are not acked" in done.stderr) == (stderr == "without an encoding")
+    assert done.stdout == ("/dev/full\n" if stderr == "full" else "")
+
+
+@pytest.mark.parametrize("interrupts", [1, 2])
+def test_ctrl_c_at_the_end_shortens_the_wait_and_not_the_report(interrupts: int) -> None:
+    """The first ends the wait for acks, the second the wait for the closing of the connection."""
+    with socket.create_server(("localhost", 0)) as hung:
+        script = f"""
+import signal
+producer.EXIT_CLOSE_SECONDS = 10
+signals = iter([signal.SIGINT] * {interrupts})
+wait_until, join = producer.wait_until, threading.Thread.join
+def wait_and_interrupt(*arguments):
+    if threading.current_thread() is threading.main_thread():
+        signal.raise_signal(next(signals))
+    return wait_until(*arguments)
+def join_and_interrupt(thread, timeout=None):
+    if thread.name == "producer":
+        for number in signals:
+            signal.raise_signal(number)
+        timeout = 0.01
+    join(thread, timeout)
+producer.wait_until, threading.Thread.join = wait_and_interrupt, join_and_interrupt
+sender = Producer("ws://localhost:{hung.getsockname()[1]}")
+sender.send([1])
+"""
+        done = run_script(f"import threading{script}")
+    (line,) = done.stderr.splitlines()
+    assert "1 of 1 records are not acked" in line and done.returncode == 0
+
+
+def test_block_with_an_exception_does_not_wait_for_a_hung_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producer, "EXIT_CLOSE_SECONDS", 0.1)
+    with socket.create_server(("localhost", 0)) as hung:
+        with pytest.raises(KeyError), Producer(f"ws://localhost:{hung.getsockname()[1]}") as sender:
+            sender.send([1])
+            raise KeyError
+        assert sender._thread.is_alive(), "it still waits for the server, and ends by itself"
+    eventually(lambda: not sender._thread.is_alive())
+    assert sender._wakeup.fileno() == sender._wakeup_reader.fileno() == -1
+
+
+def test_producer_without_memory_fails_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(sender: Producer) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Producer, "_attempt", no_memory)
+    with pytest.raises(ProducerError, match=r"^not enough memory \(ulimit -v limits it\)$"):
+        with Producer() as sender:
+            sender.send([1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_child_of_multiprocessing_stores_its_records_at_its_end(
+    shared: ServerProcess, tmp_path: Path, method: str
+) -> None:
+    """It does not flush, and its last records come from a thread that outlives its main function."""
+    source = uuid.uuid4()
+    script = f"""
+import multiprocessing, threading, time, uuid
+from ringoexp import Producer
+
+def work():
+    sender = Producer({shared.url!r}, uuid.UUID({str(source)!r}))
+    sender.send([1, 2])
+    def send_later():
+        threading.main_thread().join(0.1)
+        sender.send([3])
+    threading.Thread(target=send_later).start()
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context({method!r}).Process(target=work)
+    child.start()
+    child.join()
+    print(child.exitcode)
+"""
+    (tmp_path / "parent.py").write_text(script)
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "parent.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+    assert in_order(shared.database, source) == [1, 2, 3]
