@@ -54,7 +54,7 @@ EXIT_FLUSH_SECONDS = 5.0
 EXIT_CLOSE_SECONDS = 2.0
 """How long the end of the program then waits for the closing handshakes."""
 LAST_FINALIZER = -100
-"""A priority below those of Python's own finalizers: they run first."""
+"""A priority below all of Python's own finalizers, so that they run first."""
 PERMANENT_CLOSE_CODES = (1002, 1003, 1007, 1008, 1009)
 """Close codes after which the same records would be refused again (RFC 6455 section 7.4.1)."""
 PERMANENT_STATUSES = (400, 401, 403, 404, 405, 426)
@@ -433,7 +433,7 @@ _open_producers: set[Producer] = set()
 def _close_all() -> None:
     """Close the producers that the program leaves open. They share the time for acks, and the time for the closing.
 
-    Ctrl-C, or a signal handler that raises, ends a wait, but the records that are not acked are reported all the same.
+    Ctrl-C, or a signal handler that raises, ends a wait. Afterwards, the records that are not acked are reported.
     """
     producers = [producer for producer in _open_producers if producer._pid == os.getpid()]
     with suppress(BaseException):
@@ -454,7 +454,7 @@ def _close_all() -> None:
 def _close_with_multiprocessing(pid: int) -> None:
     """Have the producers of this process closed at its end if `multiprocessing` forked it.
 
-    Such a child ends without the functions that its parent registered with `atexit`. It runs the finalizers of
+    The child does not run the functions that its parent registered with `atexit`. It runs the finalizers of
     `multiprocessing`, but before it waits for its threads, which may still send.
     """
     process = sys.modules.get("multiprocessing.process")
