@@ -34,6 +34,8 @@ MAX_LINE = 64 * 1024
 MAX_DIGITS = 19
 """Digits of a 64-bit integer, without leading zeros."""
 PROGRESS_SECONDS = 0.5
+WAIT_MILLISECONDS = 500
+"""How long a wait for input may delay a signal."""
 
 
 class BadInput(Exception):
@@ -76,11 +78,15 @@ def _text_integers(source: BinaryIO) -> Iterator["array[int]"]:
 
 
 def _read(source: BinaryIO) -> bytes:
-    """Return the bytes that have arrived, READ_BYTES at most; b"" at the end. Waits until there are any."""
-    while (data := source.read(READ_BYTES)) is None:  # stdin shares a pipe that another program made non-blocking
-        readable = select.poll()
-        readable.register(source, select.POLLIN)
-        readable.poll()
+    """Return the bytes that have arrived, READ_BYTES at most; b"" at the end. Waits until there are any.
+
+    A signal that arrives just before a system call does not interrupt it. So no call waits for long. If another program
+    has made a shared stdin non-blocking, `read` may return None.
+    """
+    arrived = select.poll()
+    arrived.register(source, select.POLLIN)
+    while not arrived.poll(WAIT_MILLISECONDS) or (data := source.read(READ_BYTES)) is None:
+        pass
     return data
 
 

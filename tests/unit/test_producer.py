@@ -126,7 +126,8 @@ def test_bad_line_is_named_and_lines_before_it_are_stored(shared: ServerProcess,
 
 
 @pytest.mark.parametrize("given", ["%05000d" % 7, "+%060000d" % 7, "-%05000d" % 7, "%05000d" % 0])
-def test_leading_zeros_do_not_count(given: str) -> None:
+def test_leading_zeros_do_not_count(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_read", lambda source: source.read(command.READ_BYTES))
     given = f"1\n{given}\r\n {given} \n2"
     values = [value for block in command._text_integers(io.BytesIO(given.encode())) for value in block]
     assert values == [int(line.replace("0" * 4000, "")) for line in given.split("\n")]
@@ -135,12 +136,11 @@ def test_leading_zeros_do_not_count(given: str) -> None:
 @pytest.mark.parametrize("step", [1, 1000, command.READ_BYTES])
 @pytest.mark.parametrize("character", [b"x", b"7", b"0", b" "])
 @pytest.mark.parametrize("end", [b"", b"7\n9\n"])
-def test_line_over_the_limit_is_refused_however_it_arrives(character: bytes, end: bytes, step: int) -> None:
-    class Pipe(io.BytesIO):
-        def read(self, size: int | None = -1) -> bytes:
-            return super().read(step)
-
-    pipe = Pipe(b"1\n\n2\n" + character * 70_000 + end)
+def test_line_over_the_limit_is_refused_however_it_arrives(
+    character: bytes, end: bytes, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_read", lambda source: source.read(step))
+    pipe = io.BytesIO(b"1\n\n2\n" + character * 70_000 + end)
     blocks, values = command._text_integers(pipe), []
     with pytest.raises(command.BadInput, match="^line 4 is longer than 65536 bytes: '"):
         for block in blocks:
@@ -602,9 +602,17 @@ def test_unexpected_error_reaches_flush(monkeypatch: pytest.MonkeyPatch) -> None
     sender.close()
 
 
-@pytest.mark.parametrize("error", [MemoryError(), ZeroDivisionError("a bug"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (MemoryError(), r"^not enough memory \(ulimit -v limits it\)$"),
+        (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
+    ids=repr,
+)
 def test_message_broken_off_by_an_error_is_followed_by_nothing(
-    error: BaseException, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection is closed, and callers get the error. Another producer resumes."""
     seen: dict[int, int] = {}
@@ -625,9 +633,9 @@ def test_message_broken_off_by_an_error_is_followed_by_nothing(
         break_connections(monkeypatch, producer, error)
         sender = Producer(url, source)
         sender.send(range(1000))
-        with pytest.raises(ProducerError, match=type(error).__name__):
+        with pytest.raises(ProducerError, match=text):
             sender.flush(DEADLINE)
-        with pytest.raises(ProducerError, match=type(error).__name__):
+        with pytest.raises(ProducerError, match=text):
             sender.send(range(1000, 2000))
         sender.close()
         assert not seen and sender.acked == 0
@@ -940,16 +948,6 @@ def test_block_with_an_exception_does_not_wait_for_a_hung_server(monkeypatch: py
         assert sender._thread.is_alive(), "it still waits for the server, and ends by itself"
     eventually(lambda: not sender._thread.is_alive())
     assert sender._wakeup.fileno() == sender._wakeup_reader.fileno() == -1
-
-
-def test_producer_without_memory_fails_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(sender: Producer) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(Producer, "_attempt", no_memory)
-    with pytest.raises(ProducerError, match=r"^not enough memory \(ulimit -v limits it\)$"):
-        with Producer() as sender:
-            sender.send([1])
 
 
 @pytest.mark.slow
