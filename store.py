@@ -188,7 +188,7 @@ class Store(GroupCommit):
         """
         if self._committed_within(SUCCESS_VALID_SECONDS):
             return
-        error = None
+        error = failing_since = None
         with self._exclusive():
             try:
                 with self._transaction():
@@ -200,7 +200,9 @@ class Store(GroupCommit):
                 if conclusive:
                     self._error = str(error) if error else None
             if conclusive:
-                self._log_outcome(error)
+                failing_since = self._note_outcome(error)
+        if failing_since is not None:
+            self._log_outcome(error, failing_since)
         if error:
             raise error
 
@@ -210,7 +212,7 @@ class Store(GroupCommit):
             try:
                 self._check_in_place()
             except StoreError as error:
-                self._log_outcome(error)
+                self._log_outcome(error, self._note_outcome(error))
                 if isinstance(error, NoRoom | WalCut):
                     self._file.keep_wal()
             self._wal.close()

@@ -17,7 +17,7 @@ LAYERS = (
     ("ringolib.web",),
     ("ringolib.status",),
     ("wsserver",),
-    ("ringolib.app",),
+    ("ringolib.open_files", "ringolib.app"),
     ("ringoexp",),
 )
 """Each layer may import the layers above it in this table, and its own modules; never a layer below it."""
