@@ -43,15 +43,13 @@ _can_send = False
 try:
     from ringolib import __version__
     from ringolib.client import send
-    from ringolib.client.send import print_line
+    from ringolib.client.output import print_line
     from ringolib.options import Settings, read_arguments
     from ringolib.timing import ThreadError, deadline_after, remaining, start_thread
 
     _can_send = True
     # The rest is for servers: `ringoexp send` works without it, for example in a Python without SQLite.
-    import resource
-
-    from ringolib import app
+    from ringolib import app, open_files
     from ringolib.status import logs, systemd
     from ringolib.storage.interface import StoreError
 except ImportError as error:
@@ -98,7 +96,9 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
     """Run a server until it is stopped by a signal, and return the exit status. Raises what `App` raises."""
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     _use_one_malloc_arena()
-    _raise_descriptor_limit((settings.connections or MANY_CONNECTIONS) + settings.threads + OTHER_DESCRIPTORS)
+    open_files.raise_limit((settings.connections or MANY_CONNECTIONS) + settings.threads + OTHER_DESCRIPTORS)
+    if shortage := open_files.shortage():
+        raise app.StartupError(shortage)
     if settings.procs:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.procs])
     # A socket, not an Event: an Event that is set in a signal handler can deadlock with the wait of the main thread.
@@ -191,23 +191,6 @@ def _force_exit(received: socket.socket) -> None:
         pass  # the socket is closed: the server has stopped
 
 
-def _raise_descriptor_limit(wanted: int) -> None:
-    """Raise the soft limit of open files to `wanted`, as far as the hard limit allows.
-
-    The usual soft limit, 1,024, is less than many clients need. It is low for programs that use select(2), which this
-    program does not.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft == resource.RLIM_INFINITY or wanted <= soft:
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (OSError, ValueError):
-        pass  # the system has a lower limit: keep the old one
-
-
 def _use_one_malloc_arena() -> None:
     """Make all threads allocate from one arena, with glibc's mallopt(3).
 
@@ -254,6 +237,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (app.StartupError, StoreError) as error:
         log.debug("cannot_run", exc_info=True)
         print_line(f"ringoexp: error: {error}", error=True)
+        return EXIT_FAILED
+    except MemoryError:
+        print_line("ringoexp: error: not enough memory (ulimit -v limits it)", error=True)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -1,8 +1,8 @@
 """The SQLite store: WAL mode, group commit, and each (source, sequence) at most once.
 
 One connection does all writes and checkpoints: SQLite before 3.51.3 can corrupt a database if two connections reset
-the WAL at the same time (https://www.sqlite.org/wal.html#walresetbug). An advisory lock on `PATH-lock` keeps a second
-server off the file. Readers, for example the `sqlite3` shell, need no lock. They delay a commit by at most
+the WAL at the same time (https://www.sqlite.org/wal.html#walresetbug). `storage.database_file` keeps a second server
+off the file. Readers, for example the `sqlite3` shell, need no lock. They delay a commit by at most
 READER_WAIT_MS, once for every LARGE_WAL_BYTES of WAL.
 
 Any thread may call any method. `storage.group_commit` gives turns: only the thread that holds the turn uses the
@@ -24,6 +24,8 @@ from contextlib import ExitStack, closing, contextmanager
 from time import monotonic
 from typing import NamedTuple
 
+from ringolib.storage import wal
+from ringolib.storage.database_file import DatabaseFile
 from ringolib.storage.group_commit import CommitResult, GroupCommit, PendingBlock
 from ringolib.storage.interface import Sizes, StoreError
 from ringolib.storage.oldest import (
@@ -34,18 +36,15 @@ from ringolib.storage.oldest import (
     delete_oldest,
     read_oldest,
 )
+from ringolib.storage.remedies import NoRoom, explain, store_errors
 from ringolib.storage.sqlite_file import (
     APPLICATION_ID,
-    BUSY_TIMEOUT_MS,
     SCHEMA_VERSION,
-    check_file,
     connect,
     count_records,
-    explain,
-    lock_file,
     read_identity,
-    store_errors,
 )
+from ringolib.storage.wal import Wal, WalCut
 from ringolib.wire import Run
 
 log = logging.getLogger("ringoexp.store")
@@ -74,10 +73,6 @@ _FIND_SOURCES = {size: f"SELECT 1 FROM source WHERE uuid IN ({','.join('?' * siz
 _INSERT_SOURCES = {
     size: "INSERT OR ROLLBACK INTO source(uuid) VALUES " + ",".join(["(?)"] * size) for size in _FIND_SOURCES
 }
-LARGE_WAL_BYTES = 64 * 1024 * 1024
-"""A WAL of this size is emptied. A file without records is shrunk if it has as much free space."""
-READER_WAIT_MS = 100
-"""How long a commit waits for readers that keep a large WAL from being emptied: once for every LARGE_WAL_BYTES."""
 SUCCESS_VALID_SECONDS = 1.0
 """A commit of records that succeeded this recently proves that the next one would: no check is needed."""
 FAILURE_VALID_SECONDS = 15.0
@@ -103,72 +98,6 @@ class _Source:
         self.end = end
 
 
-class _Wal:
-    """The write-ahead log of a database: empties it when it is large, and logs if a reader prevents that.
-
-    SQLite itself restarts the WAL only if a commit finds no reader, which may never happen:
-    https://www.sqlite.org/wal.html#avoiding_excessively_large_wal_files. Any thread may call `size`; everything else
-    belongs to the thread that holds the turn.
-    """
-
-    def __init__(self, db: sqlite3.Connection, path: str) -> None:
-        self.path = path
-        self._file = open(path, "rb", buffering=0)
-        self.limit = LARGE_WAL_BYTES  # the size at which the WAL is emptied the next time
-        self.committed_size = self.size()  # after the last commit
-        self._db = db
-        self._held_by_reader = False  # this is logged
-
-    def size(self) -> int:
-        """Return the size of the WAL file: commits that are not yet in the database file, and reusable space.
-
-        Not from `stat`: on Linux 6.13 and newer, the first write after a `stat` stores an exact time of change, and a
-        commit takes a third longer (https://docs.kernel.org/filesystems/multigrain-ts.html).
-        """
-        try:
-            return self._file.seek(0, os.SEEK_END)
-        except ValueError:  # it is closed
-            return 0
-
-    def is_in_place(self) -> bool:
-        """True if there is a file with the WAL's name."""
-        return os.access(self.path, os.F_OK)
-
-    def close(self) -> None:
-        """Close the descriptor. SQLite locks other files, so this takes no lock from it."""
-        self._file.close()
-
-    def empty_if_large(self) -> None:
-        """Empty a large WAL. If a reader still needs it, let it grow by LARGE_WAL_BYTES before the next attempt."""
-        size = self.committed_size
-        if self._held_by_reader and size <= LARGE_WAL_BYTES:
-            self.limit, self._held_by_reader = LARGE_WAL_BYTES, False
-            log.info("wal_cut", {"bytes": size})
-        if size < self.limit:
-            return
-        needed = self.empty()
-        self.limit = self.size() + LARGE_WAL_BYTES
-        if needed and not self._held_by_reader and size > LARGE_WAL_BYTES:
-            self._held_by_reader = True
-            reason = "a reader holds a transaction open: the WAL grows until it ends"
-            log.warning("wal_large", {"bytes": size, "reason": reason})
-
-    def empty(self) -> bool:
-        """Copy the WAL into the database file and truncate it. True if a reader still needs it after READER_WAIT_MS.
-
-        https://www.sqlite.org/pragma.html#pragma_wal_checkpoint
-        """
-        self._db.execute(f"PRAGMA busy_timeout = {READER_WAIT_MS}")
-        try:
-            (busy, _, _) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            return bool(busy)
-        except sqlite3.Error as error:  # no record is lost: the WAL still has them, and the commit reports the cause
-            log.debug("wal_not_cut", {"reason": str(error)})
-            return False
-        finally:
-            self._db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-
-
 class Store(GroupCommit):
     """A database file; it is created if it does not exist. Raises StoreError if it cannot be opened.
 
@@ -185,28 +114,24 @@ class Store(GroupCommit):
         # Used only by the thread that holds the turn.
         self._sources: dict[bytes, _Source] = {}
         self._ids: Ids | None = None  # None: to be read again
-        self._real_path = os.path.realpath(path)  # so that all symbolic links lead to the same lock file
         with ExitStack() as undo:
-            is_new_lock = not os.path.exists(f"{self._real_path}-lock")
-            self._lock_file = undo.enter_context(lock_file(self._real_path))
-            if is_new_lock:
-                undo.callback(os.unlink, self._lock_file.name)
-            check_file(path, self._real_path)
-            self._db = undo.enter_context(closing(connect(path, application_id, LARGE_WAL_BYTES)))
-            self._wal = undo.enter_context(closing(_Wal(self._db, f"{self._real_path}-wal")))
-            status = os.stat(self._real_path)
-            self._inode = status.st_dev, status.st_ino
-            with store_errors(path):
+            self._file = DatabaseFile(path)
+            undo.callback(self._file.discard)
+            self._db = undo.enter_context(closing(connect(self._file, application_id, wal.LARGE_WAL_BYTES)))
+            self._file.check_in_place()
+            self._wal = undo.enter_context(closing(Wal(self._db, self._file)))
+            with store_errors(self._file):
                 self.identity = read_identity(self._db)
                 self._held = count_records(self._db)
             undo.pop_all()
+        self._file.warn_of_file_system()
 
     def oldest(self, limit: int) -> OldestBatches | None:
         """Return the oldest batches that together have at most `limit` records, but at least one batch; None if empty.
 
         Raises StoreError if they cannot be read.
         """
-        with self._exclusive(), store_errors(self.path):
+        with self._exclusive(), store_errors(self._file):
             self._set_held(count_records(self._db))
             self._ids = None
             return read_oldest(self._db, limit)
@@ -216,8 +141,7 @@ class Store(GroupCommit):
 
         Raises StoreError if the deletion may not have happened.
         """
-        with self._exclusive(), store_errors(self.path):
-            self._wal.empty_if_large()
+        with self._exclusive(), store_errors(self._file):
             self._ids = None
             with self._transaction():
                 if not delete_oldest(self._db, oldest):
@@ -236,9 +160,8 @@ class Store(GroupCommit):
         deleted. Raises StoreError if the deletions may not have happened.
         """
         records, batches, more = 0, 0, False
-        with self._exclusive(), store_errors(self.path):
+        with self._exclusive(), store_errors(self._file):
             started = monotonic()
-            self._wal.empty_if_large()
             self._ids = None
             with self._transaction():
                 if seconds > 0:
@@ -253,8 +176,8 @@ class Store(GroupCommit):
     def sizes(self) -> Sizes:
         """Return the sizes of the files and the free space on their disk."""
         try:
-            disk = os.statvfs(os.path.dirname(self._real_path))
-            return Sizes(os.stat(self._real_path).st_size, self._wal.size(), disk.f_bavail * disk.f_frsize)
+            disk = os.statvfs(os.path.dirname(self._file.real_path))
+            return Sizes(os.stat(self._file.real_path).st_size, self._wal.size(), disk.f_bavail * disk.f_frsize)
         except OSError:
             return Sizes(0, self._wal.size(), None)
 
@@ -265,29 +188,36 @@ class Store(GroupCommit):
         """
         if self._committed_within(SUCCESS_VALID_SECONDS):
             return
-        error = None
+        error = failing_since = None
         with self._exclusive():
             try:
-                self._wal.empty_if_large()
                 with self._transaction():
                     self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             except BaseException as cause:
-                error = StoreError(explain(self.path, cause))
+                error = explain(self._file, cause)
             with self._lock:
                 conclusive = bool(error) or monotonic() - self._failed_at >= FAILURE_VALID_SECONDS
                 if conclusive:
                     self._error = str(error) if error else None
             if conclusive:
-                self._log_outcome(error)
+                failing_since = self._note_outcome(error)
+        if failing_since is not None:
+            self._log_outcome(error, failing_since)
         if error:
             raise error
 
     def close(self) -> None:
         """Wait for the running commit, then close the file. A second call does nothing."""
         if self._close():
+            try:
+                self._check_in_place()
+            except StoreError as error:
+                self._log_outcome(error, self._note_outcome(error))
+                if isinstance(error, NoRoom | WalCut):
+                    self._file.keep_wal()
             self._wal.close()
             self._db.close()
-            self._lock_file.close()
+            self._file.close()
 
     # Commits. The thread that holds the turn calls everything below.
 
@@ -297,7 +227,6 @@ class Store(GroupCommit):
         The last id and the number of records are kept in memory. They are read again after an error, because a commit
         may have happened although it reported one, and after records were deleted.
         """
-        self._wal.empty_if_large()
         arrived = sum(len(block.values) for block in group)
         now_ms = time.time_ns() // 1_000_000
         with self._transaction():
@@ -356,7 +285,7 @@ class Store(GroupCommit):
         self._sources.clear()  # the caches may be wrong, whether the commit happened or not
         self._ids = None
         self._wal.limit = 0  # empty the WAL before the next commit: it may be the WAL that fills the disk
-        return StoreError(explain(self.path, cause))
+        return explain(self._file, cause)
 
     def _slow_commit_details(self) -> dict[str, object]:
         return {"wal_bytes": self._wal.size()}
@@ -447,12 +376,14 @@ class Store(GroupCommit):
         """Commit the statements of the block, synced to disk, or roll them back. All writes go through here."""
         if self._db.in_transaction:  # even the rollback of the last transaction failed
             self._db.execute("ROLLBACK")
+        self._check_in_place()
+        self._wal.empty_if_large()
         # Not a deferred BEGIN: its upgrade to a write lock would ignore the busy timeout.
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
             self._db.execute("COMMIT")
-            self._check_in_place()
+            self._wal.on_commit()
         except BaseException:
             # SQLite rolls back by itself after some errors, for example a full disk:
             # https://www.sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction
@@ -464,19 +395,10 @@ class Store(GroupCommit):
             raise
 
     def _check_in_place(self) -> None:
-        """Raise StoreError if the file or its WAL was moved or removed: then the records of this commit are lost."""
-        try:
-            # By path: the status of an open file does not tell that the file was moved.
-            status = os.stat(self._real_path)
-            self._wal.committed_size = self._wal.size()
-            in_place = (status.st_dev, status.st_ino) == self._inode and self._wal.is_in_place()
-        except OSError:
-            in_place = False
-        if not in_place:
-            raise StoreError(
-                f"{self.path}: the file or its -wal file was removed or replaced while it was in use: "
-                "put it back, or stop this server before you replace it"
-            )
+        """Raise StoreError if the file or its WAL is not as the last commit left it."""
+        self._file.check_in_place()
+        self._wal.check_in_place()
+        self._file.check_room()
 
     def _shrink_empty_file(self) -> None:
         """Shrink the file if it has no records and much free space. Errors are logged: the deletion itself succeeded.
@@ -486,7 +408,7 @@ class Store(GroupCommit):
         try:
             (free_pages,) = self._db.execute("PRAGMA freelist_count").fetchone()
             (page_size,) = self._db.execute("PRAGMA page_size").fetchone()
-            if free_pages * page_size > LARGE_WAL_BYTES:
+            if free_pages * page_size > wal.LARGE_WAL_BYTES:
                 self._db.execute("VACUUM")
                 self._wal.empty()
         except sqlite3.Error as error:  # the next deletion that empties the file tries again

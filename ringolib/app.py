@@ -31,6 +31,7 @@ from ringolib.net.addresses import (
 )
 from ringolib.net.credentials import CredentialError, CredentialFiles, Credentials
 from ringolib.net.listeners import Listeners
+from ringolib.open_files import Shares, divide
 from ringolib.options import Role, Settings, find_conflict
 from ringolib.status.profiler import Profiler
 from ringolib.status.report import Report, Sources
@@ -85,9 +86,11 @@ class App:
         if conflict := find_conflict(settings, role):
             raise StartupError(conflict)
         stores = role is Role.STORES
+        self._shares = _divide_files(settings, stores)
         # Each part needs only parts that are built before it. If one fails, `undo` closes the others in reverse order.
         with ExitStack() as undo, _startup_errors():
-            self.server = _open_server(settings, listening, self.credentials, self.totals, undo)
+            limits = _limits(settings, self._shares)
+            self.server = _open_server(settings, listening, limits, self.credentials, self.totals, undo)
             self.profiler = _open_profiler(settings, self.credentials, undo) if settings.profiler_port else None
             self.store: Storage | None
             self.retention: Retention | None
@@ -122,8 +125,9 @@ class App:
         else:
             assert self.store
             destinations = [_store_destination(self.store)]
+        max_workers = self._shares.links or self.settings.max_workers
         max_records = self.settings.spool_max if self.spool else BATCH_RECORDS
-        forwarder = Forwarder(ring, destinations, self.settings.max_workers, max_records)
+        forwarder = Forwarder(ring, destinations, max_workers, max_records)
         undo.callback(forwarder.stop, JOIN_SECONDS)
         undo.callback(ring.abort)  # runs first: the workers end only if the ring is closed or aborted
         if self.consumers:
@@ -317,8 +321,36 @@ def _read_credentials(settings: Settings) -> Credentials:
         raise StartupError(str(error)) from error
 
 
+def _divide_files(settings: Settings, stores: bool) -> Shares:
+    """Return how many files connections and links may open, and log if that is less than the options ask for."""
+    links = 0 if stores else settings.max_workers
+    shares = divide(settings.connections, links)
+    if shares.connections < settings.connections or shares.links < links:
+        hint = "raise the limit of open files (ulimit -n), or lower -n and -W"
+        log.warning("few_files", {"connections": shares.connections, "workers": shares.links, "hint": hint})
+    return shares
+
+
+def _limits(settings: Settings, shares: Shares) -> Limits:
+    """Return the limits of connections: the options, or less if the system allows fewer open files."""
+    limited_by = "-n" if shares.connections == settings.connections else "ulimit -n"
+    return Limits(
+        shares.connections,
+        settings.per_address,
+        shares.refused,
+        settings.max_request_threads,
+        settings.unfinished * budget.MIB,
+        limited_by,
+    )
+
+
 def _open_server(
-    settings: Settings, listening: Sequence[Address], credentials: Credentials, totals: Totals, undo: ExitStack
+    settings: Settings,
+    listening: Sequence[Address],
+    limits: Limits,
+    credentials: Credentials,
+    totals: Totals,
+    undo: ExitStack,
 ) -> Server:
     """Return a server that listens, and accepts connections once it serves. Raises StartupError."""
     try:
@@ -333,8 +365,6 @@ def _open_server(
                 "-T, with the same port as -p"
             )
         raise StartupError(f"{error} ({hint})") from error
-    unfinished = settings.unfinished * budget.MIB
-    limits = Limits(settings.connections, settings.per_address, None, settings.max_request_threads, unfinished)
     server = Server(listeners, settings.name, limits, credentials, totals, _names(settings, settings.hostname))
     undo.callback(server.close)
     return server

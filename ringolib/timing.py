@@ -8,8 +8,10 @@ wall clock here, for people.
 import datetime
 import logging
 import math
+import mmap
 import os
 import random
+import resource
 import sys
 import threading
 from collections.abc import Callable
@@ -18,12 +20,19 @@ from typing import Any, NoReturn
 
 BACKOFF_FIRST_SECONDS = 0.1
 BACKOFF_MAX_SECONDS = 5.0
+START_TIMEOUT_SECONDS = 5.0
+"""How long a new thread may take to begin."""
+DEFAULT_STACK_BYTES = 2 * 1024 * 1024
+"""The size of a thread's stack if the system does not limit it (glibc, x86-64)."""
+THREAD_BYTES = 1024 * 1024
+"""Room in the address space that a thread needs besides its stack, at most."""
+MEMORY_LIMIT = "ulimit -v limits memory"
 EXIT_FATAL = 70
 """The exit status of `fatal`: EX_SOFTWARE of sysexits.h."""
 
 
 class ThreadError(RuntimeError):
-    """No thread could be started. The text names the system's limit."""
+    """No thread could be started. The text names the limit that has probably been reached."""
 
 
 def deadline_after(seconds: float | None) -> float:
@@ -54,12 +63,45 @@ def backoff(failures: int) -> float:
     return random.uniform(0, min(BACKOFF_MAX_SECONDS, BACKOFF_FIRST_SECONDS * 2 ** min(failures, 16)))
 
 
+class _Begun(threading.Event):
+    """Replaces the event for which `Thread.start` waits without a timeout, until the new thread has begun."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return super().wait(START_TIMEOUT_SECONDS if timeout is None else timeout)
+
+
 def start(thread: threading.Thread) -> None:
-    """Start `thread`. Raises ThreadError if the system has no thread to give."""
+    """Start `thread`. Raises ThreadError if the system has no thread to give, or no memory for it.
+
+    Without memory for its first Python frame, a new thread ends before it begins, and Python does not tell the starter.
+    The starter gives up after START_TIMEOUT_SECONDS. If the thread was only slow, it then ends without its work.
+    """
+    claim = threading.Lock()  # taken by the thread when it begins, or by the starter when it gives up
+
+    def run() -> None:
+        del thread.run  # this function, so that the class's own method is called
+        if claim.acquire(blocking=False):
+            thread.run()
+
+    thread.run = run  # type: ignore[method-assign]
+    thread._started = begun = _Begun()  # type: ignore[attr-defined]
     try:
         thread.start()
     except RuntimeError as error:
-        raise ThreadError(f"cannot start a thread: {error} (ulimit -u limits threads)") from error
+        raise ThreadError(f"cannot start a thread: {error} ({_thread_limit()})") from error
+    if not begun.is_set() and claim.acquire(blocking=False):
+        raise ThreadError(f"cannot start a thread: it has not begun after {START_TIMEOUT_SECONDS:g} s ({MEMORY_LIMIT})")
+
+
+def _thread_limit() -> str:
+    """Return the limit that has probably been reached, after the system has refused a thread."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    stack = DEFAULT_STACK_BYTES if soft == resource.RLIM_INFINITY else soft
+    try:
+        mmap.mmap(-1, stack + THREAD_BYTES).close()  # takes room in the address space, and no memory
+    except (OSError, MemoryError, OverflowError, ValueError):
+        return MEMORY_LIMIT
+    return "ulimit -u limits threads"
 
 
 def start_thread(target: Callable[..., None], *args: Any, name: str) -> threading.Thread:

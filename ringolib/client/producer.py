@@ -8,33 +8,41 @@ are not acked again, with the same numbers, and the store keeps each number once
 
 The thread `producer` owns the connection: it connects, sends, and reads acks. `_lock` guards all state that it shares
 with callers. Nothing is sent or received under the lock.
+
+A producer belongs to the process that made it. A child has no thread `producer` after a fork, and the child's copy of
+the lock may be locked for ever. So the child's calls fail before they take the lock.
+
+At the end of the program, `_close_all` closes the producers that are left open.
 """
 
+import atexit
+import os
 import select
 import socket
+import sys
 import threading
 import uuid
 from array import array
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
 from time import monotonic
-from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import SplitResult, urlsplit
+from typing import TYPE_CHECKING
 
-from ringolib.net.addresses import Endpoint, decode_zone
+from ringolib.client.url import URL, parse_url
+from ringolib.net.addresses import Endpoint
 from ringolib.net.credentials import TOKEN_FORM, is_token
 from ringolib.net.tls import client_context
 from ringolib.net.tls_socket import TLSError
 from ringolib.net.websocket import HandshakeError
 from ringolib.net.websocket_client import ClientConnection
-from ringolib.timing import backoff, deadline_after, start, wait_until
-from ringolib.wire import INGEST_PATH, MAX_SEQUENCE, SUBPROTOCOL, Run, WireError, decode_ack, encode_batch
+from ringolib.timing import backoff, deadline_after, remaining, start, wait_until
+from ringolib.wire import MAX_SEQUENCE, SUBPROTOCOL, Run, WireError, decode_ack, encode_batch
 
 if TYPE_CHECKING:
     import ssl
 
-URL = f"ws://localhost:6660{INGEST_PATH}"
-URL_FORMS = f"ws://HOST:PORT{INGEST_PATH}, wss:// for TLS, or ws+unix:PATH:{INGEST_PATH}"
 CHUNK_RECORDS = 16_384
 """Maximum number of records in a message."""
 MAX_UNACKED = 1_048_576
@@ -45,6 +53,12 @@ STALL_TIMEOUT = 90.0
 It is longer than a publisher waits for its consumer. Otherwise clients would send records again that the publisher is
 about to store.
 """
+EXIT_FLUSH_SECONDS = 5.0
+"""How long the end of the program, or of a `with` block with an exception, waits for acks."""
+EXIT_CLOSE_SECONDS = 2.0
+"""How long the end of the program then waits for the closing handshakes."""
+LAST_FINALIZER = -100
+"""A priority below all of Python's own finalizers, so that they run first."""
 PERMANENT_CLOSE_CODES = (1002, 1003, 1007, 1008, 1009)
 """Close codes after which the same records would be refused again (RFC 6455 section 7.4.1)."""
 RETRYABLE_STATUSES = (408, 425, 429)
@@ -54,57 +68,11 @@ PERMANENT_SERVER_STATUSES = (501, 505)
 
 
 class ProducerError(Exception):
-    """The server refuses the records permanently, or the first connection fails because of TLS. The text says why."""
+    """The records cannot be sent: the text says why.
 
-
-class Target(NamedTuple):
-    """The parts of a URL. For a Unix socket, the host is `unix:PATH`."""
-
-    host: str
-    port: int
-    path: str
-    secure: bool
-
-
-def parse_url(url: str) -> Target:
-    """Return the parts of a URL in one of the URL_FORMS; the path may be left out.
-
-    Raises ValueError for other URLs. Its text does not show a URL with a name or a password.
+    The server refuses them permanently, the first connection fails because of TLS, or the producer belongs to another
+    process.
     """
-    target: Target | None = None
-    try:
-        parts = urlsplit(url)
-        is_unix = parts.scheme == "ws+unix"
-        has_credentials = not is_unix and "@" in parts.netloc
-        target = _unix_target(url) if is_unix else _network_target(parts)
-    except ValueError:
-        if "@" in url:
-            raise ValueError("the URL is malformed; it is not shown, because it may contain a password") from None
-        has_credentials = False
-    if has_credentials:
-        raise ValueError("a URL with a name or a password in it is not accepted: a token is given separately")
-    if target is None or not all("!" <= c <= "~" for c in target.path):
-        raise ValueError(f"{url!r} is not accepted: {URL_FORMS}")
-    return target._replace(path=INGEST_PATH) if target.path in ("", "/") else target
-
-
-def _network_target(parts: SplitResult) -> Target | None:
-    """Return the parts of a `ws:` or `wss:` URL, None if it is neither. Raises ValueError for a wrong host or port."""
-    secure = parts.scheme == "wss"
-    host = decode_zone(parts.hostname or "")
-    host.encode("idna")  # raises UnicodeError, a ValueError
-    port = (443 if secure else 80) if parts.port is None else parts.port
-    if parts.scheme not in ("ws", "wss") or not host or not port or parts.query or parts.fragment:
-        return None
-    return Target(host, port, parts.path, secure)
-
-
-def _unix_target(url: str) -> Target | None:
-    """Return the parts of a `ws+unix:SOCKET:/PATH` URL, the form of Node's ws; None if the socket is missing."""
-    file, _, path = url.partition(":")[2].removeprefix("//").partition(":")
-    if not file or "\0" in file or (path and not path.startswith("/")):
-        return None
-    return Target(f"unix:{file}", 80, path, secure=False)
 
 
 def is_permanent_status(status: int) -> bool:
@@ -122,7 +90,8 @@ class Producer:
     access token. For `wss:` URLs, `context` verifies the server; by default, the system's authorities do.
 
     Raises ValueError for a URL that `parse_url` refuses and for a malformed token, and ThreadError. As a context
-    manager, it flushes at the end of the block.
+    manager, it flushes at the end of the block, after an exception for EXIT_FLUSH_SECONDS at most. So does the end of
+    the program.
     """
 
     def __init__(
@@ -144,6 +113,7 @@ class Producer:
         self.source = source or uuid.uuid4()
         self.first = first
         self._token = token
+        self._pid = os.getpid()
         self._context = (context or client_context(None)) if self._target.secure else None
 
         self._lock = threading.Lock()
@@ -164,7 +134,7 @@ class Producer:
         # A byte in this socket pair wakes the thread while it waits for the connection.
         self._wakeup_reader, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
-        # A daemon, so that a program that ends without `close` does not hang.
+        # A daemon, so that a program that ends without `close` does not hang: see `_close_all`.
         self._thread = threading.Thread(target=self._run, name="producer", daemon=True)
         try:
             start(self._thread)
@@ -172,6 +142,8 @@ class Producer:
             self._wakeup_reader.close()
             self._wakeup.close()
             raise
+        _open_producers.add(self)
+        _close_with_multiprocessing(self._pid)
 
     @property
     def sent(self) -> int:
@@ -197,9 +169,10 @@ class Producer:
         """Accept `values`, 64-bit integers, which are stored in this order. Returns once they are in memory here.
 
         Waits while MAX_UNACKED records are not acked. Raises OverflowError for a value beyond 64 bits (then none of
-        `values` is accepted), ProducerError if the server refuses permanently, and ValueError if the producer is
-        closed or the numbers of the source are used up.
+        `values` is accepted), ProducerError if the server refuses permanently or another process made this producer,
+        and ValueError if the producer is closed or the numbers of the source are used up.
         """
+        self._check_process()
         block = values if isinstance(values, array) and values.typecode == "q" else array("q", values)
         for start_index in range(0, len(block), CHUNK_RECORDS):
             chunk = block[start_index : start_index + CHUNK_RECORDS]
@@ -216,6 +189,7 @@ class Producer:
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until all records are acked. Raises TimeoutError after `timeout` seconds, and what `send` raises."""
+        self._check_process()
 
         def ended() -> bool:
             return self._acked >= self._next or self._error is not None or self._closed
@@ -226,16 +200,18 @@ class Producer:
                 self._check_usable()
                 raise TimeoutError(f"{self._next - self._acked} records are not acked")
 
-    def close(self) -> None:
-        """Close the connection. Records that are not acked by then may or may not be stored. Idempotent."""
-        with self._lock:
-            self._closed = True
-            self._work.notify_all()
-            self._progress.notify_all()
-            self._wake_thread()
-        self._thread.join()
-        self._wakeup_reader.close()
-        self._wakeup.close()
+    def close(self, timeout: float | None = None, report: bool = True) -> None:
+        """Close the connection. Records that are not acked by then may or may not be stored. Idempotent.
+
+        Waits for the closing handshake, for `timeout` seconds at most. If records are not acked, a line on stderr says
+        how to resume, unless `report` is false. In a process that did not make the producer, this does nothing: the
+        connection is still the other process's.
+        """
+        if self._pid != os.getpid():
+            return
+        self._begin_close()
+        self._thread.join(timeout)
+        self._end_close(report)
 
     def __enter__(self) -> "Producer":
         return self
@@ -244,8 +220,51 @@ class Producer:
         try:
             if kind is None:
                 self.flush()
+            else:
+                self._try_to_flush(EXIT_FLUSH_SECONDS)
         finally:
-            self.close()
+            self.close(None if kind is None else EXIT_CLOSE_SECONDS)
+
+    def _try_to_flush(self, seconds: float) -> None:
+        """Wait until all records are acked, for `seconds` at most, or until the producer fails."""
+        try:
+            self.flush(seconds)
+        except (TimeoutError, ProducerError, ValueError):
+            pass  # `close` reports the records that are not acked
+
+    def _begin_close(self) -> None:
+        """Make all calls fail, and the thread end."""
+        with self._lock:
+            self._closed = True
+            self._work.notify_all()
+            self._progress.notify_all()
+            self._wake_thread()
+
+    def _end_close(self, report: bool) -> None:
+        """Report the records that are not acked, once."""
+        try:
+            _open_producers.remove(self)
+        except KeyError:
+            return
+        if report and self._acked < self._next and sys.stderr:
+            try:
+                print(self._resumption(), file=sys.stderr, flush=True)
+            except Exception:
+                pass  # stderr belongs to the program, and may be any object: `close` does not fail because of it
+
+    def _resumption(self) -> str:
+        """Return how many records are not acked, why, and how to resume."""
+        cause = self._error or self._trouble
+        values = f"the values after the first {self.acked}" if self.acked else "all values again"
+        return (
+            f"ringoexp Producer: {self.sent - self.acked} of {self.sent} records are not acked by {self.url}"
+            f"{f' ({cause})' if cause else ''}: send {values} with source {self.source} and first {self._acked}"
+        )
+
+    def _check_process(self) -> None:
+        """Raise ProducerError in a process that did not make this producer."""
+        if self._pid != os.getpid():
+            raise ProducerError("another process made this producer: after a fork, make a new one, with its own source")
 
     def _check_usable(self) -> None:
         """Raise the error that ended the producer, if there is one."""
@@ -271,8 +290,14 @@ class Producer:
         """Send records until `close`, a permanent refusal, or an unexpected error."""
         try:
             self._run_attempts()
-        except BaseException as error:  # a bug, or no memory: callers that wait must see it
+        except MemoryError:
+            self._fail("not enough memory (ulimit -v limits it)")
+        except BaseException as error:  # a bug: callers that wait must see it
             self._fail(f"{self.url}: {type(error).__name__}: {error}")
+        finally:
+            with self._lock:
+                self._wakeup_reader.close()
+                self._wakeup.close()
 
     def _run_attempts(self) -> None:
         """Connect when there are records to send, serve the connection until it is lost, and pause between attempts."""
@@ -409,3 +434,49 @@ class Producer:
                 self._chunks.popleft()
             self._unsent = min(self._unsent, len(self._chunks))
             self._progress.notify_all()
+
+
+_open_producers: set[Producer] = set()
+"""Producers that are not closed. `add` and `remove` are atomic."""
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close the producers that the program leaves open. They share the time for acks, and the time for the closing.
+
+    Ctrl-C, or a signal handler that raises, ends a wait. Afterwards, the records that are not acked are reported.
+    """
+    producers = [producer for producer in _open_producers if producer._pid == os.getpid()]
+    with suppress(BaseException):
+        deadline = deadline_after(EXIT_FLUSH_SECONDS)
+        for producer in producers:
+            producer._try_to_flush(remaining(deadline))
+    for producer in producers:
+        producer._begin_close()
+    with suppress(BaseException):
+        deadline = deadline_after(EXIT_CLOSE_SECONDS)
+        for producer in producers:
+            producer._thread.join(remaining(deadline))
+    for producer in producers:
+        producer._end_close(report=True)
+
+
+@cache
+def _close_with_multiprocessing(pid: int) -> None:
+    """Have the producers of this process closed at its end if `multiprocessing` forked it.
+
+    The child does not run the functions that its parent registered with `atexit`. It runs the finalizers of
+    `multiprocessing`, but before it waits for its threads, which may still send.
+    """
+    process = sys.modules.get("multiprocessing.process")
+    if process and process.parent_process():
+        from multiprocessing.util import Finalize
+
+        Finalize(None, _close_all_after_threads, exitpriority=LAST_FINALIZER)
+
+
+def _close_all_after_threads() -> None:
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    _close_all()

@@ -1,81 +1,162 @@
 """The command `ringoexp send`: stores the integers of a file, each exactly once.
 
-The main thread reads the file and passes the integers to a `Producer`. The thread `progress` prints to stderr.
+The main thread reads the file in pieces and passes the integers to a `Producer`. The thread `progress` prints to
+stderr.
 """
 
 import argparse
 import errno
 import json
-import os
+import select
 import signal
 import sys
 import threading
 import uuid
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from time import monotonic
 from typing import Any, BinaryIO, NoReturn
 
-from ringolib.client.producer import URL, Producer, ProducerError
+from ringolib.client.output import print_line
+from ringolib.client.producer import EXIT_CLOSE_SECONDS, Producer, ProducerError
+from ringolib.client.url import URL
 from ringolib.net.credentials import CredentialError, read_token
 from ringolib.net.tls import CredentialFileError, client_context
 from ringolib.timing import ThreadError, start
 from ringolib.wire import MAX_SEQUENCE, decode_plain
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 128 + signal.SIGINT
-READ_BYTES = 1 << 16
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+"""A signal ends the command with 128 and the number of the signal."""
+READ_BYTES = 64 * 1024
+MAX_LINE = 64 * 1024
+"""Bytes of a line, at most. Without a limit, input that is no text would fill the memory."""
+MAX_DIGITS = 19
+"""Digits of a 64-bit integer, without leading zeros."""
 PROGRESS_SECONDS = 0.5
+WAIT_MILLISECONDS = 500
+"""How long a wait for input may delay a signal."""
 
 
 class BadInput(Exception):
     """The input is not a list of integers. The text says where, and shows the bad line."""
 
 
-def _integers(source: BinaryIO, binary: bool) -> Iterator["array[int]"]:
-    """Yield the integers of a file in blocks. Raises BadInput after all integers that precede the error."""
-    lines_before = 0  # lines before the block
+def _binary_integers(source: BinaryIO) -> Iterator["array[int]"]:
+    """Yield the integers of a file, 8 bytes each, in blocks. Raises BadInput at the end if bytes are left."""
     rest = b""
-    while True:
-        data = source.read1(READ_BYTES) if hasattr(source, "read1") else source.read(READ_BYTES)
-        block, rest = rest + data, b""
-        if data:  # keep an integer that is not complete for the next block
-            end = len(block) // 8 * 8 if binary else block.rfind(b"\n") + 1
-            block, rest = block[:end], block[end:]
-        if binary:
-            if len(block) % 8:
-                raise BadInput(f"{len(block) % 8} bytes are left at the end: an integer has 8")
-            if block:
-                yield decode_plain(block)
-        elif block:
-            lines = block.split(b"\n")
-            if block.translate(None, b"0123456789-+ \t\r\n"):
-                yield from _integers_before_bad_line(lines, lines_before)
-            try:
-                values = array("q", map(int, filter(bytes.strip, lines)))
-            except (ValueError, OverflowError):
-                yield from _integers_before_bad_line(lines, lines_before)
-            else:
-                yield values
-            lines_before += len(lines) - 1
-        if not data:
-            return
+    while data := _read(source):
+        block = rest + data
+        end = len(block) // 8 * 8
+        rest = block[end:]
+        if end:
+            yield decode_plain(block[:end])
+    if rest:
+        raise BadInput(f"{len(rest)} bytes are left at the end: an integer has 8")
 
 
-def _integers_before_bad_line(lines: list[bytes], number: int) -> Iterator["array[int]"]:
-    """Yield the integers before the first bad line, then raise BadInput. `number` lines precede `lines`."""
+def _text_integers(source: BinaryIO) -> Iterator["array[int]"]:
+    """Yield the integers of a text file in blocks. Raises BadInput after all integers that precede the bad line."""
+    lines_before = 0
+    data, rest = b"-", b""
+    while data:
+        data = _read(source)
+        block = rest + data
+        end = block.rfind(b"\n") + 1 if data else len(block)  # the last line may have no end
+        lines, rest = block[:end].split(b"\n"), block[end:]
+        try:
+            if len(lines[0]) > MAX_LINE or block[:end].translate(None, b"0123456789-+ \t\r\n"):
+                raise ValueError
+            values = array("q", map(int, filter(bytes.strip, lines)))
+        except (ValueError, OverflowError):
+            yield from _integers_line_by_line(lines, lines_before)
+        else:
+            yield values
+        lines_before += len(lines) - 1
+        if len(rest) > MAX_LINE:
+            raise _bad_line(rest, lines_before + 1)
+
+
+def _read(source: BinaryIO) -> bytes:
+    """Return the bytes that have arrived, READ_BYTES at most; b"" at the end. Waits until there are any.
+
+    A signal that arrives just before a system call does not interrupt it. So no call waits for long. If another program
+    has made a shared stdin non-blocking, `read` may return None.
+    """
+    arrived = select.poll()
+    arrived.register(source, select.POLLIN)
+    while not arrived.poll(WAIT_MILLISECONDS) or (data := source.read(READ_BYTES)) is None:
+        pass
+    return data
+
+
+def _integers_line_by_line(lines: list[bytes], number: int) -> Iterator["array[int]"]:
+    """Yield the integers of the lines, or those before a bad line; then raise BadInput. `number` lines precede them."""
     values = array("q")
     for line in lines:
         number += 1
         try:
-            if line.strip(b"0123456789-+ \t\r"):
+            if len(line) > MAX_LINE:
                 raise ValueError
-            if line.strip():
-                values.append(int(line))
+            if text := line.strip(b" \t\r"):
+                values.append(_integer(text))
         except (ValueError, OverflowError):
             yield values
-            excerpt = line[:60].decode("utf-8", "backslashreplace")
-            raise BadInput(f"line {number} is not a whole number of 64 bits: {excerpt!r}") from None
+            raise _bad_line(line, number) from None
+    yield values
+
+
+def _integer(text: bytes) -> int:
+    """Return an integer of any number of leading zeros, which `int` limits. Raises ValueError if it is too large."""
+    sign, digits = (text[:1], text[1:]) if text[:1] in (b"-", b"+") else (b"", text)
+    digits = digits.lstrip(b"0") or digits[-1:]
+    if not digits.isdigit() or len(digits) > MAX_DIGITS:
+        raise ValueError
+    return int(sign + digits)
+
+
+def _bad_line(line: bytes, number: int) -> BadInput:
+    """Return the error for a line. If it has a NUL, it is probably not text."""
+    fault = f"is longer than {MAX_LINE} bytes" if len(line) > MAX_LINE else "is not a whole number of 64 bits"
+    hint = " (it has a NUL: --binary reads integers of 8 bytes)" if b"\0" in line else ""
+    return BadInput(f"line {number} {fault}: {line[:60].decode('utf-8', 'backslashreplace')!r}{hint}")
+
+
+class _Signals:
+    """Makes SIGTERM and SIGHUP raise KeyboardInterrupt in the `with` block, as Ctrl-C does, with the signal's number.
+
+    Later signals are ignored, so that the command can print how to resume. A signal that was ignored before, for
+    example by nohup, stays ignored.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.ignored = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():  # no other thread can set handlers
+            self._before = {number: signal.getsignal(number) for number in self.NUMBERS}
+            for number, handler in self._before.items():
+                if handler is not signal.SIG_IGN:
+                    signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self.ignored:
+            self.ignored = True
+            raise KeyboardInterrupt(number)
+
+
+def _describe_signal(interrupt: KeyboardInterrupt) -> tuple[int, str]:
+    """Return the exit status for a signal, and what the command prints."""
+    number = signal.Signals(interrupt.args[0] if interrupt.args else signal.SIGINT)
+    return 128 + number, "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
 
 
 class _Progress:
@@ -123,7 +204,10 @@ class _Progress:
         producer = self._producer
         rate = producer.acked / max(0.001, seconds)
         line = f"{producer.sent:,} sent, {producer.acked:,} acked, {rate:,.0f}/s, {producer.reconnects} reconnects"
-        print(f"\r{line:{self._width}}", end=end, file=sys.stderr, flush=True)
+        try:
+            print(f"\r{line:{self._width}}", end=end, file=sys.stderr, flush=True)
+        except OSError:
+            pass  # the terminal is closed
         self._width = len(line)
 
 
@@ -177,20 +261,23 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run `ringoexp send` and return the exit status.
 
-    0 all stored; 1 refused permanently, or the file cannot be read; 2 bad usage or input; 130 Ctrl-C.
+    0 all stored; 1 refused permanently, the file cannot be read, or memory is short; 2 bad usage or input; 128 and the
+    number of a signal.
     """
     parser = make_parser()
-    try:
-        arguments = parser.parse_args(argv)
-        if arguments.key and not arguments.cert:
-            parser.error(f"argument --key: {arguments.key!r} requires --cert")
-        return _run(parser, arguments)
-    except KeyboardInterrupt:  # before the first record, or during the end
-        _print_error("interrupted")
-        return EXIT_INTERRUPTED
+    with _Signals() as signals:
+        try:
+            arguments = parser.parse_args(argv)
+            if arguments.key and not arguments.cert:
+                parser.error(f"argument --key: {arguments.key!r} requires --cert")
+            return _run(parser, arguments, signals)
+        except KeyboardInterrupt as interrupt:  # before the first record
+            status, text = _describe_signal(interrupt)
+            _print_error(text)
+            return status
 
 
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, signals: _Signals) -> int:
     """Send the integers of the file, print how it ended, and return the exit status."""
     started = monotonic()
     name = "stdin" if arguments.file == "-" else arguments.file
@@ -210,21 +297,21 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         except OSError as error:
             _print_error(f"cannot open a socket: {error}")
             return EXIT_FAILED
-        stack.callback(producer.close)
-        status, error_text = _transfer(producer, _integers(source, arguments.binary), name)
+        stack.callback(producer.close, EXIT_CLOSE_SECONDS, report=False)
+        blocks = _binary_integers(source) if arguments.binary else _text_integers(source)
+        status, error_text = _transfer(producer, blocks, name)
+        signals.ignored = True  # the result is printed once, and the closing does not take long
         _print_result(producer, arguments, error_text, started)
-        if status == EXIT_INTERRUPTED:
-            _on_interrupt(signal.default_int_handler)
     return status
 
 
 def _open_input(file: str, stack: ExitStack) -> BinaryIO:
-    """Return stdin for `-`, or else the open file, which `stack` closes. Raises OSError."""
+    """Return stdin for `-`, or else the open file, which `stack` closes. Both are without a buffer. Raises OSError."""
     if file != "-":
-        return stack.enter_context(open(file, "rb"))
+        return stack.enter_context(open(file, "rb", buffering=0))
     if sys.stdin is None:
         raise OSError(errno.EBADF, "it is closed")
-    return sys.stdin.buffer
+    return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
 
 
 def _make_producer(arguments: argparse.Namespace) -> Producer:
@@ -236,10 +323,7 @@ def _make_producer(arguments: argparse.Namespace) -> Producer:
 
 
 def _transfer(producer: Producer, blocks: Iterator["array[int]"], name: str) -> tuple[int, str]:
-    """Send all blocks and wait until they are stored. Return the exit status and the error, which may be empty.
-
-    After a Ctrl-C, further ones are ignored until `_run` has printed how to resume.
-    """
+    """Send all blocks and wait until they are stored. Return the exit status and the error, which may be empty."""
     status, error_text = EXIT_OK, ""
     try:
         with _Progress(producer):
@@ -253,9 +337,10 @@ def _transfer(producer: Producer, blocks: Iterator["array[int]"], name: str) -> 
         status, error_text = EXIT_FAILED, str(error)
     except OSError as error:
         status, error_text = EXIT_FAILED, f"{name}: {error.strerror}"
-    except KeyboardInterrupt:
-        status, error_text = EXIT_INTERRUPTED, "interrupted"
-        _on_interrupt(signal.SIG_IGN)
+    except MemoryError:
+        status, error_text = EXIT_FAILED, "not enough memory (ulimit -v limits it)"
+    except KeyboardInterrupt as interrupt:
+        status, error_text = _describe_signal(interrupt)
     return status, error_text
 
 
@@ -280,24 +365,5 @@ def _print_result(producer: Producer, arguments: argparse.Namespace, error_text:
         print_line(json.dumps(summary))
 
 
-def _on_interrupt(handler: Callable[..., Any] | signal.Handlers) -> None:
-    """Set the handler of Ctrl-C, which only the main thread can do."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, handler)
-
-
 def _print_error(text: str) -> None:
     print_line(f"ringoexp send: error: {text}", error=True)
-
-
-def print_line(line: str, error: bool = False) -> None:
-    """Print a line to stdout or stderr. A stream that is closed, or that cannot show a character, is no error."""
-    stream = sys.stderr if error else sys.stdout
-    if stream is None:  # closed from the start
-        return
-    try:
-        encoding = stream.encoding or "ascii"
-        print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
-    except OSError:
-        with open(os.devnull, "wb") as devnull:
-            os.dup2(devnull.fileno(), stream.fileno())  # otherwise Python reports the error again at exit

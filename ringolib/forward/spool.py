@@ -14,14 +14,17 @@ import threading
 import time
 from typing import NamedTuple
 
+from ringolib.counters import Histogram
 from ringolib.forward.link import LinkSink, LinkState
 from ringolib.forward.sink import InDoubt, NotStored
 from ringolib.forward.workers import BATCH_RECORDS
-from ringolib.storage.interface import StoreError
+from ringolib.storage.interface import Sizes, StoreError, StoreStats
+from ringolib.storage.remedies import NoRoom
 from ringolib.storage.sqlite_file import SPOOL_APPLICATION_ID
+from ringolib.storage.wal import LARGE_WAL_BYTES
 from ringolib.timing import ThreadError, backoff, deadline_after, fatal, start_thread, wait_until
 from ringolib.wire import Block
-from store import LARGE_WAL_BYTES, Store
+from store import Store
 
 log = logging.getLogger("ringoexp.spool")
 
@@ -39,17 +42,48 @@ class SpoolStats(NamedTuple):
     forwarded: int  # records that the consumer has acked from the spool, since the start
 
 
+class UnopenedStore:
+    """Stands for the file of a spool that cannot be opened yet: no record is known, and none can be stored."""
+
+    def __init__(self, path: str, error: StoreError) -> None:
+        self.path = path
+        self.reason = str(error)
+
+    def check(self) -> None:
+        """Raise StoreError with the reason why the file is not open."""
+        raise StoreError(self.reason)
+
+    def stats(self) -> StoreStats:
+        """Return zeros and the reason."""
+        return StoreStats(0, 0, 0, 0, self.reason, 0, Histogram().snapshot())
+
+    def sizes(self) -> Sizes:
+        """Return no sizes."""
+        return Sizes(0, 0, None)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 class Spool:
     """The spool in the file `path`, for at most `max_records`, forwarded over `link`. `state` is the consumer's state.
 
-    The thread starts at once. Raises StoreError if the file cannot be opened or is not a spool, and ThreadError.
+    The thread starts at once. If the disk has no room to open the file, the thread opens it later; until then, records
+    go only over links. Raises StoreError if the file cannot be opened for another reason or is no spool, and
+    ThreadError.
     """
 
     def __init__(self, path: str, max_records: int, link: LinkSink, state: LinkState) -> None:
         self.path = path
         self._max_records = max_records
         self.state = state
-        self.store = Store(path, SPOOL_APPLICATION_ID)
+        # Replaced by the thread when it opens the file. Other threads read the attribute once.
+        self.store: Store | UnopenedStore
+        try:
+            self.store = Store(path, SPOOL_APPLICATION_ID)
+        except NoRoom as error:
+            log.error("spool_unopened", {"reason": str(error)})
+            self.store = UnopenedStore(path, error)
 
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -62,7 +96,7 @@ class Spool:
         # Written by the thread only. Other threads read _broken and _oldest_ms, each in one step.
         self._link = link
         self._failures = 0  # in a row
-        self._broken = False  # the last turn failed on the file, or unexpectedly
+        self._broken = isinstance(self.store, UnopenedStore)  # the last turn failed on the file, or unexpectedly
         self._error: str | None = None  # how, while it is broken
         self._oldest_ms: int | None = None  # when the oldest record was received, Unix time
 
@@ -93,16 +127,16 @@ class Spool:
 
     def append(self, block: Block) -> None:
         """Return when the block is on disk. Raises NotStored if there is no room, or if the commit failed."""
-        size = len(block.values)
-        free = self.store.sizes().disk_free
+        size, store = len(block.values), self.store
+        free = store.sizes().disk_free
         with self._lock:
-            reason = self._why_full(size, free)
+            reason = self._why_full(store, size, free)
             self._full = reason is not None
-            if reason:
+            if reason or isinstance(store, UnopenedStore):
                 raise NotStored(reason)
             self._incoming += size
         try:
-            self.store.append(*block)
+            store.append(*block)
         except StoreError as error:
             raise NotStored(str(error)) from error
         finally:
@@ -112,9 +146,10 @@ class Spool:
 
     def refuses(self) -> str | None:
         """Return why there is no room for a record now, or None if there is room."""
-        free = self.store.sizes().disk_free
+        store = self.store
+        free = store.sizes().disk_free
         with self._lock:
-            return self._why_full(1, free)
+            return self._why_full(store, 1, free)
 
     def stats(self) -> SpoolStats:
         """Return a snapshot."""
@@ -138,10 +173,12 @@ class Spool:
         self.store.close()
         return True
 
-    def _why_full(self, size: int, free: int | None) -> str | None:
+    def _why_full(self, store: Store | UnopenedStore, size: int, free: int | None) -> str | None:
         """Return why there is no room for `size` records, with `free` bytes left on the disk, or None."""
         assert self._lock.locked()
-        if self.store.stats().held + self._incoming + size > self._max_records:
+        if isinstance(store, UnopenedStore):
+            return store.reason
+        if store.stats().held + self._incoming + size > self._max_records:
             return f"{self.path}: the spool is full, it has at most {self._max_records} records (--spool_max)"
         if free is not None and free < MIN_FREE_BYTES:
             return f"{self.path}: less than {MIN_FREE_BYTES >> 20} MiB of its disk are free: make room"
@@ -162,10 +199,13 @@ class Spool:
         """Run one turn: wait for records, forward the oldest and delete them. Pause after a failure. False to end."""
         try:
             with self._lock:
-                wait_until(self._changed, lambda: self._stopping or self.depth > 0)
+                wait_until(self._changed, lambda: self._stopping or self._has_work())
                 if self._stopping:
                     return False
-            self._record_success(self._forward_oldest())
+            if isinstance(self.store, UnopenedStore):
+                self._open()
+            else:
+                self._record_success(self._forward_oldest())
         except (NotStored, InDoubt) as error:
             self._broken = False
             self.state.on_failure(str(error))
@@ -176,12 +216,32 @@ class Spool:
             self._pause()
         return True
 
+    def _has_work(self) -> bool:
+        """True if there are records to forward, or there may be: the file is not open yet."""
+        return isinstance(self.store, UnopenedStore) or self.depth > 0
+
+    def _open(self) -> None:
+        """Open the file. Raises StoreError; the first time that the reason is another one, it is logged."""
+        try:
+            self.store = Store(self.path, SPOOL_APPLICATION_ID)
+        except StoreError as error:
+            if not isinstance(error, NoRoom) and str(error) != self.store.stats().error:
+                log.error("spool_unopened", {"reason": str(error)})
+            self.store = UnopenedStore(self.path, error)
+            raise
+        log.info("spool_opened", {"records": self.depth})
+        with self._lock:
+            self._full = False
+        self._failures, self._broken = 0, False
+
     def _forward_oldest(self) -> int:
         """Forward the oldest records and delete them. Return how many; 0 if they were deleted in an earlier turn.
 
         After failures the block is smaller: over a slow link a large one may never be acked in time.
         """
-        oldest = self.store.oldest(max(1, BATCH_RECORDS >> min(self._failures, 16)))
+        store = self.store
+        assert not isinstance(store, UnopenedStore)
+        oldest = store.oldest(max(1, BATCH_RECORDS >> min(self._failures, 16)))
         if oldest is None:
             if self.depth:
                 raise StoreError(f"{self.path} is corrupt: it has records that belong to no batch")
@@ -189,7 +249,7 @@ class Spool:
         self._oldest_ms = oldest.received_at_ms
         self._link.store(oldest.block)
         self.state.on_ack()
-        self.store.delete(oldest)
+        store.delete(oldest)
         return len(oldest.block.values)
 
     def _record_success(self, count: int) -> None:

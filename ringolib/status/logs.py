@@ -9,8 +9,8 @@ is a kind, and of each kind one line is written every RATE_LIMIT_SECONDS. Events
 counted, and the next line of this kind has the fields of the last event, and the `count`. Pending events are written
 when anything is logged after the interval, or at exit.
 
-If the reader of stderr stalls, lines are dropped and counted, so that the server goes on. The next line that can be
-written is `log_dropped`, with the count.
+If the reader of stderr stalls, lines are dropped and counted, so that the server goes on. So are lines that cannot be
+made, for example because memory is short. The next line that can be written is `log_dropped`, with the count.
 
 `LineHandler` is the only handler. The logging module holds its lock during `emit`. This module starts no threads.
 """
@@ -95,12 +95,20 @@ class LineHandler(logging.Handler):
         return line
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the record, or count it as pending. Write pending events that are due."""
-        now = monotonic()
+        """Write the record, or count it as pending. Write pending events that are due.
+
+        Never raises: the caller may be in the middle of its work. A record that cannot be written counts as dropped.
+        """
+        try:
+            self._emit(record, monotonic())
+        except Exception:
+            self._dropped += 1
+
+    def _emit(self, record: logging.LogRecord, now: float) -> None:
         for kind in [kind for kind in self._pending if now - self._written_at[kind] >= RATE_LIMIT_SECONDS]:
             self._write_pending(kind, now)
         if record.msg not in self._rate_limited or not _is_own(record):
-            self._write(self.format(record))
+            self._write(record)
             return
         kind = record.msg, record.args.get("status") if isinstance(record.args, Mapping) else None
         count, _ = self._pending.get(kind, (0, None))
@@ -124,14 +132,19 @@ class LineHandler(logging.Handler):
         record.args = {**(record.args if isinstance(record.args, Mapping) else {}), "count": count}
         record.created = time.time()  # when the line is written; otherwise times would go backwards
         self._written_at[kind] = now
-        self._write(self.format(record))
+        self._write(record)
 
-    def _write(self, line: str) -> None:
-        """Write a line, or count it as dropped if the reader has stalled."""
+    def _write(self, record: logging.LogRecord) -> None:
+        """Write a record, or count it as dropped if the reader has stalled or the record has no text."""
+        try:
+            line = self.format(record)
+        except Exception:  # no memory, or a field that fails in `str`
+            self._dropped += 1
+            return
         if self._dropped and self._writable.poll(0):
-            record = logging.LogRecord("ringoexp.log", logging.WARNING, "", 0, "log_dropped", None, None)
-            record.args = {"count": self._dropped}
-            self._write_now(self.format(record))
+            dropped = logging.LogRecord("ringoexp.log", logging.WARNING, "", 0, "log_dropped", None, None)
+            dropped.args = {"count": self._dropped}
+            self._write_now(self.format(dropped))
             self._dropped = 0
         if self._dropped or not self._writable.poll(STALL_TIMEOUT_SECONDS * 1000):
             self._dropped += 1

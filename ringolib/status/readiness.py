@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ringbuffer import Ring
 from ringolib.forward.destination import Destination, Pin
 from ringolib.forward.link import LinkStats
-from ringolib.forward.spool import Spool
+from ringolib.forward.spool import Spool, UnopenedStore
 from ringolib.forward.workers import Forwarder
 from ringolib.net.credentials import Credentials
 from ringolib.status import readiness_rules as rules
@@ -54,7 +54,7 @@ class Readiness:
         self._spool = spool
         self._forwarder = forwarder
         self._credentials = credentials
-        self._disk = store or (spool.store if spool else None)
+        self._store = store
         self._disk_probe = Probe("disk", self._check_disk, ("store_failing", f"the database: {no_answer()}"))
         self._lock = threading.Lock()
         self._consumer_probes: dict[Destination, Probe] = {}  # guarded by _lock
@@ -164,11 +164,17 @@ class Readiness:
 
     # The database.
 
+    def _disk(self) -> Storage | UnopenedStore:
+        """Return the store whose disk a record needs: the server's own, or its spool's."""
+        if self._store:
+            return self._store
+        assert self._spool
+        return self._spool.store
+
     def _disk_reason(self, wait: bool) -> Reason | None:
         if wait:
             return self._disk_probe.reason(wait)
-        assert self._disk
-        error = self._disk.stats().error
+        error = self._disk().stats().error
         if not error:
             return None
         # A successful test commit clears the error.
@@ -176,15 +182,15 @@ class Readiness:
 
     def _check_disk(self) -> Answer:
         """Try a commit. Return why it fails, or None."""
-        assert self._disk
-        free = self._disk.sizes().disk_free
+        disk = self._disk()
+        free = disk.sizes().disk_free
         if free is not None and free < MIN_FREE_BYTES:
-            return "disk_full", f"{self._disk.path}: only {free} bytes are free on its disk: free some space"
+            return "disk_full", f"{disk.path}: only {free} bytes are free on its disk: free some space"
         try:
-            self._disk.check()
+            disk.check()
         except StoreError as error:
             return "store_failing", str(error)
-        failing = self._disk.stats().error  # of a commit of records, which needs more space than the test
+        failing = disk.stats().error  # of a commit of records, which needs more space than the test
         return ("store_failing", failing) if failing else None
 
 

@@ -38,7 +38,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import monotonic
 from typing import NamedTuple
@@ -282,16 +282,16 @@ class GroupCommit(ABC):
     # Commits.
 
     def _commit(self, group: list[PendingBlock]) -> None:
-        """Write `group`, set the outcome of its blocks and end the turn."""
+        """Write `group`, set the outcome of its blocks, end the turn and log, in this order: the log may fail."""
+        slow = None
         try:
             started = monotonic()
             result, error = self._try_to_write(group)
             seconds = monotonic() - started
-            self._log_outcome(error)
+            failing_since = self._note_outcome(error)
             if seconds >= self.SLOW_COMMIT_SECONDS:
                 records = sum(len(block.values) for block in group)
-                details = self._slow_commit_details()
-                log.warning("slow_commit", {"seconds": round(seconds, 3), "records": records, **details})
+                slow = {"seconds": round(seconds, 3), "records": records, **self._slow_commit_details()}
             with self._lock:
                 self._count_commit(result, error, seconds)
                 for block in group:
@@ -299,16 +299,15 @@ class GroupCommit(ABC):
                 self._end_turn(Turn.RESERVED if self._exclusive_waiting else Turn.FREE)
         except BaseException:
             fatal(log, "the commit of a group")
+        self._log_outcome(error, failing_since, slow)
 
     def _try_to_write(self, group: list[PendingBlock]) -> tuple[CommitResult | None, StoreError | None]:
         """Write `group`. Return the result, or None and the error for its callers."""
         try:
             return self._write(group), None
         except BaseException as cause:
-            log.debug("commit_failed", exc_info=True)
             error = self._describe_failure(cause)
-            # Without the traceback: its frames refer to the blocks, and the blocks to this error.
-            error.__cause__ = cause.with_traceback(None)
+            error.__cause__ = cause
             return None, error
 
     def _count_commit(self, result: CommitResult | None, error: StoreError | None, seconds: float) -> None:
@@ -326,11 +325,32 @@ class GroupCommit(ABC):
             self._failed_at = monotonic()
         self._error = str(error) if error else None
 
-    def _log_outcome(self, error: StoreError | None) -> None:
-        """Log when commits begin to fail and when they succeed again, but not every failure."""
-        if error and not self._failing_since:
-            self._failing_since = monotonic()
-            log.error("store_failing", {"reason": str(error)})
-        elif self._failing_since and not error:
-            log.info("store_ok", {"failing_seconds": round(monotonic() - self._failing_since, 1)})
-            self._failing_since = 0.0
+    def _note_outcome(self, error: StoreError | None) -> float:
+        """Note whether commits fail. Return since when they failed before, for `_log_outcome` after the turn."""
+        failing_since = self._failing_since
+        self._failing_since = (failing_since or monotonic()) if error else 0.0
+        return failing_since
+
+    # After the turn, without the lock.
+
+    def _log_outcome(
+        self, error: StoreError | None, failing_since: float, slow: Mapping[str, object] | None = None
+    ) -> None:
+        """Log when commits begin to fail and when they succeed again, but not every failure, and log a slow commit.
+
+        Never raises: a failing handler of the log must not change the outcome that the callers get.
+        """
+        try:
+            if error and error.__cause__:
+                log.debug("commit_failed", exc_info=error.__cause__)
+            if error and not failing_since:
+                log.error("store_failing", {"reason": str(error)})
+            elif failing_since and not error:
+                log.info("store_ok", {"failing_seconds": round(monotonic() - failing_since, 1)})
+            if slow:
+                log.warning("slow_commit", slow)
+        except Exception:
+            pass
+        if error and error.__cause__:
+            # The frames of the traceback refer to the blocks, and the blocks to this error.
+            error.__cause__.__traceback__ = None

@@ -1,17 +1,22 @@
-"""The SQLite file: its schema, and how to open it, lock it and make sure that it is a sound database of this program.
+"""The SQLite file: its schema, and how to open it and make sure that it is a sound database of this program.
 
-Functions only; the store owns the connection and the lock file that they return. No thread runs here.
+Functions only; the store owns the connection that they return. The thread `check` limits the check of a file that was
+not closed in order.
 """
 
-import fcntl
+import logging
 import os
 import sqlite3
+import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO
+from time import monotonic
 
+from ringolib import timing
+from ringolib.storage.database_file import DatabaseFile
 from ringolib.storage.interface import StoreError
+from ringolib.storage.remedies import explain, system_error
+
+log = logging.getLogger("ringoexp.store")
 
 APPLICATION_ID = 0x52494E47  # "RING", https://www.sqlite.org/pragma.html#pragma_application_id
 SPOOL_APPLICATION_ID = 0x52494E53  # "RINS": its own id, because records are deleted from a spool
@@ -62,6 +67,8 @@ A page that several commits have changed is copied once. With 2000 sources and t
 would copy all its pages. More is no better for one source: the first commits make the file grow, which costs more.
 https://www.sqlite.org/pragma.html#pragma_wal_autocheckpoint
 """
+CHECK_SECONDS = 5.0
+"""The limit of the check of a file that was not closed in order. SQLite checks some 300 MB a second."""
 _MAGIC = b"SQLite format 3\0"  # https://www.sqlite.org/fileformat.html#the_database_header
 _WAL_MAGICS = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")  # https://www.sqlite.org/fileformat.html#the_wal_file
 _JOURNAL_MAGIC = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"  # https://www.sqlite.org/fileformat.html#the_rollback_journal
@@ -69,23 +76,28 @@ _MIN_SQLITE = (3, 32, 0)
 """The first version that allows 1024 parameters by default: https://www.sqlite.org/limits.html#max_variable_number"""
 
 
-def connect(path: str, application_id: int, wal_limit: int) -> sqlite3.Connection:
+def connect(file: DatabaseFile, application_id: int, wal_limit: int) -> sqlite3.Connection:
     """Open the file for writing, and create the schema if the file is empty.
 
     The kind of the file is checked before anything in it is changed. When SQLite restarts the WAL, it truncates the
     WAL file to `wal_limit` bytes. Raises StoreError.
     """
+    path = file.path
     if sqlite3.sqlite_version_info < _MIN_SQLITE:
         raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: use a Python built with SQLite 3.32 or newer")
+    _check_magic(file)
     db = None
     try:
-        db = sqlite3.connect(os.path.abspath(path), isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(file.real_path, isolation_level=None, check_same_thread=False)
         db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         is_new = _check_kind(db, path, application_id)
         (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise StoreError(f"{path} cannot use WAL mode (it uses {mode} mode): move it to a local file system")
         db.execute("PRAGMA synchronous = FULL")
+        # On macOS, fsync(2) leaves data in the drive's cache. Other systems ignore both.
+        db.execute("PRAGMA fullfsync = 1")
+        db.execute("PRAGMA checkpoint_fullfsync = 1")
         db.execute(f"PRAGMA journal_size_limit = {wal_limit}")
         db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         db.execute(f"PRAGMA cache_size = {-CACHE_KIB}")
@@ -97,15 +109,53 @@ def connect(path: str, application_id: int, wal_limit: int) -> sqlite3.Connectio
                 PRAGMA user_version = {SCHEMA_VERSION};
                 COMMIT"""
             )
+        if not file.stopped_in_order:
+            _check_pages(db, path)
         _check_batches(db, path)
         _ensure_identity(db)
         return db
     except BaseException as cause:
+        error = explain(file, cause) if isinstance(cause, sqlite3.Error | UnicodeDecodeError) else None
         if db is not None:
             db.close()
-        if isinstance(cause, sqlite3.Error | UnicodeDecodeError):
-            raise StoreError(explain(path, cause)) from cause
+        if error:
+            raise error from cause
         raise
+
+
+def _check_magic(file: DatabaseFile) -> None:
+    """Raise StoreError if the file has content and is no SQLite file."""
+    try:
+        start = os.pread(file.fd, len(_MAGIC), 0)
+    except OSError as error:
+        raise system_error(f"cannot read {file.path}", error) from error
+    if start and start != _MAGIC and not _may_be_torn(file.real_path):
+        raise StoreError(f"{file.path} is not a SQLite file: use another one")
+
+
+def _check_pages(db: sqlite3.Connection, path: str) -> None:
+    """Raise StoreError if pages of the file are damaged, as far as CHECK_SECONDS allow to find out.
+
+    SQLite finds damage only in pages that it reads, so records could be stored in a damaged file for long.
+    """
+    started = monotonic()
+    interrupter = threading.Timer(CHECK_SECONDS, db.interrupt)  # a progress handler is called too rarely
+    interrupter.name, interrupter.daemon = "check", True
+    timing.start(interrupter)
+    complete = True
+    try:
+        (finding,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        if finding != "ok":
+            log.debug("database_damaged", {"finding": finding})
+            raise sqlite3.DatabaseError("database disk image is malformed")
+    except sqlite3.OperationalError as error:
+        if str(error) != "interrupted":
+            raise
+        complete = False
+    finally:
+        interrupter.cancel()
+        interrupter.join()
+    log.info("database_checked", {"file": path, "seconds": round(monotonic() - started, 1), "complete": complete})
 
 
 def _check_kind(db: sqlite3.Connection, path: str, application_id: int) -> bool:
@@ -158,23 +208,6 @@ def count_records(db: sqlite3.Connection) -> int:
     return int(db.execute(sql).fetchone()[0])
 
 
-def check_file(path: str, real_path: str) -> None:
-    """Raise StoreError if the file exists and is no SQLite file. `real_path` is `path` without symbolic links."""
-    if os.path.isdir(path):
-        raise StoreError(f"{path} is a directory: name a file in it")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise StoreError(f"{path} is not a regular file: use another one")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(len(_MAGIC))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}") from error
-    if start and start != _MAGIC and not _may_be_torn(real_path):
-        raise StoreError(f"{path} is not a SQLite file: use another one")
-
-
 def _may_be_torn(real_path: str) -> bool:
     """True if a power cut may have torn the first page, and SQLite will repair it from the WAL or the journal.
 
@@ -192,49 +225,3 @@ def _may_be_torn(real_path: str) -> bool:
         size, page_size = os.path.getsize(real_path), int.from_bytes(wal[8:12], "big")
         return page_size > 0 and (size < page_size or size % page_size == 0)
     return journal.startswith(_JOURNAL_MAGIC)
-
-
-def lock_file(path: str) -> IO[bytes]:
-    """Open and lock `path`-lock. The lock is held until the file is closed. Raises StoreError if it is not free."""
-    try:
-        file = open(f"{path}-lock", "ab")
-    except OSError as error:
-        raise StoreError(
-            f"cannot write to {path}: {error.strerror} (check that its directory exists and is writable)"
-        ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if isinstance(error, BlockingIOError):
-            raise StoreError(f"{path} is in use by another ringoexp: stop that one, or use another file") from error
-        raise StoreError(f"{path} cannot be locked: {error.strerror} (move it to a local file system)") from error
-    return file
-
-
-@contextmanager
-def store_errors(path: str) -> Iterator[None]:
-    """Convert SQLite's errors to StoreError."""
-    try:
-        yield
-    except (sqlite3.Error, UnicodeDecodeError) as error:
-        raise StoreError(explain(path, error)) from error
-
-
-def explain(path: str, cause: BaseException) -> str:
-    """Return one line for people: SQLite's message and, where one is known, the remedy."""
-    if isinstance(cause, StoreError):
-        return str(cause)
-    message = str(cause)
-    # SQLite quotes the damaged part of a schema, which may be no text; in Python 3.10 the message is empty then.
-    if isinstance(cause, UnicodeDecodeError) or not message or message.startswith("malformed database schema"):
-        message = "database disk image is malformed"
-    remedy = {
-        "file is not a database": "its header is damaged: restore it from a backup",
-        "database disk image is malformed": "it is corrupt: restore it from a backup",
-        "database or disk is full": "make room; the waiting records are stored then",
-        "unable to open database file": "check that its directory exists and is writable",
-        "attempt to write a readonly database": "check the permissions of the file and its directory",
-        "database is locked": "another program holds a write lock: end its transaction",
-    }.get(message)
-    return f"{path}: {message}" + (f" ({remedy})" if remedy else "")

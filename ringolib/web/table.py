@@ -29,6 +29,7 @@ class Limits(NamedTuple):
     refused: int | None = None  # open without being admitted; None: MAX_REFUSED
     threads: int = 0  # admitted connections that have a thread: all but WebSockets
     unfinished: int = budget.DEFAULT_MIB * budget.MIB  # bytes of unfinished messages and bodies
+    limited_by: str = "-n"  # what sets `admitted`, for people
 
 
 class ConnectionStats(NamedTuple):
@@ -199,7 +200,7 @@ class ConnectionTable:
             if self._entries[threading.current_thread()].address_full:
                 return f"{limits.per_address} connections from one address (--per_address)"
             if limits.admitted and self._admitted >= limits.admitted or not limits.threads:
-                return f"{limits.admitted} connections at once (-n)"
+                return f"{limits.admitted} connections at once ({limits.limited_by})"
             return f"{limits.threads} HTTP connections at once (--threads)"
 
     def mark_websocket(self) -> None:

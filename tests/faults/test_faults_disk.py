@@ -321,7 +321,7 @@ def test_intermittent_io_errors_fail_only_their_commits(
     flags = ["-I", "false", "-p", "0", "-D", str(database)]
     patch = (  # many small commits
         "web.loop.READ_SIZE = web.loop.SHARED_READ_SIZE = 4096; web.intake.MAX_QUEUED = 1000;"
-        " store.LARGE_WAL_BYTES = 200_000"
+        " storage.wal.LARGE_WAL_BYTES = 200_000"
     )
     with server(tmp_path, *flags, under=under, patch=patch) as running, ExitStack() as stack:
         producers = [stack.enter_context(closing(Producer(running.url))) for _ in range(4)]
@@ -430,7 +430,9 @@ def test_long_reader_blocks_nothing_and_wal_shrinks_afterwards(tmp_path: Path, r
     wal = tmp_path / "numbers.db-wal"
     with ExitStack() as stack:
         running = stack.enter_context(
-            server(tmp_path, "-I", "false", "-p", "0", "-D", str(database), patch=f"store.LARGE_WAL_BYTES = {large}")
+            server(
+                tmp_path, "-I", "false", "-p", "0", "-D", str(database), patch=f"storage.wal.LARGE_WAL_BYTES = {large}"
+            )
         )
         producer = stack.enter_context(Producer(running.url))
         send(producer, 10_000)
@@ -499,7 +501,7 @@ def test_overlapping_readers_do_not_grow_wal_without_bound(tmp_path: Path, recor
             snapshots += 1
 
     with (
-        server(tmp_path, *flags, patch=f"store.LARGE_WAL_BYTES = {large}") as running,
+        server(tmp_path, *flags, patch=f"storage.wal.LARGE_WAL_BYTES = {large}") as running,
         Producer(running.url) as producer,
     ):
         send(producer, 1000)

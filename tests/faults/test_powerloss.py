@@ -46,7 +46,7 @@ SMALL_WAL = (  # checkpoints every 20 pages
     "store.connect = (lambda real: lambda *args:"
     " [db := real(*args), db.execute('PRAGMA wal_autocheckpoint = 20')][0])(store.connect)"
 )
-TRUNCATED_WAL = "store.LARGE_WAL_BYTES = 100_000"
+TRUNCATED_WAL = "storage.wal.LARGE_WAL_BYTES = 100_000"
 SYNCHRONOUS = SMALL_WAL.replace("wal_autocheckpoint = 20", "synchronous = {}")
 ACK_BEFORE_COMMIT = (
     "web.intake.StoreIntake._commit = lambda self, group: ([setattr(queued, 'outcome', True) for queued in group],"

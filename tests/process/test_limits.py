@@ -2,12 +2,29 @@
 
 import http.client
 import json
+import re
 import socket
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from support.harness import DEADLINE, RawClient, eventually, frame, free_port, not_ready, request, server
+import pytest
+from support.harness import (
+    DEADLINE,
+    ROOT,
+    RawClient,
+    eventually,
+    frame,
+    free_port,
+    not_ready,
+    request,
+    rows,
+    server,
+)
+
+from ringolib import open_files
 
 
 def test_request_head_has_a_total_limit(tmp_path: Path) -> None:
@@ -192,3 +209,91 @@ def test_http_connections_are_limited_by_threads_websockets_are_not(tmp_path: Pa
 
         eventually(is_admitted)
         assert running.stop() == 0
+
+
+def with_files(count: int) -> list[str]:
+    """Return a command that runs a program which may open so many files."""
+    return ["bash", "-c", f'ulimit -n {count} && exec "$@"', "x"]
+
+
+@pytest.mark.parametrize("count", [8, 14, 30])
+def test_too_few_files_end_the_start_with_the_number_needed(tmp_path: Path, count: int) -> None:
+    command = [*with_files(count), sys.executable, str(ROOT / "ringoexp.py"), "-p", "0", "-T", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
+    error = rf"this process may open {count} files, and needs (\d+): raise the limit \(ulimit -n (\d+)\)"
+    needed = re.fullmatch(rf"ringoexp: error: {error}\n", done.stderr)
+    assert needed and needed[1] == needed[2] and done.returncode == 1
+    with server(tmp_path, "-p", "0", "-T", "0", under=with_files(int(needed[1]))) as running:
+        assert running.get("/v1.0/alive")[0] == 200
+        with RawClient(running.port) as client:
+            client.send(frame(2, bytes(4)))
+            assert client.acked(1) == 1
+
+
+def test_server_with_few_files_answers_alive_beside_a_crowd(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0", under=with_files(64)) as running, ExitStack() as crowd:
+        clients = [crowd.enter_context(RawClient(running.port)) for _ in range(100)]
+        assert running.get("/v1.0/alive")[0] == 200
+        admitted = [client for client in clients if client.status == 101]
+        assert len(admitted) >= 16
+        (refused, *others) = [client for client in clients if client.status == 503]
+        text = f"the limit is {len(admitted)} connections at once (ulimit -n)"
+        assert text.encode() in refused.sock.recv(65536) + refused._buffer
+        assert len(admitted) + 1 + len(others) == 100
+        for number, client in enumerate(admitted):
+            client.send(frame(2, number.to_bytes(4, "big")))
+        assert all(client.acked(1) == 1 for client in admitted)
+        assert "connections_full" in not_ready(running)
+        assert running.stop() == 0
+        assert "cannot_accept" not in running.errors.read_text()
+    assert len(rows(tmp_path / "ringoexp.db")) == len(admitted)
+
+
+@pytest.mark.slow
+def test_publisher_with_few_files_serves_its_clients_and_alive(tmp_path: Path) -> None:
+    """Its workers share the files with its clients, and must not use them up."""
+    with ExitStack() as stack:
+        consumer = stack.enter_context(server(tmp_path, "-I", "false", "-p", "0"))
+        flags = ["-p", "0", "-T", str(consumer.port), "-r", "65536"]
+        running = stack.enter_context(server(tmp_path, *flags, under=with_files(64)))
+        assert re.search(r"event=few_files connections=\d+ workers=\d+", running.errors.read_text())
+        clients = [stack.enter_context(RawClient(running.port)) for _ in range(60)]
+        admitted = [client for client in clients if client.status == 101]
+        assert len(admitted) >= 10
+        for turn in range(1, 6):
+            for client in admitted:
+                client.send(frame(2, bytes(8 * 20_000)))
+            assert running.get("/v1.0/alive")[0] == 200
+            for client in admitted:
+                assert client.acked(turn * 20_000) == turn * 20_000
+        log = running.errors.read_text()
+        assert "cannot_accept" not in log and "Too many open files" not in log
+        assert running.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("free", "connections", "links", "shares"),
+    [
+        (None, 0, 1024, (0, None, 1024)),  # the system has no limit
+        (75_000, 0, 1024, (75_000 - 32 - 64 - 1024, 64, 1024)),
+        (75_000, 500, 1024, (500, 64, 1024)),
+        (500, 0, 0, (500 - 32 - 64, 64, 0)),
+        (500, 500, 1024, (303, 64, 101)),
+        (778, 10, 256, (10, 64, 256)),
+        (59, 0, 0, (21, 6, 0)),
+        (40, 0, 1024, (5, 2, 1)),
+        (40, 1, 3, (1, 2, 3)),
+    ],
+)
+def test_open_files_are_divided_between_connections_and_links(
+    free: int | None,
+    connections: int,
+    links: int,
+    shares: tuple[int, int | None, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(open_files, "free_files", lambda: free)
+    divided = open_files.divide(connections, links)
+    assert divided == shares
+    if free is not None and divided.refused is not None:
+        assert sum((divided.connections, divided.refused, divided.links)) <= free - open_files.OWN_FILES

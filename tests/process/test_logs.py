@@ -197,6 +197,34 @@ def test_lines_are_dropped_and_counted_if_the_reader_stalls(log: logging.Logger)
     assert 100 < kept < 2000 and dropped == [str(2000 - kept)] and "event=went_on" in lines[-1]
 
 
+class Unprintable:
+    """A field that has no text."""
+
+    def __str__(self) -> str:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("rate_limited", [(), ("happened",)])
+def test_line_that_cannot_be_made_is_counted_and_raises_nothing(
+    log: logging.Logger, attach: Attach, as_json: bool, rate_limited: tuple[str, ...]
+) -> None:
+    stream = attach(as_json, rate_limited)
+    log.info("happened", {"field": Unprintable()})
+    log.info("went_on")
+    lines = logged(stream)
+    assert len(lines) == 2 and "log_dropped" in lines[0] and "went_on" in lines[1]
+    assert re.search(r"count\W+1\b", lines[0])
+
+
+def test_handler_with_a_broken_state_raises_nothing(log: logging.Logger, attach: Attach) -> None:
+    """For example after a MemoryError in the middle of its bookkeeping."""
+    stream = attach(rate_limited=("happened",))
+    log.info("happened", {"status": []})  # not a key of a dictionary
+    log.info("went_on")
+    assert "event=log_dropped count=1" in logged(stream)[0]
+
+
 @pytest.mark.slow
 def test_server_runs_and_stops_if_its_log_is_not_read(tmp_path: Path) -> None:
     read_end, write_end = os.pipe()

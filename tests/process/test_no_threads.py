@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from support.harness import DEADLINE, RawClient, eventually, frame, free_port, request, server
 
+import ringoexp
 from ringbuffer import Ring
 from ringolib.app import App, StartupError
 from ringolib.forward.destination import Destination
@@ -56,6 +57,7 @@ def test_connection_without_a_thread_is_closed(tmp_path: Path) -> None:
         with socket.create_connection(("localhost", running.port), DEADLINE) as client:
             assert client.recv(1) == b"", "closed"
         eventually(lambda: re.search(NO_THREAD_EVENT, running.errors.read_text()))
+        assert "(ulimit -v limits memory)" in running.errors.read_text()
         resource.prlimit(pid, resource.RLIMIT_AS, before)
         assert request(running.port, "GET", "/v1.0/alive")[0] == 200
         assert running.stop() == 0
@@ -152,3 +154,15 @@ def test_readiness_check_without_a_thread_is_a_reason(tmp_path: Path, refuse: Ca
         assert reason.detail == f"cannot start a thread: {NONE_LEFT} (ulimit -u limits threads)"
     finally:
         store.close()
+
+
+def test_server_without_memory_ends_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_memory(*unused: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ringoexp, "serve", no_memory)
+    monkeypatch.setattr(ringoexp.logs, "setup", lambda *unused: None)
+    assert ringoexp.main([]) == 1
+    assert capsys.readouterr().err == "ringoexp: error: not enough memory (ulimit -v limits it)\n"

@@ -113,7 +113,7 @@ def test_failed_commit_fails_only_its_own_blocks(opened: Store, path: Path, monk
     assert opened.stats()[:5] == (2, 0, 2, 1, None)
 
 
-@pytest.mark.parametrize("part", ["_describe_failure", "_count_commit", "_log_outcome", "_end_turn"])
+@pytest.mark.parametrize("part", ["_describe_failure", "_count_commit", "_end_turn"])
 def test_error_in_the_bookkeeping_of_a_commit_is_fatal(
     opened: Store, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
@@ -191,13 +191,51 @@ def test_commit_failures_are_logged_once_per_outage(
         for _ in range(3):
             with pytest.raises(StoreError):
                 opened.append(*block(A, 0, 5))
-        assert (opened.stats().failed_commits, opened.stats().error) == (3 * outage, f"{opened.path}: disk I/O error")
+        error = opened.stats().error
+        assert opened.stats().failed_commits == 3 * outage and error
+        assert error.startswith(f"{opened.path}: disk I/O error (")
         monkeypatch.setattr(opened, "_write", write)
         for _ in range(3):
             opened.append(*block(A, 0, 5))
         assert (opened.stats().failed_commits, opened.stats().error) == (3 * outage, None)
     events = [record.getMessage().split()[0] for record in caplog.records]
     assert events == ["store_failing", "store_ok"] * 2
+
+
+class RaisingHandler(logging.Handler):
+    """A handler of the log that always fails. `events` has the names of the events that it lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.events.append(str(record.msg))
+        raise MemoryError
+
+
+def test_log_handler_that_raises_harms_no_commit(
+    opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The turn ends before the log is written, and each caller gets the outcome of its block."""
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(Store, "SLOW_COMMIT_SECONDS", 0)
+    write, handler = opened._write, RaisingHandler()
+
+    def failing(group: list[PendingBlock]) -> CommitResult:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    monkeypatch.setattr(opened, "_write", failing)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="disk I/O error"):
+            Blocked(lambda: opened.append(*block(A, 0, 5))).result()
+    monkeypatch.setattr(opened, "_write", write)
+    Blocked(lambda: opened.append(*block(A, 0, 5))).result()
+    monkeypatch.setattr(opened, "_succeeded_at", float("-inf"))
+    Blocked(opened.check).result()
+    assert {"commit_failed", "store_ok"} <= set(handler.events)
+    assert len(stored_values(path)) == 5
 
 
 def test_slow_commits_are_logged_and_all_are_timed(

@@ -10,7 +10,7 @@ import pytest
 from support.databases import FAR, A, B, append, block, check_file, query, stored_values
 from support.harness import rows
 
-import store
+from ringolib.storage import sqlite_file, wal
 from ringolib.storage.interface import StoreError
 from ringolib.storage.oldest import RECORDS_PER_SLICE
 from ringolib.storage.sqlite_file import SPOOL_APPLICATION_ID
@@ -94,8 +94,8 @@ def test_deletion_that_reported_an_error_is_detected(path: Path, monkeypatch: py
 def test_delete_succeeds_when_file_cannot_be_shrunk(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(store, "LARGE_WAL_BYTES", 100_000)
-    monkeypatch.setattr(store, "BUSY_TIMEOUT_MS", 1)
+    monkeypatch.setattr(wal, "LARGE_WAL_BYTES", 100_000)
+    monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_MS", 1)
     spool = Store(str(path), SPOOL_APPLICATION_ID)
     spool.append(*block(A, 0, 100_000))
     oldest = spool.oldest(100_000)
@@ -116,7 +116,7 @@ def test_delete_succeeds_when_file_cannot_be_shrunk(
 
 
 def test_large_file_shrinks_once_it_is_empty(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "LARGE_WAL_BYTES", 100_000)
+    monkeypatch.setattr(wal, "LARGE_WAL_BYTES", 100_000)
     spool = Store(str(path), SPOOL_APPLICATION_ID)
     spool.append(*block(A, 0, 100_000))
     spool.append(*block(B, 0, 10))

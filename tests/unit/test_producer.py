@@ -1,5 +1,6 @@
 """`ringoexp send` and its Producer: every record is stored once and in order, whatever fails."""
 
+import io
 import json
 import os
 import random
@@ -37,7 +38,8 @@ from support.harness import (
 from ringolib import timing
 from ringolib.client import producer
 from ringolib.client import send as command
-from ringolib.client.producer import Producer, ProducerError, Target, parse_url
+from ringolib.client.producer import Producer, ProducerError
+from ringolib.client.url import Target, parse_url
 from ringolib.net import sockets
 from ringolib.wire import decode_batch, encode_ack
 
@@ -47,6 +49,7 @@ def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "BACKOFF_FIRST_SECONDS", 0.005)
     monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.05)
     monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.2)
+    monkeypatch.setattr(producer, "EXIT_FLUSH_SECONDS", 0.2)
 
 
 def send(directory: Path, *flags: str, given: bytes = b"") -> "subprocess.CompletedProcess[str]":
@@ -120,6 +123,101 @@ def test_bad_line_is_named_and_lines_before_it_are_stored(shared: ServerProcess,
         f"2 of 2 acked; send the integers after the first 2 with --source {summary['source']} --first 2"
     )
     assert in_order(shared.database, json.loads(done.stdout)["source"]) == [7, -8]
+
+
+@pytest.mark.parametrize("given", ["%05000d" % 7, "+%060000d" % 7, "-%05000d" % 7, "%05000d" % 0])
+def test_leading_zeros_do_not_count(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_read", lambda source: source.read(command.READ_BYTES))
+    given = f"1\n{given}\r\n {given} \n2"
+    values = [value for block in command._text_integers(io.BytesIO(given.encode())) for value in block]
+    assert values == [int(line.replace("0" * 4000, "")) for line in given.split("\n")]
+
+
+@pytest.mark.parametrize("step", [1, 1000, command.READ_BYTES])
+@pytest.mark.parametrize("character", [b"x", b"7", b"0", b" "])
+@pytest.mark.parametrize("end", [b"", b"7\n9\n"])
+def test_line_over_the_limit_is_refused_however_it_arrives(
+    character: bytes, end: bytes, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_read", lambda source: source.read(step))
+    pipe = io.BytesIO(b"1\n\n2\n" + character * 70_000 + end)
+    blocks, values = command._text_integers(pipe), []
+    with pytest.raises(command.BadInput, match="^line 4 is longer than 65536 bytes: '"):
+        for block in blocks:
+            values += block
+    assert values == [1, 2]
+
+
+@pytest.mark.parametrize(("start", "flag"), [(b"7" * 40, ""), (bytes(40), "--binary"), (b"x", "")])
+def test_input_without_newlines_ends_send_at_once_in_flat_memory(tmp_path: Path, start: bytes, flag: str) -> None:
+    """The input has no end, and the server does not run."""
+    url = f"ws://localhost:{free_port()}/v1.0/ingest"
+    send = [sys.executable, "-c", MEASURED_SEND, "send", "--url", url]
+    with subprocess.Popen(
+        send, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as done:
+        assert done.stdin and done.stderr and done.stdout
+        written = 0
+        with pytest.raises(BrokenPipeError):
+            while written < 300_000_000:
+                written += os.write(done.stdin.fileno(), start.ljust(65536, start[:1]))
+        error, grown, seconds = done.stderr.read().decode(), *map(float, done.stdout.read().split())
+    assert done.returncode == 2 and error.count("\n") == 1
+    assert error.startswith("ringoexp send: error: stdin: line 1 is longer than 65536 bytes: ")
+    assert ("--binary" in error) == bool(flag)
+    assert written < 2_000_000 and grown < 10e6 and seconds < 1
+
+
+MEASURED_SEND = """
+import resource, sys, time
+import ringoexp
+from ringolib.client import send
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+status = ringoexp.main()
+grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(grown, time.process_time() - started)
+sys.exit(status)
+"""
+"""A script that sends, and prints how many bytes its memory has grown, and the seconds of CPU time that it took."""
+
+
+@pytest.mark.slow
+def test_large_input_is_sent_in_flat_memory(tmp_path: Path) -> None:
+    """50 MB of input are 10,000 integers with many leading zeros."""
+    line = b"%05000d\n" % 7
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        send = [sys.executable, "-c", MEASURED_SEND, "send", "--url", running.url]
+        done = subprocess.run(send, cwd=ROOT, input=line * 10_000, capture_output=True, timeout=DEADLINE)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert running.stats()["recordsStored"] == 10_000
+    assert float(done.stdout.split()[0]) < 20e6
+
+
+@pytest.mark.parametrize("flags", [[], ["--binary"]])
+def test_stdin_that_does_not_block_is_read_to_its_end(shared: ServerProcess, flags: list[str]) -> None:
+    """Another program that shares the pipe may have made it non-blocking. No input yet is not the end."""
+    source, (read_end, write_end) = uuid.uuid4(), os.pipe()
+    os.set_blocking(read_end, False)
+    command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", shared.url, "--source", str(source), *flags]
+    with subprocess.Popen(command, stdin=read_end, stderr=subprocess.PIPE) as running, open(write_end, "wb", 0) as pipe:
+        os.close(read_end)
+        for count in (1, 2, 3):
+            pipe.write(bytes(8) if flags else b"0\n")
+            eventually(lambda count=count: len(in_order(shared.database, source)) == count)
+        pipe.close()
+        assert running.wait(DEADLINE) == 0
+
+
+def test_send_without_memory_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_memory(*unused: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(command, "_read", no_memory)
+    (tmp_path / "numbers").write_text("1")
+    errors: list[str] = []
+    monkeypatch.setattr(command, "print_line", lambda line, error=False: errors.append(line))
+    assert command.main([str(tmp_path / "numbers")]) == 1
+    assert errors == ["ringoexp send: error: not enough memory (ulimit -v limits it)"]
 
 
 @pytest.mark.slow
@@ -279,20 +377,57 @@ def test_killed_sender_resumes_with_its_source(tmp_path: Path) -> None:
     assert in_order(tmp_path / "ringoexp.db", source) == list(range(60_000))
 
 
-def test_ctrl_c_ends_send_with_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_ends_send_with_a_line_that_tells_how_to_resume(tmp_path: Path, number: signal.Signals) -> None:
+    source = uuid.uuid4()
     url = f"ws://localhost:{free_port()}/v1.0/ingest"
-    command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", url]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+    command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", url, "--source", str(source), "--first", "5"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdin and running.stderr
+        running.stdin.write("1\n2\n")
+        running.stdin.flush()
+        assert "trying again" in running.stderr.readline(), "the lines are read"
+        running.send_signal(number)
+        errors = running.stderr.read()
+    assert running.returncode == 128 + number
+    cause = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    expected = f"0 of 2 acked; send all of it again with --source {source} --first 5"
+    assert errors == f"ringoexp send: error: {cause}\nringoexp send: {expected}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_adds_nothing_to_what_send_prints(tmp_path: Path, number: signal.Signals) -> None:
+    """The server hangs, and the closing of the connection takes a moment."""
+    with socket.create_server(("localhost", 0)) as hung:
+        url = f"ws://localhost:{hung.getsockname()[1]}/v1.0/ingest"
+        command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", url]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+            assert running.stdin and running.stderr
+            running.stdin.write("1\n2\n")
+            running.stdin.flush()
+            connection, _ = hung.accept()  # the lines are read
+            with connection:
+                running.send_signal(number)
+                errors = [running.stderr.readline(), running.stderr.readline()]
+                running.send_signal(number)
+                errors += running.stderr.readlines()
+    assert running.returncode == 128 + number
+    assert len(errors) == 2 and "0 of 2 acked; send all of it again" in errors[1]
+
+
+def test_hangup_that_nohup_ignores_does_not_end_send(shared: ServerProcess, tmp_path: Path) -> None:
+    source = uuid.uuid4()
+    command = ["nohup", sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", shared.url, "--source", str(source)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=tmp_path) as running:
+        assert running.stdin
         running.stdin.write(b"1\n2\n")
         running.stdin.flush()
-        # Send the signal once it has read the lines and waits for more.
-        eventually(lambda: "pipe_read" in Path(f"/proc/{running.pid}/wchan").read_text() or is_sleeping(running.pid))
-        eventually(lambda: len(os.listdir(f"/proc/{running.pid}/task")) > 1)
-        running.send_signal(signal.SIGINT)
-        errors = running.stderr.read().decode()
-    assert running.returncode == 130 and "Traceback" not in errors
-    assert "interrupted" in errors
+        eventually(lambda: in_order(shared.database, source) == [1, 2])
+        running.send_signal(signal.SIGHUP)
+        running.stdin.write(b"3\n")
+        running.stdin.close()
+        assert running.wait(DEADLINE) == 0
+    assert in_order(shared.database, source) == [1, 2, 3]
 
 
 def test_ctrl_c_before_the_first_record_is_one_line(
@@ -306,11 +441,6 @@ def test_ctrl_c_before_the_first_record_is_one_line(
     with sys.stdin:
         assert command.main([]) == 130
     assert capsys.readouterr().err == "ringoexp send: error: interrupted\n"
-
-
-def is_sleeping(pid: int) -> bool:
-    """True if the main thread of a process sleeps in the kernel."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
 def test_partial_acks_and_lost_links_keep_exactly_once() -> None:
@@ -472,9 +602,17 @@ def test_unexpected_error_reaches_flush(monkeypatch: pytest.MonkeyPatch) -> None
     sender.close()
 
 
-@pytest.mark.parametrize("error", [MemoryError(), ZeroDivisionError("a bug"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (MemoryError(), r"^not enough memory \(ulimit -v limits it\)$"),
+        (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
+    ids=repr,
+)
 def test_message_broken_off_by_an_error_is_followed_by_nothing(
-    error: BaseException, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection is closed, and callers get the error. Another producer resumes."""
     seen: dict[int, int] = {}
@@ -495,9 +633,9 @@ def test_message_broken_off_by_an_error_is_followed_by_nothing(
         break_connections(monkeypatch, producer, error)
         sender = Producer(url, source)
         sender.send(range(1000))
-        with pytest.raises(ProducerError, match=type(error).__name__):
+        with pytest.raises(ProducerError, match=text):
             sender.flush(DEADLINE)
-        with pytest.raises(ProducerError, match=type(error).__name__):
+        with pytest.raises(ProducerError, match=text):
             sender.send(range(1000, 2000))
         sender.close()
         assert not seen and sender.acked == 0
@@ -550,7 +688,7 @@ def test_producer_refuses_misuse() -> None:
         sender.send([1])
     with pytest.raises(RuntimeError, match="mine"), Producer(f"ws://localhost:{free_port()}/") as other:
         other.send([1])
-        raise RuntimeError("mine")  # the block ends without a flush
+        raise RuntimeError("mine")
     assert not [thread for thread in threading.enumerate() if thread.name == "producer"]
 
 
@@ -585,3 +723,263 @@ def test_http_answer_without_upgrade_is_permanent(tmp_path: Path) -> None:
         with pytest.raises(ProducerError, match="HTTP status 200: is that the /v1.0/ingest of a ringoexp"):
             with Producer(url) as producer:
                 producer.send([1])
+
+
+# Forks, and the end of the program. Each test runs a script: a fork of the tests would copy their threads.
+
+
+def run_script(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a Python script, which finds `Producer` and the module `producer` imported, to its end."""
+    start = "import os, sys, time, uuid; from ringolib.client import producer; from ringolib.client.producer import *; "
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"{start}\n{script}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "Exception ignored" not in done.stderr
+    return done
+
+
+CHILDREN = """
+def in_child(work):
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            work()
+        except producer.ProducerError as error:
+            status = 42 if "after a fork" in str(error) else 2
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return "hangs"
+"""
+"""Code for scripts: `in_child` returns 42 if `work` raises the ProducerError of another process, in a child."""
+
+
+@pytest.mark.slow
+def test_child_gets_an_error_while_the_parent_is_sending(shared: ServerProcess) -> None:
+    """The lock may be locked at the fork, and the thread is missing in the child."""
+    source = uuid.uuid4()
+    script = f"""{CHILDREN}
+import threading
+sender = Producer(sys.argv[1], uuid.UUID(sys.argv[2]))
+def send_all():
+    for start in range(0, 200_000, 100):
+        sender.send(range(start, start + 100))
+sending = threading.Thread(target=send_all)
+sending.start()
+statuses = [in_child(lambda: sender.send([1])) for _ in range(20)]
+statuses += [in_child(sender.flush) for _ in range(20)]
+sending.join()
+sender.flush()
+sender.close()
+print(set(statuses), sender.acked, sender.reconnects)
+"""
+    done = run_script(script, shared.url, str(source))
+    assert (done.stdout, done.stderr) == ("{42} 200000 0\n", "")
+    assert in_order(shared.database, source) == list(range(200_000))
+
+
+@pytest.mark.parametrize("end", ["sender.close()", "sys.exit()", "pass"])
+def test_child_that_ends_leaves_the_connection_of_its_parent(shared: ServerProcess, end: str) -> None:
+    """The child closes the producer, leaves the `with` block, or ends without both: only the parent may flush."""
+    source = uuid.uuid4()
+    script = f"""
+with Producer(sys.argv[1], uuid.UUID(sys.argv[2])) as sender:
+    sender.send([1])
+    sender.flush()
+    child = os.fork()
+    if not child:
+        {end}
+        sys.exit()
+    os.waitpid(child, 0)
+    sender.send([2])
+print(sender.acked, sender.reconnects)
+"""
+    done = run_script(script, shared.url, str(source))
+    assert (done.stdout, done.stderr) == ("2 0\n", "")
+    assert in_order(shared.database, source) == [1, 2]
+
+
+def test_child_sends_with_a_producer_of_its_own(shared: ServerProcess) -> None:
+    source = uuid.uuid4()
+    script = f"""{CHILDREN}
+parents = Producer(sys.argv[1])
+def work():
+    with Producer(sys.argv[1], uuid.UUID(sys.argv[2])) as sender:
+        sender.send([1, 2])
+    os._exit(7)
+print(in_child(work))
+parents.close()
+"""
+    assert run_script(script, shared.url, str(source)).stdout == "7\n"
+    assert in_order(shared.database, source) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "end", ["", "raise SystemExit(0)", "sys.exit()", "with sender: raise SystemExit", "raise KeyError"]
+)
+def test_program_that_ends_without_flush_stores_its_records(shared: ServerProcess, end: str) -> None:
+    source = uuid.uuid4()
+    script = f"""
+sender = Producer(sys.argv[1], uuid.UUID(sys.argv[2]))
+sender.send(range(100_000))
+{end}
+"""
+    done = run_script(script, shared.url, str(source))
+    assert "not acked" not in done.stderr
+    assert in_order(shared.database, source) == list(range(100_000))
+
+
+@pytest.mark.parametrize("end", ["", "sender.close()", "with sender: raise SystemExit", "raise KeyError('mine')"])
+def test_records_without_ack_are_reported_at_the_end(end: str) -> None:
+    """Within a bounded time, with all that another producer needs to resume."""
+    source = uuid.uuid4()
+    url = f"ws://localhost:{free_port()}/v1.0/ingest"
+    script = f"""
+producer.EXIT_FLUSH_SECONDS = 0.5
+senders = [Producer(sys.argv[1], uuid.UUID(sys.argv[2]), 7) for _ in range(20)]
+senders[0].send(range(3))
+sender = Producer(sys.argv[1], uuid.UUID(sys.argv[2]), 7)
+sender.send(range(1000))
+senders.pop(0).close(report=False)
+{end}
+"""
+    started = monotonic()
+    done = run_script(script, url, str(source))
+    assert monotonic() - started < 10
+    (line,) = [line for line in done.stderr.splitlines() if "not acked" in line]
+    assert line.startswith(f"ringoexp Producer: 1000 of 1000 records are not acked by {url} (")
+    assert line.endswith(f"Connection refused): send all values again with source {source} and first 7")
+    assert ("Traceback" in done.stderr) == ("KeyError" in end)
+
+
+def test_report_names_the_number_to_resume_with(capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(connection: Link) -> None:
+        connection.recv()
+        connection.send(encode_ack(3))
+        connection.recv()
+
+    with peer(answer) as url:
+        sender = Producer(url, first=100)
+        sender.send(range(10))
+        eventually(lambda: sender.acked == 3)
+        sender.close()
+        sender.close()
+    expected = f"7 of 10 records are not acked by {url}: send the values after the first 3 with source "
+    assert capsys.readouterr().err == f"ringoexp Producer: {expected}{sender.source} and first 103\n"
+
+
+def test_closed_producer_with_all_acks_reports_nothing(
+    shared: ServerProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Producer(shared.url) as sender:
+        sender.send([1])
+    assert capsys.readouterr() == ("", "")
+    assert not producer._open_producers
+
+
+STDERRS = {
+    "without an encoding": "type('Tee', (), {'write': lambda self, text: sys.__stderr__.write(text)})()",
+    "closed": "open(os.devnull, 'w'); sys.stderr.close()",
+    "full": "open('/dev/full', 'w')",
+    "missing": "None",
+}
+
+
+@pytest.mark.parametrize("stderr", STDERRS)
+def test_report_leaves_the_stderr_of_the_program_as_it_is(stderr: str) -> None:
+    script = f"""
+sender = Producer("ws://localhost:{free_port()}")
+sender.send([1])
+sys.stderr = {STDERRS[stderr]}
+sender.close()
+if "full" in repr(sys.stderr):
+    print(os.readlink(f"/proc/self/fd/{{sys.stderr.fileno()}}"))
+"""
+    done = run_script(script)
+    assert done.returncode in (0, 120)  # 120: Python cannot flush the full stderr
+    assert ("1 of 1 records are not acked" in done.stderr) == (stderr == "without an encoding")
+    assert done.stdout == ("/dev/full\n" if stderr == "full" else "")
+
+
+@pytest.mark.parametrize("interrupts", [1, 2])
+def test_ctrl_c_at_the_end_shortens_the_wait_and_not_the_report(interrupts: int) -> None:
+    """The first ends the wait for acks, the second the wait for the closing of the connection."""
+    with socket.create_server(("localhost", 0)) as hung:
+        script = f"""
+import signal
+producer.EXIT_CLOSE_SECONDS = 10
+signals = iter([signal.SIGINT] * {interrupts})
+wait_until, join = producer.wait_until, threading.Thread.join
+def wait_and_interrupt(*arguments):
+    if threading.current_thread() is threading.main_thread():
+        signal.raise_signal(next(signals))
+    return wait_until(*arguments)
+def join_and_interrupt(thread, timeout=None):
+    if thread.name == "producer":
+        for number in signals:
+            signal.raise_signal(number)
+        timeout = 0.01
+    join(thread, timeout)
+producer.wait_until, threading.Thread.join = wait_and_interrupt, join_and_interrupt
+sender = Producer("ws://localhost:{hung.getsockname()[1]}")
+sender.send([1])
+"""
+        done = run_script(f"import threading{script}")
+    (line,) = done.stderr.splitlines()
+    assert "1 of 1 records are not acked" in line and done.returncode == 0
+
+
+def test_block_with_an_exception_does_not_wait_for_a_hung_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producer, "EXIT_CLOSE_SECONDS", 0.1)
+    with socket.create_server(("localhost", 0)) as hung:
+        with pytest.raises(KeyError), Producer(f"ws://localhost:{hung.getsockname()[1]}") as sender:
+            sender.send([1])
+            raise KeyError
+        assert sender._thread.is_alive(), "it still waits for the server, and ends by itself"
+    eventually(lambda: not sender._thread.is_alive())
+    assert sender._wakeup.fileno() == sender._wakeup_reader.fileno() == -1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_child_of_multiprocessing_stores_its_records_at_its_end(
+    shared: ServerProcess, tmp_path: Path, method: str
+) -> None:
+    """It does not flush, and its last records come from a thread that outlives its main function."""
+    source = uuid.uuid4()
+    script = f"""
+import multiprocessing, threading, time, uuid
+from ringoexp import Producer
+
+def work():
+    sender = Producer({shared.url!r}, uuid.UUID({str(source)!r}))
+    sender.send([1, 2])
+    def send_later():
+        threading.main_thread().join(0.1)
+        sender.send([3])
+    threading.Thread(target=send_later).start()
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context({method!r}).Process(target=work)
+    child.start()
+    child.join()
+    print(child.exitcode)
+"""
+    (tmp_path / "parent.py").write_text(script)
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "parent.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+    assert in_order(shared.database, source) == [1, 2, 3]

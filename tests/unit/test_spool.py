@@ -25,7 +25,8 @@ from ringolib.forward.link import LinkSink, LinkState
 from ringolib.forward.sink import InDoubt, NotStored
 from ringolib.forward.spool import Spool, SpoolSink
 from ringolib.forward.workers import Forwarder
-from ringolib.storage.interface import StoreError
+from ringolib.storage.interface import Sizes, StoreError
+from ringolib.storage.remedies import NoRoom
 from ringolib.wire import Block, Run, decode_batch, encode_ack
 from store import Store
 
@@ -506,3 +507,83 @@ def test_spool_in_use_is_refused(tmp_path: Path) -> None:
     with server(tmp_path, "-p", "0", "-T", "1", "-S", "s"):
         with pytest.raises(AssertionError, match="in use by another ringoexp"):
             ServerProcess(tmp_path, "-p", "0", "-T", "1", "-S", "s")
+
+
+@pytest.fixture
+def no_room(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The spool's file cannot be opened for want of room, until the event is set."""
+    room = threading.Event()
+
+    def open_store(path: str, kind: int) -> Store:
+        if not room.is_set():
+            raise NoRoom(f"{path}: the disk is full")
+        return Store(path, kind)
+
+    monkeypatch.setattr(spool, "Store", open_store)
+    monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.05)
+    return room
+
+
+def test_spool_without_room_is_opened_when_there_is_room(
+    tmp_path: Path, no_room: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    no_room.set()
+    link, replay = FakeLink(), FakeLink()
+    replay.error = NotStored("down")
+    with spooling(tmp_path / "s", replay) as running:
+        running.append(a_block(0, 5))
+    no_room.clear()
+    with spooling(tmp_path / "s", replay) as running:
+        replay.error = None
+        SpoolSink(link, running).store(a_block(5, 10))  # type: ignore[arg-type]
+        assert len(link.stored) == 5 and running.depth == 0 and not running.away
+        assert running.refuses() == running.store.stats().error == f"{tmp_path / 's'}: the disk is full"
+        link.error = NotStored("the link is down")
+        with pytest.raises(NotStored, match="the disk is full"):
+            SpoolSink(link, running).store(a_block(10, 15))  # type: ignore[arg-type]
+        assert running.full and not running.away
+        no_room.set()
+        eventually(lambda: len(replay.stored) == 5 and not running.depth, "the records of the file are forwarded")
+        assert not running.full and running.refuses() is None
+        running.append(a_block(10, 15))
+    events = [record.getMessage() for record in caplog.records if record.name == "ringoexp.spool"]
+    assert events.count("spool_unopened") == events.count("spool_opened") == 1 and "replay_error" not in events
+
+
+def test_spool_that_cannot_be_opened_later_is_named(
+    tmp_path: Path, no_room: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is room again, but the file is no spool."""
+    caplog.set_level(logging.INFO)
+    (tmp_path / "s").write_bytes(b"a user's notes\n" * 100)
+    with spooling(tmp_path / "s", FakeLink()) as running:
+        no_room.set()
+        eventually(lambda: "is not a SQLite file" in (running.refuses() or ""))
+        assert "is not a SQLite file" in str(running.store.stats().error)
+        eventually(lambda: running._failures > 5)
+    events = [str(record.args) for record in caplog.records if record.getMessage() == "spool_unopened"]
+    assert len(events) == 2 and "disk is full" in events[0] and "is not a SQLite file" in events[1]
+
+
+def test_block_that_comes_while_the_spool_opens_gets_a_reason(tmp_path: Path, no_room: threading.Event) -> None:
+    with spooling(tmp_path / "s", FakeLink()) as running:
+        unopened = running.store
+        sizes = unopened.sizes
+
+        def opens_meanwhile() -> Sizes:
+            no_room.set()
+            eventually(lambda: running.store is not unopened)
+            return sizes()
+
+        unopened.sizes = opens_meanwhile  # type: ignore[method-assign]
+        with pytest.raises(NotStored, match="the disk is full"):
+            running.append(a_block(0, 5))
+        running.append(a_block(0, 5))
+        assert not running.full
+
+
+def test_stop_ends_while_spool_has_no_room(tmp_path: Path, no_room: threading.Event) -> None:
+    with spooling(tmp_path / "s", FakeLink()) as running:
+        assert running.stats().depth == 0
+    assert not (tmp_path / "s").exists()

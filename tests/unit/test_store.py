@@ -13,6 +13,7 @@ from support.databases import A_TEXT, A, B, block, query, stored_values
 from support.harness import seeded
 
 import store
+from ringolib.storage import sqlite_file, wal
 from ringolib.storage.group_commit import CommitResult, PendingBlock
 from ringolib.storage.interface import StoreError
 from ringolib.storage.sqlite_file import APPLICATION_ID
@@ -182,7 +183,7 @@ def test_check_detects_failure_and_recovery(
     opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(store, "BUSY_TIMEOUT_MS", 1)
+    monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_MS", 1)
     opened._db.execute("PRAGMA busy_timeout = 1")
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -248,8 +249,8 @@ def test_wal_grows_under_reader_and_is_truncated_after_it(
 ) -> None:
     caplog.set_level(logging.INFO)
     large = 1024 * 1024
-    monkeypatch.setattr(store, "LARGE_WAL_BYTES", large)
-    monkeypatch.setattr(store, "READER_WAIT_MS", 1)
+    monkeypatch.setattr(wal, "LARGE_WAL_BYTES", large)
+    monkeypatch.setattr(wal, "READER_WAIT_MS", 1)
     opened._wal.limit = large
     opened._db.execute(f"PRAGMA journal_size_limit = {large}")
     opened.append(*block(A, 0, 100))

@@ -3,12 +3,14 @@
 import datetime
 import logging
 import math
+import subprocess
+import sys
 import threading
 from time import monotonic
 
 import pytest
 from support.broken import ProcessEnded, raise_instead_of_exit
-from support.harness import Blocked
+from support.harness import DEADLINE, ROOT, Blocked, eventually
 
 from ringolib import timing
 from ringolib.timing import ThreadError, backoff, deadline_after, remaining, start_thread, wait_until
@@ -69,6 +71,55 @@ def test_missing_thread_is_one_error_with_a_remedy(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(ThreadError, match=r"can't start new thread \(ulimit -u"):
         start_thread(lambda: None, name="worker")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a limit of the address space")
+@pytest.mark.parametrize("spare", [0, 4096, 8192, 16384])
+def test_thread_without_memory_is_an_error_and_does_not_hang_its_starter(spare: int) -> None:
+    """There is memory for the stack at most: the thread ends before it begins, or is refused."""
+    script = f"""
+import resource, sys, threading
+from ringolib import timing
+timing.START_TIMEOUT_SECONDS = 0.5
+with open("/proc/self/statm") as statm:
+    used = int(statm.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_STACK, (2**23, resource.RLIM_INFINITY))
+before = resource.getrlimit(resource.RLIMIT_AS)
+done = threading.Event()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**23 + {spare}, before[1]))
+try:
+    timing.start_thread(done.set, name="worker").join()
+    error = None
+except timing.ThreadError as caught:
+    error = caught
+resource.setrlimit(resource.RLIMIT_AS, before)
+assert done.is_set() or str(error).endswith("(ulimit -v limits memory)"), error
+done.clear()
+timing.start_thread(done.set, name="worker").join()
+assert done.is_set()
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 0, done.stderr
+
+
+def test_thread_that_begins_too_late_does_not_do_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its starter has given up, and may have started another one."""
+    monkeypatch.setattr(timing, "START_TIMEOUT_SECONDS", 0.01)
+    gate, done = threading.Event(), threading.Event()
+    begin = threading.Thread._bootstrap  # type: ignore[attr-defined]
+
+    def begin_late(thread: threading.Thread) -> None:
+        gate.wait()
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "_bootstrap", begin_late)
+    thread = threading.Thread(target=done.set, daemon=True)
+    with pytest.raises(ThreadError, match=r"it has not begun after 0.01 s \(ulimit -v limits memory\)"):
+        timing.start(thread)
+    gate.set()
+    eventually(lambda: thread.ident and not thread.is_alive())
+    assert not done.is_set()
 
 
 @pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
