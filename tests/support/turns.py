@@ -210,7 +210,10 @@ class Lock:
         self._turns = turns
         self._held = False
 
-    def acquire(self, timeout: float = -1) -> bool:
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        if not blocking:  # the start of a thread, which has no turn yet
+            is_free, self._held = not self._held, True
+            return is_free
         self._turns.switch()
         is_free = self._turns.block(lambda: not self._held, None if timeout < 0 else timeout)
         self._held = True
