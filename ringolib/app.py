@@ -138,6 +138,9 @@ class App:
     def start(self) -> None:
         """Start to serve. Raises StartupError."""
         self._log_credential_warnings()
+        if "null" in self.settings.allow_origin:
+            hint = "every web page can send Origin: null from a sandboxed frame; give the pages an origin of their own"
+            log.warning("null_origin", {"hint": hint})
         with _startup_errors():
             if self.ring:
                 self._intake = RingIntake(self.ring, self.settings.ack == "ring")

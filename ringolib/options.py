@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, NoReturn
+from urllib.parse import urlsplit
 
 from ringolib import __version__
 from ringolib.net.addresses import format_address, parse_host, parse_hosts, unix_path
@@ -131,9 +132,26 @@ def _host_name(text: str) -> str:
 
 def _origin(text: str) -> str:
     """Parse the origin of web pages, as browsers send it."""
-    if text != "null" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[!-.0-~]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: SCHEME://HOST:PORT, without a path, or null")
+    if "*" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not accepted: wildcards are not supported: give one flag for each origin"
+        )
+    if text != "null" and not _is_origin(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not accepted: SCHEME://HOST[:PORT] without a path or a final slash, or null"
+        )
     return text
+
+
+def _is_origin(text: str) -> bool:
+    """True if a browser may send this origin. Schemes other than http and https may do without a host."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[!-~]*", text) or any(c in text.partition("://")[2] for c in "/?#@"):
+        return False
+    try:
+        url = urlsplit(text)
+        return url.port != 0 and (bool(url.hostname) or url.scheme not in ("http", "https"))
+    except ValueError:
+        return False
 
 
 def _host(text: str) -> str:

@@ -177,7 +177,7 @@ class WebHandler(BaseHTTPRequestHandler):
             self.close_connection = True
             if path not in self.paths_beyond_limit:
                 raise self.admission_refusal()
-        if self.cors and self.command == "OPTIONS" and path in self.routes:
+        if origin is not None and self.command == "OPTIONS" and path in self.routes:
             self._answer_preflight(path)
             return
         self.check_site()

@@ -123,6 +123,7 @@ GOOD: dict[str, list[tuple[str, Any]]] = {
         ("https://a.example:8443", ("https://a.example:8443",)),
         ("null", ("null",)),
         ("file://", ("file://",)),
+        ("http://[::1]:80", ("http://[::1]:80",)),
     ],
     "unfinished": [("16", 16), ("1048576", 1048576)],
 }
@@ -204,7 +205,10 @@ BAD: dict[str, list[str]] = {
     "profiler_port": ["65536", *NUMBERS],
     "profiler_host": ["", " "],
     "allow_host": ["", "a.example:80", "http://a.example", "a b", "--"],
-    "allow_origin": ["", "a.example", "http://a.example/", "--"],
+    "allow_origin": [
+        *("", "a.example", "http://a.example/", "--", "http://", "http://a:99999", "http://me@a", "file://?", "http://a#"),
+        *("*", "https://*.example", "http://[x"),
+    ],
     "unfinished": ["15", "1048577", *NUMBERS],
 }
 
@@ -231,6 +235,7 @@ def test_bad_value_error_names_flag_value_and_accepted_form(
     [
         (["--no_such_flag"], "'--no_such_flag' is not a flag"),
         (["stray"], "'stray' is not a flag"),
+        (["--allow_origin", "https://*.example"], "wildcards are not supported: give one flag for each origin"),
         (["-S", "spool.db", "-I", "false"], "only a publisher has a spool"),
         (["--ring", "5"], "'--ring' is not a flag"),
         (["-p"], "-p/--port: expected one argument"),
