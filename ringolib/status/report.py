@@ -96,9 +96,9 @@ class Report:
         """Return the text of `/metrics`."""
         return metrics_text(self.snapshot())
 
-    def reasons(self) -> list[Reason]:
+    def reasons(self, wait: bool = True) -> list[Reason]:
         """Return why a record sent now would not be stored now. The HTTP server adds its own reasons."""
-        return self._readiness.reasons()
+        return self._readiness.reasons(wait)
 
     def identity(self) -> str | None:
         """Return the UUID of the server's own database, or None if it has none."""
