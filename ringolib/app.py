@@ -105,6 +105,7 @@ class App:
                 argv=self.argv,
                 totals=self.totals,
                 server=self.server,
+                budget=self.server.budget,
                 credentials=self.credentials,
                 ring=self.ring,
                 store=self.store,

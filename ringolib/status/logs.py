@@ -38,6 +38,7 @@ RATE_LIMITED_EVENTS = (
     "cannot_accept",
     "no_thread",
     "slow_commit",
+    "waiting_for_room",
     "worker_error",
 )
 RATE_LIMIT_SECONDS = 1.0
