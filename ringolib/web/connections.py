@@ -51,7 +51,7 @@ NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 NO_RESOURCES_WAIT_SECONDS = 0.2
 """The pause after a connection could not be accepted because the system lacks descriptors or memory."""
 
-_HINT = b'{"error": "this port uses TLS: connect with https:// or wss://"}\n'
+_HINT = b'{"error": "this port uses TLS: connect with https:// or wss:// (a publisher: --consumer_tls)"}\n'
 PLAIN_ON_TLS = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json;charset=utf-8\r\n"
     b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(_HINT), _HINT)

@@ -226,6 +226,14 @@ def test_unknown_host_is_told_the_flag_with_its_value(host: str, text: str) -> N
     assert (refused.value.status, str(refused.value)) == (421, text)
 
 
+@pytest.mark.parametrize("line", [b"Content-Type: application/json", b"Content-Encoding: gzip"])
+def test_415_says_how_to_send_integers(line: bytes) -> None:
+    form = "send the integers as bytes, 4 or 8 each, big-endian, as application/octet-stream; see docs/protocol.md"
+    with pytest.raises(Refusal, match=f"is not supported: {form}$") as refused:
+        headers.check_body_type(parse(get(lines=HOST + line + b"\r\n")).headers)
+    assert refused.value.status == 415
+
+
 MALFORMED = "expected SCHEME://HOST[:PORT] without a path or a final slash"
 
 
