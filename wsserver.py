@@ -66,7 +66,10 @@ class Monitor(Protocol):
         """Return the text of `/metrics`."""
 
     def reasons(self, wait: bool = True) -> list[Reason]:
-        """Return why a record would not be stored now; an empty list means ready. Ask nobody if `wait` is false."""
+        """Return why a record would not be stored now; an empty list means ready.
+
+        If `wait` is false, take the answers that are known.
+        """
 
     def identity(self) -> str | None:
         """Return the identity of the database, or None if the server has no database."""

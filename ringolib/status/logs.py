@@ -45,7 +45,7 @@ RATE_LIMIT_SECONDS = 1.0
 STATUSES_WITH_NAMES = (403, 421)
 """HTTP statuses of refused names and origins: an operator must see each of them."""
 MAX_NAMES = 16
-"""Reasons of such a status with a line of their own within RATE_LIMIT_SECONDS. The others share a line."""
+"""Reasons of one of these statuses with a line of their own within RATE_LIMIT_SECONDS. The others share a line."""
 STALL_TIMEOUT_SECONDS = 0.1
 """How long a line waits for a stalled reader of stderr. Lines after it do not wait until it reads again."""
 MAX_TEXT_LENGTH = 1000

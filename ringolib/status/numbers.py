@@ -295,7 +295,9 @@ CONNECTIONS = (
     ),
     Number(
         "unfinishedBytes",
-        gauge("ringoexp_unfinished_bytes", "Unfinished messages and request bodies in memory; --unfinished is the limit."),
+        gauge(
+            "ringoexp_unfinished_bytes", "Unfinished messages and request bodies in memory; --unfinished is the limit."
+        ),
         lambda snapshot: snapshot.unfinished,
     ),
     Number("clients", gauge("ringoexp_clients", "Open WebSockets."), lambda snapshot: snapshot.totals.clients),

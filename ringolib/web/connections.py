@@ -28,6 +28,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import BaseServer
 from typing import TYPE_CHECKING, Any
 
+from ringolib import __version__
 from ringolib.net import tls_socket
 from ringolib.net.addresses import UNIX_PEER
 from ringolib.net.credentials import Credentials
@@ -81,7 +82,7 @@ class Connections(ThreadingHTTPServer):
     ) -> None:
         BaseServer.__init__(self, listeners.addresses[0][1], handler)  # TCPServer.__init__ would open a socket
         self.listeners = listeners
-        self.name = name
+        self.name = name or f"ringoexp/{__version__}"
         self.credentials = credentials or Credentials()
         self.names = names or Names()
         self.table = ConnectionTable(limits)

@@ -87,7 +87,9 @@ class WebHandler(BaseHTTPRequestHandler):
                 {"WWW-Authenticate": CHALLENGE},
             )
         challenge = f'{CHALLENGE}, error="invalid_token"'
-        raise Refusal(401, f"wrong token: send the token of this server {_TOKEN_FLAGS}", {"WWW-Authenticate": challenge})
+        raise Refusal(
+            401, f"wrong token: send the token of this server {_TOKEN_FLAGS}", {"WWW-Authenticate": challenge}
+        )
 
     # The life of a connection. The constructor of the base class calls setup, handle and finish.
 

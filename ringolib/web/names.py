@@ -100,9 +100,8 @@ def _explain_host(host: str) -> str:
     if not host:
         return "the Host header is empty: send the server's IP address, localhost, or a name given with --allow_host"
     flag = f"--allow_host {host}" if _NAME.fullmatch(host) and len(host) <= MAX_SHOWN else "--allow_host"
-    return (
-        f"unknown host name {host[:MAX_SHOWN]!r}: connect to an IP address or localhost, or start the server with {flag}"
-    )
+    remedy = f"connect to an IP address or localhost, or start the server with {flag}"
+    return f"unknown host name {host[:MAX_SHOWN]!r}: {remedy}"
 
 
 def _explain_origin(origin: str, host: Authority | None) -> str:

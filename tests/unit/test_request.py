@@ -215,7 +215,8 @@ def test_origin_is_the_server_or_an_admitted_page(origin: str, admitted: bool) -
         ("ringo-svc:6660", "unknown host name 'ringo-svc': connect to an IP address or localhost, or start the server "
          "with --allow_host ringo-svc"),
         ("", "the Host header is empty: send the server's IP address, localhost, or a name given with --allow_host"),
-        ("a;b", "unknown host name 'a;b': connect to an IP address or localhost, or start the server with --allow_host"),
+        ("a;b", "unknown host name 'a;b': connect to an IP address or localhost, or start the server "
+         "with --allow_host"),
         ("x" * 200, f"unknown host name '{'x' * 100}': connect to an IP address or localhost, or start the server "
          "with --allow_host"),
     ],
