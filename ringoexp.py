@@ -92,7 +92,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def serve(settings: Settings, argv: Sequence[str]) -> int:
+def serve(settings: Settings, argv: Sequence[str], log_lines: logs.LineHandler) -> int:
     """Run a server until it is stopped by a signal, and return the exit status. Raises what `App` raises."""
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     _use_one_malloc_arena()
@@ -114,7 +114,9 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
             signal.raise_signal(number)
             os._exit(128 + number)  # the first process of a container survives a signal's default effect
 
-    with received, wakeup, ExitStack() as watchdog:
+    with received, wakeup, ExitStack() as helpers:
+        log_lines.start()
+        helpers.callback(log_lines.stop)  # before the tally, which is the last line
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)  # if it is full, a wakeup is due anyway
         try:
             signal.signal(signal.SIGTERM, on_stop_signal)
@@ -125,7 +127,7 @@ def serve(settings: Settings, argv: Sequence[str]) -> int:
             application = app.App(settings, argv)
             try:
                 application.start()
-                watchdog.enter_context(systemd.watchdog(application.alive))
+                helpers.enter_context(systemd.watchdog(application.alive))
                 print_line(_greeting(application))
                 systemd.ready(_greeting(application))
                 while set(received.recv(4096)) == {signal.SIGHUP}:
@@ -231,9 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = read_arguments(arguments)
     if _missing:
         sys.exit(f"ringoexp: error: {_missing}")
-    logs.setup(settings.debug, settings.log_json)
+    log_lines = logs.setup(settings.debug, settings.log_json)
     try:
-        return serve(settings, arguments)
+        return serve(settings, arguments, log_lines)
     except (app.StartupError, StoreError) as error:
         log.debug("cannot_run", exc_info=True)
         print_line(f"ringoexp: error: {error}", error=True)

@@ -15,7 +15,7 @@ from ringolib.net.frames import MAX_MESSAGE
 from ringolib.net.listeners import Listeners
 from ringolib.net.websocket import STORE_HEADER, HandshakeError, accept_upgrade
 from ringolib.status.prometheus import CONTENT_TYPE as METRICS_TYPE
-from ringolib.status.readiness_rules import CONNECTIONS_FULL, Reason
+from ringolib.status.readiness_rules import CONNECTIONS_FULL, RING_FULL, Reason
 from ringolib.storage.interface import StoreError
 from ringolib.timing import deadline_after, format_ago, remaining
 from ringolib.web import handler, headers
@@ -65,8 +65,11 @@ class Monitor(Protocol):
     def metrics(self) -> str:
         """Return the text of `/metrics`."""
 
-    def reasons(self) -> list[Reason]:
-        """Return why a record would not be stored now; an empty list means ready."""
+    def reasons(self, wait: bool = True) -> list[Reason]:
+        """Return why a record would not be stored now; an empty list means ready.
+
+        If `wait` is false, take the answers that are known.
+        """
 
     def identity(self) -> str | None:
         """Return the identity of the database, or None if the server has no database."""
@@ -235,17 +238,25 @@ class Handler(WebHandler):
         timeout = remaining(deadline)
         if accepted < len(values):
             self.server.totals.add_refused(len(values) - accepted)
-            cause = "the server is stopping" if intake.closed else f"the {intake.name} is full"
-            raise _not_stored(f"{cause}: {accepted} of {len(values)} records were accepted", accepted)
+            cause = "the server is stopping" if intake.closed else f"the {intake.name} is full{self._known_reasons()}"
+            raise _not_stored(cause, accepted, len(values))
         try:
             stored = intake.wait(ticket, timeout)
         except StoreError as error:
             self.server.totals.add_refused(accepted)
-            raise _not_stored(f"not stored: {error}", 0) from error
+            raise _not_stored(str(error)) from error
         if not stored:
-            raise _not_stored("the records were accepted, but are not stored yet: is the consumer reachable?", accepted)
+            cause = f"not stored within {INGEST_TIMEOUT_SECONDS:.0f} s{self._known_reasons()}"
+            raise _not_stored(cause, accepted, len(values), self.server.stopping.is_set())
         self.server.totals.add_acked(accepted, [monotonic() - started])
         self.reply_json(200, {"stored": accepted})
+
+    def _known_reasons(self) -> str:
+        """Return why records are not stored, as far as the server knows, to append to an error text; or ""."""
+        if self.server.stopping.is_set():
+            return ": the server is stopping"
+        reasons = [reason.detail for reason in self.server.monitor.reasons(wait=False) if reason.code != RING_FULL]
+        return f": {'; '.join(reasons)}" if reasons else ""
 
     def _upgrade(self) -> None:
         """Answer the upgrade, and hand the connection over to the ingest loop."""
@@ -311,7 +322,7 @@ class Handler(WebHandler):
             ) from None
         except BodyEnded:
             if self.server.stopping.is_set():  # which ends the reading side of connections
-                raise _not_stored("the server is stopping", 0) from None
+                raise _not_stored("the server is stopping") from None
             self.server.totals.add_refused()
             raise Refusal(
                 400, f"the body ended after {len(body)} bytes, but Content-Length is {length}: send all of it"
@@ -330,6 +341,19 @@ def _describe(reason: Reason, trusted: bool) -> dict[str, Any]:
     }
 
 
-def _not_stored(reason: str, accepted: int) -> Refusal:
-    """Return the error for a POST of which only `accepted` records may be stored."""
-    return Refusal(503, reason, {"Retry-After": "5"}, {"accepted": accepted})
+def _not_stored(cause: str, accepted: int = 0, total: int = 0, ending: bool = False) -> Refusal:
+    """Return the error for a POST of which at most `accepted` records are stored, or will be, unless the server ends.
+
+    Its records have random numbers, so the text says which of them the client may send again.
+    """
+    record, was, them = ("record", "was", "it") if accepted == 1 else ("records", "were", "them")
+    if not accepted:
+        text = f"not stored: {cause}: send the whole request again later"
+    elif accepted < total:
+        rest = total - accepted
+        text = f"{accepted} of {total} records {was} accepted: send only the other {rest} again later; {cause}"
+    elif ending:
+        text = f"{accepted} {record} {was} accepted, but the server may end before it has stored {them}; {cause}"
+    else:
+        text = f"{accepted} {record} {was} accepted and will be stored later: do not send {them} again; {cause}"
+    return Refusal(503, text, {"Retry-After": "5"}, {"accepted": accepted})

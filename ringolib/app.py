@@ -108,6 +108,7 @@ class App:
                 argv=self.argv,
                 totals=self.totals,
                 server=self.server,
+                budget=self.server.budget,
                 credentials=self.credentials,
                 ring=self.ring,
                 store=self.store,
@@ -142,6 +143,9 @@ class App:
     def start(self) -> None:
         """Start to serve. Raises StartupError."""
         self._log_credential_warnings()
+        if "null" in self.settings.allow_origin:
+            hint = "every web page can send Origin: null from a sandboxed frame; give the pages an origin of their own"
+            log.warning("null_origin", {"hint": hint})
         with _startup_errors():
             if self.ring:
                 self._intake = RingIntake(self.ring, self.settings.ack == "ring")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, NoReturn
+from urllib.parse import urlsplit
 
 from ringolib import __version__
 from ringolib.net.addresses import format_address, parse_host, parse_hosts, unix_path
@@ -45,13 +46,14 @@ class Option(NamedTuple):
 # Parsers of values. Each raises ArgumentTypeError with the value and the accepted form.
 
 
-def _whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers from `low` to `high`."""
+def _whole_number(low: int, high: int, unit: str = "") -> Callable[[str], int]:
+    """Return a parser of whole numbers from `low` to `high`. Its errors name the unit, if there is one."""
+    kind = f"a whole number of {unit}" if unit else "a whole number"
 
     def parse(text: str) -> int:
         value = _integer(text)
         if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a whole number, {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not accepted: {kind}, {low} to {high}")
         return value
 
     return parse
@@ -131,9 +133,28 @@ def _host_name(text: str) -> str:
 
 def _origin(text: str) -> str:
     """Parse the origin of web pages, as browsers send it."""
-    if text != "null" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[!-.0-~]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: SCHEME://HOST:PORT, without a path, or null")
+    if "*" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not accepted: wildcards are not supported: give one flag for each origin"
+        )
+    if text != "null" and not _is_origin(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not accepted: SCHEME://HOST[:PORT] without a path or a final slash, or null"
+        )
     return text
+
+
+def _is_origin(text: str) -> bool:
+    """True if a browser may send this origin. Schemes other than http and https may do without a host."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[!-~]*", text) or any(
+        c in text.partition("://")[2] for c in "/?#@"
+    ):
+        return False
+    try:
+        url = urlsplit(text)
+        return url.port != 0 and (bool(url.hostname) or url.scheme not in ("http", "https"))
+    except ValueError:
+        return False
 
 
 def _host(text: str) -> str:
@@ -177,7 +198,8 @@ def _spool(text: str) -> str:
 # One entry for each option, without the formatter, which would use a line for each value.
 # fmt: off
 OPTIONS = (
-    Option("N", "name", "", _header_text, "basic", "the server's name, sent as the Server header"),
+    Option("N", "name", "", _header_text, "basic",
+           "the server's name, sent as the Server header; without the flag: ringoexp/VERSION"),
     Option("H", "hostname", "localhost", _host, "basic", "address to listen on, or unix:PATH"),
     Option("p", "port", 6660, _whole_number(0, 65535), "basic",
            "port to listen on; 0: any free port, printed at start"),
@@ -230,8 +252,9 @@ OPTIONS = (
     Option("", "threads", DEFAULT_THREADS, _whole_number(512, 10**6), "limits",
            "maximum number of threads, at least 512: one for each HTTP connection and worker, 128 for the rest; an "
            "open WebSocket needs none; the server refuses HTTP connections beyond it, as with -n"),
-    Option("", "unfinished", 256, _whole_number(16, 2**20), "limits",
-           "MiB of unfinished messages and request bodies, of all clients together; beyond it, clients wait"),
+    Option("", "unfinished", 256, _whole_number(16, 2**20, "MiB"), "limits",
+           "maximum size of unfinished messages and request bodies, of all clients together, in MiB, 16 to 1048576; "
+           "beyond it, clients wait"),
     Option("X", "procs", 0, _limit, "system", "processor cores to use; 0: all available"),
     Option("L", "profiler_port", 0, _optional_port, "system", "port of the profiler, /debug/pprof/; 0 or less: off"),
     Option("", "profiler_host", "localhost", _host, "system", "address the profiler listens on"),

@@ -161,6 +161,11 @@ class Producer:
         return max(0, self._connections - 1)
 
     @property
+    def connected(self) -> bool:
+        """True once there was a connection: before, no record has left."""
+        return self._connections > 0
+
+    @property
     def trouble(self) -> str | None:
         """Why the last connection failed; None once a record is acked again."""
         return self._trouble

@@ -203,7 +203,8 @@ class _Progress:
         """Print the rate over the line printed before."""
         producer = self._producer
         rate = producer.acked / max(0.001, seconds)
-        line = f"{producer.sent:,} sent, {producer.acked:,} acked, {rate:,.0f}/s, {producer.reconnects} reconnects"
+        verb = "sent" if producer.connected else "read"
+        line = f"{producer.sent:,} {verb}, {producer.acked:,} acked, {rate:,.0f}/s, {producer.reconnects} reconnects"
         try:
             print(f"\r{line:{self._width}}", end=end, file=sys.stderr, flush=True)
         except OSError:

@@ -27,9 +27,10 @@ MAX_STORE_BYTES = 200
 """A longer identity of a store is ignored."""
 MAX_REASON_CHARACTERS = 300
 """A longer reason of a refusal is cut."""
-_STATUS_REASONS = {
+_STATUS_REASONS = {  # of refusals that give no reason themselves
     400: "it may require TLS (wss://, --consumer_tls)",
     401: "the token is missing or wrong (--token_file, or RINGOEXP_TOKEN)",
+    403: "this may be a proxy in between",
     407: "a proxy requires a user name and a password, which are not supported",
 }
 
@@ -87,17 +88,24 @@ def request_upgrade(sock: Any, host: str, path: str, subprotocol: str, token: st
     except HTTPError as error:
         raise HandshakeError(f"is not a WebSocket server: {error}") from error
     if head.status != SWITCHING_PROTOCOLS:
-        reason = _refusal_reason(connection, head.status, deadline)
+        reason = explain_refusal(head.status, _read_refusal(connection, deadline))
         raise HandshakeError(f"refused with HTTP status {head.status}{reason}", head.status)
     _check_accepted(head, generate_accept_token(key).decode(), subprotocol)
     stores = [value for value in head.values(STORE_HEADER) if len(value) <= MAX_STORE_BYTES]
     return Accepted(connection.rest, stores[-1] if stores else None)
 
 
-def explain_status(status: int) -> str:
-    """Return the likely reason for the HTTP status of a refusal, to append to an error text; or ""."""
-    if reason := _STATUS_REASONS.get(status):
-        return f": {reason}"
+def explain_refusal(status: int, body: bytes) -> str:
+    """Return why a server refuses, to append to an error text; or "". A ringoexp says it as `error`, in JSON."""
+    try:
+        reason = json.loads(body)["error"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        reason = None
+    if isinstance(reason, str) and reason:
+        shown = reason[:MAX_REASON_CHARACTERS]
+        return ": " + "".join(character if character.isprintable() else " " for character in shown)
+    if known := _STATUS_REASONS.get(status):
+        return f": {known}"
     return ": is that the /v1.0/ingest of a ringoexp?" if status < 400 or status == 404 else ""
 
 
@@ -116,17 +124,12 @@ def _check_accepted(head: Head, accept_token: str, subprotocol: str) -> None:
         raise HandshakeError(f"does not speak {subprotocol}")
 
 
-def _refusal_reason(connection: HTTPConnection, status: int, deadline: float) -> str:
-    """Return why the server refuses, to append to an error text. A ringoexp server says it as `error`, in JSON."""
+def _read_refusal(connection: HTTPConnection, deadline: float) -> bytes:
+    """Return the body of a refusal, or b"" if it cannot be read."""
     try:
-        reason = json.loads(connection.read_body(deadline))["error"]
-    except (OSError, HTTPError, ValueError, TypeError, KeyError, RecursionError):
-        reason = ""
-    if not isinstance(reason, str) or not reason:
-        return explain_status(status)
-    text = "".join(character if character.isprintable() else " " for character in reason[:MAX_REASON_CHARACTERS])
-    known = _STATUS_REASONS.get(status)
-    return f": {known}; it says: {text}" if known else f": {text}"
+        return connection.read_body(deadline)
+    except (OSError, HTTPError):
+        return b""
 
 
 class _NoThread:

@@ -5,14 +5,16 @@ fields. Fields name the client or consumer, counts, durations and causes. They n
 token.
 
 Clients can cause some events at any rate, so these are rate-limited (RATE_LIMITED_EVENTS). Each event and HTTP status
-is a kind, and of each kind one line is written every RATE_LIMIT_SECONDS. Events in between are pending: they are
+is a kind, and of each kind one line is written every RATE_LIMIT_SECONDS. If the status is in STATUSES_WITH_NAMES, each
+reason is a kind of its own, because it has the name that the client sent. Events in between are pending: they are
 counted, and the next line of this kind has the fields of the last event, and the `count`. Pending events are written
-when anything is logged after the interval, or at exit.
+at the end of the interval.
 
 If the reader of stderr stalls, lines are dropped and counted, so that the server goes on. So are lines that cannot be
 made, for example because memory is short. The next line that can be written is `log_dropped`, with the count.
 
-`LineHandler` is the only handler. The logging module holds its lock during `emit`. This module starts no threads.
+`LineHandler` is the only handler. The logging module holds its lock during `emit`. The thread `log`, which the handler
+owns, writes pending events that are due. Without it, they are written with the next line.
 """
 
 import datetime
@@ -20,12 +22,13 @@ import json
 import logging
 import os
 import select
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from time import monotonic
 from typing import Any
 
-from ringolib.timing import format_utc
+from ringolib.timing import ThreadError, format_utc, start_thread
 
 RATE_LIMITED_EVENTS = (
     "refused",
@@ -35,9 +38,14 @@ RATE_LIMITED_EVENTS = (
     "cannot_accept",
     "no_thread",
     "slow_commit",
+    "waiting_for_room",
     "worker_error",
 )
 RATE_LIMIT_SECONDS = 1.0
+STATUSES_WITH_NAMES = (403, 421)
+"""HTTP statuses of refused names and origins: an operator must see each of them."""
+MAX_NAMES = 16
+"""Reasons of one of these statuses with a line of their own within RATE_LIMIT_SECONDS. The others share a line."""
 STALL_TIMEOUT_SECONDS = 0.1
 """How long a line waits for a stalled reader of stderr. Lines after it do not wait until it reads again."""
 MAX_TEXT_LENGTH = 1000
@@ -45,16 +53,18 @@ MAX_TEXT_LENGTH = 1000
 MAX_LINE_BYTES = 4096
 """A pipe takes this many bytes at once (PIPE_BUF). Texts of a longer line are cut further."""
 
-Kind = tuple[str, Any]
-"""Event and HTTP status of a rate-limited line."""
+Kind = tuple[str, Any, Any]
+"""Event, HTTP status and name of a rate-limited line. The name is the reason, or None if the events share a line."""
 
 
-def setup(debug: bool, as_json: bool) -> None:
+def setup(debug: bool, as_json: bool) -> "LineHandler":
     """Send the log of the whole process to stderr. `debug` includes all events and lifts the rate limit."""
     _open_standard_descriptors()
+    handler = LineHandler(as_json, rate_limited=() if debug else RATE_LIMITED_EVENTS)
     root = logging.getLogger()
     root.setLevel(logging.DEBUG if debug else logging.INFO)
-    root.addHandler(LineHandler(as_json, rate_limited=() if debug else RATE_LIMITED_EVENTS))
+    root.addHandler(handler)
+    return handler
 
 
 def _open_standard_descriptors() -> None:
@@ -79,10 +89,31 @@ class LineHandler(logging.Handler):
         self._descriptor = descriptor
         self._writable = select.poll()
         self._writable.register(descriptor, select.POLLOUT)
+        assert self.lock
+        self._changed = threading.Condition(self.lock)  # notified when an event becomes pending, and by stop
+        self._thread: threading.Thread | None = None
         # Guarded by the handler's lock, which logging holds around emit.
         self._dropped = 0  # lines since the reader stalled
-        self._written_at: dict[Kind, float] = {}  # when the last line was written, monotonic seconds
+        self._written_at: dict[Kind, float] = {}  # lines of the last RATE_LIMIT_SECONDS, monotonic seconds
         self._pending: dict[Kind, tuple[int, logging.LogRecord]] = {}  # number of pending events, and the last one
+        self._stopping = False
+
+    def start(self) -> None:
+        """Start the thread that writes pending events, if any event is rate-limited and the system has a thread."""
+        if self._rate_limited:
+            try:
+                self._thread = start_thread(self._run, name="log")
+            except ThreadError:
+                pass  # pending events are written with the next line, and by stop
+
+    def stop(self) -> None:
+        """Write all pending events, and end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+            self._write_all_pending()
+        if self._thread:
+            self._thread.join()
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as a line, without the line end."""
@@ -105,26 +136,46 @@ class LineHandler(logging.Handler):
             self._dropped += 1
 
     def _emit(self, record: logging.LogRecord, now: float) -> None:
-        for kind in [kind for kind in self._pending if now - self._written_at[kind] >= RATE_LIMIT_SECONDS]:
-            self._write_pending(kind, now)
+        self._write_due(now)
         if record.msg not in self._rate_limited or not _is_own(record):
             self._write(record)
             return
-        kind = record.msg, record.args.get("status") if isinstance(record.args, Mapping) else None
+        kind = self._kind_of(record)
         count, _ = self._pending.get(kind, (0, None))
         self._pending[kind] = count + 1, record
-        if now - self._written_at.get(kind, float("-inf")) >= RATE_LIMIT_SECONDS:
+        if kind not in self._written_at:
             self._write_pending(kind, now)
+        elif not count:
+            self._changed.notify()
 
     def close(self) -> None:
         """Write all pending events and close the handler."""
-        self.acquire()
-        try:
-            for kind in list(self._pending):
-                self._write_pending(kind, monotonic())
-        finally:
-            self.release()
+        with self._changed:
+            self._write_all_pending()
         super().close()
+
+    def _kind_of(self, record: logging.LogRecord) -> Kind:
+        """Return the kind of a rate-limited record."""
+        fields = record.args if isinstance(record.args, Mapping) else {}
+        status, name = fields.get("status"), None
+        if status in STATUSES_WITH_NAMES:
+            name = fields.get("reason")
+            names = {kind[2] for kind in self._written_at if kind[:2] == (record.msg, status)} - {None}
+            if len(names) >= MAX_NAMES and name not in names:
+                name = None
+        return record.msg, status, name
+
+    def _write_due(self, now: float) -> None:
+        """Write the pending events whose interval is over, and forget older lines."""
+        for kind in [kind for kind, at in self._written_at.items() if now - at >= RATE_LIMIT_SECONDS]:
+            if kind in self._pending:
+                self._write_pending(kind, now)
+            else:
+                del self._written_at[kind]
+
+    def _write_all_pending(self) -> None:
+        for kind in list(self._pending):
+            self._write_pending(kind, monotonic())
 
     def _write_pending(self, kind: Kind, now: float) -> None:
         """Write one line for all pending events of a kind."""
@@ -156,6 +207,15 @@ class LineHandler(logging.Handler):
             os.write(self._descriptor, f"{line}\n".encode(errors="replace"))
         except OSError:
             pass  # the reader has closed its end
+
+    # The thread.
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self._stopping:
+                self._write_due(monotonic())
+                due = min((self._written_at[kind] for kind in self._pending), default=None)
+                self._changed.wait(None if due is None else max(0.0, due + RATE_LIMIT_SECONDS - monotonic()))
 
 
 def _is_own(record: logging.LogRecord) -> bool:

@@ -293,6 +293,13 @@ CONNECTIONS = (
         counter("ringoexp_connections_refused_total", "Requests refused because of -n, --threads or --per_address."),
         lambda snapshot: snapshot.connections.refused,
     ),
+    Number(
+        "unfinishedBytes",
+        gauge(
+            "ringoexp_unfinished_bytes", "Unfinished messages and request bodies in memory; --unfinished is the limit."
+        ),
+        lambda snapshot: snapshot.unfinished,
+    ),
     Number("clients", gauge("ringoexp_clients", "Open WebSockets."), lambda snapshot: snapshot.totals.clients),
     Number(
         "publishers",

@@ -15,7 +15,7 @@ from time import monotonic
 from ringolib.net.addresses import Endpoint, host_header
 from ringolib.net.credentials import CredentialSet
 from ringolib.net.http_client import HTTPConnection, HTTPError, open_stream
-from ringolib.net.websocket import explain_status
+from ringolib.net.websocket import explain_refusal
 from ringolib.status.readiness_rules import CONNECTIONS_FULL, Reason
 from ringolib.timing import ThreadError, deadline_after, log_unexpected, start_thread, wait_until
 from ringolib.wire import READY_PATH
@@ -146,7 +146,7 @@ def check_consumer(endpoint: Endpoint, credentials: CredentialSet, linked: bool)
             f"{endpoint}: access token missing or wrong (--token_file, or RINGOEXP_TOKEN)",
         )
     if status != 200 and not reasons:
-        return "consumer_unreachable", f"{endpoint}: answered {status}{explain_status(status)}"
+        return "consumer_unreachable", f"{endpoint}: answered {status}{explain_refusal(status, body)}"
     details = [detail for code, detail in reasons if code != CONNECTIONS_FULL or not linked]
     return ("consumer_not_ready", f"{endpoint}: {'; '.join(details)}") if details else None
 

@@ -215,8 +215,10 @@ class Handler(WebHandler):
             self._reply_ok(None, TEXT if is_text else PPROF_TYPE)
         elif query["start"]:
             tracemalloc.start(frames)  # does nothing if it is already started
-            frames = tracemalloc.get_traceback_limit()
-            self._reply_ok(f"tracing memory, {frames} calls kept per allocation; ?stop=1 ends it\n".encode(), TEXT)
+            kept = _count_calls(tracemalloc.get_traceback_limit())
+            if kept != _count_calls(frames):
+                raise Refusal(409, f"memory is traced already, with {kept} per allocation: use ?stop=1 first")
+            self._reply_ok(f"tracing memory, {kept} kept per allocation; ?stop=1 ends it\n".encode(), TEXT)
         elif query["stop"]:
             tracemalloc.stop()
             self._reply_ok(b"not tracing memory\n", TEXT)
@@ -271,6 +273,10 @@ def _check_stacks_readable() -> None:
     """Raise Refusal in a Python without the GIL: reading the frames of threads that run can crash the process."""
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         raise Refusal(501, "this Python runs without the GIL: stacks can be read only with it (PYTHON_GIL=1)")
+
+
+def _count_calls(frames: int) -> str:
+    return "1 call" if frames == 1 else f"{frames} calls"
 
 
 def _take_snapshot() -> tracemalloc.Snapshot:

@@ -16,6 +16,8 @@ RING_STUCK_SECONDS = 1.0
 """A full ring is a reason once its oldest batch has waited this long. Before that it is normal backpressure."""
 CONNECTIONS_FULL = "connections_full"
 """Code of a reason that does not concern a publisher with a link: the link is one of the connections."""
+RING_FULL = "ring_full"
+"""Code of a reason that only says that records wait."""
 
 
 class Reason(NamedTuple):
@@ -58,7 +60,7 @@ def ring_full(ring: RingStats) -> Reason | None:
     """Return a reason if all slots are in use and the oldest batch does not get on."""
     if ring.depth < ring.capacity or ring.oldest_in_flight < RING_STUCK_SECONDS:
         return None
-    return Reason("ring_full", f"all {ring.capacity} slots are in use", ring.oldest_in_flight)
+    return Reason(RING_FULL, f"all {ring.capacity} slots are in use", ring.oldest_in_flight)
 
 
 def must_ask(link: LinkStats, untried: bool) -> bool:

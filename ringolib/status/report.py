@@ -24,6 +24,7 @@ from ringolib.status.readiness_rules import Reason
 from ringolib.status.snapshot import Snapshot
 from ringolib.storage.interface import Storage
 from ringolib.storage.retention import Retention
+from ringolib.web.budget import Budget
 from ringolib.web.connections import Connections
 
 
@@ -34,6 +35,7 @@ class Sources(NamedTuple):
     argv: Sequence[str]
     totals: Totals
     server: Connections
+    budget: Budget
     credentials: Credentials
     ring: Ring | None
     store: Storage | None
@@ -66,6 +68,7 @@ class Report:
             memory=process.memory(),
             totals=totals,
             connections=parts.server.stats(),
+            unfinished=parts.budget.held,
             ring=parts.ring.stats() if parts.ring else None,
             layout=parts.ring.layout() if parts.ring else None,
             forwarder=parts.forwarder.stats() if parts.forwarder else None,
@@ -96,9 +99,9 @@ class Report:
         """Return the text of `/metrics`."""
         return metrics_text(self.snapshot())
 
-    def reasons(self) -> list[Reason]:
+    def reasons(self, wait: bool = True) -> list[Reason]:
         """Return why a record sent now would not be stored now. The HTTP server adds its own reasons."""
-        return self._readiness.reasons()
+        return self._readiness.reasons(wait)
 
     def identity(self) -> str | None:
         """Return the UUID of the server's own database, or None if it has none."""

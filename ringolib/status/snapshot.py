@@ -24,6 +24,7 @@ class Snapshot(NamedTuple):
     memory: MemoryStats
     totals: TotalsSnapshot
     connections: ConnectionStats
+    unfinished: int  # bytes of unfinished messages and request bodies
     ring: RingStats | None
     layout: RingLayout | None
     forwarder: ForwarderStats | None

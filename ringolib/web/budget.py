@@ -8,10 +8,13 @@ SMALL_SIZE for each connection.
 `_lock` guards the sizes. `_freed` is notified when the budget is no longer full, or the oldest body has ended.
 """
 
+import logging
 import threading
 from collections.abc import Callable
 
 from ringolib.timing import wait_until
+
+log = logging.getLogger("ringoexp.ingest")
 
 MIB = 1024 * 1024
 DEFAULT_MIB = 256
@@ -48,10 +51,23 @@ class Budget:
 
     def hold(self, body: object, size: int, deadline: float) -> bool:
         """Note that `body` has `size` bytes now. Wait for room unless it is the oldest. False after the deadline."""
+
+        def has_room() -> bool:
+            return not self.full or next(iter(self._bodies)) is body
+
         with self._lock:
             self._change(size - self._bodies.get(body, 0))
             self._bodies[body] = size
-            return wait_until(self._freed, lambda: not self.full or next(iter(self._bodies)) is body, deadline)
+            if has_room():
+                return True
+        self.log_waiting()
+        with self._lock:
+            return wait_until(self._freed, has_room, deadline)
+
+    def log_waiting(self) -> None:
+        """Log that a client begins to wait for room."""
+        hint = "other clients send large messages or bodies slowly; a larger --unfinished admits more at once"
+        log.warning("waiting_for_room", {"unfinished": self.held, "limit": self.limit, "hint": hint})
 
     def release(self, body: object) -> None:
         """Forget a body that is stored, or lost. Does nothing if the body is unknown."""

@@ -28,6 +28,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import BaseServer
 from typing import TYPE_CHECKING, Any
 
+from ringolib import __version__
 from ringolib.net import tls_socket
 from ringolib.net.addresses import UNIX_PEER
 from ringolib.net.credentials import Credentials
@@ -51,7 +52,7 @@ NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 NO_RESOURCES_WAIT_SECONDS = 0.2
 """The pause after a connection could not be accepted because the system lacks descriptors or memory."""
 
-_HINT = b'{"error": "this port uses TLS: connect with https:// or wss://"}\n'
+_HINT = b'{"error": "this port uses TLS: connect with https:// or wss:// (a publisher: --consumer_tls)"}\n'
 PLAIN_ON_TLS = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json;charset=utf-8\r\n"
     b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(_HINT), _HINT)
@@ -81,7 +82,7 @@ class Connections(ThreadingHTTPServer):
     ) -> None:
         BaseServer.__init__(self, listeners.addresses[0][1], handler)  # TCPServer.__init__ would open a socket
         self.listeners = listeners
-        self.name = name
+        self.name = name or f"ringoexp/{__version__}"
         self.credentials = credentials or Credentials()
         self.names = names or Names()
         self.table = ConnectionTable(limits)

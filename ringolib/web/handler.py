@@ -41,6 +41,7 @@ JSON = "application/json;charset=utf-8"
 GET_OR_HEAD = ("GET", "HEAD")
 CHALLENGE = 'Bearer realm="ringoexp"'
 """The WWW-Authenticate header of a response with status 401 (RFC 6750 section 3)."""
+_TOKEN_FLAGS = "(a ringoexp: --token_file, or RINGOEXP_TOKEN)"
 RANDOM_UUIDS = 64
 """UUIDs for which random bytes are read at once."""
 _random: deque[bytes] = deque()  # of any thread: its methods are atomic
@@ -81,10 +82,14 @@ class WebHandler(BaseHTTPRequestHandler):
         self.server.table.count_unauthorized()
         if "authorization" not in self.parsed.headers:
             raise Refusal(
-                401, "this server requires a token: send Authorization: Bearer TOKEN", {"WWW-Authenticate": CHALLENGE}
+                401,
+                f"this server requires a token: send Authorization: Bearer TOKEN {_TOKEN_FLAGS}",
+                {"WWW-Authenticate": CHALLENGE},
             )
         challenge = f'{CHALLENGE}, error="invalid_token"'
-        raise Refusal(401, "wrong token: send the token of this server", {"WWW-Authenticate": challenge})
+        raise Refusal(
+            401, f"wrong token: send the token of this server {_TOKEN_FLAGS}", {"WWW-Authenticate": challenge}
+        )
 
     # The life of a connection. The constructor of the base class calls setup, handle and finish.
 
@@ -175,7 +180,7 @@ class WebHandler(BaseHTTPRequestHandler):
             self.close_connection = True
             if path not in self.paths_beyond_limit:
                 raise self.admission_refusal()
-        if self.cors and self.command == "OPTIONS" and path in self.routes:
+        if origin is not None and self.command == "OPTIONS" and path in self.routes:
             self._answer_preflight(path)
             return
         self.check_site()

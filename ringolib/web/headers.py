@@ -16,6 +16,7 @@ from ringolib.wire import PLAIN_SUBPROTOCOL, SUBPROTOCOL
 
 BODY_TYPES = ("application/octet-stream", "application/x-www-form-urlencoded")
 """Content types accepted for a POST. `curl --data-binary` sends the second one unless told otherwise."""
+_BODY_FORM = f"send the integers as bytes, 4 or 8 each, big-endian, as {BODY_TYPES[0]}; see docs/protocol.md"
 WEBSOCKET_VERSION = "13"
 MAX_SHOWN = 100
 """Characters of a header value that are repeated in an error message."""
@@ -105,10 +106,10 @@ def check_body_type(headers: Headers) -> None:
     """Raise Refusal if the body of a POST has a content type other than BODY_TYPES, or is compressed."""
     content_type = _content_type(headers) or BODY_TYPES[0]
     if content_type not in BODY_TYPES:
-        raise Refusal(415, f"a body of type {_shown(content_type)} is not supported: send {BODY_TYPES[0]}")
+        raise Refusal(415, f"a body of type {_shown(content_type)} is not supported: {_BODY_FORM}")
     codings = [coding for coding in tokens(headers, "content-encoding") if coding.lower() != "identity"]
     if codings:
-        reason = f"Content-Encoding {_shown(codings[0])} is not supported: send the integers as they are"
+        reason = f"Content-Encoding {_shown(codings[0])} is not supported: {_BODY_FORM}"
         raise Refusal(415, reason, {"Accept-Encoding": "identity"})
 
 

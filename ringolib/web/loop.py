@@ -399,6 +399,7 @@ class IngestLoop:
         if client not in self._holders or client is next(iter(self._holders)):
             return False
         self._suspended[client] = now
+        self._budget.log_waiting()
         self._readers.unregister(client.descriptor)
         return True
 

@@ -15,7 +15,10 @@ from urllib.parse import urlsplit
 from ringolib.web.headers import MAX_SHOWN, Headers, Refusal
 from ringolib.web.request import Authority, Request, parse_authority
 
-_ORIGIN = re.compile(r"null|[A-Za-z][\w.+-]*://[^/?#@\s]*")
+_ORIGIN = re.compile(r"null|[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._~%:\[\]-]*")
+"""The origins that an error suggests as a flag: a shell passes them on as they are."""
+_NAME = re.compile("[A-Za-z0-9_.-]+")
+"""The same for hosts."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -37,10 +40,7 @@ class Names:
         name = _plain_name(host.host)
         if name in self._hosts or _is_address(name) or name in own_names():
             return
-        shown = host.host[:MAX_SHOWN]
-        raise Refusal(
-            421, f"this server does not answer to the host {shown!r}: use its address, or start it with --allow_host"
-        )
+        raise Refusal(421, _explain_host(host.host))
 
     def check_origin(self, request: Request) -> None:
         """Raise Refusal if the web page of another site sends the request (RFC 6455 section 10.2).
@@ -50,12 +50,7 @@ class Names:
         origin = origin_of(request.headers)
         if origin is None or self.admits(origin) or _is_own_origin(origin, request.host):
             return
-        shown = repr(origin[:MAX_SHOWN]) if _ORIGIN.fullmatch(origin) else "header, which is malformed,"  # or a secret
-        raise Refusal(
-            403,
-            f"the Origin {shown} is not this server's: web pages may send data only to the server they come from; "
-            f"omit the header if this is not a page, or start the server with --allow_origin",
-        )
+        raise Refusal(403, _explain_origin(origin, request.host))
 
     def admits(self, origin: str) -> bool:
         """True if --allow_origin names this origin."""
@@ -99,6 +94,31 @@ def own_names() -> frozenset[str]:
 def _plain_name(host: str) -> str:
     """Return a host's name in lower case, without the dot that may end it."""
     return host.lower().removesuffix(".")
+
+
+def _explain_host(host: str) -> str:
+    """Return the error for a host that the server does not answer to."""
+    if not host:
+        return "the Host header is empty: send the server's IP address, localhost, or a name given with --allow_host"
+    flag = f"--allow_host {host}" if _NAME.fullmatch(host) and len(host) <= MAX_SHOWN else "--allow_host"
+    remedy = f"connect to an IP address or localhost, or start the server with {flag}"
+    return f"unknown host name {host[:MAX_SHOWN]!r}: {remedy}"
+
+
+def _explain_origin(origin: str, host: Authority | None) -> str:
+    """Return the error for an Origin that is not admitted. A part of a malformed one may be a password or a token."""
+    shown = "Origin" if any(c in origin for c in "@?#") else f"Origin {origin[:MAX_SHOWN]!r}"
+    advice = "a client that is not a web page should send no Origin"
+    if not _ORIGIN.fullmatch(origin) or len(origin) > MAX_SHOWN:
+        return f"malformed {shown}: expected SCHEME://HOST[:PORT] without a path or a final slash; {advice}"
+    ours = f"does not match Host {_format_authority(host)!r}" if host else "cannot match: there is no Host header"
+    return f"{shown} {ours}: start the server with --allow_origin {origin}; {advice}"
+
+
+def _format_authority(authority: Authority) -> str:
+    """Return HOST or HOST:PORT, as in a Host header."""
+    host = f"[{authority.host}]" if ":" in authority.host else authority.host
+    return (host if authority.port is None else f"{host}:{authority.port}")[:MAX_SHOWN]
 
 
 def _is_address(host: str) -> bool:

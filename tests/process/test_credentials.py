@@ -295,14 +295,21 @@ def test_publisher_and_send_use_token(tmp_path: Path, token_file: Path) -> None:
                 )
                 assert done.returncode == 0, done.stderr
             done = subprocess.run(command, input=b"1\n", capture_output=True, timeout=DEADLINE, text=False, env={})
-            assert done.returncode == 1 and b"401: the token is missing or wrong" in done.stderr
+            assert (
+                done.returncode == 1
+                and b"401: this server requires a token: send " in done.stderr
+                and b"--token_file" in done.stderr
+            )
             assert publisher.stop() == 0
         with server(tmp_path, *link, env={"RINGOEXP_TOKEN": "wrong"}) as publisher:
             assert not json.loads(publisher.get("/v1.0/ready")[2])["ready"], "before any record"
             with RawClient(publisher.port, {"Authorization": "Bearer wrong"}) as client:
                 client.send(frame(2, struct.pack(">i", 42)))
                 eventually(lambda: "event=link_down" in publisher.errors.read_text())
-                assert "401: the token is missing or wrong" in publisher.errors.read_text()
+                assert (
+                    "401: wrong token: send the token of this server (a ringoexp: --token_file"
+                    in publisher.errors.read_text()
+                )
                 publisher.kill()
         with server(tmp_path, *link) as publisher:  # without a token
             assert not_ready(publisher) == ["consumer_unreachable"]

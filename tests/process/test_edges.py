@@ -220,6 +220,23 @@ def test_body_with_two_lengths_hides_no_request(running: ServerProcess) -> None:
     assert codes == [400] and b"\r\nConnection: close\r\n" in answer
 
 
+def test_preflight_of_another_site_is_403_without_any_flag(tmp_path: Path) -> None:
+    ask = {"Origin": "https://tools.example", "Access-Control-Request-Method": "POST"}
+    with server(tmp_path, *ROLES["publisher"]) as running:
+        for path in ("/v1.0/ingest", "/v1.0/stats"):
+            status, _, body = request(running.port, "OPTIONS", path, headers=ask)
+            assert status == 403 and b"--allow_origin https://tools.example" in body
+        ask["Origin"] = f"http://localhost:{running.port}"
+        assert request(running.port, "OPTIONS", "/v1.0/ingest", headers=ask)[0] == 204, "its own page"
+        assert request(running.port, "OPTIONS", "/v1.0/ingest")[0] == 405, "no page"
+
+
+def test_null_origin_is_warned_of_at_start(tmp_path: Path) -> None:
+    for flags, expected in (((), 0), (("--allow_origin", "null"), 1)):
+        with server(tmp_path, *ROLES["publisher"], *flags) as running:
+            assert running.errors.read_text().count("level=warning event=null_origin") == expected
+
+
 def test_device_that_invents_an_origin_is_told_what_to_do(running: ServerProcess) -> None:
     status, _, body = request(running.port, "POST", "/v1.0/ingest", bytes(4), {"Origin": "file://"})
     assert status == 403 and b"'file://'" in body and b"--allow_origin" in body

@@ -159,10 +159,13 @@ def test_large_bodies_wait_for_their_share_of_the_memory(tmp_path: Path) -> None
             for client in clients:
                 client.sendall(head + bytes(size - 1))
             assert request(running.port, "POST", "/v1.0/ingest", bytes(8))[0] == 200, "a small body does not wait"
+            eventually(lambda: "level=warning event=waiting_for_room" in running.errors.read_text())
+            assert running.stats()["unfinishedBytes"] >= 16 * 32 * 1024
             for client in clients:
                 client.sendall(b"\0")
             for client in clients:
                 assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        assert running.stats()["unfinishedBytes"] == 0
         assert running.stop() == 0
 
 

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import datetime, timezone
@@ -181,6 +182,46 @@ def test_pending_events_are_counted_in_the_next_line(
     assert written() == ["refused status=404 n=6 count=1"], "closing the handler writes all pending events"
 
 
+def test_names_beyond_the_limit_share_a_line(log: logging.Logger, attach: Attach) -> None:
+    stream = attach(rate_limited=("refused",))
+    for n in range(100):
+        log.info("refused", {"status": 421, "reason": f"name-{n}"})
+    log.handlers[0].close()
+    counts = [int(line) for line in re.findall(r"count=(\d+)", "\n".join(logged(stream)))]
+    assert counts == [1] * (logs.MAX_NAMES + 1) + [100 - logs.MAX_NAMES - 1]
+
+
+def test_thread_writes_what_is_due_and_ends_with_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "RATE_LIMIT_SECONDS", 0.05)
+    log = logging.Logger("ringoexp.test", logging.DEBUG)
+    with tempfile.TemporaryFile() as stream:
+        handler = logs.LineHandler(False, ("refused",), stream.fileno())
+        log.addHandler(handler)
+        handler.start()
+        try:
+            for n in range(3):
+                log.info("refused", {"n": n})
+            eventually(lambda: sum(map(int, re.findall(r"count=(\d+)", "\n".join(logged(stream))))) == 3)
+        finally:
+            handler.stop()
+    assert "log" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_log_without_a_thread_writes_with_the_next_line(log: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **more: Any) -> None:
+        raise logs.ThreadError("none left")
+
+    monkeypatch.setattr(logs, "start_thread", refuse)
+    with tempfile.TemporaryFile() as stream:
+        handler = logs.LineHandler(False, ("refused",), stream.fileno())
+        log.addHandler(handler)
+        handler.start()
+        log.info("refused")
+        log.info("refused")
+        handler.stop()
+        assert len(logged(stream)) == 2
+
+
 def test_lines_are_dropped_and_counted_if_the_reader_stalls(log: logging.Logger) -> None:
     read_end, write_end = os.pipe()
     with open(read_end, "rb", buffering=0) as reader, open(write_end, "wb", buffering=0):
@@ -340,6 +381,53 @@ def test_refusals_are_rate_limited_except_with_debug(tmp_path: Path) -> None:
             assert len(events(running, "request")) == (50 if flags else 0)
             assert running.stop() == 0
             assert sum(int(line.get("count", 1)) for line in events(running, "refused")) == 50
+
+
+def test_every_refused_name_is_in_the_log_at_once(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0", patch="status.logs.RATE_LIMIT_SECONDS = 600") as running:
+        for name in ("a.example", "b.example", "c.example", "a.example"):
+            assert request(running.port, "GET", "/", headers={"Host": name})[0] == 421
+            origin = f"http://{name}"
+            assert request(running.port, "POST", "/v1.0/ingest", bytes(4), {"Origin": origin})[0] == 403
+        for status in ("403", "421"):
+            refused = [line for line in events(running, "refused") if line["status"] == status]
+            assert [re.findall("[abc].example", line["reason"])[0] for line in refused] == [
+                "a.example",
+                "b.example",
+                "c.example",
+            ]
+        assert running.stop() == 0
+        assert sum(int(line["count"]) for line in events(running, "refused")) == 8
+
+
+def test_line_that_a_limit_holds_back_comes_within_its_second(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0") as running:
+        for _ in range(3):
+            assert request(running.port, "GET", "/nothing")[0] == 404
+        eventually(lambda: sum(int(line["count"]) for line in events(running, "refused")) == 3, deadline=10)
+
+
+def test_tally_is_the_last_line_after_lines_held_back(tmp_path: Path) -> None:
+    start = f"import sys; sys.path[0] = {str(ROOT)!r}; import ringoexp; from ringolib.status import logs"
+    command = f"{start}; logs.RATE_LIMIT_SECONDS = 600; sys.exit(ringoexp.main())"
+    with subprocess.Popen(
+        [sys.executable, "-c", command, "-p", "0", "-T", "0"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as running:
+        try:
+            assert running.stdout
+            port = int(running.stdout.readline().split(",")[0].rsplit(":", 1)[1])
+            for _ in range(3):
+                assert request(port, "GET", "/nothing")[0] == 404
+            running.terminate()
+            *_, held_back, tally = running.communicate(timeout=30)[0].splitlines()
+        finally:
+            running.kill()
+    assert "event=refused" in held_back and "count=2" in held_back
+    assert tally == "ringoexp: stopped, 0 stored, 0 unstored"
 
 
 VALUE = 1_234_567_890_123_456_789

@@ -526,7 +526,9 @@ def test_heap_shows_memory_traced_since_start(tmp_path: Path) -> None:
         sizes = [int(re.fullmatch(r" *(\d+) bytes +\d+ objects  \S.*:\d+", line)[1]) for line in rest]  # type: ignore[index]
         assert sizes == sorted(sizes, reverse=True) and len(sizes) > 10
         again = profiler.get("heap?start=1&frames=5")
-        assert again[0] == 200 and b"20 calls" in again[2], "the running trace keeps its number of frames"
+        assert again[0] == 409, "the running trace keeps its number of frames"
+        assert error_of(again) == "memory is traced already, with 20 calls per allocation: use ?stop=1 first"
+        assert profiler.get("heap?start=1&frames=20")[0] == 200
         assert profiler.get("heap?stop=1")[0] == 200
         assert profiler.get("heap")[0] == 409
         assert b"5 calls" in profiler.get("heap?start=1&frames=5")[2]
@@ -560,7 +562,8 @@ def test_no_page_shows_data_of_clients(tmp_path: Path) -> None:
         closing(socket.create_connection(("localhost", profiler.running.port))) as sock,
     ):
         sock.sendall(f"POST /v1.0/ingest?key={secret} HTTP/1.1\r\nAuthorization: {secret}\r\n".encode())
-        assert profiler.get("heap?start=1")[0] == 200
+        started = profiler.get("heap?start=1")
+        assert started[0] == 200 and started[2].startswith(b"tracing memory, 1 call kept per allocation;")
         for path in ("", "threads", "heap?format=text", "cmdline"):
             status, _, body = profiler.get(path)
             assert status == 200 and secret.encode() not in body

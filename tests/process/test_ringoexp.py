@@ -123,6 +123,7 @@ GOOD: dict[str, list[tuple[str, Any]]] = {
         ("https://a.example:8443", ("https://a.example:8443",)),
         ("null", ("null",)),
         ("file://", ("file://",)),
+        ("http://[::1]:80", ("http://[::1]:80",)),
     ],
     "unfinished": [("16", 16), ("1048576", 1048576)],
 }
@@ -204,7 +205,20 @@ BAD: dict[str, list[str]] = {
     "profiler_port": ["65536", *NUMBERS],
     "profiler_host": ["", " "],
     "allow_host": ["", "a.example:80", "http://a.example", "a b", "--"],
-    "allow_origin": ["", "a.example", "http://a.example/", "--"],
+    "allow_origin": [
+        *(
+            "",
+            "a.example",
+            "http://a.example/",
+            "--",
+            "http://",
+            "http://a:99999",
+            "http://me@a",
+            "file://?",
+            "http://a#",
+        ),
+        *("*", "https://*.example", "http://[x"),
+    ],
     "unfinished": ["15", "1048577", *NUMBERS],
 }
 
@@ -231,11 +245,13 @@ def test_bad_value_error_names_flag_value_and_accepted_form(
     [
         (["--no_such_flag"], "'--no_such_flag' is not a flag"),
         (["stray"], "'stray' is not a flag"),
+        (["--allow_origin", "https://*.example"], "wildcards are not supported: give one flag for each origin"),
         (["-S", "spool.db", "-I", "false"], "only a publisher has a spool"),
         (["--ring", "5"], "'--ring' is not a flag"),
         (["-p"], "-p/--port: expected one argument"),
         (["-A", "ring", "-I", "false"], "a consumer has no ring"),
         (["-L", "65536"], "1 to 65535, 0 or less for off"),
+        (["--unfinished", "15"], "a whole number of MiB, 16 to 1048576"),
         (["--tls_key", "k.pem"], "--tls_key: 'k.pem' requires --tls_cert"),
         (["--client_ca", "c.pem"], "--client_ca: 'c.pem' requires --tls_cert"),
         (["--consumer_ca", "c.pem"], "--consumer_ca: 'c.pem' requires --consumer_tls"),

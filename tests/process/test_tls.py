@@ -147,7 +147,13 @@ def test_http_to_tls_port_is_reported_on_both_sides(authority: Authority, pair: 
         status, headers, body = running.get("/v1.0/alive")
         assert status == 400 and "https://" in json.loads(body)["error"]
         assert int(headers["Content-Length"]) == len(body)
-        with pytest.raises(ProducerError, match="400: it may require TLS"), Producer(running.url) as producer:
+        with (
+            pytest.raises(
+                ProducerError,
+                match=r"400: this port uses TLS: connect with https:// or wss:// \(a publisher: --consumer_tls\)$",
+            ),
+            Producer(running.url) as producer,
+        ):
             producer.send([1])
         assert get(running.port, "/v1.0/alive", authority.ca)[0] == 200
         eventually(lambda: "it speaks HTTP without TLS" in running.errors.read_text())
@@ -293,11 +299,16 @@ def test_link_without_tls_to_tls_consumer_is_explained(authority: Authority, pai
     with server(tmp_path, "-p", "0", "-I", "false", "-D", "c.db", *tls(pair)) as consumer:
         with server(tmp_path, "-p", "0", "-T", str(consumer.port)) as publisher:
             assert not_ready(publisher) == ["consumer_unreachable"]
-            hint = b"answered 400: it may require TLS (wss://, --consumer_tls)"
+            hint = b"answered 400: this port uses TLS: connect with https:// or wss:// (a publisher: --consumer_tls)"
             eventually(lambda: hint in publisher.get("/v1.0/ready")[2], "before any record")
             with RawClient(publisher.port) as client:
                 client.send(frame(2, struct.pack(">i", 42)))
-                eventually(lambda: "it may require TLS (wss://, --consumer_tls)" in publisher.errors.read_text())
+                eventually(
+                    lambda: (
+                        "this port uses TLS: connect with https:// or wss:// (a publisher"
+                        in publisher.errors.read_text()
+                    )
+                )
                 publisher.kill()
 
 

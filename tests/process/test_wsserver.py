@@ -26,6 +26,7 @@ from support.harness import (
     server,
 )
 
+from ringolib import __version__
 from ringolib.net.frames import MAX_MESSAGE
 from ringolib.wire import encode_plain
 
@@ -83,6 +84,12 @@ def test_alive_and_stats_send_the_documented_headers(running: ServerProcess, pat
         else:
             assert body == b""
     assert len(ids) == 2
+
+
+def test_server_without_a_name_says_its_version(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0") as running, RawClient(running.port) as client:
+        assert running.get("/v1.0/alive")[1]["Server"] == f"ringoexp/{__version__}"
+        assert f"Server: ringoexp/{__version__}\r\n" in client.head
 
 
 def test_stats_count_received_records_and_bytes(running: ServerProcess) -> None:
@@ -402,11 +409,26 @@ def test_post_not_stored_in_time_reports_the_accepted_records(tmp_path: Path) ->
         tmp_path, "-p", "0", "-T", str(port), "-r", "10", patch="wsserver.INGEST_TIMEOUT_SECONDS = 1"
     ) as running:
         code, headers, body = request(running.port, "POST", "/v1.0/ingest", encode_plain(range(15)))
-        assert (code, json.loads(body)["accepted"]) == (503, 10)
+        answer = json.loads(body)
+        assert (code, answer["accepted"]) == (503, 10)
+        assert answer["error"].startswith(
+            "10 of 15 records were accepted: send only the other 5 again later; the ring "
+        )
+        assert "Connection refused" in answer["error"], "the reason that the server knows"
         assert int(headers["Retry-After"]) > 0
         assert running.stats()["recordsRefused"] == 5
         with server(tmp_path, "-I", "false", "-p", str(port), "-D", "c.db"):
             eventually(lambda: [row[2] for row in rows(tmp_path / "c.db")] == list(range(10)))
+
+
+@pytest.mark.parametrize(("count", "them"), [(1, "1 record was it"), (3, "3 records were them")])
+def test_post_accepted_as_a_whole_says_not_to_send_it_again(tmp_path: Path, count: int, them: str) -> None:
+    patch = "wsserver.INGEST_TIMEOUT_SECONDS = 0.5"
+    with server(tmp_path, "-p", "0", "-T", str(free_port()), patch=patch) as running:
+        body = json.loads(request(running.port, "POST", "/v1.0/ingest", encode_plain(range(count)))[2])
+    start, _, pronoun = them.rpartition(" ")
+    assert body["error"].startswith(f"{start} accepted and will be stored later: do not send {pronoun} again; not ")
+    assert body["accepted"] == count and "Connection refused" in body["error"]
 
 
 @pytest.mark.slow

@@ -137,8 +137,11 @@ def test_header_names_and_tokens_may_have_any_case() -> None:
         (421, b'{"error": "evil.example is not a name of this server: --allow_host adds it"}',
          ": evil.example is not a name of this server: --allow_host adds it"),
         (401, b'{"error": "wrong token"}',
-         ": the token is missing or wrong (--token_file, or RINGOEXP_TOKEN); it says: wrong token"),
-        (403, b"<html>Forbidden</html>", ""),
+         ": wrong token"),
+        (401, b"", ": the token is missing or wrong (--token_file, or RINGOEXP_TOKEN)"),
+        (400, b'{"error": "bad header"}', ": bad header"),
+        (400, b"<html>Bad Request</html>", ": it may require TLS (wss://, --consumer_tls)"),
+        (403, b"<html>Forbidden</html>", ": this may be a proxy in between"),
         (404, b"", ": is that the /v1.0/ingest of a ringoexp?"),
         (400, b'{"error": 7}', ": it may require TLS (wss://, --consumer_tls)"),
         (503, b'{"error": "no\\u001b[2J\\nroom"}', ": no [2J room"),
@@ -170,7 +173,7 @@ def test_server_that_does_not_finish_its_answer_is_given_up(start: bytes, monkey
 def test_refusal_whose_body_does_not_come_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(websocket, "HANDSHAKE_TIMEOUT", 0.2)
     error = refusal(lambda peer, head: peer.sendall(b"HTTP/1.1 403 No\r\nContent-Length: 9\r\n\r\n{"))
-    assert (error.status, str(error)) == (403, "refused with HTTP status 403")
+    assert (error.status, str(error)) == (403, "refused with HTTP status 403: this may be a proxy in between")
 
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.2\r\n", HINTS])

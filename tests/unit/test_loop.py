@@ -317,7 +317,7 @@ def test_tls_streams_do_not_starve_a_quiet_client(world: World, monkeypatch: pyt
         theirs.close()
 
 
-def test_unfinished_messages_share_a_budget(world: World) -> None:
+def test_unfinished_messages_share_a_budget(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """One client at a time goes on, so that all are served."""
     budget = world.loop._budget
     budget.limit = 1_000_000
@@ -332,6 +332,7 @@ def test_unfinished_messages_share_a_budget(world: World) -> None:
     clients = [world.connect() for _ in range(count)]
     calls = [Blocked(lambda client=client: send(client)) for client in clients]  # type: ignore[misc]
     eventually(lambda: len(world.loop._suspended) >= count - 2)
+    assert "waiting_for_room" in {record.msg for record in caplog.records}
     assert budget.held < 1_000_000 + (count + 1) * module.SHARED_READ_SIZE + len(message)
     quiet = world.connect()
     quiet.sendall(plain(1))

@@ -314,6 +314,31 @@ def test_permanent_refusal_ends_send(tmp_path: Path) -> None:
     assert "0 of 1 acked; send all of it again with --source " in done.stderr
 
 
+def test_tally_says_read_until_there_is_a_connection(tmp_path: Path) -> None:
+    """Only a terminal shows it."""
+    port, (ours, theirs) = free_port(), os.openpty()
+    command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", f"ws://localhost:{port}/v1.0/ingest"]
+    with (
+        open(ours, "rb", buffering=0) as terminal,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stderr=theirs, cwd=tmp_path) as running,
+    ):
+        os.close(theirs)
+        assert running.stdin
+        try:
+            running.stdin.write(b"1\n" * 100_000)
+            running.stdin.close()
+            text = b""
+            while b"read, 0 acked" not in text:
+                text += terminal.read(1000)
+            assert b"sent" not in text
+            with server(tmp_path, "-p", str(port), "-T", str(port)):
+                while b"100,000 sent, 100,000 acked" not in text:
+                    text += terminal.read(1000)
+                assert running.wait(DEADLINE) == 0
+        finally:
+            running.kill()
+
+
 def test_records_sent_before_the_server_starts_are_stored(tmp_path: Path) -> None:
     port = free_port()
     with Producer(f"ws://localhost:{port}/v1.0/ingest") as sender:

@@ -257,9 +257,63 @@ def test_origin_is_the_server_or_an_admitted_page(origin: str, admitted: bool) -
     if admitted:
         names.check_origin(request)
     else:
-        with pytest.raises(Refusal, match="--allow_origin") as refused:
+        with pytest.raises(Refusal, match="a client that is not a web page should send no Origin") as refused:
             names.check_origin(request)
         assert refused.value.status == 403
+
+
+@pytest.mark.parametrize(
+    ("host", "text"),
+    [
+        ("ringo-svc:6660", "unknown host name 'ringo-svc': connect to an IP address or localhost, or start the server "
+         "with --allow_host ringo-svc"),
+        ("", "the Host header is empty: send the server's IP address, localhost, or a name given with --allow_host"),
+        ("a;b", "unknown host name 'a;b': connect to an IP address or localhost, or start the server "
+         "with --allow_host"),
+        ("x" * 200, f"unknown host name '{'x' * 100}': connect to an IP address or localhost, or start the server "
+         "with --allow_host"),
+    ],
+)  # fmt: skip
+def test_unknown_host_is_told_the_flag_with_its_value(host: str, text: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        Names().check_host(parse_authority(host))
+    assert (refused.value.status, str(refused.value)) == (421, text)
+
+
+@pytest.mark.parametrize("line", [b"Content-Type: application/json", b"Content-Encoding: gzip"])
+def test_415_says_how_to_send_integers(line: bytes) -> None:
+    form = "send the integers as bytes, 4 or 8 each, big-endian, as application/octet-stream; see docs/protocol.md"
+    with pytest.raises(Refusal, match=f"is not supported: {form}$") as refused:
+        headers.check_body_type(parse(get(lines=HOST + line + b"\r\n")).headers)
+    assert refused.value.status == 415
+
+
+MALFORMED = "expected SCHEME://HOST[:PORT] without a path or a final slash"
+
+
+@pytest.mark.parametrize(
+    ("origin", "text"),
+    [
+        ("http://localhost:8080", "Origin 'http://localhost:8080' does not match Host 'localhost:6660': "
+         "start the server with --allow_origin http://localhost:8080"),
+        ("null", "Origin 'null' does not match Host 'localhost:6660': start the server with --allow_origin null"),
+        ("http://[::1]:1", "Origin 'http://[::1]:1' does not match Host 'localhost:6660': "
+         "start the server with --allow_origin http://[::1]:1"),
+        ("http://localhost:6660/", f"malformed Origin 'http://localhost:6660/': {MALFORMED}"),
+        ("localhost:6660", f"malformed Origin 'localhost:6660': {MALFORMED}"),
+        ("http://a;rm", f"malformed Origin 'http://a;rm': {MALFORMED}"),
+        ("", f"malformed Origin '': {MALFORMED}"),
+        ("http://me:password@a", f"malformed Origin: {MALFORMED}"),
+        ("http://a?token=x", f"malformed Origin: {MALFORMED}"),
+        ("http://a/#x", f"malformed Origin: {MALFORMED}"),
+    ],
+)  # fmt: skip
+def test_foreign_origin_is_told_the_flag_with_its_value(origin: str, text: str) -> None:
+    request = parse(get(lines=HOST + b"Origin: " + origin.encode() + b"\r\n"))
+    with pytest.raises(Refusal) as refused:
+        Names().check_origin(request)
+    advice = "; a client that is not a web page should send no Origin"
+    assert (refused.value.status, str(refused.value)) == (403, text + advice)
 
 
 @pytest.mark.parametrize(
