@@ -9,6 +9,7 @@ from support.harness import eventually
 from support.scripted_server import Script, ScriptedServer
 
 from ringolib.storage.clickhouse.http import PermanentError, RetryableError, Server
+from ringolib.storage.clickhouse.schema import inspect_tables
 from ringolib.storage.clickhouse.url import parse_url
 from ringolib.timing import deadline_after
 
@@ -178,3 +179,10 @@ def test_answer_without_a_request_does_not_confirm_the_next_insert() -> None:
         eventually(lambda: not connection.is_reusable())
         assert server.post("INSERT", b"second", 5) == b""
     assert [request.rpartition(b"\r\n")[2] for request in scripted.requests] == [b"first", b"second"]
+
+
+def test_server_that_is_no_clickhouse_is_named() -> None:
+    page = b"<html>\n<p>It works!</p>\n</html>\n"
+    response = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(page) + page
+    with client(response) as (server, _), pytest.raises(PermanentError, match="is not a ClickHouse server"):
+        inspect_tables(server, "d", None)

@@ -138,12 +138,17 @@ def _on_cluster(cluster: str | None) -> str:
 
 
 def _list_tables(server: Server, database: str, timeout: float) -> dict[str, _Table]:
-    """Return the existing tables by name. Raises PermanentError if the database does not exist."""
+    """Return the existing tables by name.
+
+    Raises PermanentError if the database does not exist, or the server is no ClickHouse.
+    """
     rows = server.query(
         "SELECT name, engine, sorting_key, engine_full FROM system.tables "
         f"WHERE database = {quote_text(database)} AND name IN ('ringoexp', 'record', 'record_all', 'records')",
         timeout,
     )
+    if any(len(row) != 1 + len(_Table._fields) for row in rows):
+        raise PermanentError(f"{server.name} is not a ClickHouse server: check host and port")
     return {name: _Table(*columns) for name, *columns in rows}
 
 
