@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
+from typing import BinaryIO
 
 import pytest
 from support.broken import break_connections
@@ -314,6 +315,14 @@ def test_permanent_refusal_ends_send(tmp_path: Path) -> None:
     assert "0 of 1 acked; send all of it again with --source " in done.stderr
 
 
+def read_until(stream: BinaryIO, end: bytes) -> bytes:
+    """Return what is read from a stream up to `end`."""
+    text = b""
+    while end not in text:
+        text += stream.read(1000)
+    return text
+
+
 def test_tally_says_read_until_there_is_a_connection(tmp_path: Path) -> None:
     """Only a terminal shows it."""
     port, (ours, theirs) = free_port(), os.openpty()
@@ -327,13 +336,9 @@ def test_tally_says_read_until_there_is_a_connection(tmp_path: Path) -> None:
         try:
             running.stdin.write(b"1\n" * 100_000)
             running.stdin.close()
-            text = b""
-            while b"read, 0 acked" not in text:
-                text += terminal.read(1000)
-            assert b"sent" not in text
+            assert b"sent" not in Blocked(lambda: read_until(terminal, b"read, 0 acked")).result()
             with server(tmp_path, "-p", str(port), "-T", str(port)):
-                while b"100,000 sent, 100,000 acked" not in text:
-                    text += terminal.read(1000)
+                Blocked(lambda: read_until(terminal, b"100,000 sent, 100,000 acked")).result()
                 assert running.wait(DEADLINE) == 0
         finally:
             running.kill()
