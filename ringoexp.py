@@ -146,7 +146,7 @@ def serve(settings: Settings, argv: Sequence[str], log_lines: logs.LineHandler) 
     stored, unstored = application.stored(), application.unstored()
     tally = f"ringoexp: stopped, {stored} stored, {unstored} unstored"
     print_line(f"{tally}, {application.spool.depth} in the spool" if application.spool else tally)
-    return EXIT_UNSTORED if unstored else EXIT_OK
+    return EXIT_OK if application.intact and not unstored else EXIT_UNSTORED
 
 
 def _is_ignored(number: int) -> bool:

@@ -206,18 +206,24 @@ class Store(GroupCommit):
         if error:
             raise error
 
-    def close(self) -> None:
-        """Wait for the running commit, then close the file. A second call does nothing."""
+    def close(self) -> bool:
+        """Wait for the running commit, then close the file. A second call does nothing.
+
+        Return False if the file or its WAL was removed, replaced or truncated meanwhile.
+        """
+        intact = True
         if self._close():
             try:
                 self._check_in_place()
             except StoreError as error:
+                intact = isinstance(error, NoRoom)
                 self._log_outcome(error, self._note_outcome(error))
                 if isinstance(error, NoRoom | WalCut):
                     self._file.keep_wal()
             self._wal.close()
             self._db.close()
             self._file.close()
+        return intact
 
     # Commits. The thread that holds the turn calls everything below.
 

@@ -80,6 +80,7 @@ class App:
         self.settings = settings
         self.argv = [redact_passwords(argument) for argument in argv]
         self.totals = Totals()
+        self.intact = True  # False after `stop` if another program has damaged the database or spool meanwhile
         listening = resolve_option("-H", settings.hostname, settings.port)
         role = resolve_role(settings)
         self.credentials = _read_credentials(settings)
@@ -228,8 +229,9 @@ class App:
             self.forwarder.stop(JOIN_SECONDS)
         if self.spool:
             self.spool.stop(JOIN_SECONDS)
+            self.intact = self.spool.intact
         if self.store:
-            self.store.close()
+            self.intact = self.store.close()
 
     def alive(self) -> bool:
         """True if a thread accepts connections, and the ingest loop responds.

@@ -61,8 +61,9 @@ class UnopenedStore:
         """Return no sizes."""
         return Sizes(0, 0, None)
 
-    def close(self) -> None:
-        """Do nothing."""
+    def close(self) -> bool:
+        """Do nothing. Return True: no file is damaged."""
+        return True
 
 
 class Spool:
@@ -93,6 +94,7 @@ class Spool:
         self._full = False  # the last block was refused, and nothing was deleted since
         self._stopping = False
 
+        self.intact = True  # False after `stop` if another program has damaged the file meanwhile
         # Written by the thread only. Other threads read _broken and _oldest_ms, each in one step.
         self._link = link
         self._failures = 0  # in a row
@@ -170,7 +172,7 @@ class Spool:
         self._thread.join(timeout)
         if self._thread.is_alive():
             return False
-        self.store.close()
+        self.intact = self.store.close()
         return True
 
     def _why_full(self, store: Store | UnopenedStore, size: int, free: int | None) -> str | None:

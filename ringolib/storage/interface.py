@@ -64,8 +64,11 @@ class Storage(Protocol):
     def sizes(self) -> Sizes:
         """Return the sizes of the database and the free space on its disk."""
 
-    def close(self) -> None:
-        """Wait for the running commit, then release all resources. A second call does nothing."""
+    def close(self) -> bool:
+        """Wait for the running commit, then release all resources. A second call does nothing.
+
+        Return False if another program has damaged the database meanwhile, so that acked records may be lost.
+        """
 
 
 class StoreError(Exception):

@@ -371,6 +371,15 @@ def test_maintenance_by_another_program_disturbs_no_commit(tmp_path: Path) -> No
     assert in_order(database, producer.source) == list(range(3000))
 
 
+def test_wal_truncated_before_the_stop_is_told_by_exit_status(tmp_path: Path) -> None:
+    database = tmp_path / "numbers.db"
+    with server(tmp_path, "-I", "false", "-p", "0", "-D", str(database)) as running:
+        assert post(running, 0, 1000) == 200
+        Path(f"{database}-wal").write_bytes(b"")
+        assert running.stop() == 3
+        assert running.errors.read_text().count("event=store_failing") == 1
+
+
 def test_truncated_wal_fails_commits_and_restart_checks_file(tmp_path: Path) -> None:
     database = tmp_path / "numbers.db"
     flags = ["-I", "false", "-p", "0", "-D", str(database)]
@@ -379,7 +388,7 @@ def test_truncated_wal_fails_commits_and_restart_checks_file(tmp_path: Path) -> 
         Path(f"{database}-wal").write_bytes(b"")
         assert post(running, 1000, 1000) == 503
         assert "truncated" in running.stats()["storeError"]
-        running.stop()
+        assert running.stop() == 3
         assert running.errors.read_text().count("event=store_failing") == 1
     with server(tmp_path, *flags) as running:
         assert "event=database_checked" in running.errors.read_text()

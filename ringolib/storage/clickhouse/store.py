@@ -175,11 +175,12 @@ class ClickHouse(GroupCommit):
         """Return the size of the tables on the servers' disks, a while ago. The free space there is unknown."""
         return Sizes(self._bytes, 0, None)
 
-    def close(self) -> None:
-        """Insert the queued records, then close the connections. Does nothing the second time."""
+    def close(self) -> bool:
+        """Insert the queued records, then close the connections. Does nothing the second time. Return True."""
         if self._close():
             for server in self._servers:
                 server.close()
+        return True
 
     def _open(self, retain_days: float | None) -> schema.Tables:
         """Find a host that answers, and create the missing tables. Raises RetryableError or PermanentError."""
