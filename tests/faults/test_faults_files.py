@@ -16,6 +16,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+from support import NOT_PERMITTED
 from support.harness import ServerProcess, eventually, in_order, request, server
 
 from ringolib.client.producer import Producer
@@ -37,7 +38,7 @@ def run_or_skip(*command: str | Path) -> None:
         pytest.skip(f"needs {command[0]}")
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"{command[0]} may not run here: {done.stderr.strip()}")
+        pytest.skip(f"{command[0]}: {NOT_PERMITTED}: {done.stderr.strip()}")
 
 
 @pytest.fixture
