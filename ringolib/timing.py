@@ -8,10 +8,8 @@ wall clock here, for people.
 import datetime
 import logging
 import math
-import mmap
 import os
 import random
-import resource
 import sys
 import threading
 from collections.abc import Callable
@@ -95,6 +93,11 @@ def start(thread: threading.Thread) -> None:
 
 def _thread_limit() -> str:
     """Return the limit that has probably been reached, after the system has refused a thread."""
+    try:
+        import mmap
+        import resource
+    except ImportError:  # a Python without them; the program needs them only here
+        return f"{MEMORY_LIMIT}, or ulimit -u limits threads"
     soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
     stack = DEFAULT_STACK_BYTES if soft == resource.RLIM_INFINITY else soft
     try:
