@@ -377,7 +377,7 @@ def test_step_length_follows_wait_for_commits(
     clock = [1000.0]
     monkeypatch.setattr(retention, "monotonic", lambda: clock[0])
     running = Retention.__new__(Retention)
-    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
+    monkeypatch.setattr(retention, "start_thread", lambda *unused, **more: threading.Thread())
     running.__init__(BusyStore(), 1)  # type: ignore[misc, arg-type]
     assert running.step() == pytest.approx(pause)
     running.step()
