@@ -122,7 +122,7 @@ class Server(Connections):
 
 
 class Handler(WebHandler):
-    """One connection: HTTP/1.1 requests one after the other, perhaps an upgrade as the last one."""
+    """One connection: HTTP/1.1 requests one after the other; the last one may be an upgrade."""
 
     server: Server
     paths_beyond_limit = (PAGE_PATH, ALIVE_PATH, READY_PATH, STATS_PATH, METRICS_PATH)

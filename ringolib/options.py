@@ -313,7 +313,7 @@ class Settings:
 
     @property
     def max_request_threads(self) -> int:
-        """The limit of threads that serve HTTP connections: what workers and other threads leave of `threads`."""
+        """The limit of threads that serve HTTP connections: `threads` minus workers and other threads."""
         return self.threads - OTHER_THREADS - (self.max_workers if self.is_publisher else 0)
 
     @property

@@ -65,7 +65,7 @@ class Rest:
         self.values = memoryview(block.values)
 
     def skip(self, count: int) -> None:
-        """Remove the first `count` records. The cost depends on the number of their runs, not on that of the others."""
+        """Remove the first `count` records. The cost depends on the number of their runs, not on the other runs."""
         self.values = self.values[count:]
         runs = self.runs
         while count:

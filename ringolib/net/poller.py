@@ -24,7 +24,7 @@ class SelectorPoller:
         self._selector.unregister(descriptor)
 
     def ready(self) -> list[int]:
-        """Return descriptors that are ready now; perhaps not all of them, if there are very many."""
+        """Return descriptors that are ready now; if there are very many, some of them."""
         return [key.fd for key, _ in self._selector.select(0)]
 
     def fileno(self) -> int:

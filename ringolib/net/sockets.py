@@ -1,7 +1,7 @@
 """Small helpers for connected sockets: connect, read and write with timeouts, shut down, linger before a close.
 
-A socket belongs to one thread at a time; that of a WebSocket client belongs to the ingest loop. Only `shut_down` may be
-called from other threads.
+A socket belongs to one thread at a time; the socket of a WebSocket client belongs to the ingest loop. Only `shut_down`
+may be called from other threads.
 """
 
 import socket

@@ -216,7 +216,7 @@ class GroupCommit(ABC):
             try:
                 while not (self._turn is Turn.RESERVED or self._turn is Turn.FREE and not self._queue):
                     self._turn_ended.wait()
-            except BaseException:  # for example MemoryError: perhaps no caller is left that takes a reserved turn
+            except BaseException:  # for example MemoryError: there may be no other caller that takes a reserved turn
                 if self._turn is Turn.RESERVED and self._exclusive_waiting == 1:
                     self._end_turn()
                 raise

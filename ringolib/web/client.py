@@ -1,4 +1,4 @@
-"""One connection of the ingest loop: its socket, its session, and what is on its way in both directions.
+"""One connection of the ingest loop: its socket, its session, and the data in flight in both directions.
 
 The loop's thread alone uses a `Client`. The socket is non-blocking; it may be a TLS socket.
 """
@@ -19,7 +19,7 @@ SMALL_READ_SIZE = 2048
 
 
 class Mark(NamedTuple):
-    """Records that the intake has. They are stored when this ticket and those of all older marks are."""
+    """Records that the intake has. They are stored when this ticket and the tickets of all older marks are settled."""
 
     ticket: Any
     records: int  # of the connection, up to and including this read
@@ -71,7 +71,7 @@ class Client:
         self._bulk = False  # the last read returned as much as it may
 
     def read(self, buffer: memoryview, limit: int) -> bytes | None:
-        """Return what has come, at most `limit` bytes; b"" at the end of the stream, None if nothing has come.
+        """Return the received bytes, at most `limit` bytes; b"" at the end of the stream, None if nothing has come.
 
         Large reads go through `buffer`. Raises OSError if the connection is lost.
         """
@@ -89,7 +89,7 @@ class Client:
             return None
 
     def send(self, now: float) -> None:
-        """Send what is due, as far as the socket takes it.
+        """Send the bytes that are due, as far as the socket takes it.
 
         Raises OSError if the connection is lost, TimeoutError if the client leaves too much unread.
         """

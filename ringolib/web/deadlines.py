@@ -1,4 +1,4 @@
-"""The deadlines of many clients, in a heap: finding those that have passed costs nothing for the others.
+"""The deadlines of many clients, in a heap: finding the passed ones costs nothing for the others.
 
 A client has one valid entry, `Client.scheduled`. An entry is never moved. If a deadline moves later, the old entry
 stays, and the client is checked when it passes. One thread uses a `Deadlines`.
@@ -23,7 +23,7 @@ class Deadlines:
 
     @property
     def next(self) -> float:
-        """The earliest deadline, perhaps one that is not valid any more; infinite if there is none."""
+        """The earliest deadline, or an earlier one that is not valid any more; infinite without a deadline."""
         return self._heap[0][0] if self._heap else inf
 
     def schedule(self, client: Client, earliest: float = 0.0, latest: float = inf) -> None:

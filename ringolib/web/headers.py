@@ -125,7 +125,7 @@ def _shown(value: str) -> str:
 
 
 def _content_type(headers: Headers) -> str:
-    """Return the media type of Content-Type without parameters, in lower case; "" if there is none."""
+    """Return the media type of Content-Type without parameters, in lower case; "" without the header."""
     lines = headers.get_all("content-type")
     if len(lines) > 1:
         raise Refusal(400, "a request may have only one Content-Type header: omit the others")

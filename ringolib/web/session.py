@@ -1,7 +1,8 @@
 """One ingest client without I/O: bytes and time in; blocks of records, acks and close frames out.
 
 A `Session` has no socket, no thread and no clock of its own, in the manner of h11 and wsproto: its owner, the ingest
-loop, tells it what has come, what is stored and what time it is. It decides what to send and when to give up:
+loop, passes it the received bytes, the number of stored records and the time. It decides what to send and when to give
+up:
 
 - `receive(data, now)` returns the block of records that `data` completes
 - `stored(count)` says that the connection's first `count` records are on disk
@@ -84,7 +85,7 @@ class Session:
         self._heard = now  # when the client last sent something
         self._pinged: float | None = None  # when it was last pinged, if it has sent nothing since
         self._begun: float | None = None  # when the unfinished message began
-        self._stalled: float | None = None  # since when the client has read nothing of what waits for it
+        self._stalled: float | None = None  # since when the client has read none of the unsent bytes
         self._close_by = inf  # when the socket is closed without an answer to the Close frame
         self._out = b""  # pings and the Close frame
 
@@ -178,9 +179,9 @@ class Session:
         return bool(protocol.replies or self._out or self._ending or protocol.ending or protocol.has_input)
 
     def data_to_send(self) -> bytes:
-        """Return what is to be sent now, in whole frames: pongs and pings, then the ack that is due, then the Close
+        """Return the bytes to be sent now, in whole frames: pongs and pings, then the ack that is due, then the Close
         frame. Call it only when everything that it returned before is with the system: acks are cumulative, so the
-        newest one replaces those that could not be sent.
+        newest one replaces unsent older ones.
         """
         out = self._protocol.replies
         if out:
@@ -203,7 +204,7 @@ class Session:
             self._lose("the client does not read")
 
     def close(self, now: float) -> None:
-        """Queue the Close frame. Nothing is on its way to the disk any more, or nobody waits for it."""
+        """Queue the Close frame. No record is on its way to the disk any more, or the client does not wait for it."""
         if self.closing:
             return
         self.closing = True
@@ -230,8 +231,8 @@ class Session:
     def expire(self, now: float, reading: bool = True) -> None:
         """Send a ping to a silent client, or give up a client that has stalled: `ending` is set then.
 
-        With `reading` false the owner reads from no client now. Then nobody is given up for silence, and the pings keep
-        the way to the client open: proxies close a connection on which nothing happens.
+        With `reading` false the owner reads from no client now. Then no client is given up for silence, and the pings
+        keep the way to the client open: proxies close a connection on which nothing happens.
         """
         if self._stalled is not None and now >= self._stalled + STALL_TIMEOUT_SECONDS:
             self._lose(f"the client has read nothing for {STALL_TIMEOUT_SECONDS:.0f} s")

@@ -38,7 +38,7 @@ def test_messages_and_bodies_make_room_for_each_other() -> None:
     budget.hold("oldest", 60, deadline_after(5))
     assert budget.full
     budget.release("oldest")
-    assert rooms == [60], "the loop is told"
+    assert rooms == [60], "the loop is notified"
     budget.hold("oldest", 10, deadline_after(5))
     budget.add(40)
     waiting = Blocked(lambda: budget.hold("other", 1, deadline_after(20)))

@@ -316,7 +316,7 @@ def test_permanent_refusal_ends_send(tmp_path: Path) -> None:
 
 
 def read_until(stream: BinaryIO, end: bytes) -> bytes:
-    """Return what is read from a stream up to `end`."""
+    """Return the bytes of a stream up to `end`."""
     text = b""
     while end not in text:
         text += stream.read(1000)

@@ -798,7 +798,7 @@ def test_ring_is_as_it_was_if_a_method_raises(method: str, monkeypatch: pytest.M
 
 
 def test_thread_that_fails_passes_its_notification_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several threads that wait, one is notified. If it fails, another one gets what it has left."""
+    """Of several threads that wait, one is notified. If it fails, another one gets the rest."""
     ring = ring_of(4)
     read, failures = ring._read, iter([MemoryError()])
 
