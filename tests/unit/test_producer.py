@@ -883,6 +883,8 @@ senders[0].send(range(3))
 sender = Producer(sys.argv[1], uuid.UUID(sys.argv[2]), 7)
 sender.send(range(1000))
 senders.pop(0).close(report=False)
+while "refused" not in str(sender.trouble):  # at the first attempt
+    time.sleep(0.01)
 {end}
 """
     started = monotonic()
