@@ -561,21 +561,18 @@ class Ring:
                 self._finished.pop(batch.start, None)
             raise
 
-    def _next_committed(self) -> int:
-        """Return where the gapless prefix ends."""
-        committed = self._committed
-        while committed in self._finished:
-            committed = self._finished[committed]
-        return committed
-
     def _take_waiters(self, leaving: Batch | None = None) -> Sequence[_Waiter]:
         """Remove and return the waiters whose values are stored after `_advance`, once `leaving` is not set aside.
 
         The caller wakes them, without the lock. It must not fail before it does.
         """
         assert self._lock.locked()
-        committed = self._next_committed()
-        if not self._waiters or self._waiters[0].sequence > committed:
+        if not self._waiters:
+            return ()
+        committed = self._committed
+        while committed in self._finished:
+            committed = self._finished[committed]
+        if self._waiters[0].sequence > committed:
             return ()
         count = bisect.bisect_right(self._waiters, committed, key=_sequence_of)
         aside = [batch for batch in self._aside if batch is not leaving]
