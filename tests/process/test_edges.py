@@ -7,7 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.harness import DEADLINE, ROLES, UPGRADE, RawClient, ServerProcess, connected, frame, request, rows, server
+from support.harness import (
+    DEADLINE,
+    ROLES,
+    UPGRADE,
+    RawClient,
+    ServerProcess,
+    connected,
+    exchange,
+    frame,
+    request,
+    rows,
+    server,
+)
 
 TOKEN = "a-token"
 
@@ -27,13 +39,7 @@ def stored(running: ServerProcess) -> int:
 
 def answers(running: ServerProcess, data: bytes, half_close: bool = True) -> tuple[list[int], bytes]:
     """Send `data`, and return the statuses of the answers, and all that came, until the server closes."""
-    with connected(running.at) as client:
-        client.sendall(data)
-        if half_close:
-            client.shutdown(socket.SHUT_WR)
-        answer = b""
-        while more := client.recv(65536):
-            answer += more
+    answer = exchange(running.at, data, half_close)
     return [int(code) for code in re.findall(rb"^HTTP/1\.1 (\d+) ", answer, re.M)], answer
 
 

@@ -19,6 +19,7 @@ from support.harness import (
     RawClient,
     ServerProcess,
     eventually,
+    exchange,
     frame,
     free_port,
     request,
@@ -44,18 +45,6 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def values(running: ServerProcess) -> list[int]:
     return [value for _, _, value in rows(running.database)]  # type: ignore[attr-defined]
-
-
-def raw(port: int, data: bytes, half_close: bool = False) -> bytes:
-    """Send `data` over a new connection. Return all bytes received up to the end of the stream."""
-    with socket.create_connection(("localhost", port), DEADLINE) as client:
-        client.sendall(data)
-        if half_close:
-            client.shutdown(socket.SHUT_WR)
-        answer = b""
-        while more := client.recv(65536):
-            answer += more
-        return answer
 
 
 def post(headers: str, body: bytes = b"") -> bytes:
@@ -206,7 +195,7 @@ def test_refused_post_stores_nothing_and_its_body_is_no_request(
     running: ServerProcess, headers: str, body: bytes, expected: int
 ) -> None:
     before = len(values(running))
-    answer = raw(running.port, post(headers, body), half_close=True)
+    answer = exchange(running.port, post(headers, body), half_close=True)
     assert status(answer) == expected
     assert answer.count(b"HTTP/1.1") == 1
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
@@ -220,7 +209,7 @@ def test_unread_body_is_not_parsed_as_a_request(running: ServerProcess) -> None:
         f"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(hidden)}\r\n\r\n",
         f"POST /v1.0/alive HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(hidden)}\r\n\r\n",
     ):
-        assert raw(running.port, start.encode() + hidden).count(b"HTTP/1.1") == 1
+        assert exchange(running.port, start.encode() + hidden).count(b"HTTP/1.1") == 1
     assert len(values(running)) == before
 
 
@@ -239,7 +228,7 @@ def test_ambiguous_headers_do_not_smuggle_a_request(running: ServerProcess, hidi
     """A proxy in front of the server may interpret these headers differently (RFC 9112 section 11.2)."""
     hidden = b"GET /v1.0/stats HTTP/1.1\r\nHost: x\r\n\r\n"
     head = b"GET /v1.0/alive HTTP/1.1\r\nHost: x\r\n" + hiding.replace(b"%d", b"%d" % len(hidden)) + b"\r\n\r\n"
-    answer = raw(running.port, head + hidden)
+    answer = exchange(running.port, head + hidden)
     assert answer.count(b"HTTP/1.1") == 1 and b"startTime" not in answer
     if b"\r\nContent-Length: 0" not in head:
         assert status(answer) == 400 and b"malformed header line" in answer
@@ -256,7 +245,7 @@ def test_pipelined_requests_are_answered_in_order(running: ServerProcess) -> Non
     before = len(values(running))
     data = post("Content-Length: 4", b"\0\0\0\1") + post("Content-Length: 5", b"POST ")
     data += post("Content-Length: 4", b"\0\0\0\2") + post("Content-Length: 4\r\nConnection: close", b"\0\0\0\3")
-    answer = raw(running.port, data)
+    answer = exchange(running.port, data)
     assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"400", b"200", b"200"]
     assert values(running)[before:] == [1, 2, 3]
 
@@ -272,7 +261,7 @@ def test_pipelined_requests_are_answered_in_order(running: ServerProcess) -> Non
     ],
 )
 def test_malformed_request_gets_an_error(running: ServerProcess, data: bytes) -> None:
-    answer = raw(running.port, data)
+    answer = exchange(running.port, data)
     assert b'{"error": ' in answer
     assert running.get("/v1.0/alive")[0] == 200
 
@@ -319,7 +308,7 @@ def test_valid_handshake_is_answered_101(running: ServerProcess) -> None:
 def test_handshake_with_a_body_is_told_which_header_to_omit(running: ServerProcess, header: str) -> None:
     """No 100 Continue invites the body, even if the client asks for it."""
     lines = f"\r\nExpect: 100-continue\r\n{header}\r\n\r\n".encode()
-    answer = raw(running.port, UPGRADE.replace(b"\r\n\r\n", lines) + b"12345", half_close=True)
+    answer = exchange(running.port, UPGRADE.replace(b"\r\n\r\n", lines) + b"12345", half_close=True)
     assert [int(code) for code in re.findall(rb"HTTP/1.1 (\d+)", answer)] == [400]
     assert header.partition(":")[0].encode() in answer.partition(b"400 ")[2]
 
@@ -383,7 +372,7 @@ def test_client_that_does_not_read_the_101_is_given_up(tmp_path: Path) -> None:
 
 
 def test_handshake_in_http_1_0_is_refused(running: ServerProcess) -> None:
-    assert status(raw(running.port, UPGRADE.replace(b"HTTP/1.1", b"HTTP/1.0"))) == 400
+    assert status(exchange(running.port, UPGRADE.replace(b"HTTP/1.1", b"HTTP/1.0"))) == 400
 
 
 def test_connection_beyond_the_limit_gets_503_but_alive_and_stats(tmp_path: Path) -> None:
@@ -471,7 +460,7 @@ def test_slowly_sent_request_is_ended_at_its_deadline(tmp_path: Path) -> None:
 def test_content_length_may_have_leading_zeros(running: ServerProcess) -> None:
     body = encode_plain([12345])
     zeros = post(f"Content-Length: {'0' * 19}8", body)
-    answer = raw(running.port, zeros + b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n\r\n", half_close=True)
+    answer = exchange(running.port, zeros + b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n\r\n", half_close=True)
     assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"200"]
     assert values(running)[-1] == 12345
 
@@ -498,7 +487,7 @@ def test_curl_stores_a_file(running: ServerProcess, tmp_path: Path, size: int) -
 )
 def test_response_to_a_malformed_request_has_a_status_line(tmp_path: Path, data: bytes, status: int) -> None:
     with server(tmp_path, *ROLES["publisher"]) as running:
-        answer = raw(running.port, data)
+        answer = exchange(running.port, data)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status) and b"Content-Type: application/json" in head
     assert json.loads(body)["error"]

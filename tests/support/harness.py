@@ -256,6 +256,18 @@ def connected(at: int | Path) -> socket.socket:
     return sock
 
 
+def exchange(at: int | Path, data: bytes, half_close: bool = False) -> bytes:
+    """Send `data` over a new connection. Return all bytes received up to the end of the stream."""
+    with connected(at) as client:
+        client.sendall(data)
+        if half_close:
+            client.shutdown(socket.SHUT_WR)
+        answer = b""
+        while more := client.recv(65536):
+            answer += more
+        return answer
+
+
 def request(
     at: int | Path, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, str], bytes]:

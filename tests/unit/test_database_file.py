@@ -5,17 +5,16 @@ import logging
 import os
 import shlex
 import sqlite3
-import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from support.databases import A, append, query
 from support.harness import ROOT, eventually
+from support.users import NOBODY, as_user, let_others_in
 
 from ringolib.storage import database_file, sqlite_file
 from ringolib.storage.interface import StoreError
@@ -35,28 +34,6 @@ def records_seen_by_program(path: Path) -> int:
     """Return how many records a program sees that opens the file for writing, and closes it again."""
     run = subprocess.run([sys.executable, "-c", OPEN_AND_CLOSE, str(path)], capture_output=True, text=True, check=True)
     return int(run.stdout)
-
-
-def as_user(work: Callable[[], object]) -> str:
-    """Run `work` in a child process without root's privileges. Return its StoreError, or "done"."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            if os.geteuid() == 0:
-                os.setgid(65534)
-                os.setuid(65534)
-            try:
-                work()
-                os.write(writing, b"done")
-            except StoreError as error:
-                os.write(writing, str(error).encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    os.waitpid(child, 0)
-    with open(reading, "rb") as pipe:
-        return pipe.read().decode()
 
 
 @linux_only
@@ -360,12 +337,8 @@ def others(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     Store(str(path)).close()
     for file in (path, Path(f"{path}-lock"), path.parent):
         if os.getuid() == 0:
-            os.chown(file, 65534, 65534)
-    base = tmp_path_factory.getbasetemp()
-    for parent in path.parents[1:]:  # pytest creates its directories without access for other users
-        is_pytests = parent.is_relative_to(base) or "pytest" in parent.name
-        if is_pytests and parent.stat().st_uid == os.getuid():
-            parent.chmod(parent.stat().st_mode | stat.S_IXOTH)
+            os.chown(file, NOBODY, NOBODY)
+    let_others_in(path, tmp_path_factory.getbasetemp())
     return path
 
 

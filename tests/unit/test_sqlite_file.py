@@ -2,13 +2,13 @@
 
 import os
 import sqlite3
-import stat
 import uuid
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from support.databases import A, block
+from support.users import as_user, let_others_in
 
 from ringolib.storage.interface import StoreError
 from ringolib.storage.sqlite_file import APPLICATION_ID, SPOOL_APPLICATION_ID
@@ -144,7 +144,9 @@ def test_missing_directory_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read_only", ["directory", "file"])
-def test_file_without_write_permission_is_refused(path: Path, read_only: str) -> None:
+def test_file_without_write_permission_is_refused(
+    path: Path, tmp_path_factory: pytest.TempPathFactory, read_only: str
+) -> None:
     """In a child process. If the tests run as root, the child drops its privileges."""
     Store(str(path)).close()
     path.with_name("numbers.db-lock").chmod(0o666)
@@ -153,27 +155,8 @@ def test_file_without_write_permission_is_refused(path: Path, read_only: str) ->
         path.unlink()
         path.with_name("numbers.db-lock").unlink()
         path.parent.chmod(0o555)
-    for parent in path.parents[1:4]:  # pytest creates its directories without access for other users
-        if parent.stat().st_uid == os.getuid() and "pytest" in parent.name:
-            parent.chmod(parent.stat().st_mode | stat.S_IXOTH)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            if os.geteuid() == 0:
-                os.setgid(65534)
-                os.setuid(65534)
-            try:
-                Store(str(path))
-                os.write(writing, b"opened")
-            except StoreError as error:
-                os.write(writing, str(error).encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    os.waitpid(child, 0)
-    with open(reading, "rb") as pipe:
-        message = pipe.read().decode()
+    let_others_in(path, tmp_path_factory.getbasetemp())
+    message = as_user(lambda: Store(str(path)))
     path.parent.chmod(0o755)
     assert str(path) in message and ("Permission denied" in message or "permissions" in message), message
 
