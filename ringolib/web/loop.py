@@ -2,7 +2,8 @@
 
 A turn of the loop has four steps. It reads from the clients that are ready, without blocking. It decodes the data
 (`session`). It offers all blocks to the intake at once. It sends the acks of the records that are stored by now. No
-step waits, and the work for one client in a turn is bounded. Clients that are ready are served in rounds, each once in
+step waits, and the work for one client in a turn is bounded. If many clients send little, the loop waits for a
+millisecond between turns (`gathering`). Clients that are ready are served in rounds, each once in
 a round, so no client delays the others. A round may take several turns.
 
 Blocks that the intake has no room for wait in `_backlog`. The loop pauses then: it reads from no client until the
@@ -37,6 +38,7 @@ from ringolib.web import session as session_module
 from ringolib.web.budget import Budget
 from ringolib.web.client import Client, Mark
 from ringolib.web.deadlines import Deadlines
+from ringolib.web.gathering import Gathering
 from ringolib.web.intake import Intake
 from ringolib.web.session import GOING_AWAY, LOST, UNSTORED, Session
 from ringolib.wire import Block, Rest
@@ -108,6 +110,7 @@ class IngestLoop:
         self._writers = Poller(selectors.EVENT_WRITE)
         self._ready: deque[Client] = deque()  # to be served; `queued` is set, so that each is here once
         self._left_in_round = 0  # of those; the others, behind them, are served in the next round
+        self._gathering = Gathering()
         self._holders: dict[Client, None] = {}  # clients with a large unfinished message, in the order they began
         self._suspended: dict[Client, float] = {}  # holders that are not read since, because the budget is full
         self._buffer = memoryview(bytearray(READ_SIZE))
@@ -196,6 +199,7 @@ class IngestLoop:
         """Do one turn. Return False if the loop has ended."""
         may_read = self._paused_at is None
         goes_on = bool(self._ready) if may_read else not self._backlog
+        waited = not goes_on and self._gathering.wait(len(self._clients), self._count_waiting())
         timeout_ms = 0 if goes_on else self._timeout_ms()
         sources = {descriptor for descriptor, _ in self._poll.poll(timeout_ms)}
         now = monotonic()
@@ -216,6 +220,7 @@ class IngestLoop:
                     for descriptor in self._readers.ready():
                         self._queue(self._by_descriptor[descriptor])
                 self._left_in_round = len(self._ready)
+                self._gathering.note(waited, self._left_in_round, len(self._clients))
             self._read_all(now)
         if self._paused_at is not None or self._suspended:
             self._check_gone(now)
@@ -223,6 +228,10 @@ class IngestLoop:
         self._check_deadlines(now)
         self._count()
         return bool(self._clients) or not self._stopping or not self._end()
+
+    def _count_waiting(self) -> int:
+        """Return how many clients wait for acks; a client with records in several offers counts several times."""
+        return sum(len(clients) for _, clients in self._offers)
 
     def _timeout_ms(self) -> int | None:
         """Return the time until the next deadline, or None without a deadline."""
