@@ -62,8 +62,8 @@ _JSON_ITEMS = _Syntax(_JSON_INTEGER, rb"%b,%b" % (_BLANK, _BLANK))
 def decode_text(body: Buffer, limit: int, is_form: bool = False) -> "array[int]":
     """Return the integers of a text: decimal, separated by white space, or by a comma with or without white space.
 
-    `limit` is the maximum number of integers. `is_form` is true if the type of the body is that of a form, which `curl`
-    sends by itself. Raises IntegerError.
+    `limit` is the maximum number of integers. `is_form` is true for the type of a form, which `curl` sends by
+    itself. Raises IntegerError.
     """
     decoder = _Decoder(body, limit, is_form=is_form)
     decoder.take_list(_TEXT, decoder.begin(), len(body))
@@ -105,7 +105,7 @@ class _Decoder:
         return _end_of(_BLANKS, self._body, len(BYTE_ORDER_MARK) if self._body.startswith(BYTE_ORDER_MARK) else 0)
 
     def finish(self) -> "array[int]":
-        """Return the integers. Raises IntegerError if there are none."""
+        """Return the integers. Raises IntegerError if the body has no integers."""
         if not self._values:
             raise IntegerError("the body has no integers: send at least one", 0)
         return self._values
@@ -187,7 +187,7 @@ class _Decoder:
         return self._fault(separator_end, fault)
 
     def _fault(self, at: int, fault: str = "") -> IntegerError:
-        """Return the error for an integer, or for what is in its place. The text does not repeat it: it is logged."""
+        """Return the error for the bytes at an offset. The text does not repeat them, because errors are logged."""
         body = self._body
         match = _TOKEN.match(body, at)
         token = match[0] if match else b""

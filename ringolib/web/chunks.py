@@ -38,7 +38,7 @@ class ChunkedBody:
         self._in_chunk = False  # up to the CRLF behind it
         self._in_trailer = False
         self._trailer = 0  # bytes of the trailer
-        self._framing = 0  # bytes of framing beyond what is free
+        self._framing = 0  # bytes of framing beyond the free ones
         self.begun = bool(data)
         self.ended = False
         self.is_cut_off = False
@@ -56,7 +56,7 @@ class ChunkedBody:
         self._data += data
 
     def next_piece(self) -> bytes | None:
-        """Return the body in what was received, b"" at its end, or None if more bytes are needed.
+        """Return the received part of the body, b"" at its end, or None if more bytes are needed.
 
         Raises Refusal if the chunks are malformed.
         """

@@ -1,4 +1,4 @@
-"""Bodies in chunks: what is decoded, and that all else is refused, however the bytes are cut."""
+"""Bodies in chunks: valid ones are decoded, and all others are refused, at any cut of the bytes."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from ringolib.web.headers import Refusal
 
 
 def decode(data: bytes, size: int) -> tuple[bytes, bytes | None]:
-    """Feed the data in parts of `size` bytes. Return the body, and what is behind it, or None if it has not ended."""
+    """Feed the data in parts of `size` bytes. Return the body, and the bytes behind it, or None if it has not ended."""
     body, chunks = b"", ChunkedBody(b"")
     for at in range(0, len(data), size):
         if chunks.ended:
