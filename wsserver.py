@@ -29,17 +29,17 @@ from ringolib.web.handler import (
     WebHandler,
     new_request_id,
     peer_name,
-    random_uuid,
 )
 from ringolib.web.headers import Refusal
 from ringolib.web.intake import Intake
 from ringolib.web.loop import IngestLoop
 from ringolib.web.names import Names
 from ringolib.web.page import HTML, load_page
+from ringolib.web.post import decode_body, not_stored, parse_numbering
 from ringolib.web.request import BodyEnded
 from ringolib.web.session import LOST, Session
 from ringolib.web.table import Limits
-from ringolib.wire import INGEST_PATH, READY_PATH, SUBPROTOCOL, Block, Run, WireError, decode_plain
+from ringolib.wire import INGEST_PATH, READY_PATH, SUBPROTOCOL, Block
 
 log = logging.getLogger("ringoexp.http")
 
@@ -211,45 +211,51 @@ class Handler(WebHandler):
         fields = self.parsed.headers
         self.server.names.check_origin(self.parsed)
         headers.check_accept(fields)
-        headers.check_body_type(fields)
+        content_type = headers.body_type(fields)
         headers.check_expect(self.parsed.version, fields)
+        numbering = parse_numbering(self.parsed.query)
         length = self._body_length()
         try:
             body = self._read_body(length)
             self.lingering = False
             self.close_connection = self.parsed.wants_close or self.server.stopping.is_set()
             try:
-                values = decode_plain(body)
-            except WireError as error:
+                values = decode_body(content_type, body)
+                run = numbering.run(len(values))
+            except Refusal:
                 self.server.totals.add_refused()
-                raise Refusal(error.status, str(error)) from error
+                raise
+            if len(values) * 8 > max(len(body), SMALL_SIZE):  # a text of short integers
+                self.server.budget.grow(self, len(values) * 8)
             del body
             self.server.totals.add_records(len(values))
-            self._ingest(values)
+            self._ingest(Block([run], values), numbering.by_client)
         finally:
             self.server.budget.release(self)
 
-    def _ingest(self, values: Any) -> None:
-        """Put the values into the intake, wait until they are stored, and answer. Raises Refusal."""
+    def _ingest(self, block: Block, may_repeat: bool) -> None:
+        """Put the block into the intake, wait until it is stored, and answer. Raises Refusal."""
         started, deadline = monotonic(), deadline_after(INGEST_TIMEOUT_SECONDS)
-        intake = self.server.intake
-        block = Block([Run(random_uuid().bytes, 0, len(values))], values)
+        intake, total = self.server.intake, len(block.values)
         accepted, ticket = intake.put(block, INGEST_TIMEOUT_SECONDS)
         timeout = remaining(deadline)
-        if accepted < len(values):
-            self.server.totals.add_refused(len(values) - accepted)
+        if accepted < total:
+            self.server.totals.add_refused(total - accepted)
             cause = "the server is stopping" if intake.closed else f"the {intake.name} is full{self._known_reasons()}"
-            raise _not_stored(cause, accepted, len(values))
+            raise not_stored(cause, accepted, total, may_repeat=may_repeat)
         try:
             stored = intake.wait(ticket, timeout)
         except StoreError as error:
             self.server.totals.add_refused(accepted)
-            raise _not_stored(str(error)) from error
+            raise not_stored(str(error)) from error
         if not stored:
             cause = f"not stored within {INGEST_TIMEOUT_SECONDS:.0f} s{self._known_reasons()}"
-            raise _not_stored(cause, accepted, len(values), self.server.stopping.is_set())
+            raise not_stored(cause, accepted, total, self.server.stopping.is_set(), may_repeat)
         self.server.totals.add_acked(accepted, [monotonic() - started])
-        self.reply_json(200, {"stored": accepted})
+        answer = {"stored": accepted}
+        if may_repeat:
+            answer["next"] = block.runs[0].first + accepted
+        self.reply_json(200, answer)
 
     def _known_reasons(self) -> str:
         """Return why records are not stored, as far as the server knows, to append to an error text; or ""."""
@@ -296,25 +302,30 @@ class Handler(WebHandler):
 
     # Reading.
 
-    def _body_length(self) -> int:
-        """Return the length of the body. Raises Refusal if it is unknown or too large."""
+    def _body_length(self) -> int | None:
+        """Return the length of the body, or None for chunks. Raises Refusal if it is missing or too large."""
         length = headers.body_length(self.parsed.headers)
-        if length > MAX_MESSAGE:
-            self.server.totals.add_refused()
-            raise Refusal(
-                413, f"the body has {length} bytes, and the limit is {MAX_MESSAGE}: send several smaller requests"
-            )
+        if length is not None and length > MAX_MESSAGE:
+            raise self._too_large(f"{length} bytes, and the limit is {MAX_MESSAGE}")
         return length
 
-    def _read_body(self, length: int) -> bytearray:
+    def _too_large(self, size: str) -> Refusal:
+        self.server.totals.add_refused()
+        return Refusal(413, f"the body has {size}: send several smaller requests")
+
+    def _read_body(self, length: int | None) -> bytearray:
         """Return the whole body. Raises Refusal if it is too slow or incomplete, or if there is no room for it."""
-        timeout = handler.REQUEST_TIMEOUT_SECONDS + length / BODY_BYTES_PER_SECOND
-        deadline = deadline_after(timeout)
+        started = monotonic()
         body = bytearray()  # not a list: a client may send pieces that are smaller than the overhead of an object
+        timeout = _body_timeout(length or 0)
         try:
-            while piece := self.read_piece(deadline):
+            while piece := self.read_piece(started + timeout):
                 body += piece
-                if len(body) > SMALL_SIZE and not self.server.budget.hold(self, len(body), deadline):
+                if length is None:  # the time grows with the body
+                    timeout = _body_timeout(len(body))
+                    if len(body) > MAX_MESSAGE:
+                        raise self._too_large(f"more than {MAX_MESSAGE} bytes")
+                if len(body) > SMALL_SIZE and not self.server.budget.hold(self, len(body), started + timeout):
                     raise Refusal(503, "too many bodies are being sent: retry later", {"Retry-After": "5"})
         except TimeoutError:
             raise Refusal(
@@ -322,14 +333,18 @@ class Handler(WebHandler):
             ) from None
         except BodyEnded:
             if self.server.stopping.is_set():  # which ends the reading side of connections
-                raise _not_stored("the server is stopping") from None
+                raise not_stored("the server is stopping") from None
             self.server.totals.add_refused()
-            raise Refusal(
-                400, f"the body ended after {len(body)} bytes, but Content-Length is {length}: send all of it"
-            ) from None
+            whole = "before its last chunk" if length is None else f"but Content-Length is {length}"
+            raise Refusal(400, f"the body ended after {len(body)} bytes, {whole}: send all of it") from None
         finally:
             self.server.totals.add_bytes(len(body))
         return body
+
+
+def _body_timeout(size: int) -> float:
+    """Return the seconds for a body of this many bytes."""
+    return handler.REQUEST_TIMEOUT_SECONDS + size / BODY_BYTES_PER_SECOND
 
 
 def _describe(reason: Reason, trusted: bool) -> dict[str, Any]:
@@ -339,21 +354,3 @@ def _describe(reason: Reason, trusted: bool) -> dict[str, Any]:
         "detail": reason.detail if trusted else "details require the access token",
         "since": None if reason.seconds is None else format_ago(reason.seconds),
     }
-
-
-def _not_stored(cause: str, accepted: int = 0, total: int = 0, ending: bool = False) -> Refusal:
-    """Return the error for a POST of which at most `accepted` records are stored, or will be, unless the server ends.
-
-    Its records have random numbers, so the text says which of them the client may send again.
-    """
-    record, was, them = ("record", "was", "it") if accepted == 1 else ("records", "were", "them")
-    if not accepted:
-        text = f"not stored: {cause}: send the whole request again later"
-    elif accepted < total:
-        rest = total - accepted
-        text = f"{accepted} of {total} records {was} accepted: send only the other {rest} again later; {cause}"
-    elif ending:
-        text = f"{accepted} {record} {was} accepted, but the server may end before it has stored {them}; {cause}"
-    else:
-        text = f"{accepted} {record} {was} accepted and will be stored later: do not send {them} again; {cause}"
-    return Refusal(503, text, {"Retry-After": "5"}, {"accepted": accepted})

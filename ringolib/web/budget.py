@@ -55,14 +55,19 @@ class Budget:
         def has_room() -> bool:
             return not self.full or next(iter(self._bodies)) is body
 
+        self.grow(body, size)
         with self._lock:
-            self._change(size - self._bodies.get(body, 0))
-            self._bodies[body] = size
             if has_room():
                 return True
         self.log_waiting()
         with self._lock:
             return wait_until(self._freed, has_room, deadline)
+
+    def grow(self, body: object, size: int) -> None:
+        """Note that `body` has `size` bytes now. Never blocks."""
+        with self._lock:
+            self._change(size - self._bodies.get(body, 0))
+            self._bodies[body] = size
 
     def log_waiting(self) -> None:
         """Log that a client begins to wait for room."""

@@ -14,9 +14,15 @@ from typing import Any
 from ringolib.net.credentials import BEARER_PREFIX
 from ringolib.wire import PLAIN_SUBPROTOCOL, SUBPROTOCOL
 
-BODY_TYPES = ("application/octet-stream", "application/x-www-form-urlencoded")
-"""Content types accepted for a POST. `curl --data-binary` sends the second one unless told otherwise."""
-_BODY_FORM = f"send the integers as bytes, 4 or 8 each, big-endian, as {BODY_TYPES[0]}; see docs/protocol.md"
+OCTETS_TYPE = "application/octet-stream"
+TEXT_TYPE = "text/plain"
+FORM_TYPE = "application/x-www-form-urlencoded"
+"""The type that `curl -d` sends unless told otherwise. The body is a text of integers, not a form."""
+JSON_TYPES = ("application/json", "application/x-ndjson", "application/ndjson", "application/jsonl")
+_BODY_FORM = (
+    f"send decimal integers as {TEXT_TYPE} or {JSON_TYPES[0]}, or as bytes, 4 or 8 each, big-endian, as {OCTETS_TYPE}; "
+    "see docs/protocol.md"
+)
 WEBSOCKET_VERSION = "13"
 MAX_SHOWN = 100
 """Characters of a header value that are repeated in an error message."""
@@ -94,23 +100,32 @@ def supported_subprotocols(headers: Headers) -> tuple[str, ...]:
     return SUBPROTOCOL, PLAIN_SUBPROTOCOL
 
 
-def body_length(headers: Headers) -> int:
-    """Return the length of the body in bytes. Raises Refusal without a Content-Length; h11 has checked its form."""
+def body_length(headers: Headers) -> int | None:
+    """Return the length of the body in bytes, or None if it comes in chunks. h11 has checked the form of both headers.
+
+    Raises Refusal without either of them.
+    """
+    if "transfer-encoding" in headers:
+        return None
     lengths = headers.get_all("content-length")
-    if "transfer-encoding" in headers or not lengths:
-        raise Refusal(411, "a Content-Length is required: send the integers as one body, without chunked encoding")
+    if not lengths:
+        raise Refusal(411, "the request has no body: send a body with a Content-Length, or chunked")
     return int(lengths[0])
 
 
-def check_body_type(headers: Headers) -> None:
-    """Raise Refusal if the body of a POST has a content type other than BODY_TYPES, or is compressed."""
-    content_type = _content_type(headers) or BODY_TYPES[0]
-    if content_type not in BODY_TYPES:
+def body_type(headers: Headers) -> str:
+    """Return the content type of the body of a POST; "" without one, which means OCTETS_TYPE.
+
+    Raises Refusal if the type is not supported, or the body is compressed.
+    """
+    content_type = _content_type(headers)
+    if content_type not in ("", OCTETS_TYPE, TEXT_TYPE, FORM_TYPE, *JSON_TYPES):
         raise Refusal(415, f"a body of type {_shown(content_type)} is not supported: {_BODY_FORM}")
     codings = [coding for coding in tokens(headers, "content-encoding") if coding.lower() != "identity"]
     if codings:
-        reason = f"Content-Encoding {_shown(codings[0])} is not supported: {_BODY_FORM}"
+        reason = f"Content-Encoding {_shown(codings[0])} is not supported: send the body uncompressed"
         raise Refusal(415, reason, {"Accept-Encoding": "identity"})
+    return content_type
 
 
 def check_expect(version: str, headers: Headers) -> None:

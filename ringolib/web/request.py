@@ -1,8 +1,8 @@
 """The requests of one connection, without I/O: bytes in, requests and the pieces of their bodies out.
 
-h11 parses: it finds where a request and its body begin and end. What h11 leaves to its user is done here: empty lines
-before a request, the limits of a head, folded headers, versions, the forms of a target, and the syntax of a host.
-Whether the server answers to that host is the job of `names`.
+h11 parses: it finds where a request and its body begin and end; `chunks` does it for a body in chunks. What h11 leaves
+to its user is done here: empty lines before a request, the limits of a head, folded headers, versions, the forms of a
+target, and the syntax of a host. Whether the server answers to that host is the job of `names`.
 
 A `RequestReader` belongs to the thread of its connection.
 """
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import h11
 
+from ringolib.web.chunks import ChunkedBody
 from ringolib.web.headers import Headers, Refusal, tokens
 
 MAX_HEAD = 32 * 1024
@@ -41,6 +42,8 @@ _MALFORMED_LINE = "malformed request line: expected METHOD TARGET HTTP/1.1"
 _HOST = "a request in HTTP/1.1 must have exactly one Host header, with a valid host and port"
 _LENGTH = "Content-Length must be one whole number of at most 20 digits"
 _TWO_LENGTHS = "a request must not have both Content-Length and Transfer-Encoding: omit Transfer-Encoding"
+_CODING = "this Transfer-Encoding is not supported: send the body with a Content-Length, or chunked"
+_CHUNKS_IN_1_0 = "a request in HTTP/1.0 must not have Transfer-Encoding: send the body with a Content-Length"
 _TOO_LARGE = f"a request may have at most {MAX_HEADERS} headers, and at most {MAX_HEAD} bytes before its body"
 _REASONS = {
     "illegal header line": _MALFORMED_HEADER,
@@ -51,8 +54,8 @@ _REASONS = {
     "Found multiple Host": _HOST,
     "bad Content-Length": _LENGTH,
     "conflicting Content-Length": _LENGTH,
-    "Only Transfer-Encoding": "this Transfer-Encoding is not supported: send the body with a Content-Length",
-    "multiple Transfer-Encoding": "this Transfer-Encoding is not supported: send the body with a Content-Length",
+    "Only Transfer-Encoding": _CODING,
+    "multiple Transfer-Encoding": _CODING,
 }
 """The start of an error text of h11, and our text for the same error. h11's text may contain a header's value."""
 
@@ -92,6 +95,7 @@ class RequestReader:
         self._unparsed = b""  # received, and not given to h11 yet
         self._head = b""  # of the current request: what h11 has
         self._empty_lines = 0
+        self._chunks: ChunkedBody | None = None  # the current body, if it comes in chunks: h11 does not get it
         self._piece: bytes | None = None  # the first piece of the body, if it came with the head
         self.has_body = False
         """True while the body of the current request is not read to its end."""
@@ -116,7 +120,8 @@ class RequestReader:
     @property
     def expects_continue(self) -> bool:
         """True if the client waits for 100 Continue before it sends the body."""
-        return self._h11.they_are_waiting_for_100_continue
+        begun = self._chunks is not None and self._chunks.begun
+        return self._h11.they_are_waiting_for_100_continue and not begun
 
     def continue_response(self) -> bytes:
         """Return the response 100 Continue. The client does not wait for another one then."""
@@ -125,11 +130,13 @@ class RequestReader:
     @property
     def rest(self) -> bytes:
         """The bytes behind the current request, after its body was read."""
-        return self._h11.trailing_data[0]
+        return self._chunks.rest if self._chunks else self._h11.trailing_data[0]
 
     def receive(self, data: bytes) -> None:
         """Take bytes of the connection; b"" is the end of the stream, within a body."""
-        if self.has_body:
+        if self.has_body and self._chunks:
+            self._chunks.receive(data)
+        elif self.has_body:
             self._h11.receive_data(data)
         else:
             self._unparsed += data
@@ -147,6 +154,8 @@ class RequestReader:
             assert isinstance(event, h11.Request)
             self._head = self._head[: len(self._head) - len(self.rest)]
             request = _check(event, self._head)
+            if "transfer-encoding" in request.headers:
+                self._chunks = ChunkedBody(self.rest)
             self._piece = self._next_piece()
         except h11.RemoteProtocolError as error:
             raise self._explain(error) from error
@@ -165,6 +174,8 @@ class RequestReader:
             if self._h11.trailing_data[1]:
                 raise BodyEnded from error
             raise self._explain(error) from error
+        if piece is None and self._chunks and self._chunks.is_cut_off:
+            raise BodyEnded
         self.has_body = piece != b""
         return piece
 
@@ -173,9 +184,12 @@ class RequestReader:
         assert not self.has_body
         self._unparsed = self.rest
         self._h11 = h11.Connection(h11.SERVER, MAX_HEAD - 1)  # cheaper than to tell h11 of our response
+        self._chunks = None
         self._head, self._empty_lines = b"", 0
 
     def _next_piece(self) -> bytes | None:
+        if self._chunks:
+            return self._chunks.next_piece()
         event = self._h11.next_event()
         if event is h11.NEED_DATA:
             return None
@@ -228,6 +242,8 @@ def _check(event: h11.Request, head: bytes) -> Request:
         "content-length" in headers and "transfer-encoding" in headers
     ):  # a proxy may take the other (RFC 9112 section 6.1)
         raise Refusal(400, _TWO_LENGTHS)
+    if version == "1.0" and "transfer-encoding" in headers:  # the framing is faulty (RFC 9112 section 6.1)
+        raise Refusal(400, _CHUNKS_IN_1_0)
     hosts = headers.get_all("host")
     host = parse_authority(hosts[0]) if hosts else None
     if host is None and (hosts or version != "1.0"):

@@ -31,7 +31,7 @@ from support.clickhouses import (
     chdb_server,
     clickhouse_server,
 )
-from support.harness import DEADLINE, Blocked, ServerProcess, eventually, free_port, not_ready, seeded, server
+from support.harness import DEADLINE, Blocked, ServerProcess, eventually, free_port, not_ready, request, seeded, server
 from support.proxy import DOWN, UP, Proxy
 
 from ringolib.storage.clickhouse import http, schema, store
@@ -502,6 +502,21 @@ def test_two_consumers_share_a_database(clickhouse: ClickHouseServer, database: 
     ):
         answers = [json.loads(consumer.get("/v1.0/ready")[2]) for consumer in (one, two)]
         assert answers == [{"ready": True, "store": stores[0].identity}] * 2
+
+
+def test_repeated_post_is_stored_once_by_any_consumer(
+    clickhouse: ClickHouseServer, database: str, tmp_path: Path
+) -> None:
+    """A client repeats its request, with other values, at another consumer. The last number there is can be stored."""
+    flags = ["-p", "0", "-I", "false", "-D", clickhouse.url(database)]
+    path, last = f"/v1.0/ingest?source={SOURCE_TEXT}&first=", 2**63 - 2
+    with server(tmp_path, *flags) as one, server(tmp_path, *flags) as two:
+        for consumer, first, body in ((one, 0, b"5 6"), (two, 0, b"7,8,9"), (two, last, b"10"), (one, last, b"11")):
+            status, _, answer = request(consumer.port, "POST", f"{path}{first}", body, {"Content-Type": "text/plain"})
+            count = len(body.replace(b",", b" ").split())
+            assert (status, json.loads(answer)) == (200, {"stored": count, "next": first + count})
+        values = [value for _, value in sorted(clickhouse.records(database).items())]
+        assert values == [5, 6, 9, 10]
 
 
 def test_first_value_is_kept_if_the_clock_goes_back(

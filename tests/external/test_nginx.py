@@ -93,6 +93,21 @@ def test_chunked_body_gets_a_content_length(proxied: Proxied) -> None:
     assert response.startswith(b"HTTP/1.1 200") and response.endswith(b'{"stored": 1}\n')
 
 
+def test_chunked_body_passes_through_without_buffering(directory: Path) -> None:
+    """As it does through proxies that forward a body while it arrives."""
+    unbuffered = ("proxy_request_buffering on;", "proxy_request_buffering off;")
+    with server(directory, "-H", "unix:x.sock") as process, nginx(directory, process.at, unbuffered) as port:
+        with connected(port) as client:
+            head = b"POST /v1.0/ingest HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: text/plain\r\n"
+            client.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n1 \r\n1\r\n2\r\n0\r\n\r\n")
+            response = b""
+            while data := client.recv(65536):
+                response += data
+        assert response.startswith(b"HTTP/1.1 200") and response.endswith(b'{"stored": 2}\n')
+        assert process.stop() == 0
+    assert sorted(value for _, _, value in rows(directory / "ringoexp.db")) == [1, 2]
+
+
 def test_websocket_receives_its_acks(proxied: Proxied) -> None:
     """For single integers, and for a message of the maximum size."""
     _, port = proxied

@@ -221,7 +221,18 @@ BODY = b"application/octet-stream"
 HEADERS: list[tuple[bytes, list[bytes]]] = [
     (b"Host", [b"localhost", b"localhost:1", b"", b"[", b"\xff"]),
     (b"Accept", ACCEPTS),
-    (b"Content-Type", [b"application/json", BODY, b"text/plain", b";", b"\xe9/\xff;=", b'a/b; c="']),
+    (
+        b"Content-Type",
+        [
+            b"application/json",
+            BODY,
+            b"text/plain",
+            b"application/x-www-form-urlencoded",
+            b";",
+            b"\xe9/\xff;=",
+            b'a/b; c="',
+        ],
+    ),
     (b"Origin", ORIGINS),
     (b"Connection", [b"keep-alive", b"close", b"Upgrade", b"keep-alive, Upgrade", b""]),
     (b"Expect", [b"100-continue", b"200-ok"]),
@@ -256,17 +267,39 @@ def http_request(rng: random.Random) -> bytes:
     end = b"\n" if rng.randrange(10) == 0 else b"\r\n"
     data = end.join([line, *fields, b"", b""])
     if any(name in (b"Content-Length", b"Transfer-Encoding") for name, _ in kinds):
-        data += rng.choice([bytes(4), bytes(8), b"4\r\n\0\0\0\0\r\n0\r\n\r\n", b"POST ", b""])
+        data += rng.choice(
+            [bytes(4), bytes(8), b"4\r\n\0\0\0\0\r\n0\r\n\r\n", b"POST ", b"", b"[1,", b"1,,2", b"4\n\0"]
+        )
     return mutated(rng, data) if rng.randrange(5) == 0 else data
+
+
+def chunked(rng: random.Random, body: bytes) -> bytes:
+    """Return the body in chunks, some with extensions, and with or without a trailer."""
+    data, at = b"", 0
+    while at < len(body):
+        part = body[at : at + rng.choice([1, 3, 10, 1000])]
+        data += b"%x%b\r\n%b\r\n" % (len(part), rng.choice([b"", b"", b";a", b' ; a="b;"']), part)
+        at += len(part)
+    return data + b"0\r\n" + rng.choice([b"", b"A: b\r\n"]) + b"\r\n"
 
 
 def http_inputs(rng: random.Random, tag: int) -> Iterator[Input]:
     """Yield valid POSTs, then requests of all kinds, pipelined on one connection."""
     for number in range(rng.choice([0, 1, 1, 2, 5])):
         values = [tag + number, *(rng.getrandbits(64) - (1 << 63) for _ in range(rng.randrange(9)))]
-        body = encode_plain(values)
-        head = f"POST /v1.0/ingest HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-        yield Input(head.encode() + body, values)
+        kind, body = rng.choice(
+            [
+                (BODY, encode_plain(values)),
+                (b"text/plain", b", ".join(b"%d" % value for value in values)),
+                (b"application/json", b"[%b]" % b",".join(b"%d" % value for value in values)),
+                (b"application/x-ndjson", b"\n".join(b"%d" % value for value in values)),
+            ]
+        )
+        framing = b"Content-Length: %d" % len(body)
+        if rng.randrange(2):
+            framing, body = b"Transfer-Encoding: chunked", chunked(rng, body)
+        head = b"POST /v1.0/ingest HTTP/1.1\r\nHost: localhost\r\nContent-Type: %b\r\n%b\r\n\r\n" % (kind, framing)
+        yield Input(head + body, values)
     for _ in range(rng.randrange(1, 40)):
         if rng.randrange(3):  # requests that do not end the connection
             path = rng.choice([b"/v1.0/alive", b"/v1.0/stats", b"/v1.0/ingest", b"/" + rng.randbytes(5).hex().encode()])

@@ -115,11 +115,12 @@ def test_empty_lines_before_a_request_are_skipped(running: ServerProcess, before
     ("lines", "expected"),
     [
         (b"Content-Length: 99999999", 413),
-        (b"Content-Length: 4\r\nContent-Type: text/plain", 415),
+        (b"Content-Length: 4\r\nContent-Type: text/html", 415),
         (b"Content-Length: 4\r\nContent-Encoding: gzip", 415),
         (b"Content-Length: 4\r\nAccept: text/html", 406),
         (b"Content-Length: 4\r\nOrigin: http://elsewhere.example", 403),
-        (b"Transfer-Encoding: chunked", 411),
+        (b"Transfer-Encoding: gzip", 501),
+        (b"Connection: keep-alive", 411),
     ],
 )
 def test_body_that_would_be_refused_is_not_asked_for(running: ServerProcess, lines: bytes, expected: int) -> None:

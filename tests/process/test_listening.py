@@ -157,7 +157,7 @@ def test_curl_reaches_unix_socket(short_path: Path) -> None:
         pytest.skip("no curl")
     with server(short_path, "-H", "unix:x.sock") as running:
         command = ["curl", "-s", "--unix-socket", "x.sock", "--data-binary", "@-", "http://localhost/v1.0/ingest"]
-        done = subprocess.run(command, input=bytes(16), cwd=short_path, capture_output=True, timeout=DEADLINE)
+        done = subprocess.run(command, input=b"1\n2\n", cwd=short_path, capture_output=True, timeout=DEADLINE)
         assert done.stdout == b'{"stored": 2}\n'
         assert running.stop() == 0
 

@@ -439,7 +439,14 @@ def send_everything(running: ServerProcess) -> None:
     body = encode_plain([VALUE])
     assert request(running.port, "POST", "/v1.0/ingest?token=s3cret-token", body, auth)[0] == 200
     assert request(running.port, "POST", "/v1.0/ingest", body + b"x", auth)[0] == 400
-    assert request(running.port, "POST", "/v1.0/ingest", body, {**auth, "Content-Type": "text/plain"})[0] == 415
+    assert request(running.port, "POST", "/v1.0/ingest", body, {**auth, "Content-Type": "text/html"})[0] == 415
+    for kind in ("text/plain", "application/json", "application/x-www-form-urlencoded"):
+        for text in (f"{VALUE} s3cret-token", f"{VALUE}x", f"{VALUE * 10}"):
+            assert (
+                request(running.port, "POST", "/v1.0/ingest", text.encode(), {**auth, "Content-Type": kind})[0] == 400
+            )
+    for query in ("source=s3cret-token", f"source={VALUE}&first=s3cret-token", "first=0&token=s3cret-token"):
+        assert request(running.port, "POST", f"/v1.0/ingest?{query}", body, auth)[0] == 400
     for path in ("/v1.0/stats", "/nothing", "/v1.0/ingest"):
         request(running.port, "GET", f"{path}?access_token=s3cret-token", headers=auth)
     for header in ("Origin", "Content-Type", "Accept"):

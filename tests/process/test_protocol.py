@@ -419,7 +419,6 @@ ELSEWHERE = {
     ("HTTP", 417): "test_body_is_asked_for_once_and_only_if_it_has_not_come",
     ("HTTP", 421): "test_page_that_resolves_its_name_to_the_server_stores_nothing",
     ("WebSocket", 421): "test_page_that_resolves_its_name_to_the_server_stores_nothing",
-    ("HTTP", 501): "test_malformed_request_is_refused",
 }
 """The codes of the README's table of refused input that no vector can show, and their tests."""
 

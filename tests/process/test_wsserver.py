@@ -173,7 +173,6 @@ def test_post_of_an_invalid_length_is_400(running: ServerProcess, size: int) -> 
     ("headers", "body", "expected"),
     [
         pytest.param("Connection: close", bytes(4), 411, id="no length"),
-        pytest.param("Transfer-Encoding: chunked", b"4\r\n\0\0\0\0\r\n0\r\n\r\n", 411, id="chunked"),
         pytest.param("Transfer-Encoding: chunked\r\nContent-Length: 4", bytes(4), 400, id="both"),
         pytest.param("Content-Length: 8", bytes(4), 400, id="fewer bytes than announced"),
         pytest.param("Content-Length: four", bytes(4), 400, id="not a number"),
@@ -184,8 +183,7 @@ def test_post_of_an_invalid_length_is_400(running: ServerProcess, size: int) -> 
         pytest.param(f"Content-Length: {MAX_MESSAGE + 8}", bytes(MAX_MESSAGE + 8), 413, id="too large, all sent"),
         pytest.param(f"Content-Length: {'9' * 20}", bytes(4), 413, id="twenty digits"),
         pytest.param(f"Content-Length: {'9' * 21}", bytes(4), 400, id="more digits than h11 reads"),
-        pytest.param("Content-Length: 4\r\nContent-Type: application/json", bytes(4), 415, id="JSON"),
-        pytest.param("Content-Length: 4\r\nContent-Type: text/plain", bytes(4), 415, id="text"),
+        pytest.param("Content-Length: 4\r\nContent-Type: text/html", bytes(4), 415, id="another type"),
         pytest.param("Content-Length: 4\r\nOrigin: http://elsewhere", bytes(4), 403, id="foreign origin"),
         pytest.param("Content-Length: 4\r\nOrigin: null", bytes(4), 403, id="no origin"),
         pytest.param("Content-Length: 4\r\nOrigin: http://[", bytes(4), 403, id="broken origin"),
@@ -470,7 +468,8 @@ def test_curl_stores_a_file(running: ServerProcess, tmp_path: Path, size: int) -
     if not shutil.which("curl"):
         pytest.skip("needs curl")
     (tmp_path / "numbers.bin").write_bytes(bytes(size))
-    command = ["curl", "-s", "--data-binary", "@numbers.bin", f"http://localhost:{running.port}/v1.0/ingest"]
+    octets = ["--data-binary", "@numbers.bin", "-H", "Content-Type: application/octet-stream"]
+    command = ["curl", "-s", *octets, f"http://localhost:{running.port}/v1.0/ingest"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=DEADLINE)
     assert json.loads(done.stdout) == {"stored": size // 8}
 

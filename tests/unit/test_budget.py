@@ -24,6 +24,17 @@ def test_body_waits_until_another_one_ends_but_not_the_oldest() -> None:
     assert budget.held == 0
 
 
+def test_decoded_body_counts_without_waiting() -> None:
+    """Its integers are in memory already."""
+    budget = Budget(100)
+    assert budget.hold("oldest", 90, deadline_after(5))
+    budget.grow("other", 50)
+    budget.grow("other", 60)
+    assert budget.full and budget.held == 150
+    budget.release("other")
+    assert budget.held == 90
+
+
 def test_body_gives_up_at_its_deadline() -> None:
     budget = Budget(100)
     budget.add(100)
