@@ -18,7 +18,7 @@ from ringolib.client.output import own_hints, print_line
 from ringolib.client.producer import EXIT_CLOSE_SECONDS, Producer, ProducerError
 from ringolib.client.progress import Progress
 from ringolib.client.ready import ask_why_not_ready
-from ringolib.client.send_options import EXIT_USAGE, Parser, make_parser, resume_command
+from ringolib.client.send_options import EXIT_USAGE, Parser, make_parser, parse_arguments, resume_command
 from ringolib.client.url import parse_url
 from ringolib.net.credentials import CredentialError, read_token
 from ringolib.net.tls import CredentialFileError, client_context
@@ -32,7 +32,7 @@ class _Signals:
     """Makes these signals raise KeyboardInterrupt in the `with` block, as Ctrl-C does, with the signal's number.
 
     The thread `progress` sends SIGALRM after the timeout. Later signals are ignored, so that the command can print how
-    to resume. A signal that was ignored before, for example by nohup, stays ignored.
+    to resume. A signal of another program that was ignored before, for example by nohup, stays ignored.
     """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
@@ -45,7 +45,7 @@ class _Signals:
         if threading.current_thread() is threading.main_thread():  # no other thread can set handlers
             self._before = {number: signal.getsignal(number) for number in self.NUMBERS}
             for number, handler in self._before.items():
-                if handler is not signal.SIG_IGN:
+                if handler is not signal.SIG_IGN or number == signal.SIGALRM:  # ALRM is this program's own
                     signal.signal(number, self._handle)
         return self
 
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     parser = make_parser()
     with _Signals() as signals:
         try:
-            arguments = parser.parse_intermixed_args(argv)
+            arguments = parse_arguments(parser, argv)
             if arguments.key and not arguments.cert:
                 parser.error(f"argument --key: {arguments.key!r} requires --cert")
             return _run(parser, arguments, signals)

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 import uuid
+from collections.abc import Sequence
 from typing import NoReturn
 
 from ringolib.client.url import URL
@@ -81,6 +82,17 @@ def make_parser() -> Parser:
     add("--timeout", type=_seconds, metavar="SECONDS", help=timeout_help)
     add("--json", action="store_true", help="print a summary to stdout, one line of JSON")
     return parser
+
+
+def parse_arguments(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments. Flags may stand between the items, and behind `--` all are items.
+
+    argparse has one method for each of these, and none for both.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)
+    arguments = parser.parse_intermixed_args(argv[:end])
+    arguments.items = [*arguments.items, *argv[end + 1 :]]
+    return arguments
 
 
 def resume_command(arguments: argparse.Namespace, source: uuid.UUID, acked: int, typed: bool) -> str:

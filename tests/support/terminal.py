@@ -61,7 +61,7 @@ class Terminal:
         os.write(self._ours, keys.encode())
 
     def read(self, seconds: float) -> bool:
-        """Read what arrives within this time; False at the end of the output."""
+        """Read output that comes within this time; False at its end."""
         if select.select([self._ours], [], [], seconds)[0]:
             try:
                 data = os.read(self._ours, 65536)
@@ -72,7 +72,7 @@ class Terminal:
         return True
 
     def read_until(self, text: str) -> str:
-        """Read until `text` has appeared, and return the output after it. What was read before does not count."""
+        """Read until `text` has appeared, and return the output after it. Earlier output does not count."""
         start, deadline = len(self.output), monotonic() + DEADLINE
         while text not in self.output[start:]:
             assert monotonic() < deadline, f"{text!r} is not in {self.output[start:]!r}"
