@@ -126,7 +126,9 @@ class Producer:
         self._unsent = 0  # chunks, counted from the right, that are not sent on this connection
         self._next = first  # sequence of the next record
         self._acked = first  # all records before it are stored
+        self._transmitted = first  # all records before it were sent at least once; the last message may be incomplete
         self._connections = 0
+        self._connected = False
         self._error: ProducerError | None = None
         self._trouble: str | None = None
         self._closed = False
@@ -156,14 +158,19 @@ class Producer:
         return self._acked - self.first
 
     @property
+    def transmitted(self) -> int:
+        """Records that were sent to the server at least once."""
+        return self._transmitted - self.first
+
+    @property
     def reconnects(self) -> int:
         """Connections beyond the first."""
         return max(0, self._connections - 1)
 
     @property
     def connected(self) -> bool:
-        """True once there was a connection: before, no record has left."""
-        return self._connections > 0
+        """True while there is a connection."""
+        return self._connected
 
     @property
     def trouble(self) -> str | None:
@@ -326,6 +333,7 @@ class Producer:
             self._serve()
         except (OSError, HandshakeError, WireError) as error:
             with self._lock:
+                self._connected = False
                 self._trouble = str(error)
             refused = isinstance(error, HandshakeError) and error.status and is_permanent_status(error.status)
             # TLS fails permanently only before the first connection. Later, the server's certificate may have been
@@ -363,6 +371,7 @@ class Producer:
         """Send records and read acks until the producer is closed."""
         with self._lock:
             self._connections += 1
+            self._connected = True
             self._unsent = len(self._chunks)
             base = self._chunks[0][0] if self._chunks else self._next  # acks on this connection count from here
         link.sock.setblocking(False)
@@ -384,6 +393,7 @@ class Producer:
                 first, values = chunk
                 link.begin_bytes(encode_batch([Run(self.source.bytes, first, len(values))], values))
                 sent = first + len(values)
+                self._transmitted = max(self._transmitted, sent)
                 link.flush()
                 continue
             if waiting and monotonic() > progress_at + STALL_TIMEOUT:

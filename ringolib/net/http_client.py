@@ -8,11 +8,12 @@ An `HTTPConnection` belongs to one thread. Its socket belongs to the caller.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import h11
 
-from ringolib.net.addresses import Endpoint, certified_name
+from ringolib.net.addresses import Endpoint, certified_name, host_header
 from ringolib.net.sockets import READ_SIZE, connect, time_left
 from ringolib.net.tls_socket import TLSSocket
 
@@ -63,6 +64,28 @@ def open_stream(
         sock.close()
         raise
     return sock
+
+
+def get_json(
+    endpoint: Endpoint, context: "ssl.SSLContext | None", token: str | None, path: str, deadline: float
+) -> tuple[int, bytes]:
+    """Request a JSON document, over a connection of its own. Return the status and the body.
+
+    `token` is sent as a bearer token. Raises OSError, TimeoutError after the deadline, HTTPError, and ValueError if no
+    host can have this name.
+    """
+    headers = {
+        "Host": host_header(endpoint.name, endpoint.port),
+        "Accept": "application/json",
+        "Accept-Encoding": "identity",
+        "Connection": "close",
+    }
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    with closing(open_stream(endpoint, context, deadline)) as sock:
+        connection = HTTPConnection(sock)
+        connection.send("GET", path, headers, deadline)
+        return connection.read_head(deadline).status, connection.read_body(deadline)
 
 
 class HTTPConnection:

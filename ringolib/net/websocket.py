@@ -28,7 +28,7 @@ MAX_STORE_BYTES = 200
 MAX_REASON_CHARACTERS = 300
 """A longer reason of a refusal is cut."""
 _STATUS_REASONS = {  # of refusals that give no reason themselves
-    400: "it may require TLS (wss://, --consumer_tls)",
+    400: "it may require TLS (--consumer_tls, send: wss://)",
     401: "the token is missing or wrong (--token_file, or RINGOEXP_TOKEN)",
     403: "this may be a proxy in between",
     407: "a proxy requires a user name and a password, which are not supported",

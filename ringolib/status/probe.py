@@ -9,12 +9,11 @@ import json
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import closing
 from time import monotonic
 
-from ringolib.net.addresses import Endpoint, host_header
+from ringolib.net.addresses import Endpoint
 from ringolib.net.credentials import CredentialSet
-from ringolib.net.http_client import HTTPConnection, HTTPError, open_stream
+from ringolib.net.http_client import HTTPError, get_json
 from ringolib.net.websocket import explain_refusal
 from ringolib.status.readiness_rules import CONNECTIONS_FULL, Reason
 from ringolib.timing import ThreadError, deadline_after, log_unexpected, start_thread, wait_until
@@ -129,7 +128,8 @@ def check_consumer(endpoint: Endpoint, credentials: CredentialSet, linked: bool)
     A publisher that is `linked` to the consumer does not care that all connections are in use: it has one of them.
     """
     try:
-        status, body = _get_ready(endpoint, credentials)
+        deadline = deadline_after(ANSWER_TIMEOUT_SECONDS)
+        status, body = get_json(endpoint, credentials.client, credentials.token, READY_PATH, deadline)
     except TimeoutError:
         return "consumer_unreachable", f"{endpoint}: {no_answer()}"
     except (OSError, HTTPError, ValueError) as error:  # ValueError: no host can have this name
@@ -149,20 +149,3 @@ def check_consumer(endpoint: Endpoint, credentials: CredentialSet, linked: bool)
         return "consumer_unreachable", f"{endpoint}: answered {status}{explain_refusal(status, body)}"
     details = [detail for code, detail in reasons if code != CONNECTIONS_FULL or not linked]
     return ("consumer_not_ready", f"{endpoint}: {'; '.join(details)}") if details else None
-
-
-def _get_ready(endpoint: Endpoint, credentials: CredentialSet) -> tuple[int, bytes]:
-    """Request `/v1.0/ready`. Return the status and the body. All of it takes at most ANSWER_TIMEOUT_SECONDS."""
-    deadline = deadline_after(ANSWER_TIMEOUT_SECONDS)
-    headers = {
-        "Host": host_header(endpoint.name, endpoint.port),
-        "Accept": "application/json",
-        "Accept-Encoding": "identity",
-        "Connection": "close",
-    }
-    if credentials.token:
-        headers["Authorization"] = f"Bearer {credentials.token}"
-    with closing(open_stream(endpoint, credentials.client, deadline)) as sock:
-        connection = HTTPConnection(sock)
-        connection.send("GET", READY_PATH, headers, deadline)
-        return connection.read_head(deadline).status, connection.read_body(deadline)

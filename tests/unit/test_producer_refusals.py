@@ -67,7 +67,7 @@ def test_permanent_status_ends_send_with_its_reason(status: int, tmp_path: Path)
         command = [sys.executable, str(ROOT / "ringoexp.py"), "send", "--url", f"ws://127.0.0.1:{refusing.port}/"]
         done = subprocess.run(command, cwd=tmp_path, input="1\n", capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 1
-    assert f"refused with HTTP status {status}: as the server says\n" in done.stderr
+    assert f"refused with HTTP status {status}: as the server says; nothing was sent\n" in done.stderr
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 503])
