@@ -16,7 +16,7 @@ from support.checks import LINKS, TIMEOUT, VICTIMS, Load, Servers, short_times
 from support.harness import DEADLINE, eventually, seeded
 from support.proxy import DOWN, UP, Proxy
 
-from ringolib.client import producer
+from ringolib.client import outbox
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_failing_link_keeps_exactly_once(
     """If the link to the consumer fails, the clients of the publisher stay connected."""
     rng = Random(seeded())
     if link == "publisher to consumer":
-        monkeypatch.setattr(producer, "STALL_TIMEOUT", DEADLINE)
+        monkeypatch.setattr(outbox, "STALL_TIMEOUT", DEADLINE)
     with Servers(tmp_path, proxied=True) as servers, Load(servers.url, rng) as load:
         proxy = servers.proxies[link]
         for _ in range(turns):

@@ -21,7 +21,7 @@ from threading import Event
 import pytest
 
 from ringolib import timing
-from ringolib.client import producer
+from ringolib.client import outbox, producer
 from ringolib.net import sockets, websocket_client
 from support.harness import DEADLINE, Blocked, ServerProcess, eventually, free_port
 from support.proxy import Proxy
@@ -38,9 +38,9 @@ SHORT_TIMES = (
 
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the same times for producers in this process, and a lower limit of unacked records."""
-    monkeypatch.setattr(producer, "STALL_TIMEOUT", TIMEOUT)
+    monkeypatch.setattr(outbox, "STALL_TIMEOUT", TIMEOUT)
     monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.2)
-    monkeypatch.setattr(producer, "MAX_UNACKED", 20_000)
+    monkeypatch.setattr(outbox, "MAX_UNACKED", 20_000)
     monkeypatch.setattr(websocket_client, "CONNECT_TIMEOUT", TIMEOUT)
     monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", TIMEOUT)
 

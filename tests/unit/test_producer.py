@@ -37,7 +37,7 @@ from support.harness import (
 )
 
 from ringolib import timing
-from ringolib.client import producer
+from ringolib.client import base, outbox, producer
 from ringolib.client import send as command
 from ringolib.client.producer import Producer, ProducerError
 from ringolib.client.url import Target, parse_url
@@ -504,7 +504,7 @@ def test_partial_acks_and_lost_links_keep_exactly_once() -> None:
 
 
 def test_producer_reconnects_to_a_stalled_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.2)
+    monkeypatch.setattr(outbox, "STALL_TIMEOUT", 0.2)
     links: list[int] = []
 
     def answer(connection: Link) -> None:
@@ -520,7 +520,7 @@ def test_producer_reconnects_to_a_stalled_server(monkeypatch: pytest.MonkeyPatch
 
 
 def test_server_without_acks_is_stalled_while_records_arrive_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.3)
+    monkeypatch.setattr(outbox, "STALL_TIMEOUT", 0.3)
     links: list[int] = []
 
     def answer(connection: Link) -> None:
@@ -564,8 +564,8 @@ def test_send_works_without_a_progress_thread(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_send_waits_while_too_many_records_are_unacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(producer, "MAX_UNACKED", 10)
-    monkeypatch.setattr(producer, "CHUNK_RECORDS", 5)
+    monkeypatch.setattr(outbox, "MAX_UNACKED", 10)
+    monkeypatch.setattr(outbox, "CHUNK_RECORDS", 5)
     gate = threading.Event()
 
     def answer(connection: Link) -> None:
@@ -588,11 +588,11 @@ def test_send_waits_while_too_many_records_are_unacked(monkeypatch: pytest.Monke
 @pytest.mark.slow
 def test_acks_are_progress_while_the_server_reads_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server reads and acks a little at a time; it takes longer than STALL_TIMEOUT to read a whole message."""
-    monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.5)
+    monkeypatch.setattr(outbox, "STALL_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sender = Producer(f"ws://127.0.0.1:{listener.getsockname()[1]}/")
-        sender.send(range(producer.CHUNK_RECORDS * 20))
+        sender.send(range(outbox.CHUNK_RECORDS * 20))
         with raw_link(listener) as peer:
             start = monotonic()
             acked = 0
@@ -678,14 +678,14 @@ def test_message_broken_off_by_an_error_is_followed_by_nothing(
 def test_close_ends_flush_while_the_server_reads_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         sender = Producer(f"ws://127.0.0.1:{listener.getsockname()[1]}/")
-        sender.send(range(producer.CHUNK_RECORDS * 60))
+        sender.send(range(outbox.CHUNK_RECORDS * 60))
         with raw_link(listener):
             flush = Blocked(sender.flush)
-            eventually(lambda: sender._unsent < 60 and flush.still())
+            eventually(lambda: sender._outbox._unsent < 60 and flush.still())
             closing = Blocked(sender.close)
             with pytest.raises(ValueError, match="closed"):
                 flush.result()
-            closing.result(producer.STALL_TIMEOUT / 4)
+            closing.result(outbox.STALL_TIMEOUT / 4)
 
 
 def test_permanent_refusal_reaches_send_and_flush() -> None:
@@ -918,7 +918,7 @@ def test_closed_producer_with_all_acks_reports_nothing(
     with Producer(shared.url) as sender:
         sender.send([1])
     assert capsys.readouterr() == ("", "")
-    assert not producer._open_producers
+    assert not base.open_producers
 
 
 STDERRS = {
@@ -953,6 +953,8 @@ def test_ctrl_c_at_the_end_shortens_the_wait_and_not_the_report(interrupts: int)
 import signal
 producer.EXIT_CLOSE_SECONDS = 10
 signals = iter([signal.SIGINT] * {interrupts})
+sender = Producer("ws://localhost:{hung.getsockname()[1]}")
+sender.send([1])
 wait_until, join = producer.wait_until, threading.Thread.join
 def wait_and_interrupt(*arguments):
     if threading.current_thread() is threading.main_thread():
@@ -965,8 +967,6 @@ def join_and_interrupt(thread, timeout=None):
         timeout = 0.01
     join(thread, timeout)
 producer.wait_until, threading.Thread.join = wait_and_interrupt, join_and_interrupt
-sender = Producer("ws://localhost:{hung.getsockname()[1]}")
-sender.send([1])
 """
         done = run_script(f"import threading{script}")
     (line,) = done.stderr.splitlines()

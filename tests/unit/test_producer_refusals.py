@@ -11,7 +11,7 @@ from support.harness import DEADLINE, ROOT, eventually, free_port
 from support.scripted_server import ScriptedServer
 from support.short_times import short_times  # noqa: F401  # a fixture for each test
 
-from ringolib.client.producer import Producer, is_permanent_status
+from ringolib.client.producer import Producer
 from ringolib.net.frames import MAX_MESSAGE
 from ringolib.wire import decode_batch, encode_ack
 
@@ -48,16 +48,6 @@ def test_fault_in_the_servers_frames_does_not_end_the_producer(fault: bytes) -> 
         eventually(lambda: "broke the protocol" in (sender.trouble or "") or sender.acked)
         sender.flush(DEADLINE)
         assert (sender.acked, len(served)) == (2, 2)
-
-
-PERMANENT = (101, 200, 204, 301, 307, 400, 401, 403, 404, 405, 406, 407, 409, 410, 411, 413, 414, 415, 418, 421, 426,
-             428, 431, 451, 499, 501, 505)  # fmt: skip
-RETRYABLE = (408, 425, 429, 500, 502, 503, 504, 507, 508, 511, 599)
-
-
-@pytest.mark.parametrize("status", [*PERMANENT, *RETRYABLE])
-def test_statuses_that_repetition_cannot_change_are_permanent(status: int) -> None:
-    assert is_permanent_status(status) is (status in PERMANENT)
 
 
 @pytest.mark.parametrize("status", [406, 411, 413, 414, 415, 421, 431, 451, 505])
