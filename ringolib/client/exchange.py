@@ -9,13 +9,13 @@ from time import monotonic
 from typing import Any
 
 from ringolib.client.outbox import Outbox
-from ringolib.net.websocket_client import ClientConnection
+from ringolib.net.websocket_client import Link
 
 
 class Exchange:
     """An exchange of messages and acks on `link`, a new connection, which does not block from then on."""
 
-    def __init__(self, outbox: Outbox, link: ClientConnection, lock: AbstractContextManager[Any]) -> None:
+    def __init__(self, outbox: Outbox, link: Link, lock: AbstractContextManager[Any]) -> None:
         self._outbox = outbox
         self._link = link
         self._lock = lock
