@@ -107,6 +107,11 @@ class Outbox:
         return self.unacked >= MAX_UNACKED
 
     @property
+    def has_full_chunk(self) -> bool:
+        """True if at least one full message is ready to be handed out."""
+        return self._unsent > 1
+
+    @property
     def is_over(self) -> bool:
         """True if no more records are sent: see `check_usable`."""
         return self.closed or self.error is not None
@@ -156,7 +161,7 @@ class Outbox:
         return chunk
 
     def encode(self, chunk: Chunk) -> bytes:
-        """Return the message of a chunk that was handed out. Needs no lock: such a chunk does not change."""
+        """Return the message of a chunk that was handed out. Needs no lock: the chunk does not change."""
         return encode_batch([Run(self.source.bytes, chunk.first, len(chunk.values))], chunk.values)
 
     def receive(self, ack: Buffer, now: float) -> None:
@@ -197,7 +202,9 @@ class Outbox:
         return (RecordsRefused if code in PERMANENT_CLOSE_CODES and not at_fault else ConnectionResetError)(text)
 
     def fail(self, error: Exception) -> float:
-        """Note why an attempt has failed, and return the seconds until the next one. `error` says if there is none.
+        """Note why an attempt has failed, and return the seconds until the next attempt.
+
+        After a permanent failure, `error` is set, and no attempt follows.
 
         TLS fails permanently only before the first connection. Later, the server's certificate may have been replaced,
         and may be replaced again.

@@ -17,12 +17,14 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
+from typing import Any
 
 import pytest
 
 from ringolib import timing
 from ringolib.client import outbox, producer
 from ringolib.net import sockets, websocket_client
+from support.both_producers import MakeProducer
 from support.harness import DEADLINE, Blocked, ServerProcess, eventually, free_port
 from support.proxy import Proxy
 
@@ -121,9 +123,11 @@ class Servers:
 class Load:
     """Producers that send a few random values at a time until `finish`. `sent` holds the values by source."""
 
-    def __init__(self, url: str, rng: random.Random, producers: int = 3) -> None:
+    def __init__(
+        self, url: str, rng: random.Random, producers: int = 3, make_producer: MakeProducer = producer.Producer
+    ) -> None:
         self.sent: dict[uuid.UUID, array[int]] = {}
-        self.producers = [producer.Producer(url) for _ in range(producers)]
+        self.producers = [make_producer(url) for _ in range(producers)]
         self._done = Event()
         self._feeders = []
         for sender in self.producers:
@@ -131,7 +135,7 @@ class Load:
             seed = rng.getrandbits(64)
             self._feeders.append(Blocked(partial(self._feed, sender, random.Random(seed))))
 
-    def _feed(self, sender: producer.Producer, rng: random.Random) -> None:
+    def _feed(self, sender: Any, rng: random.Random) -> None:
         while not self._done.wait(rng.uniform(0, 0.03)):  # the rate of the load
             values = array("q", rng.randbytes(8 * rng.choice((1, 10, 100, 300))))
             self.sent[sender.source] += values

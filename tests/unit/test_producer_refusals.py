@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -58,15 +57,6 @@ def test_permanent_status_ends_send_with_its_reason(status: int, tmp_path: Path)
         done = subprocess.run(command, cwd=tmp_path, input="1\n", capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 1
     assert f"refused with HTTP status {status}: as the server says\n" in done.stderr
-
-
-@pytest.mark.parametrize("status", [408, 425, 429, 503])
-def test_retryable_status_is_followed_by_another_attempt(status: int) -> None:
-    busy = b"HTTP/1.1 %d Busy\r\nContent-Length: 0\r\n\r\n" % status
-    with ScriptedServer(busy, busy) as refusing, closing(Producer(f"ws://127.0.0.1:{refusing.port}/")) as sender:
-        sender.send([1])
-        eventually(lambda: len(refusing.requests) == 2)
-        assert f"refused with HTTP status {status}" in (sender.trouble or "")
 
 
 @pytest.mark.parametrize("token", ["secret\n", " secret", "secr\xe9t", "sec ret", ""])
