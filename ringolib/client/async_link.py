@@ -34,7 +34,7 @@ class Waiter:
     """Lets one task wait for its socket, for a deadline, and for `wake`.
 
     `on_cancel` is called when the task is cancelled for the first time. The task goes on then, and should soon end. A
-    second cancellation ends it at once. `is_over` says whether connecting is of no use any more.
+    second cancellation ends it at once. If `is_over` returns true, connecting ends.
     """
 
     def __init__(self, is_over: Callable[[], bool], on_cancel: Callable[[], None]) -> None:

@@ -433,7 +433,7 @@ def test_ack_before_the_end_of_the_connection_ends_flush(make_producer: MakeProd
 
     with peer(answer) as url, make_producer(url) as sender:
         sender.send([1])
-        sender.flush(DEADLINE)
+        Blocked(sender.flush).result(DEADLINE)  # without a timeout, at whose end flush would look again
         eventually(lambda: sender.trouble == "closed with 1001 ")
         assert sender.reconnects == 0
 

@@ -249,7 +249,7 @@ def test_statuses_that_repetition_cannot_change_are_permanent(status: int) -> No
 
 
 class Server:
-    """A server that keeps each (source, sequence) once, and acks some of what it has stored."""
+    """A server that keeps each (source, sequence) once."""
 
     def __init__(self) -> None:
         self.stored: dict[int, int] = {}
@@ -266,7 +266,7 @@ class Server:
 
 @pytest.mark.parametrize("turn", range(20))
 def test_random_losses_and_acks_keep_every_record_once(turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages and acks are lost with their connection. What is acked is stored, and in the end all is."""
+    """Messages and acks are lost with their connection. Acked records are stored at any time, all records at the end."""
     rng = random.Random(seeded() + turn)
     monkeypatch.setattr(module, "CHUNK_RECORDS", 8)
     outbox, server = Outbox(URL, SOURCE, 0), Server()
