@@ -266,7 +266,7 @@ class Server:
 
 @pytest.mark.parametrize("turn", range(20))
 def test_random_losses_and_acks_keep_every_record_once(turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages and acks are lost with their connection. Acked records are stored at any time, all records at the end."""
+    """Messages and acks are lost with their connection. Acked records are stored at any time, and all at the end."""
     rng = random.Random(seeded() + turn)
     monkeypatch.setattr(module, "CHUNK_RECORDS", 8)
     outbox, server = Outbox(URL, SOURCE, 0), Server()
