@@ -84,11 +84,15 @@ EXIT_OK, EXIT_FAILED, EXIT_UNSTORED = 0, 1, 3  # and options.EXIT_USAGE
 
 
 def __getattr__(name: str) -> Any:
-    """Import Producer on first use, for `from ringoexp import Producer`: the server does not need it."""
+    """Import a producer on first use, for `from ringoexp import Producer, AsyncProducer`: the server needs neither."""
     if name == "Producer":
         from ringolib.client.producer import Producer
 
         return Producer
+    if name == "AsyncProducer":
+        from ringolib.client.async_producer import AsyncProducer
+
+        return AsyncProducer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

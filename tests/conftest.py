@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support import NOT_PERMITTED
+from support.both_producers import make_producer  # noqa: F401  # a fixture for all tests
 from support.certificates import Authority, Pair
 
 # A shell or `nohup` may have started the tests with these signals ignored. The servers of the tests would ignore them,

@@ -4,7 +4,8 @@ All HTTP answers that the program reads pass through here: the answer to an upgr
 readiness (`status.probe`), and ClickHouse's (`storage.clickhouse`). Interim answers (1xx, RFC 9110 section 15.2) are
 skipped. Each call has one deadline for all that it waits for: an answer that comes byte by byte does not prolong it.
 
-An `HTTPConnection` belongs to one thread. Its socket belongs to the caller.
+`HTTPExchange` has the parsing without I/O, for the asyncio producer. An `HTTPConnection` adds a socket, which belongs
+to the caller. An `HTTPConnection` belongs to one thread.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -88,6 +89,84 @@ def get_json(
         return connection.read_head(deadline).status, connection.read_body(deadline)
 
 
+class HTTPExchange:
+    """Requests and their answers without I/O: bytes to send out, received bytes in.
+
+    `head` and `body` return None if they need more bytes: pass some to `receive`, and call again.
+    """
+
+    def __init__(self) -> None:
+        self._h11 = h11.Connection(h11.CLIENT, MAX_HEAD_BYTES)
+        self._body = bytearray()
+
+    @property
+    def is_done(self) -> bool:
+        """True if the last exchange is complete, no other byte has arrived, and the next request may follow."""
+        done = self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
+        return done and self._h11.trailing_data == (b"", False)
+
+    @property
+    def rest(self) -> bytes:
+        """The bytes that have arrived and are not parsed. Behind the head of a 101 they belong to the new protocol."""
+        return bytes(self._h11.trailing_data[0])
+
+    def request(
+        self, method: str, target: str, headers: Mapping[str, str], body: bytes | memoryview = b""
+    ) -> list[bytes]:
+        """Return the pieces of a request. A body needs a Content-Length among the `headers`.
+
+        Raises ValueError if a header or the target has characters that HTTP does not allow.
+        """
+        if self._h11.our_state is h11.DONE:
+            self._h11.start_next_cycle()
+        self._body = bytearray()
+        try:
+            head = self._h11.send(h11.Request(method=method, target=target, headers=list(headers.items())))
+        except (h11.LocalProtocolError, UnicodeError):  # their texts show the value, which may be a token
+            raise ValueError("a header or the path of the request has a character that HTTP does not allow") from None
+        pieces: list[bytes] = [head]
+        if body:
+            pieces += self._h11.send_with_data_passthrough(h11.Data(data=body)) or []  # type: ignore[arg-type]
+        self._h11.send(h11.EndOfMessage())
+        return pieces
+
+    def receive(self, data: bytes) -> None:
+        """Add received bytes; b"" is the end of the stream.
+
+        Raises HTTPError if the stream ends within the head, ConnectionResetError if it ends before it.
+        """
+        if not data and self._h11.their_state is h11.SEND_RESPONSE:
+            if start := self.rest[:MAX_SHOWN_BYTES]:
+                raise HTTPError(f"the answer ends within its head: {start!r}")
+            raise ConnectionResetError("closed the connection before it answered")
+        self._h11.receive_data(data)
+
+    def head(self) -> Head | None:
+        """Return the head of the final answer. A 101 is final if the request asked for an upgrade."""
+        while (event := self._next_event()) is not h11.NEED_DATA:
+            is_interim = isinstance(event, h11.InformationalResponse)
+            if isinstance(event, h11.Response) or (is_interim and event.status_code == SWITCHING_PROTOCOLS):
+                return Head(event.status_code, event.headers)
+        return None
+
+    def body(self) -> bytes | None:
+        """Return the whole body, of at most MAX_BODY_BYTES."""
+        while (event := self._next_event()) is not h11.NEED_DATA:
+            if not isinstance(event, h11.Data):
+                return bytes(self._body)
+            self._body += event.data
+            if len(self._body) > MAX_BODY_BYTES:
+                raise HTTPError(f"the answer has more than {MAX_BODY_BYTES} bytes")
+        return None
+
+    def _next_event(self) -> Any:
+        """Return h11's next event. Raises HTTPError for an answer that is not valid HTTP."""
+        try:
+            return self._h11.next_event()
+        except h11.RemoteProtocolError as error:
+            raise HTTPError(_explain(error)) from error
+
+
 class HTTPConnection:
     """Requests on `sock`, one after the other: `send`, then `read_head`, then `read_body`.
 
@@ -97,7 +176,7 @@ class HTTPConnection:
 
     def __init__(self, sock: Any) -> None:
         self._sock = sock
-        self._h11 = h11.Connection(h11.CLIENT, MAX_HEAD_BYTES)
+        self._exchange = HTTPExchange()
         self._send_error: ConnectionError | None = None  # the request was not sent to its end
 
     def is_reusable(self) -> bool:
@@ -105,8 +184,7 @@ class HTTPConnection:
 
         Whatever arrives before the next request cannot be its answer. It may be the end of an idle connection.
         """
-        done = self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
-        if not done or self._send_error or self._h11.trailing_data != (b"", False):
+        if self._send_error or not self._exchange.is_done:
             return False
         self._sock.settimeout(0)
         try:
@@ -119,8 +197,8 @@ class HTTPConnection:
 
     @property
     def rest(self) -> bytes:
-        """The bytes that have arrived and are not parsed. Behind the head of a 101 they belong to the new protocol."""
-        return bytes(self._h11.trailing_data[0])
+        """See HTTPExchange."""
+        return self._exchange.rest
 
     def send(
         self, method: str, target: str, headers: Mapping[str, str], deadline: float, body: bytes | memoryview = b""
@@ -130,16 +208,7 @@ class HTTPConnection:
         If the peer closes the connection before it has read all, `read_head` has the reason: the peer's answer, if it
         sent one before. Raises ValueError if a header or the target has characters that HTTP does not allow.
         """
-        if self._h11.our_state is h11.DONE:
-            self._h11.start_next_cycle()
-        try:
-            head = self._h11.send(h11.Request(method=method, target=target, headers=list(headers.items())))
-        except (h11.LocalProtocolError, UnicodeError):  # their texts show the value, which may be a token
-            raise ValueError("a header or the path of the request has a character that HTTP does not allow") from None
-        pieces: list[bytes] = [head]
-        if body:
-            pieces += self._h11.send_with_data_passthrough(h11.Data(data=body)) or []  # type: ignore[arg-type]
-        self._h11.send(h11.EndOfMessage())
+        pieces = self._exchange.request(method, target, headers, body)
         try:
             for piece in pieces:
                 self._sock.settimeout(time_left(deadline))
@@ -153,7 +222,8 @@ class HTTPConnection:
         If the request was not sent to its end, only a refusal is an answer to it.
         """
         try:
-            head = self._read_final_head(deadline)
+            while (head := self._exchange.head()) is None:
+                self._receive(deadline)
         except (OSError, HTTPError):
             if self._send_error:
                 raise self._send_error from None
@@ -162,38 +232,15 @@ class HTTPConnection:
             raise self._send_error
         return head
 
-    def _read_final_head(self, deadline: float) -> Head:
-        while True:
-            event = self._next_event(deadline)
-            is_interim = isinstance(event, h11.InformationalResponse)
-            if isinstance(event, h11.Response) or (is_interim and event.status_code == SWITCHING_PROTOCOLS):
-                return Head(event.status_code, event.headers)
-
     def read_body(self, deadline: float) -> bytes:
         """Return the whole body, of at most MAX_BODY_BYTES."""
-        body = bytearray()
-        while isinstance(event := self._next_event(deadline), h11.Data):
-            body += event.data
-            if len(body) > MAX_BODY_BYTES:
-                raise HTTPError(f"the answer has more than {MAX_BODY_BYTES} bytes")
-        return bytes(body)
+        while (body := self._exchange.body()) is None:
+            self._receive(deadline)
+        return body
 
-    def _next_event(self, deadline: float) -> Any:
-        """Return h11's next event, and read from the socket as long as h11 needs data for it."""
-        while True:
-            try:
-                event = self._h11.next_event()
-            except h11.RemoteProtocolError as error:
-                raise HTTPError(_explain(error)) from error
-            if event is not h11.NEED_DATA:
-                return event
-            self._sock.settimeout(time_left(deadline))
-            data = self._sock.recv(READ_SIZE)
-            if not data and self._h11.their_state is h11.SEND_RESPONSE:
-                if start := self.rest[:MAX_SHOWN_BYTES]:
-                    raise HTTPError(f"the answer ends within its head: {start!r}")
-                raise ConnectionResetError("closed the connection before it answered")
-            self._h11.receive_data(data)
+    def _receive(self, deadline: float) -> None:
+        self._sock.settimeout(time_left(deadline))
+        self._exchange.receive(self._sock.recv(READ_SIZE))
 
 
 def _explain(error: h11.RemoteProtocolError) -> str:

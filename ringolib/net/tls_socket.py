@@ -97,7 +97,25 @@ class TLSSocket:
 
     def handshake(self, timeout: float = HANDSHAKE_TIMEOUT) -> None:
         """Perform the TLS handshake within `timeout` seconds. Raises NotTLS, TLSError or another OSError."""
-        deadline = deadline_after(timeout)
+        self._handshake(deadline_after(timeout))
+
+    def try_handshake(self) -> bool:
+        """Go on with a client's handshake without waiting, and return whether it is done. Raises as `handshake` does.
+
+        If it is not done, call it again when the socket is readable, or writable if `has_output`.
+        """
+        try:
+            self._handshake(NO_WAIT)
+        except BlockingIOError:
+            return False
+        return True
+
+    @property
+    def has_output(self) -> bool:
+        """True if the system has not taken all encrypted bytes yet."""
+        return bool(self._out)
+
+    def _handshake(self, deadline: float) -> None:
         first = self._server_side
         while True:
             try:

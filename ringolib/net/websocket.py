@@ -62,37 +62,58 @@ def accept_upgrade(
     return subprotocol
 
 
+class UpgradeRequest:
+    """A client's request to upgrade `path` to this subprotocol, without I/O. `token` is sent as a bearer token."""
+
+    def __init__(self, host: str, path: str, subprotocol: str, token: str | None) -> None:
+        self._key = generate_nonce()
+        self._subprotocol = subprotocol
+        self.headers = {
+            "Host": host,
+            "Upgrade": "websocket",
+            "Connection": "Upgrade",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": self._key.decode(),
+            "Sec-WebSocket-Protocol": subprotocol,
+        }
+        if token:
+            self.headers["Authorization"] = f"Bearer {token}"
+
+    def accept(self, head: Head, rest: bytes) -> Accepted:
+        """Return what a 101 with this head says; `rest` are the bytes behind it. Raises HandshakeError."""
+        _check_accepted(head, generate_accept_token(self._key).decode(), self._subprotocol)
+        stores = [value for value in head.values(STORE_HEADER) if len(value) <= MAX_STORE_BYTES]
+        return Accepted(rest, stores[-1] if stores else None)
+
+
 def request_upgrade(sock: Any, host: str, path: str, subprotocol: str, token: str | None = None) -> Accepted:
     """Request the upgrade of `path` to this subprotocol, and read the response. `token` is sent as a bearer token.
 
     Raises HandshakeError if the server refuses or does not answer in time, OSError if the connection is lost.
     """
-    key = generate_nonce()
-    headers = {
-        "Host": host,
-        "Upgrade": "websocket",
-        "Connection": "Upgrade",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": key.decode(),
-        "Sec-WebSocket-Protocol": subprotocol,
-    }
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
+    request = UpgradeRequest(host, path, subprotocol, token)
     connection = HTTPConnection(sock)
     deadline = deadline_after(HANDSHAKE_TIMEOUT)
     try:
-        connection.send("GET", path, headers, deadline)
+        connection.send("GET", path, request.headers, deadline)
         head = connection.read_head(deadline)
-    except TimeoutError as error:
-        raise HandshakeError(f"did not finish the handshake within {HANDSHAKE_TIMEOUT:.0f} s") from error
-    except HTTPError as error:
-        raise HandshakeError(f"is not a WebSocket server: {error}") from error
+    except (TimeoutError, HTTPError) as error:
+        raise explain_no_answer(error) from error
     if head.status != SWITCHING_PROTOCOLS:
-        reason = explain_refusal(head.status, _read_refusal(connection, deadline))
-        raise HandshakeError(f"refused with HTTP status {head.status}{reason}", head.status)
-    _check_accepted(head, generate_accept_token(key).decode(), subprotocol)
-    stores = [value for value in head.values(STORE_HEADER) if len(value) <= MAX_STORE_BYTES]
-    return Accepted(connection.rest, stores[-1] if stores else None)
+        raise refusal(head.status, _read_refusal(connection, deadline))
+    return request.accept(head, connection.rest)
+
+
+def explain_no_answer(error: TimeoutError | HTTPError) -> HandshakeError:
+    """Return the error for a server that has not answered in time, or not in HTTP."""
+    if isinstance(error, TimeoutError):
+        return HandshakeError(f"did not finish the handshake within {HANDSHAKE_TIMEOUT:.0f} s")
+    return HandshakeError(f"is not a WebSocket server: {error}")
+
+
+def refusal(status: int, body: bytes) -> HandshakeError:
+    """Return the error for an answer with another status than 101."""
+    return HandshakeError(f"refused with HTTP status {status}{explain_refusal(status, body)}", status)
 
 
 def explain_refusal(status: int, body: bytes) -> str:

@@ -1,7 +1,7 @@
 """The client's end of a WebSocket: connecting, with TLS and a token, sending messages, reading, closing.
 
 A `ClientConnection` belongs to its owner's thread, and nothing here is locked. Only `abort` is for other threads: the
-owner's reads and writes fail then. The protocol is `protocol.Protocol`'s.
+owner's reads and writes fail then. The protocol is `protocol.Protocol`'s. A `Link` has all but the connecting.
 """
 
 import socket
@@ -14,7 +14,7 @@ from ringolib.net.frames import MAX_MESSAGE, MessageGroup
 from ringolib.net.http_client import open_stream
 from ringolib.net.protocol import Protocol
 from ringolib.net.sockets import READ_SIZE, linger, shut_down
-from ringolib.net.websocket import request_upgrade
+from ringolib.net.websocket import Accepted, request_upgrade
 from ringolib.timing import deadline_after
 
 if TYPE_CHECKING:
@@ -26,37 +26,18 @@ MAX_UNSENT = 64 * 1024 + 2 * MAX_MESSAGE
 """Bytes that may be queued behind the system's buffer: pongs, behind a message of ours. Beyond it the link is lost."""
 
 
-class ClientConnection:
-    """A connection to `path` at `endpoint`, with this subprotocol. It is connected when the constructor returns.
-
-    The endpoint may be a Unix socket. With `context` the connection is `wss://`. `token` is sent as a bearer token.
-    `on_socket` is called with the socket as soon as it is connected. The socket keeps the timeout CONNECT_TIMEOUT.
-    Raises OSError if the server is unreachable, HandshakeError if it refuses.
+class Link:
+    """The client's end on a connected socket, after the handshake that the server has accepted.
 
     `store` is the identity of the store behind the server, or None if the server does not report it. `ending` and
     `at_fault` are the protocol's.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        path: str,
-        subprotocol: str,
-        context: "ssl.SSLContext | None" = None,
-        token: str | None = None,
-        on_socket: Callable[[Any], None] = lambda sock: None,
-    ) -> None:
+    def __init__(self, sock: Any, accepted: Accepted) -> None:
+        self.sock = sock
+        self.store = accepted.store
         self._protocol = Protocol(is_server=False)
         self._unsent = b""
-        host = host_header(endpoint.name, endpoint.port)
-        self.sock: Any = open_stream(endpoint, context, deadline_after(CONNECT_TIMEOUT), on_socket)
-        try:
-            accepted = request_upgrade(self.sock, host, path, subprotocol, token)
-            self.sock.settimeout(CONNECT_TIMEOUT)
-        except BaseException:
-            self.sock.close()
-            raise
-        self.store = accepted.store
         self._rest = accepted.rest  # for the first `parse`
 
     @property
@@ -131,6 +112,10 @@ class ClientConnection:
                 pass
         return not self._unsent
 
+    def begin_close(self, code: int, reason: str) -> None:
+        """Queue our Close frame. If the server has sent one, ours has the server's code."""
+        self._unsent += self._protocol.close_frame(code, reason)
+
     def finish(self, code: int, reason: str) -> None:
         """Send our Close frame, wait at most sockets.CLOSE_TIMEOUT for the server's, close the socket. Never raises.
 
@@ -138,7 +123,8 @@ class ClientConnection:
         """
         try:
             self.sock.settimeout(sockets.CLOSE_TIMEOUT)
-            self.sock.sendall(self._unsent + self._protocol.close_frame(code, reason))
+            self.begin_close(code, reason)
+            self.sock.sendall(self._unsent)
             linger(self.sock)
         except OSError:
             pass  # the connection is lost
@@ -155,3 +141,31 @@ class ClientConnection:
         self._unsent += frame
         if not self.flush() and behind > MAX_UNSENT:
             raise TimeoutError("the peer does not read")
+
+
+class ClientConnection(Link):
+    """A connection to `path` at `endpoint`, with this subprotocol. It is connected when the constructor returns.
+
+    The endpoint may be a Unix socket. With `context` the connection is `wss://`. `token` is sent as a bearer token.
+    `on_socket` is called with the socket as soon as it is connected. The socket keeps the timeout CONNECT_TIMEOUT.
+    Raises OSError if the server is unreachable, HandshakeError if it refuses.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        path: str,
+        subprotocol: str,
+        context: "ssl.SSLContext | None" = None,
+        token: str | None = None,
+        on_socket: Callable[[Any], None] = lambda sock: None,
+    ) -> None:
+        host = host_header(endpoint.name, endpoint.port)
+        sock = open_stream(endpoint, context, deadline_after(CONNECT_TIMEOUT), on_socket)
+        try:
+            accepted = request_upgrade(sock, host, path, subprotocol, token)
+            sock.settimeout(CONNECT_TIMEOUT)
+        except BaseException:
+            sock.close()
+            raise
+        super().__init__(sock, accepted)

@@ -13,6 +13,7 @@ from random import Random
 from threading import Event
 
 import pytest
+from support.both_producers import MakeProducer
 from support.checks import TIMEOUT, VICTIMS, Load, Servers, problems, short_times
 from support.harness import DEADLINE, eventually, seeded, server
 
@@ -26,11 +27,13 @@ def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("rounds", [6, pytest.param(50, marks=pytest.mark.long)])
 @pytest.mark.parametrize("fault", ["kill", "stop"])
-def test_random_server_failures_keep_exactly_once(tmp_path: Path, fault: str, rounds: int) -> None:
+def test_random_server_failures_keep_exactly_once(
+    tmp_path: Path, make_producer: MakeProducer, fault: str, rounds: int
+) -> None:
     """A stopped server goes on after a pause, which may be longer or shorter than the timeouts of its peers."""
     rng = Random(seeded())
     count = dict.fromkeys(VICTIMS, 0)
-    with Servers(tmp_path) as servers, Load(servers.url, rng) as load:
+    with Servers(tmp_path) as servers, Load(servers.url, rng, make_producer=make_producer) as load:
         for turn in range(rounds):
             load.goes_on()
             Event().wait(rng.uniform(0, 0.1))  # a random moment, not a synchronisation

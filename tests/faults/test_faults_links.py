@@ -12,11 +12,12 @@ from threading import Event
 from time import monotonic
 
 import pytest
+from support.both_producers import MakeProducer
 from support.checks import LINKS, TIMEOUT, VICTIMS, Load, Servers, short_times
 from support.harness import DEADLINE, eventually, seeded
 from support.proxy import DOWN, UP, Proxy
 
-from ringolib.client import producer
+from ringolib.client import outbox
 
 
 @pytest.fixture(autouse=True)
@@ -112,13 +113,13 @@ def strike(name: str, proxy: Proxy, rng: Random) -> Callable[[], bool]:
 @pytest.mark.parametrize("turns", [1, pytest.param(10, marks=pytest.mark.long)])
 @pytest.mark.parametrize("link", LINKS)
 def test_failing_link_keeps_exactly_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str, turns: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_producer: MakeProducer, link: str, turns: int
 ) -> None:
     """If the link to the consumer fails, the clients of the publisher stay connected."""
     rng = Random(seeded())
     if link == "publisher to consumer":
-        monkeypatch.setattr(producer, "STALL_TIMEOUT", DEADLINE)
-    with Servers(tmp_path, proxied=True) as servers, Load(servers.url, rng) as load:
+        monkeypatch.setattr(outbox, "STALL_TIMEOUT", DEADLINE)
+    with Servers(tmp_path, proxied=True) as servers, Load(servers.url, rng, make_producer=make_producer) as load:
         proxy = servers.proxies[link]
         for _ in range(turns):
             for name in rng.sample(sorted(FAULTS), len(FAULTS)):
@@ -144,9 +145,9 @@ def test_failing_link_keeps_exactly_once(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rounds", [3, pytest.param(50, marks=pytest.mark.long)])
-def test_failing_links_and_servers_keep_exactly_once(tmp_path: Path, rounds: int) -> None:
+def test_failing_links_and_servers_keep_exactly_once(tmp_path: Path, make_producer: MakeProducer, rounds: int) -> None:
     rng = Random(seeded())
-    with Servers(tmp_path, proxied=True) as servers, Load(servers.url, rng) as load:
+    with Servers(tmp_path, proxied=True) as servers, Load(servers.url, rng, make_producer=make_producer) as load:
         for turn in range(rounds):
             load.goes_on()
             names = [rng.choice(sorted(FAULTS)) for _ in LINKS]

@@ -211,10 +211,13 @@ def test_file_is_executable_under_any_name(pyz: Path, tmp_path: Path) -> None:
 
 
 def test_other_programs_can_import_from_the_file(pyz: Path, tmp_path: Path) -> None:
-    code = "from ringolib.client import producer; import wsproto\n"
-    code += "print(producer.Producer.__name__, producer.__file__, wsproto.__file__)"
+    code = "from ringoexp import AsyncProducer, Producer; import sys, wsproto\n"
+    code += (
+        "for module in (Producer.__module__, AsyncProducer.__module__, 'wsproto'): print(sys.modules[module].__file__)"
+    )
     done = run(["env", "-i", f"PYTHONPATH={pyz}", this_python, "-S", "-c", code], tmp_path)
-    assert done.stdout == f"Producer {pyz}/ringolib/client/producer.py {pyz}/wsproto/__init__.py\n", done.stderr
+    files = ("ringolib/client/producer.py", "ringolib/client/async_producer.py", "wsproto/__init__.py")
+    assert done.stdout == "".join(f"{pyz}/{file}\n" for file in files), done.stderr
 
 
 @pytest.mark.slow

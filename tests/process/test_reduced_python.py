@@ -106,7 +106,9 @@ def test_send_names_the_module_that_wsproto_lacks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("module", ["_sqlite3", "_ssl"])
 def test_producer_is_importable_without(module: str, tmp_path: Path) -> None:
     code = f"import sys; sys.modules[{module!r}] = None; sys.path[0] = {str(ROOT)!r}\n"
-    code += f"from ringoexp import Producer; Producer('ws://localhost:{free_port()}').close(); print('closed')"
+    code += "import asyncio; from ringoexp import AsyncProducer, Producer\n"
+    code += f"url = 'ws://localhost:{free_port()}'; Producer(url).close(); asyncio.run(AsyncProducer(url).close())\n"
+    code += "print('closed')"
     done = run([sys.executable, "-c", code], tmp_path)
     assert (done.stdout, done.stderr) == ("closed\n", "")
 

@@ -17,12 +17,14 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
+from typing import Any
 
 import pytest
 
 from ringolib import timing
-from ringolib.client import producer
+from ringolib.client import outbox, producer
 from ringolib.net import sockets, websocket_client
+from support.both_producers import MakeProducer
 from support.harness import DEADLINE, Blocked, ServerProcess, eventually, free_port
 from support.proxy import Proxy
 
@@ -38,9 +40,9 @@ SHORT_TIMES = (
 
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the same times for producers in this process, and a lower limit of unacked records."""
-    monkeypatch.setattr(producer, "STALL_TIMEOUT", TIMEOUT)
+    monkeypatch.setattr(outbox, "STALL_TIMEOUT", TIMEOUT)
     monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.2)
-    monkeypatch.setattr(producer, "MAX_UNACKED", 20_000)
+    monkeypatch.setattr(outbox, "MAX_UNACKED", 20_000)
     monkeypatch.setattr(websocket_client, "CONNECT_TIMEOUT", TIMEOUT)
     monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", TIMEOUT)
 
@@ -121,9 +123,11 @@ class Servers:
 class Load:
     """Producers that send a few random values at a time until `finish`. `sent` holds the values by source."""
 
-    def __init__(self, url: str, rng: random.Random, producers: int = 3) -> None:
+    def __init__(
+        self, url: str, rng: random.Random, producers: int = 3, make_producer: MakeProducer = producer.Producer
+    ) -> None:
         self.sent: dict[uuid.UUID, array[int]] = {}
-        self.producers = [producer.Producer(url) for _ in range(producers)]
+        self.producers = [make_producer(url) for _ in range(producers)]
         self._done = Event()
         self._feeders = []
         for sender in self.producers:
@@ -131,7 +135,7 @@ class Load:
             seed = rng.getrandbits(64)
             self._feeders.append(Blocked(partial(self._feed, sender, random.Random(seed))))
 
-    def _feed(self, sender: producer.Producer, rng: random.Random) -> None:
+    def _feed(self, sender: Any, rng: random.Random) -> None:
         while not self._done.wait(rng.uniform(0, 0.03)):  # the rate of the load
             values = array("q", rng.randbytes(8 * rng.choice((1, 10, 100, 300))))
             self.sent[sender.source] += values

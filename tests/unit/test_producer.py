@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import signal
 import socket
@@ -11,36 +10,31 @@ import subprocess
 import sys
 import threading
 import uuid
-from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 
 import pytest
-from support.broken import break_connections
 from support.fake_consumer import Link, fake_consumer
 from support.harness import (
     DEADLINE,
     ROOT,
-    Blocked,
     ServerProcess,
     eventually,
     free_port,
     in_order,
-    raw_link,
     rows,
-    seeded,
     server,
 )
 
 from ringolib import timing
 from ringolib.client import numbers_input, producer
 from ringolib.client import send as command
-from ringolib.client.producer import Producer, ProducerError
+from ringolib.client.producer import Producer
 from ringolib.client.url import Target, parse_url
 from ringolib.net import sockets
-from ringolib.wire import decode_batch, encode_ack
+from ringolib.wire import encode_ack
 
 
 @pytest.fixture(autouse=True)
@@ -289,50 +283,6 @@ def test_permanent_refusal_ends_send(tmp_path: Path) -> None:
     assert done.stderr.endswith("; nothing was sent\n"), "and so there is no command to resume"
 
 
-def test_records_sent_before_the_server_starts_are_stored(tmp_path: Path) -> None:
-    port = free_port()
-    with Producer(f"ws://localhost:{port}/v1.0/ingest") as sender:
-        sender.send(range(1000))
-        with pytest.raises(TimeoutError, match="1000 records are not acked"):
-            sender.flush(0.05)
-        with server(tmp_path, "-p", str(port), "-T", str(port)):
-            sender.flush(DEADLINE)
-            assert (sender.sent, sender.acked, sender.reconnects) == (1000, 1000, 0)
-    assert in_order(tmp_path / "ringoexp.db", sender.source) == list(range(1000))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", ["consumer", "publisher"])
-def test_killed_servers_keep_exactly_once(tmp_path: Path, victim: str) -> None:
-    seed = seeded()
-    rng = random.Random(seed)
-    ports = {"consumer": free_port(), "publisher": free_port()}
-    flags = {
-        "consumer": ["-I", "false", "-p", str(ports["consumer"]), "-D", "c.db"],
-        "publisher": ["-p", str(ports["publisher"]), "-T", str(ports["consumer"])],
-    }
-    running = {role: ServerProcess(tmp_path, *flags[role]) for role in flags}
-    values = array("q", rng.randbytes(8 * 400_000))
-    try:
-        with Producer(f"ws://localhost:{ports['publisher']}/v1.0/ingest") as sender:
-            call = Blocked(lambda: sender.send(values))
-            for turn in range(1, 4):
-                eventually(lambda turn=turn: sender.acked > turn * 50_000, "acks")
-                running[victim].kill()
-                known = sender.acked
-                if victim == "consumer":
-                    held = {sequence for _, sequence, _ in rows(tmp_path / "c.db")}
-                    assert held >= set(range(known)), "an acked record is missing"
-                running[victim] = ServerProcess(tmp_path, *flags[victim])
-            call.result()
-            sender.flush(60)
-            assert (sender.reconnects > 0) == (victim == "publisher")
-    finally:
-        for process in running.values():
-            process.kill()
-    assert in_order(tmp_path / "c.db", sender.source) == list(values)
-
-
 def test_killed_sender_resumes_with_its_source(tmp_path: Path) -> None:
     """Records that were sent, but not known to be acked, are sent again and stored once."""
     source = uuid.uuid4()
@@ -445,72 +395,6 @@ def test_ctrl_c_before_the_first_record_is_one_line(
     assert capsys.readouterr().err == "ringoexp send: error: interrupted\n"
 
 
-def test_partial_acks_and_lost_links_keep_exactly_once() -> None:
-    """Every connection is cut after some records; unacked records are sent again with the same numbers."""
-    seen: dict[int, int] = {}
-    links: list[int] = []
-    source = uuid.uuid4()
-
-    def answer(connection: Link) -> None:
-        links.append(1)
-        total = 0
-        for message in connection:
-            block = decode_batch(message)  # type: ignore[arg-type]
-            (run,) = block.runs
-            assert run.source == source.bytes
-            for offset, value in enumerate(block.values):
-                assert seen.setdefault(run.first + offset, value) == value
-                total += 1
-                if total == 700 * len(links):
-                    connection.send(encode_ack(total))
-                    connection.socket.shutdown(socket.SHUT_RDWR)
-                    return
-            connection.send(encode_ack(total))
-
-    with peer(answer) as url, Producer(url, source) as sender:
-        for start in range(0, 5000, 500):
-            sender.send(range(start, start + 500))
-        sender.flush(DEADLINE)
-        assert sender.acked == 5000 and sender.reconnects == len(links) - 1 > 1
-    assert seen == {number: number for number in range(5000)}
-
-
-def test_producer_reconnects_to_a_stalled_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.2)
-    links: list[int] = []
-
-    def answer(connection: Link) -> None:
-        links.append(1)
-        for _ in connection:
-            if len(links) > 2:
-                connection.send(encode_ack(3))
-
-    with peer(answer) as url, Producer(url) as sender:
-        sender.send([1, 2, 3])
-        sender.flush(DEADLINE)
-    assert len(links) == 3
-
-
-def test_server_without_acks_is_stalled_while_records_arrive_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.3)
-    links: list[int] = []
-
-    def answer(connection: Link) -> None:
-        links.append(1)
-        for _ in connection:
-            pass
-
-    with peer(answer) as url:
-        sender = Producer(url)
-
-        def trickled() -> bool:
-            sender.send([1])
-            return len(links) > 1
-
-        eventually(trickled)
-        sender.close()
-
-
 def test_ctrl_c_handler_is_restored_after_the_result_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -523,165 +407,6 @@ def test_ctrl_c_handler_is_restored_after_the_result_is_printed(
         assert command.main([]) == 130
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert capsys.readouterr().err == "ringoexp send: error: interrupted\n"
-
-
-def test_send_waits_while_too_many_records_are_unacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(producer, "MAX_UNACKED", 10)
-    monkeypatch.setattr(producer, "CHUNK_RECORDS", 5)
-    gate = threading.Event()
-
-    def answer(connection: Link) -> None:
-        total = 0
-        for message in connection:
-            total += len(decode_batch(message).values)  # type: ignore[arg-type]
-            assert gate.wait(DEADLINE)
-            connection.send(encode_ack(total))
-
-    with peer(answer) as url, Producer(url) as sender:
-        sender.send(range(10))
-        more = Blocked(lambda: sender.send(range(3)))
-        assert more.still()
-        gate.set()
-        more.result()
-        sender.flush(DEADLINE)
-        assert sender.acked == 13
-
-
-@pytest.mark.slow
-def test_acks_are_progress_while_the_server_reads_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server reads and acks a little at a time; it takes longer than STALL_TIMEOUT to read a whole message."""
-    monkeypatch.setattr(producer, "STALL_TIMEOUT", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sender = Producer(f"ws://127.0.0.1:{listener.getsockname()[1]}/")
-        sender.send(range(producer.CHUNK_RECORDS * 20))
-        with raw_link(listener) as peer:
-            start = monotonic()
-            acked = 0
-            while monotonic() < start + 2.0:  # four times STALL_TIMEOUT
-                assert peer.recv(2048)
-                acked += 10
-                peer.sendall(b"\x82\x08" + encode_ack(acked))
-                threading.Event().wait(0.02)  # the server reads slowly
-            eventually(lambda: sender.acked == acked)
-            assert sender.reconnects == 0
-            sender.close()
-
-
-def test_ack_beyond_sent_records_drops_the_connection() -> None:
-    links: list[int] = []
-
-    def answer(connection: Link) -> None:
-        links.append(1)
-        connection.recv()
-        connection.send(encode_ack(3 if len(links) > 1 else 4))
-
-    with peer(answer) as url, Producer(url) as sender:
-        sender.send([1, 2, 3])
-        sender.flush(DEADLINE)
-    assert len(links) == 2
-
-
-def test_unexpected_error_reaches_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*unused: object) -> None:
-        raise ZeroDivisionError("a bug")
-
-    monkeypatch.setattr(producer, "ClientConnection", broken)
-    sender = Producer()
-    sender.send([1])
-    with pytest.raises(ProducerError, match="ZeroDivisionError: a bug"):
-        sender.flush(DEADLINE)
-    sender.close()
-
-
-@pytest.mark.parametrize(
-    ("error", "text"),
-    [
-        (MemoryError(), r"^not enough memory \(ulimit -v limits it\)$"),
-        (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug"),
-        (KeyboardInterrupt(), "KeyboardInterrupt"),
-    ],
-    ids=repr,
-)
-def test_message_broken_off_by_an_error_is_followed_by_nothing(
-    error: BaseException, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The connection is closed, and callers get the error. Another producer resumes."""
-    seen: dict[int, int] = {}
-    source = uuid.uuid4()
-
-    def answer(connection: Link) -> None:
-        total = 0
-        for message in connection:
-            block = decode_batch(message)
-            for run in block.runs:
-                for number in range(run.first, run.first + run.count):
-                    assert number not in seen
-                    seen[number] = block.values[number - run.first]
-            total += len(block.values)
-            connection.send(encode_ack(total))
-
-    with peer(answer) as url:
-        break_connections(monkeypatch, producer, error)
-        sender = Producer(url, source)
-        sender.send(range(1000))
-        with pytest.raises(ProducerError, match=text):
-            sender.flush(DEADLINE)
-        with pytest.raises(ProducerError, match=text):
-            sender.send(range(1000, 2000))
-        sender.close()
-        assert not seen and sender.acked == 0
-        with Producer(url, source) as again:
-            again.send(range(2000))
-            again.flush(DEADLINE)
-    assert seen == {number: number for number in range(2000)}
-
-
-def test_close_ends_flush_while_the_server_reads_nothing() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        sender = Producer(f"ws://127.0.0.1:{listener.getsockname()[1]}/")
-        sender.send(range(producer.CHUNK_RECORDS * 60))
-        with raw_link(listener):
-            flush = Blocked(sender.flush)
-            eventually(lambda: sender._unsent < 60 and flush.still())
-            closing = Blocked(sender.close)
-            with pytest.raises(ValueError, match="closed"):
-                flush.result()
-            closing.result(producer.STALL_TIMEOUT / 4)
-
-
-def test_permanent_refusal_reaches_send_and_flush() -> None:
-    def answer(connection: Link) -> None:
-        connection.recv()
-        connection.close(1007, "no")
-
-    with peer(answer) as url:
-        sender = Producer(url)
-        sender.send([1])
-        with pytest.raises(ProducerError, match="closed with 1007 no"):
-            sender.flush(DEADLINE)
-        with pytest.raises(ProducerError, match="closed with 1007 no"):
-            sender.send([2])
-        sender.close()
-
-
-def test_producer_refuses_misuse() -> None:
-    with pytest.raises(ValueError, match="ws://"):
-        Producer("localhost:6660")
-    with pytest.raises(ValueError, match="first"):
-        Producer(first=-1)
-    sender = Producer(f"ws://localhost:{free_port()}/")
-    with pytest.raises(OverflowError):
-        sender.send([1, 2**63])
-    assert sender.sent == 0
-    sender.close()
-    sender.close()
-    with pytest.raises(ValueError, match="closed"):
-        sender.send([1])
-    with pytest.raises(RuntimeError, match="mine"), Producer(f"ws://localhost:{free_port()}/") as other:
-        other.send([1])
-        raise RuntimeError("mine")
-    assert not [thread for thread in threading.enumerate() if thread.name == "producer"]
 
 
 @pytest.mark.parametrize(
@@ -698,23 +423,6 @@ def test_producer_refuses_misuse() -> None:
 )
 def test_parse_url_returns_the_parts(url: str, target: Target) -> None:
     assert parse_url(url) == target
-
-
-@pytest.mark.parametrize("path", ["", "/", "/v1.0/ingest"])
-def test_url_path_may_be_left_out(tmp_path: Path, path: str) -> None:
-    with server(tmp_path, "-p", "0", "-T", "0") as running:
-        with Producer(f"ws://localhost:{running.port}{path}") as producer:
-            producer.send([1])
-        assert producer.acked == 1
-
-
-def test_http_answer_without_upgrade_is_permanent(tmp_path: Path) -> None:
-    """A status of 200 or a redirect would be the same for the next attempt."""
-    with server(tmp_path, "-p", "0", "-T", "0") as running:
-        url = f"ws://localhost:{running.port}/v1.0/alive"
-        with pytest.raises(ProducerError, match="HTTP status 200: is that the /v1.0/ingest of a ringoexp"):
-            with Producer(url) as producer:
-                producer.send([1])
 
 
 # Forks, and the end of the program. Each test runs a script: a fork of the tests would copy their threads.
@@ -858,31 +566,6 @@ while "refused" not in str(sender.trouble):  # at the first attempt
     assert ("Traceback" in done.stderr) == ("KeyError" in end)
 
 
-def test_report_names_the_number_to_resume_with(capsys: pytest.CaptureFixture[str]) -> None:
-    def answer(connection: Link) -> None:
-        connection.recv()
-        connection.send(encode_ack(3))
-        connection.recv()
-
-    with peer(answer) as url:
-        sender = Producer(url, first=100)
-        sender.send(range(10))
-        eventually(lambda: sender.acked == 3)
-        sender.close()
-        sender.close()
-    expected = f"7 of 10 records are not acked by {url}: send the values after the first 3 with source "
-    assert capsys.readouterr().err == f"ringoexp Producer: {expected}{sender.source} and first 103\n"
-
-
-def test_closed_producer_with_all_acks_reports_nothing(
-    shared: ServerProcess, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with Producer(shared.url) as sender:
-        sender.send([1])
-    assert capsys.readouterr() == ("", "")
-    assert not producer._open_producers
-
-
 STDERRS = {
     "without an encoding": "type('Tee', (), {'write': lambda self, text: sys.__stderr__.write(text)})()",
     "closed": "open(os.devnull, 'w'); sys.stderr.close()",
@@ -915,6 +598,8 @@ def test_ctrl_c_at_the_end_shortens_the_wait_and_not_the_report(interrupts: int)
 import signal
 producer.EXIT_CLOSE_SECONDS = 10
 signals = iter([signal.SIGINT] * {interrupts})
+sender = Producer("ws://localhost:{hung.getsockname()[1]}")
+sender.send([1])
 wait_until, join = producer.wait_until, threading.Thread.join
 def wait_and_interrupt(*arguments):
     if threading.current_thread() is threading.main_thread():
@@ -927,8 +612,6 @@ def join_and_interrupt(thread, timeout=None):
         timeout = 0.01
     join(thread, timeout)
 producer.wait_until, threading.Thread.join = wait_and_interrupt, join_and_interrupt
-sender = Producer("ws://localhost:{hung.getsockname()[1]}")
-sender.send([1])
 """
         done = run_script(f"import threading{script}")
     (line,) = done.stderr.splitlines()

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from support.harness import DEADLINE, ROOT, eventually, free_port
 from support.scripted_server import ScriptedServer
 from support.short_times import short_times  # noqa: F401  # a fixture for each test
 
-from ringolib.client.producer import Producer, is_permanent_status
+from ringolib.client.producer import Producer
 from ringolib.net.frames import MAX_MESSAGE
 from ringolib.wire import decode_batch, encode_ack
 
@@ -50,16 +49,6 @@ def test_fault_in_the_servers_frames_does_not_end_the_producer(fault: bytes) -> 
         assert (sender.acked, len(served)) == (2, 2)
 
 
-PERMANENT = (101, 200, 204, 301, 307, 400, 401, 403, 404, 405, 406, 407, 409, 410, 411, 413, 414, 415, 418, 421, 426,
-             428, 431, 451, 499, 501, 505)  # fmt: skip
-RETRYABLE = (408, 425, 429, 500, 502, 503, 504, 507, 508, 511, 599)
-
-
-@pytest.mark.parametrize("status", [*PERMANENT, *RETRYABLE])
-def test_statuses_that_repetition_cannot_change_are_permanent(status: int) -> None:
-    assert is_permanent_status(status) is (status in PERMANENT)
-
-
 @pytest.mark.parametrize("status", [406, 411, 413, 414, 415, 421, 431, 451, 505])
 def test_permanent_status_ends_send_with_its_reason(status: int, tmp_path: Path) -> None:
     body = b'{"error": "as the server says"}'
@@ -68,15 +57,6 @@ def test_permanent_status_ends_send_with_its_reason(status: int, tmp_path: Path)
         done = subprocess.run(command, cwd=tmp_path, input="1\n", capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 1
     assert f"refused with HTTP status {status}: as the server says; nothing was sent\n" in done.stderr
-
-
-@pytest.mark.parametrize("status", [408, 425, 429, 503])
-def test_retryable_status_is_followed_by_another_attempt(status: int) -> None:
-    busy = b"HTTP/1.1 %d Busy\r\nContent-Length: 0\r\n\r\n" % status
-    with ScriptedServer(busy, busy) as refusing, closing(Producer(f"ws://127.0.0.1:{refusing.port}/")) as sender:
-        sender.send([1])
-        eventually(lambda: len(refusing.requests) == 2)
-        assert f"refused with HTTP status {status}" in (sender.trouble or "")
 
 
 @pytest.mark.parametrize("token", ["secret\n", " secret", "secr\xe9t", "sec ret", ""])
