@@ -191,7 +191,7 @@ def test_watchdog_is_silent_if_a_lock_is_never_released(
 ) -> None:
     """SIGUSR1 makes the main thread acquire the lock and keep it."""
     hang = f"ringoexp.signal.signal({signal.SIGUSR1:d}, lambda *unused: {stuck}.acquire())"
-    patch = f"ringoexp._greeting = lambda p: ({hang}, f'x:{{p.server.port}}, x')[1]"
+    patch = f"ringoexp._status = lambda p: ({hang}, 'started')[1]"
     with managed_server(tmp_path, manager, "-p", "0", *flags, period=0.4, patch=patch) as running:
         manager.until("WATCHDOG")
         running.send_signal(signal.SIGUSR1)
