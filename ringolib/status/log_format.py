@@ -144,9 +144,9 @@ def _word(value: Any) -> str:
 
 def _format_for_people(record: logging.LogRecord, paint: Callable[[str, str], str]) -> str:
     """Return a line without thread and logger. It begins at the left edge, over the ^C of a terminal's Ctrl-C."""
-    time = datetime.datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
+    created = datetime.datetime.fromtimestamp(record.created)
     event, fields, level = _event(record), _own_fields(record), record.levelname.lower()
-    head = f"\r{paint(time, COLOURS['debug'])}"
+    head = f"\r{paint(f'{created:%H:%M:%S}', COLOURS['debug'])}"
     if text := sentence(event, fields):
         return f"{head} {_printable(text)}"
     return f"{head} {paint(f'{level:<{LEVEL_WIDTH}} {event}', COLOURS[level])} {_words(fields)}".rstrip()

@@ -51,8 +51,8 @@ def test_every_address_of_a_name_listens_on_one_port(tmp_path: Path, host: str, 
     with server(tmp_path, "-p", "0", "-T", "0", "-H", host) as running:
         assert accepts("127.0.0.1", running.port) is ipv4
         assert accepts("::1", running.port) is ipv6
-        host = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, host)
-        written = f"[{host.strip('[]')}]" if ":" in host else host
+        name = host.strip("[]")
+        written = "localhost" if name in ("0.0.0.0", "::") else f"[{name}]" if ":" in name else name
         assert running.started["url"] == f"http://{written}:{running.port}/"
         assert running.stop() == 0
     for address in ("127.0.0.1", "::1"):
