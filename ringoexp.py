@@ -154,7 +154,7 @@ def serve(settings: Settings, argv: Sequence[str], log_lines: logs.LineHandler) 
 
 
 def _limit_cores(count: int) -> None:
-    """Use at most `count` processor cores. If the system has fewer, or cannot choose cores, use all and say so."""
+    """Use at most `count` processor cores. If the system has fewer, or cannot choose cores, use all and log it."""
     if not hasattr(os, "sched_getaffinity"):
         log.warning("few_cores", {"procs": count, "hint": "this system cannot choose cores: the server uses all"})
         return

@@ -57,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _make_parser() -> _Parser:
-    """Return the parser of the command line, made from OPTIONS. It returns only what is given."""
+    """Return the parser of the command line, made from OPTIONS. It returns only the options that are given."""
     parser = _Parser(
         prog="ringoexp",
         usage="ringoexp [flags] | send [flags] [FILE] | help | version",

@@ -17,7 +17,7 @@ OTHER_VARIABLES = (
     *(TOKEN_VARIABLE, PASSWORD_VARIABLE),
     *("RINGOEXP_SEED", "RINGOEXP_ONLY", "RINGOEXP_SECONDS", "RINGOEXP_NODE_MODULES", "RINGOEXP_NO_SKIPS"),
 )
-"""Variables that are no options: the two secrets, and those of the tests (CONTRIBUTING.md)."""
+"""Variables that are no options: two secrets, and the variables of the tests."""
 MISSPELT_RATIO = 0.8
 """How similar to a variable's name another one must be to count as misspelt: `difflib.SequenceMatcher.ratio`."""
 _NAMES = [option.variable.removeprefix(VARIABLE_PREFIX) for option in OPTIONS]
@@ -49,7 +49,7 @@ def strange_variables(environ: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _own_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables with our prefix, without those that Kubernetes sets for a Service."""
+    """Return the variables with our prefix. Leave out the ones that Kubernetes sets for a Service."""
     return {
         name: value
         for name, value in environ.items()

@@ -47,7 +47,7 @@ class Option(NamedTuple):
 
     @property
     def variable(self) -> str:
-        """The environment variable that stands for the flag."""
+        """The environment variable with the same meaning."""
         return VARIABLE_PREFIX + self.long.upper()
 
 

@@ -31,7 +31,7 @@ class Look:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the thread. Without a thread, nobody looks."""
+        """Start the thread. Without a thread, the publisher does not look."""
         try:
             self._thread = start_thread(self._run, name="look")
         except ThreadError as error:

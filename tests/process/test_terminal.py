@@ -57,7 +57,7 @@ class Terminal:
         return self.output
 
     def _read(self) -> bool:
-        """Read what has arrived. False at the end."""
+        """Read the bytes that have arrived. False at the end."""
         if select.select([self._master], [], [], 0.1)[0]:
             try:
                 data = os.read(self._master, 65536)
@@ -138,21 +138,21 @@ def test_url_of_a_server_on_all_addresses_can_be_opened(tmp_path: Path, host: st
 
 def test_publisher_says_that_its_consumer_does_not_answer(tmp_path: Path) -> None:
     """The hint has the flags of a complete system."""
-    port, nobody = free_port(), free_port()
-    with terminal(tmp_path, "-p", str(port), "-T", str(nobody), env={"NO_COLOR": "1"}) as running:
+    port, unused = free_port(), free_port()
+    with terminal(tmp_path, "-p", str(port), "-T", str(unused), env={"NO_COLOR": "1"}) as running:
         running.until("consumer_away.*\n")
         _, line, _ = lines(running.stop())
-    assert f'reason="localhost:{nobody}: Connection refused"' in line
+    assert f'reason="localhost:{unused}: Connection refused"' in line
     assert f"with -p {port} -T {port} this publisher is its own consumer" in line
 
 
 def test_one_of_several_consumers_that_does_not_answer_is_named(tmp_path: Path) -> None:
-    """The link says so, since several consumers have a worker each from the start."""
-    nobody = free_port()
+    """Several consumers have a worker each from the start, whose link logs it."""
+    unused = free_port()
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db") as consumer:
-        both = f"127.0.0.1:{consumer.port},127.0.0.1:{nobody}"
+        both = f"127.0.0.1:{consumer.port},127.0.0.1:{unused}"
         with terminal(tmp_path, "-p", "0", "-U", both) as running:
-            running.until(rf"(link_down|consumer_away).*127.0.0.1:{nobody}: .*refused")
+            running.until(rf"(link_down|consumer_away).*127.0.0.1:{unused}: .*refused")
 
 
 def test_publisher_is_silent_if_its_consumer_answers(tmp_path: Path) -> None:
