@@ -32,8 +32,9 @@ from support.harness import (
 )
 
 import ringoexp
+import ringolib
 from ringoexp import main
-from ringolib import app, options
+from ringolib import app
 from ringolib.app import App, StartupError, is_own_consumer
 from ringolib.options import OPTIONS, Option, Settings, read_arguments
 from ringolib.timing import ThreadError
@@ -87,7 +88,7 @@ def test_help_shows_every_option_with_its_default(word: str, capsys: pytest.Capt
 @pytest.mark.parametrize("word", ["version", "--version", "-V"])
 def test_version(word: str, tmp_path: Path) -> None:
     done = run(tmp_path, word)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"ringoexp {options.__version__}\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"ringoexp {ringolib.__version__}\n", "")
 
 
 def test_settings_have_the_fields_of_the_options_table() -> None:
