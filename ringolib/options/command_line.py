@@ -17,8 +17,8 @@ from ringolib.storage.clickhouse.url import redact_passwords
 from ringolib.timing import format_ago
 
 EXIT_USAGE = 2
-COMMANDS = ("send", "read", "help", "version")
-"""The words that the command line may begin with. `ringoexp.main` carries out the first two."""
+COMMANDS = ("send", "help", "version")
+"""The words that the command line may begin with. `ringoexp.main` carries out `send`."""
 MAX_WIDTH = 100
 """Columns of `--help`, on a wide terminal."""
 _FLAGS = {f"--{option.long}": option for option in OPTIONS}

@@ -37,6 +37,11 @@ def entry_point() -> list[str]:
     return list(json.loads(command))
 
 
+def environment() -> list[str]:
+    """Return the variables of the image, each as NAME=VALUE."""
+    return [word for line in instructions("ENV") for word in line.split()]
+
+
 def health_check() -> list[str]:
     """Return the command of the health check."""
     (check,) = instructions("HEALTHCHECK")
@@ -48,8 +53,7 @@ def main(root: str, data: str) -> None:
     _mount(root, data)
     with socket.socket() as any_socket:
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", UP_AND_RUNNING))
-    (environment,) = instructions("ENV")
-    inside = ["chroot", root, "/usr/bin/env", "-i", "PATH=/usr/local/bin:/usr/bin:/bin", environment]
+    inside = ["chroot", root, "/usr/bin/env", "-i", "PATH=/usr/local/bin:/usr/bin:/bin", *environment()]
     inside += ["setpriv", f"--reuid={USER_ID}", f"--regid={USER_ID}", "--clear-groups", "--no-new-privs"]
     inside += ["--bounding-set=-all", "sh", "-c", 'cd /data && exec "$@"', "sh"]
     for flags in ([], ["-I", "false"], ["-I", "false", "-H", "::"]):
