@@ -8,8 +8,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple
 
-from ringolib.net.addresses import parse_hosts, unix_path
-from ringolib.options.table import NO_PORT, Settings
+from ringolib.net.addresses import unix_path
+from ringolib.options.table import Settings
 from ringolib.storage.clickhouse.url import is_clickhouse_url
 
 
@@ -60,11 +60,6 @@ def _consumer_port_missing(s: Settings, role: Role) -> bool:
     return s.is_publisher and missing and not may_be_own
 
 
-def _consumer_port_unused(s: Settings, role: Role) -> bool:
-    """True if each consumer is a Unix socket, or has a port of its own."""
-    return NO_PORT not in [port for host, port in parse_hosts(s.consumer_hostname, NO_PORT) if not unix_path(host)]
-
-
 CONFLICTS = (
     # A consumer. Known from the options alone, as everything up to the next heading.
     Conflict("ring_size", _is_consumer, "not accepted with -I false: a consumer has no ring"),
@@ -82,7 +77,6 @@ CONFLICTS = (
         _consumer_port_missing,
         "0 is not accepted: 1 to 65535 (0 only with -p 0: the publisher's own port)",
     ),
-    Conflict("consumer_port", _consumer_port_unused, "has no effect: -U names a port, or a Unix socket, itself"),
     Conflict(
         "spool",
         lambda s, role: len(s.consumers) > 1,
@@ -99,8 +93,8 @@ CONFLICTS = (
         lambda s, role: not is_clickhouse_url(s.database),
         "{s.clickhouse_cluster!r} requires -D clickhouse://...",
     ),
-    # A Unix socket.
-    Conflict("port", _on_unix_socket, "not accepted with -H {s.hostname}: a Unix socket has no port"),
+    # A Unix socket. It leaves -p unused, as a consumer with a port of its own leaves -T: each is only the port of
+    # addresses that have none, and a script or a unit file may give it before other flags change the address.
     Conflict("per_address", _on_unix_socket, "not accepted with -H {s.hostname}: all its clients have one address"),
     Conflict(
         "allow_host",

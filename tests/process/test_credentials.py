@@ -392,8 +392,7 @@ def test_server_with_malformed_token_does_not_start(tmp_path: Path, variable: st
 def test_server_beyond_loopback_without_token_logs_a_warning(
     tmp_path: Path, token_file: Path, flags: list[str], warned: bool
 ) -> None:
-    port = [] if "unix:sock" in flags else ["-p", "0"]
-    with server(tmp_path, "-I", "false", *port, *flags) as running:
+    with server(tmp_path, "-I", "false", "-p", "0", *flags) as running:
         assert running.stop() == 0
         lines = [line for line in running.errors.read_text().splitlines() if "event=no_token" in line]
         assert len(lines) == warned and all("level=warning" in line and "--token_file" in line for line in lines)

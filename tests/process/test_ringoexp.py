@@ -295,10 +295,11 @@ def test_bad_usage_error_is_one_line(words: list[str], message: str, capsys: pyt
         (["-H", "::", "-U", "::ffff:127.0.0.1"], True),
         (["-U", "::ffff:127.0.0.1"], True),
         (["-H", "unix:a.sock"], True),
+        (["-H", "unix:a.sock", "-p", "7000"], True),
         (["-H", "unix:a.sock", "-U", "localhost"], False),
         (["-H", "unix:a.sock", "-T", "6660"], False),
         (["-H", "unix:a.sock", "-U", "unix:./a.sock"], True),
-        (["-H", "unix:a.sock", "-U", "unix:b.sock"], False),
+        (["-H", "unix:a.sock", "-U", "unix:b.sock", "-T", "0"], False),
         (["-U", "unix:a.sock"], False),
     ],
 )

@@ -59,7 +59,7 @@ def test_unix_socket_without_path_is_usage_error(host: str, capsys: pytest.Captu
 
 
 def test_consumer_port_zero_needs_free_port_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    read_arguments(["-H", "unix:x.sock", "-U", "unix:y.sock"])
+    read_arguments(["-H", "unix:x.sock", "-U", "unix:y.sock", "-T", "0"])
     for words in (["-H", "unix:x.sock", "-T", "0"], ["-H", "unix:x.sock", "-p", "0", "-T", "0"]):
         with pytest.raises(SystemExit):
             read_arguments(words)

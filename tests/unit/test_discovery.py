@@ -73,7 +73,7 @@ def test_settings_contain_consumers_and_show_a_single_one_plainly() -> None:
         ("a:1,b", "a:1,b", [("a", 1), ("b", 7)]),
         ("a:1", "a:1", [("a", 1)]),
     ]:
-        settings = options.read_arguments(["-U", text, *(["-T", "7"] if text != "a:1" else [])])
+        settings = options.read_arguments(["-U", text, "-T", "7"])
         assert (settings.consumer_hostname, settings.consumers) == (shown, expected)
 
 

@@ -42,11 +42,11 @@ WITH = {
 EFFECTS = {
     **dict.fromkeys(("ring_size", "workers", "ack"), {*ROLES} - {"consumer"}),
     **dict.fromkeys(("consumer_hostname", "is_publisher", "hostname"), {*ROLES} - {"consumer"}),
-    "consumer_port": {"own consumer", "publisher", "unix"},
+    "consumer_port": {*ROLES} - {"consumer"},
     **dict.fromkeys(("spool", "spool_max"), {"publisher", "to unix"}),
     **dict.fromkeys(("consumer_tls", "consumer_ca"), {"publisher", "several", "to unix"}),
     **dict.fromkeys(("database", "retain", "clickhouse_cluster"), {"consumer", "own consumer", "unix"}),
-    **dict.fromkeys(("port", "per_address", "allow_host"), {*ROLES} - {"unix"}),
+    **dict.fromkeys(("per_address", "allow_host"), {*ROLES} - {"unix"}),
 }
 """The roles in which an option has an effect. An option that is not here has one in all of them."""
 SETS_THE_ROLE = {"is_publisher", "hostname", "consumer_hostname"}
@@ -75,7 +75,7 @@ def test_option_without_effect_in_the_role_is_refused(
         return
     needed = re.match(r"--?(\w+)", (WITH.get(option.long) or ["--x"])[0])
     assert error and needed and re.search(rf"argument \S*({option.long}|{needed[1]}\b)", error)
-    assert "not accepted" in error or "has no effect" in error
+    assert "not accepted" in error
 
 
 @pytest.mark.parametrize("role", ROLES)
