@@ -14,7 +14,8 @@ USER 10001:10001
 # For databases and spools. With a read-only root, SQLite's temporary files go here too.
 WORKDIR /data
 VOLUME /data
-ENV PYTHONDONTWRITEBYTECODE=1
+# Options are variables (docker run -e RINGOEXP_DATABASE=numbers.db) or flags after the image's name. Flags win.
+ENV PYTHONDONTWRITEBYTECODE=1 RINGOEXP_HOSTNAME=0.0.0.0
 EXPOSE 6660
 # After SIGTERM the server stores its records for up to 30 s, and it ends within 40 s. Use docker stop -t 45.
 STOPSIGNAL SIGTERM
@@ -22,5 +23,5 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=6s --start-period=10s \
     CMD ["python3", "-c", "import http.client; c = http.client.HTTPConnection('127.0.0.1', 6660, timeout=5); c.request('GET', '/v1.0/alive'); exit(c.getresponse().status != 200)"]
 # Every client that reaches the port may write, unless a token is set (RINGOEXP_TOKEN or --token_file).
-# Arguments of docker run are added as flags.
-ENTRYPOINT ["ringoexp", "-H", "0.0.0.0"]
+# The arguments of docker run follow, for example: send --url ws://publisher.example:6660/v1.0/ingest
+ENTRYPOINT ["ringoexp"]

@@ -44,13 +44,15 @@ try:
     from ringolib import __version__
     from ringolib.client import send
     from ringolib.client.output import print_line
-    from ringolib.options import Settings, read_arguments
+    from ringolib.net.addresses import format_url
+    from ringolib.options import Settings, read_arguments, strange_variables
     from ringolib.timing import ThreadError, deadline_after, remaining, start_thread
 
     _can_send = True
     # The rest is for servers: `ringoexp send` works without it, for example in a Python without SQLite.
     from ringolib import app, open_files
-    from ringolib.status import logs, systemd
+    from ringolib.status import log_format, logs, systemd
+    from ringolib.storage.clickhouse.url import is_clickhouse_url
     from ringolib.storage.interface import StoreError
 except ImportError as error:
     module = (error.name or "").partition(".")[0]
@@ -104,7 +106,7 @@ def serve(settings: Settings, argv: Sequence[str], log_lines: logs.LineHandler) 
     if shortage := open_files.shortage():
         raise app.StartupError(shortage)
     if settings.procs:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.procs])
+        _limit_cores(settings.procs)
     # A socket, not an Event: an Event that is set in a signal handler can deadlock with the wait of the main thread.
     received, wakeup = socket.socketpair()
     wakeup.setblocking(False)
@@ -120,7 +122,7 @@ def serve(settings: Settings, argv: Sequence[str], log_lines: logs.LineHandler) 
 
     with received, wakeup, ExitStack() as helpers:
         log_lines.start()
-        helpers.callback(log_lines.stop)  # before the tally, which is the last line
+        helpers.callback(log_lines.stop)
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)  # if it is full, a wakeup is due anyway
         try:
             signal.signal(signal.SIGTERM, on_stop_signal)
@@ -132,12 +134,12 @@ def serve(settings: Settings, argv: Sequence[str], log_lines: logs.LineHandler) 
             try:
                 application.start()
                 helpers.enter_context(systemd.watchdog(application.alive))
-                print_line(_greeting(application))
-                systemd.ready(_greeting(application))
+                log.info("started", _describe(application))
+                systemd.ready(_status(application))
                 while set(received.recv(4096)) == {signal.SIGHUP}:
                     systemd.reloading()
                     application.reload()
-                    systemd.ready(_greeting(application))
+                    systemd.ready(_status(application))
                     if stop_signals:  # among many SIGHUPs, the socket may have had no room for it
                         break
                 unstored = application.unstored()
@@ -147,10 +149,24 @@ def serve(settings: Settings, argv: Sequence[str], log_lines: logs.LineHandler) 
                 application.stop()
         finally:
             signal.set_wakeup_fd(-1)
-    stored, unstored = application.stored(), application.unstored()
-    tally = f"ringoexp: stopped, {stored} stored, {unstored} unstored"
-    print_line(f"{tally}, {application.spool.depth} in the spool" if application.spool else tally)
+    unstored = application.unstored()
+    tally = {"stored": application.stored(), "unstored": unstored}
+    if application.spool:
+        tally["spooled"] = application.spool.depth
+    log.log(logging.WARNING if unstored else logging.INFO, "stopped", tally)  # the last line
     return EXIT_OK if application.intact and not unstored else EXIT_UNSTORED
+
+
+def _limit_cores(count: int) -> None:
+    """Use at most `count` processor cores. If the system has fewer, or cannot choose cores, use all and log it."""
+    if not hasattr(os, "sched_getaffinity"):
+        log.warning("few_cores", {"procs": count, "hint": "this system cannot choose cores: the server uses all"})
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    if count > len(cores):
+        log.warning("few_cores", {"procs": count, "cores": len(cores), "hint": "the server uses all of them"})
+        return
+    os.sched_setaffinity(0, cores[:count])
 
 
 def _is_ignored(number: int) -> bool:
@@ -211,18 +227,31 @@ def _use_one_malloc_arena() -> None:
         pass  # another C library; MemoryError: old ctypes needs memory that is writable and executable
 
 
-def _greeting(application: app.App) -> str:
-    """Return the line that tells the role, the address and where records go."""
-    settings = application.settings
-    role = "publisher" if settings.is_publisher else "consumer"
+def _describe(application: app.App) -> dict[str, Any]:
+    """Return the fields of the event `started`: the role, the address and where records go. Paths are absolute."""
+    settings, credentials = application.settings, application.credentials.current
+    tls = credentials.server is not None
+    fields: dict[str, Any] = {
+        "version": __version__,
+        "role": "publisher" if settings.is_publisher else "consumer",
+        "url": format_url(settings.hostname, application.server.port, tls),
+        "address": application.address,
+    }
     if application.store:
-        target = f"storing in {settings.database}" + (f" for {settings.retain:g} days" if settings.retain else "")
+        path = settings.database
+        fields["database"] = path if is_clickhouse_url(path) else os.path.abspath(path)
+        if settings.retain:
+            fields["retain_days"] = settings.retain
     else:
-        target = f"forwarding to {settings.consumer_names}"
-    if application.spool:
-        depth = application.spool.depth
-        target += f", spooling in {settings.spool}" + (f" ({depth} records in it)" if depth else "")
-    return f"ringoexp {__version__}: {role} on {application.address}, {target}"
+        fields["consumer"] = settings.consumer_names
+    if application.spool and settings.spool:
+        fields |= {"spool": os.path.abspath(settings.spool), "spooled": application.spool.depth}
+    return {**fields, "token": credentials.token is not None, "tls": tls}
+
+
+def _status(application: app.App) -> str:
+    """Return the sentence about a running server for the service manager."""
+    return log_format.sentence("started", _describe(application)) or ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -238,17 +267,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if _missing:
         sys.exit(f"ringoexp: error: {_missing}")
     log_lines = logs.setup(settings.debug, settings.log_json)
+    for name, hint in strange_variables(os.environ):
+        log.warning("unknown_variable", {"name": name, "hint": f"it is not an option{hint}"})
     try:
         return serve(settings, arguments, log_lines)
     except (app.StartupError, StoreError) as error:
-        log.debug("cannot_run", exc_info=True)
-        print_line(f"ringoexp: error: {error}", error=True)
-        return EXIT_FAILED
+        return _fail(str(error), settings)
     except MemoryError:
-        print_line("ringoexp: error: not enough memory (ulimit -v limits it)", error=True)
-        return EXIT_FAILED
+        return _fail("not enough memory (ulimit -v limits it)", settings)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _fail(message: str, settings: Settings) -> int:
+    """Say why the server cannot run, and return the exit status."""
+    if settings.log_json:
+        log.error("cannot_run", {"error": message}, exc_info=settings.debug)
+    else:
+        log.debug("cannot_run", exc_info=True)
+        print_line(f"ringoexp: error: {message}", error=True)
+    return EXIT_FAILED
 
 
 if __name__ == "__main__":

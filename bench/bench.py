@@ -112,17 +112,16 @@ BUSY_LOAD = 0.5
 
 
 class Process:
-    """A server of Ringo Exp in `directory`, which has printed its port."""
+    """A server of Ringo Exp in `directory`, which has logged its port."""
 
     def __init__(self, directory: str, *flags: str) -> None:
         command = [sys.executable, str(ROOT / "ringoexp.py"), *flags]
-        self._process = subprocess.Popen(
-            command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        assert self._process.stdout
-        match = re.search(r":(\d+),", self._process.stdout.readline())
-        if not match:
-            raise SystemExit(f"did not start: {' '.join(command)}")
+        with tempfile.NamedTemporaryFile(dir=directory, prefix="log-") as log:  # the server keeps the file open
+            self._process = subprocess.Popen(command, cwd=directory, stderr=log)
+            while not (match := re.search(r" event=started .* url=\S*:(\d+)/ ", Path(log.name).read_text())):
+                if self._process.poll() is not None:
+                    raise SystemExit(f"did not start: {' '.join(command)}")
+                time.sleep(0.01)
         self.port = int(match[1])
 
     @property
@@ -137,7 +136,7 @@ class Process:
     def stop(self) -> None:
         """Stop the server in order."""
         self._process.terminate()
-        self._process.communicate(timeout=60)
+        self._process.wait(timeout=60)
 
 
 @contextmanager

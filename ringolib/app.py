@@ -33,6 +33,7 @@ from ringolib.net.credentials import CredentialError, CredentialFiles, Credentia
 from ringolib.net.listeners import Listeners
 from ringolib.open_files import Shares, divide
 from ringolib.options import Role, Settings, find_conflict
+from ringolib.status.look import Look, hint_for
 from ringolib.status.profiler import Profiler
 from ringolib.status.report import Report, Sources
 from ringolib.status.snapshot import records_stored
@@ -119,6 +120,7 @@ class App:
                 retention=self.retention,
             )
         )
+        self._look = None if stores else Look(self._report.absent_consumers, hint_for(settings))
 
     def _start_forwarder(self, ring: Ring, undo: ExitStack) -> Forwarder:
         """Start the workers, which take batches from `ring` to the consumers, or to the own store."""
@@ -156,6 +158,8 @@ class App:
             self.server.serve(self._intake, self._report)
             if self.profiler:
                 self.profiler.start()
+        if self._look:
+            self._look.start()
         if self.profiler:
             level = logging.INFO if self.profiler.loopback else logging.WARNING
             log.log(level, "profiling", {"host": self.settings.profiler_host, "port": self.profiler.port})
@@ -205,6 +209,8 @@ class App:
         if unstored := self.unstored():
             hint = "a second signal ends the process without storing them"
             log.warning("draining", {"unstored": unstored, "seconds": DRAIN_SECONDS, "hint": hint})
+        if self._look:
+            self._look.stop()
         if self.retention:
             self.retention.stop(JOIN_SECONDS)
         self.server.stop()

@@ -112,6 +112,17 @@ def format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def format_url(host: str, port: int, tls: bool) -> str:
+    """Return the URL of a server that listens on this address, for people; `unix:PATH` for a Unix socket.
+
+    A server on all addresses of the machine is on localhost, too. A `%` in an IPv6 zone becomes `%25` (RFC 6874).
+    """
+    if path := unix_path(host):
+        return UNIX_PREFIX + os.path.abspath(path)
+    name = "localhost" if host in ("0.0.0.0", "::") else host.replace("%", "%25")
+    return f"{'https' if tls else 'http'}://{format_address(name, port)}/"
+
+
 def decode_zone(host: str) -> str:
     """Return the host of a URL with its IPv6 zone as the system writes it: URLs have `%25` for `%` (RFC 6874).
 

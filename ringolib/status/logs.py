@@ -1,4 +1,4 @@
-"""The log on stderr: one line per event, as `key=value` (logfmt) or JSON, with times in UTC.
+"""The log on stderr: one line per event, in a format of `log_format`, from `started` to `stopped`.
 
 A call is `log.info("link_up", {"consumer": "there:6661"})`: the message is the event's name, and its one argument the
 fields. Fields name the client or consumer, counts, durations and causes. They never contain a record's value or a
@@ -13,22 +13,24 @@ at the end of the interval.
 If the reader of stderr stalls, lines are dropped and counted, so that the server goes on. So are lines that cannot be
 made, for example because memory is short. The next line that can be written is `log_dropped`, with the count.
 
+The event `stopped` is the last line: pending events are written before it, and nothing after it.
+
 `LineHandler` is the only handler. The logging module holds its lock during `emit`. The thread `log`, which the handler
 owns, writes pending events that are due. Without it, they are written with the next line.
 """
 
-import datetime
-import json
 import logging
 import os
 import select
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from time import monotonic
 from typing import Any
 
-from ringolib.timing import ThreadError, format_utc, start_thread
+from ringolib.status.log_format import STOPPED, Format, choose_format, format_logfmt, is_own
+from ringolib.timing import ThreadError, start_thread
 
 RATE_LIMITED_EVENTS = (
     "refused",
@@ -48,10 +50,6 @@ MAX_NAMES = 16
 """Reasons of one of these statuses with a line of their own within RATE_LIMIT_SECONDS. The others share a line."""
 STALL_TIMEOUT_SECONDS = 0.1
 """How long a line waits for a stalled reader of stderr. Lines after it do not wait until it reads again."""
-MAX_TEXT_LENGTH = 1000
-"""Characters of a text. The rest is cut off, because clients may have written it."""
-MAX_LINE_BYTES = 4096
-"""A pipe takes this many bytes at once (PIPE_BUF). Texts of a longer line are cut further."""
 
 Kind = tuple[str, Any, Any]
 """Event, HTTP status and name of a rate-limited line. The name is the reason, or None if the events share a line."""
@@ -60,7 +58,7 @@ Kind = tuple[str, Any, Any]
 def setup(debug: bool, as_json: bool) -> "LineHandler":
     """Send the log of the whole process to stderr. `debug` includes all events and lifts the rate limit."""
     _open_standard_descriptors()
-    handler = LineHandler(as_json, rate_limited=() if debug else RATE_LIMITED_EVENTS)
+    handler = LineHandler(choose_format(as_json), rate_limited=() if debug else RATE_LIMITED_EVENTS)
     root = logging.getLogger()
     root.setLevel(logging.DEBUG if debug else logging.INFO)
     root.addHandler(handler)
@@ -82,9 +80,15 @@ def _open_standard_descriptors() -> None:
 class LineHandler(logging.Handler):
     """Writes log records as lines to `descriptor`. Limits the rate of some events, and never waits for long."""
 
-    def __init__(self, as_json: bool, rate_limited: tuple[str, ...] = RATE_LIMITED_EVENTS, descriptor: int = 2) -> None:
+    def __init__(
+        self,
+        line_format: Format = format_logfmt,
+        rate_limited: tuple[str, ...] = RATE_LIMITED_EVENTS,
+        descriptor: int = 2,
+    ) -> None:
         super().__init__()
-        self._format_fields = _format_json if as_json else _format_logfmt
+        self._line_format = line_format
+        self._encoding = sys.stderr.encoding if sys.stderr else "ascii"
         self._rate_limited = rate_limited
         self._descriptor = descriptor
         self._writable = select.poll()
@@ -97,6 +101,7 @@ class LineHandler(logging.Handler):
         self._written_at: dict[Kind, float] = {}  # lines of the last RATE_LIMIT_SECONDS, monotonic seconds
         self._pending: dict[Kind, tuple[int, logging.LogRecord]] = {}  # number of pending events, and the last one
         self._stopping = False
+        self._ended = False  # `stopped` has been written: the last line
 
     def start(self) -> None:
         """Start the thread that writes pending events, if any event is rate-limited and the system has a thread."""
@@ -117,13 +122,7 @@ class LineHandler(logging.Handler):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as a line, without the line end."""
-        fields = _record_fields(record)
-        line = self._format_fields(fields)
-        length = MAX_TEXT_LENGTH
-        while len(line) >= MAX_LINE_BYTES and length > 10:  # the line is ASCII: a character is a byte
-            length //= 4
-            line = self._format_fields({key: _truncate(value, length) for key, value in fields.items()})
-        return line
+        return self._line_format(record)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record, or count it as pending. Write pending events that are due.
@@ -136,8 +135,13 @@ class LineHandler(logging.Handler):
             self._dropped += 1
 
     def _emit(self, record: logging.LogRecord, now: float) -> None:
+        if self._ended:
+            return
+        if is_own(record) and record.msg == STOPPED:
+            self._write_all_pending()
+            self._ended = True
         self._write_due(now)
-        if record.msg not in self._rate_limited or not _is_own(record):
+        if record.msg not in self._rate_limited or not is_own(record):
             self._write(record)
             return
         kind = self._kind_of(record)
@@ -204,7 +208,7 @@ class LineHandler(logging.Handler):
 
     def _write_now(self, line: str) -> None:
         try:
-            os.write(self._descriptor, f"{line}\n".encode(errors="replace"))
+            os.write(self._descriptor, f"{line}\n".encode(self._encoding, "backslashreplace"))
         except OSError:
             pass  # the reader has closed its end
 
@@ -216,61 +220,3 @@ class LineHandler(logging.Handler):
                 self._write_due(monotonic())
                 due = min((self._written_at[kind] for kind in self._pending), default=None)
                 self._changed.wait(None if due is None else max(0.0, due + RATE_LIMIT_SECONDS - monotonic()))
-
-
-def _is_own(record: logging.LogRecord) -> bool:
-    """True if the record comes from this program, not from a library."""
-    return record.name.startswith("ringoexp")
-
-
-def _record_fields(record: logging.LogRecord) -> dict[str, Any]:
-    """Return the fields of a line in their order. What a library logs is the event `message`."""
-    created = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
-    fields: dict[str, Any] = {
-        "time": format_utc(created),
-        "level": record.levelname.lower(),
-        "event": record.msg if _is_own(record) else "message",
-    }
-    if not _is_own(record):
-        fields["message"] = record.getMessage()
-    elif isinstance(record.args, Mapping):
-        fields.update(record.args)
-    if record.exc_info and record.exc_info[1]:
-        fields["cause"] = " <- ".join(_causes(record.exc_info[1]))
-    fields = {key: _truncate(value, MAX_TEXT_LENGTH) for key, value in fields.items()}
-    return {**fields, "thread": record.threadName, "logger": record.name}
-
-
-def _truncate(value: Any, length: int) -> Any:
-    """Cut a text off after `length` characters. Return any other value as it is."""
-    return f"{value[:length]}..." if isinstance(value, str) and len(value) > length else value
-
-
-def _causes(error: BaseException | None) -> Iterator[str]:
-    """Yield a text for the error and for each error that caused it, with the calls in progress, innermost first."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        calls = []
-        trace = error.__traceback__
-        while trace:
-            code = trace.tb_frame.f_code
-            calls.append(f"{os.path.basename(code.co_filename)}:{trace.tb_lineno} {code.co_name}")
-            trace = trace.tb_next
-        yield f"{type(error).__name__}: {error}" + (f" ({', '.join(reversed(calls))})" if calls else "")
-        error = error.__cause__ or error.__context__
-
-
-def _format_json(fields: dict[str, Any]) -> str:
-    return json.dumps(fields, default=str)
-
-
-def _format_logfmt(fields: dict[str, Any]) -> str:
-    return " ".join(f"{key}={_logfmt_value(value)}" for key, value in fields.items())
-
-
-def _logfmt_value(value: Any) -> str:
-    """Return a value as one word if it is one, else as a JSON string: quoted, on one line, in ASCII."""
-    text = json.dumps(value) if isinstance(value, int | float | None) else str(value)
-    is_word = text.isascii() and text.isprintable() and not any(c in text for c in ' "=\\')
-    return text if text and is_word else json.dumps(text)

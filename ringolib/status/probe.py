@@ -133,7 +133,8 @@ def check_consumer(endpoint: Endpoint, credentials: CredentialSet, linked: bool)
     except TimeoutError:
         return "consumer_unreachable", f"{endpoint}: {no_answer()}"
     except (OSError, HTTPError, ValueError) as error:  # ValueError: no host can have this name
-        return "consumer_unreachable", f"{endpoint}: {error or type(error).__name__}"
+        reason = getattr(error, "strerror", None) or error or type(error).__name__
+        return "consumer_unreachable", f"{endpoint}: {reason}"
     try:
         response = json.loads(body)
         reasons = [(str(reason["code"]), str(reason["detail"])) for reason in response.get("reasons", ())]

@@ -85,6 +85,15 @@ class Readiness:
             for destination in destinations
         ]
 
+    def absent(self) -> list[Reason]:
+        """Ask each consumer that no record has been sent to, and return why some do not store. Waits for answers."""
+        destinations = self._forwarder.destinations if self._forwarder else []
+        untried = [one for one in destinations if one.link and one.link.stats().state == "unknown"]
+        self._refresh(untried)
+        deadline = answer_deadline(wait=True)
+        reasons = [self._consumer_reason(destination, True, deadline) for destination in untried]
+        return [reason for reason in reasons if reason]
+
     def _known(self, wait: bool) -> Known:
         """Collect the facts, as far as they can change the result: asking costs a commit or a request."""
         if not self._forwarder:

@@ -6,7 +6,6 @@ Any thread may use it. It has no lock and starts no threads: each part takes its
 import datetime
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from ringbuffer import Ring, RingLayout
@@ -15,7 +14,7 @@ from ringolib.counters import Totals
 from ringolib.forward.spool import Spool
 from ringolib.forward.workers import Forwarder
 from ringolib.net.credentials import Credentials
-from ringolib.options import Settings
+from ringolib.options import OPTIONS, Settings
 from ringolib.status import process
 from ringolib.status.numbers import MEMORY_STATS, STATS, to_json
 from ringolib.status.prometheus import metrics_text
@@ -84,7 +83,7 @@ class Report:
 
     def report(self) -> dict[str, Any]:
         """Return the JSON of `/v1.0/stats`. The README explains each key."""
-        settings = {_camel_case(name): value for name, value in asdict(self._sources.settings).items()}
+        settings = {_camel_case(option.long): getattr(self._sources.settings, option.long) for option in OPTIONS}
         settings["port"] = self._sources.server.port
         snapshot = self.snapshot()
         return {
@@ -102,6 +101,10 @@ class Report:
     def reasons(self, wait: bool = True) -> list[Reason]:
         """Return why a record sent now would not be stored now. The HTTP server adds its own reasons."""
         return self._readiness.reasons(wait)
+
+    def absent_consumers(self) -> list[Reason]:
+        """Ask each consumer that no record has been sent to, and return why some do not store."""
+        return self._readiness.absent()
 
     def identity(self) -> str | None:
         """Return the UUID of the server's own database, or None if it has none."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.contained import entry_point, health_check, instructions
+from support.contained import entry_point, environment, health_check, instructions
 from support.harness import DEADLINE, ROOT, free_port, server
 
 import ringoexp
@@ -88,6 +88,11 @@ def test_unit_is_valid_and_its_exposure_is_below_3(role: str) -> None:
 # Kubernetes.
 
 
+def image_variables() -> dict[str, str]:
+    """Return the environment of a container."""
+    return dict(variable.split("=", 1) for variable in environment())
+
+
 def test_manifests_match_the_schema_of_kubernetes() -> None:
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     for manifest in manifests():
@@ -97,7 +102,7 @@ def test_manifests_match_the_schema_of_kubernetes() -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_pod_has_valid_flags_and_probes_existing_routes(role: str) -> None:
     (container,) = pods()[role]["containers"]
-    settings = read_arguments([*entry_point()[1:], *container["args"]])
+    settings = read_arguments([*entry_point()[1:], *container["args"]], image_variables())
     assert settings.is_publisher is (role == "publisher")
     assert container["ports"] == [{"name": "http", "containerPort": settings.port}]
     (service,) = [
@@ -107,7 +112,7 @@ def test_pod_has_valid_flags_and_probes_existing_routes(role: str) -> None:
     ]
     assert service["spec"]["ports"] == [{"name": "http", "port": settings.port, "targetPort": "http"}]
     if settings.is_publisher:
-        consumer = read_arguments([*entry_point()[1:], *pods()["consumer"]["containers"][0]["args"]])
+        consumer = read_arguments(pods()["consumer"]["containers"][0]["args"], image_variables())
         assert (settings.consumer_hostname, settings.consumer_port) == ("ringoexp-consumer", consumer.port)
     routes = Handler.__new__(Handler).make_routes()
     for probe, path in ("startup", "alive"), ("liveness", "alive"), ("readiness", "ready"):
@@ -158,7 +163,7 @@ def test_image_uses_exec_forms_and_a_numeric_user() -> None:
     assert all(isinstance(word, str) for word in [*entry_point(), *health_check()])
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", instructions("USER")[0])
     assert instructions("STOPSIGNAL") == ["SIGTERM"]
-    settings = read_arguments(entry_point()[1:])
+    settings = read_arguments(entry_point()[1:], image_variables())
     assert settings.hostname == "0.0.0.0" and [str(settings.port)] == instructions("EXPOSE")
     assert instructions("WORKDIR")[-1:] == instructions("VOLUME"), "a database without a path is in the volume"
 
@@ -218,7 +223,7 @@ def test_image_commands_run_unprivileged_on_a_read_only_root(directories: tuple[
     command = [*unshare, "sh", "-c", MAKE_ROOT_FROM_HOST, "sh", *map(str, directories), sys.executable, str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=4 * DEADLINE)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ringoexp: stopped") == 3
+    assert done.stdout.count(" event=stopped ") == 3
 
 
 # The documentation.

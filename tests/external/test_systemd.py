@@ -55,7 +55,7 @@ def test_services_store_all_records_before_they_stop(running: Machine) -> None:
     for unit in (PUBLISHER, CONSUMER):
         assert running.show(unit, "SubState", "Result", "ExecMainStatus") == ["dead", "success", "0"]
         log = (running.directory / "lib" / f"{unit}.log").read_text()
-        assert "ringoexp: stopped, 1000 stored, 0 unstored" in log
+        assert " event=stopped stored=1000 unstored=0 " in log
 
 
 @pytest.mark.parametrize("unit", [CONSUMER, PUBLISHER])

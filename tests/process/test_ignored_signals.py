@@ -99,7 +99,7 @@ def test_background_job_of_a_script_survives_ctrl_c(tmp_path: Path, job: str) ->
         assert shell.stdout
         pid = int(shell.stdout.readline())
         try:
-            word = "trying again" if job == "send" else "publisher on"
+            word = "trying again" if job == "send" else "event=started"
             eventually(lambda: word in (tmp_path / "out").read_text())
             os.killpg(shell.pid, signal.SIGINT)  # as the terminal does
             assert shell.wait(DEADLINE) != 0

@@ -28,10 +28,11 @@ from support.harness import (
     free_port,
     program_files,
     request,
+    rows,
     server,
 )
 
-from ringolib.status import logs
+from ringolib.status import log_format, logs
 from ringolib.wire import encode_plain
 
 Attach = Callable[..., IO[bytes]]
@@ -70,7 +71,11 @@ def attach(log: logging.Logger) -> Iterator[Attach]:
 
         def attach(as_json: bool = False, rate_limited: tuple[str, ...] = ()) -> IO[bytes]:
             stream = files.enter_context(tempfile.TemporaryFile())
-            log.addHandler(logs.LineHandler(as_json, rate_limited, stream.fileno()))
+            log.addHandler(
+                logs.LineHandler(
+                    log_format.format_json if as_json else log_format.format_logfmt, rate_limited, stream.fileno()
+                )
+            )
             return stream
 
         yield attach
@@ -195,7 +200,7 @@ def test_thread_writes_what_is_due_and_ends_with_stop(monkeypatch: pytest.Monkey
     monkeypatch.setattr(logs, "RATE_LIMIT_SECONDS", 0.05)
     log = logging.Logger("ringoexp.test", logging.DEBUG)
     with tempfile.TemporaryFile() as stream:
-        handler = logs.LineHandler(False, ("refused",), stream.fileno())
+        handler = logs.LineHandler(log_format.format_logfmt, ("refused",), stream.fileno())
         log.addHandler(handler)
         handler.start()
         try:
@@ -213,7 +218,7 @@ def test_log_without_a_thread_writes_with_the_next_line(log: logging.Logger, mon
 
     monkeypatch.setattr(logs, "start_thread", refuse)
     with tempfile.TemporaryFile() as stream:
-        handler = logs.LineHandler(False, ("refused",), stream.fileno())
+        handler = logs.LineHandler(log_format.format_logfmt, ("refused",), stream.fileno())
         log.addHandler(handler)
         handler.start()
         log.info("refused")
@@ -225,7 +230,7 @@ def test_log_without_a_thread_writes_with_the_next_line(log: logging.Logger, mon
 def test_lines_are_dropped_and_counted_if_the_reader_stalls(log: logging.Logger) -> None:
     read_end, write_end = os.pipe()
     with open(read_end, "rb", buffering=0) as reader, open(write_end, "wb", buffering=0):
-        log.addHandler(logs.LineHandler(as_json=False, rate_limited=(), descriptor=write_end))
+        log.addHandler(logs.LineHandler(rate_limited=(), descriptor=write_end))
         for n in range(2000):
             log.info("happened", {"n": n, "more": "x" * 100})
         text = reader.read(1 << 20)
@@ -266,25 +271,32 @@ def test_handler_with_a_broken_state_raises_nothing(log: logging.Logger, attach:
     assert "event=log_dropped count=1" in logged(stream)[0]
 
 
+def answers(port: int) -> bool:
+    """True if a server answers on this port."""
+    try:
+        return request(port, "GET", "/v1.0/alive")[0] == 200
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
 def test_server_runs_and_stops_if_its_log_is_not_read(tmp_path: Path) -> None:
     read_end, write_end = os.pipe()
+    port = free_port()
     with open(read_end, "rb"):
         running = subprocess.Popen(
-            [sys.executable, ROOT / "ringoexp.py", "-p", "0", "-T", "0", "-d"],
+            [sys.executable, ROOT / "ringoexp.py", "-p", str(port), "-T", str(port), "-d"],
             cwd=tmp_path,
-            stdout=subprocess.PIPE,
             stderr=write_end,
-            text=True,
         )
         os.close(write_end)
         try:
-            assert running.stdout
-            port = int(running.stdout.readline().split(",")[0].rsplit(":", 1)[1])
+            eventually(lambda: answers(port))
             for _ in range(600):
                 assert request(port, "POST", "/v1.0/ingest", bytes(4))[0] == 200
             running.terminate()
-            assert running.communicate(timeout=30)[0] == "ringoexp: stopped, 600 stored, 0 unstored\n"
+            assert running.wait(30) == 0
+            assert len(rows(tmp_path / "ringoexp.db")) == 600
         finally:
             running.kill()
             running.wait()
@@ -303,16 +315,15 @@ def test_server_without_stderr_logs_to_the_null_device(tmp_path: Path) -> None:
     """Otherwise a socket or the database gets the number of stderr, and the lines."""
     port = free_port()
     command = ["sh", "-c", 'exec "$0" "$@" 0<&- 2>&-', sys.executable, str(ROOT / "ringoexp.py")]
-    running = subprocess.Popen(
-        [*command, "-p", str(port), "-T", str(port), "-d"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    )
+    running = subprocess.Popen([*command, "-p", str(port), "-T", str(port), "-d"], cwd=tmp_path)
     try:
-        assert running.stdout and running.stdout.readline()
+        eventually(lambda: answers(port))
         for descriptor in (0, 2):
             assert os.readlink(f"/proc/{running.pid}/fd/{descriptor}") == os.devnull
         assert request(port, "POST", "/v1.0/ingest", bytes(4))[0] == 200
         running.terminate()
-        assert running.communicate(timeout=30)[0] == "ringoexp: stopped, 1 stored, 0 unstored\n"
+        assert running.wait(30) == 0
+        assert len(rows(tmp_path / "ringoexp.db")) == 1
     finally:
         running.kill()
         running.wait()
@@ -322,7 +333,7 @@ def test_long_texts_are_cut(log: logging.Logger, attach: Attach) -> None:
     stream = attach()
     log.info("happened", {"reason": "x" * 5000})
     (line,) = logged(stream)
-    assert f"reason={'x' * logs.MAX_TEXT_LENGTH}... thread=" in line
+    assert f"reason={'x' * log_format.MAX_TEXT_LENGTH}... thread=" in line
 
 
 def test_client_is_logged_when_it_connects_and_disconnects(tmp_path: Path) -> None:
@@ -407,27 +418,25 @@ def test_line_that_a_limit_holds_back_comes_within_its_second(tmp_path: Path) ->
         eventually(lambda: sum(int(line["count"]) for line in events(running, "refused")) == 3, deadline=10)
 
 
-def test_tally_is_the_last_line_after_lines_held_back(tmp_path: Path) -> None:
-    start = f"import sys; sys.path[0] = {str(ROOT)!r}; import ringoexp; from ringolib.status import logs"
-    command = f"{start}; logs.RATE_LIMIT_SECONDS = 600; sys.exit(ringoexp.main())"
-    with subprocess.Popen(
-        [sys.executable, "-c", command, "-p", "0", "-T", "0"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as running:
-        try:
-            assert running.stdout
-            port = int(running.stdout.readline().split(",")[0].rsplit(":", 1)[1])
-            for _ in range(3):
-                assert request(port, "GET", "/nothing")[0] == 404
-            running.terminate()
-            *_, held_back, tally = running.communicate(timeout=30)[0].splitlines()
-        finally:
-            running.kill()
-    assert "event=refused" in held_back and "count=2" in held_back
-    assert tally == "ringoexp: stopped, 0 stored, 0 unstored"
+def test_stopped_is_the_last_line_after_lines_held_back(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0", patch="status.logs.RATE_LIMIT_SECONDS = 600") as running:
+        for _ in range(3):
+            assert request(running.port, "GET", "/nothing")[0] == 404
+        assert running.stop() == 0
+        assert [line["event"] for line in lines(running)] == ["started", "refused", "refused", "stopped"]
+        assert lines(running)[-2]["count"] == "2"
+
+
+def test_nothing_is_written_after_stopped(log: logging.Logger, attach: Attach) -> None:
+    """Threads of requests may end later than the server."""
+    stream = attach(rate_limited=("refused",))
+    for n in range(2):
+        log.info("refused", {"n": n})
+    log.info("stopped", {"stored": 0, "unstored": 0})
+    log.info("refused", {"n": 2})
+    log.error("happened")
+    log.handlers[0].close()
+    assert re.findall("event=([a-z]+)", "\n".join(logged(stream))) == ["refused", "refused", "stopped"]
 
 
 VALUE = 1_234_567_890_123_456_789
@@ -496,6 +505,8 @@ def test_log_json_writes_a_json_object_per_line(tmp_path: Path) -> None:
         assert running.stop() == 0
         lines = [json.loads(line) for line in running.errors.read_text().splitlines()]
     assert {"connected", "disconnected", "refused", "request"} <= {line["event"] for line in lines}
+    assert [line["event"] for line in lines if line["event"] in ("started", "stopped")] == ["started", "stopped"]
+    assert lines[-1]["event"] == "stopped"
     for line in lines:
         assert list(line)[:3] == ["time", "level", "event"] and list(line)[-2:] == ["thread", "logger"]
 

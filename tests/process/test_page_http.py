@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.harness import ROOT, RawClient, ServerProcess, request, server
+from support.harness import ROOT, RawClient, ServerProcess, request, server, started_port
 
 from ringolib.web import page
 
@@ -91,20 +91,16 @@ def test_page_is_served_beyond_the_connection_limit(tmp_path: Path) -> None:
 
 
 def assert_serves_the_page(directory: Path, *command: str, env: dict[str, str] | None = None) -> None:
-    process = subprocess.Popen(
-        [*command, "-p", "0", "-T", "0"],
-        cwd=directory,
-        env={**os.environ, **(env or {})},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout
+    with open(directory / "log", "wb") as log:
+        process = subprocess.Popen(
+            [*command, "-p", "0", "-T", "0"], cwd=directory, env={**os.environ, **(env or {})}, stderr=log
+        )
     try:
-        port = int(re.findall(r":(\d+),", process.stdout.readline())[0])
+        port = started_port(directory / "log", process)
         assert request(port, "GET", "/")[::2] == (200, PAGE.encode())
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def copy_program(directory: Path, *more: str) -> Path:
@@ -150,18 +146,17 @@ def test_installed_package_serves_the_page(tmp_path: Path) -> None:
 def test_missing_page_file_is_logged_and_answered_404(tmp_path: Path) -> None:
     (copy_program(tmp_path / "source") / "ringolib/web/dashboard.html").unlink()
     script = str(tmp_path / "source" / "ringoexp.py")
-    process = subprocess.Popen(
-        [sys.executable, script, "-p", "0", "-T", "0"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen([sys.executable, script, "-p", "0", "-T", "0"], cwd=tmp_path, stderr=log)
     try:
-        port = int(re.findall(rb":(\d+),", process.stdout.readline())[0])
+        port = started_port(tmp_path / "log", process)
         status, _, body = request(port, "GET", "/")
         assert status == 404 and "dashboard.html" in json.loads(body)["error"]
         assert request(port, "GET", "/v1.0/stats")[0] == 200
     finally:
         process.kill()
-        errors = process.communicate()[1].decode()
+        process.wait()
+    errors = (tmp_path / "log").read_text()
     assert "dashboard_missing" in errors and "Traceback" not in errors
 
 

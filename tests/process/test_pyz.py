@@ -331,7 +331,7 @@ def test_build_is_reproducible(pyz: Path, tmp_path: Path, python: str) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(name, copy)
     shutil.copyfile(ROOT / "LICENSE", source / "LICENSE")
-    (source / "ringolib/options.py").chmod(0o700)
+    (source / "ringolib/app.py").chmod(0o700)
     work = tmp_path / "work"
     work.mkdir()
     environment = [f"PYTHONPATH={SITE}", "TZ=Asia/Tokyo", "LC_ALL=C", "PYTHONHASHSEED=7"]

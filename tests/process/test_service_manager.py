@@ -85,7 +85,7 @@ def test_ready_is_sent_when_accepting_and_stopping_before_the_end(tmp_path: Path
     with Manager(name) as manager:
         start = Blocked(lambda: ServerProcess(tmp_path, "-p", str(port), "-T", str(port), env={"NOTIFY_SOCKET": name}))
         message = manager.next()
-        assert message["READY"] == "1" and message["STATUS"].endswith("storing in ringoexp.db")
+        assert message["READY"] == "1" and f"storing in {tmp_path}/ringoexp.db, " in message["STATUS"]
         assert request(port, "GET", "/v1.0/alive")[0] == 200
         running: ServerProcess = start.result()
         try:
@@ -191,7 +191,7 @@ def test_watchdog_is_silent_if_a_lock_is_never_released(
 ) -> None:
     """SIGUSR1 makes the main thread acquire the lock and keep it."""
     hang = f"ringoexp.signal.signal({signal.SIGUSR1:d}, lambda *unused: {stuck}.acquire())"
-    patch = f"ringoexp._greeting = lambda p: ({hang}, f'x:{{p.server.port}}, x')[1]"
+    patch = f"ringoexp._status = lambda p: ({hang}, 'started')[1]"
     with managed_server(tmp_path, manager, "-p", "0", *flags, period=0.4, patch=patch) as running:
         manager.until("WATCHDOG")
         running.send_signal(signal.SIGUSR1)

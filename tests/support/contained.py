@@ -37,6 +37,11 @@ def entry_point() -> list[str]:
     return list(json.loads(command))
 
 
+def environment() -> list[str]:
+    """Return the variables of the image, each as NAME=VALUE."""
+    return [word for line in instructions("ENV") for word in line.split()]
+
+
 def health_check() -> list[str]:
     """Return the command of the health check."""
     (check,) = instructions("HEALTHCHECK")
@@ -48,8 +53,7 @@ def main(root: str, data: str) -> None:
     _mount(root, data)
     with socket.socket() as any_socket:
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", UP_AND_RUNNING))
-    (environment,) = instructions("ENV")
-    inside = ["chroot", root, "/usr/bin/env", "-i", "PATH=/usr/local/bin:/usr/bin:/bin", environment]
+    inside = ["chroot", root, "/usr/bin/env", "-i", "PATH=/usr/local/bin:/usr/bin:/bin", *environment()]
     inside += ["setpriv", f"--reuid={USER_ID}", f"--regid={USER_ID}", "--clear-groups", "--no-new-privs"]
     inside += ["--bounding-set=-all", "sh", "-c", 'cd /data && exec "$@"', "sh"]
     for flags in ([], ["-I", "false"], ["-I", "false", "-H", "::"]):
@@ -75,9 +79,12 @@ def _mount(root: str, data: str) -> None:
 def check_server(inside: list[str], command: list[str]) -> None:
     """Start the server, send it records, and stop it as `docker stop` does."""
     first_process = ["unshare", "--pid", "--fork", "--kill-child", *inside, *command]
-    with subprocess.Popen(first_process, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout
-        print(server.stdout.readline(), end="")
+    with subprocess.Popen(first_process, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr
+        for line in server.stderr:
+            print(line, end="")
+            if " event=started " in line:
+                break
         assert subprocess.run([*inside, *health_check()]).returncode == 0, "healthy"
         for path in ("/new", "/tmp/new", "/usr/new"):
             touched = subprocess.run([*inside, "touch", path], capture_output=True, text=True)
@@ -91,9 +98,9 @@ def check_server(inside: list[str], command: list[str]) -> None:
         assert set(re.findall(r"^Cap(?:Prm|Eff|Bnd):\t(\w+)$", status, re.MULTILINE)) == {"0" * 16}
         began = time.monotonic()
         os.kill(int(pid), signal.Signals[instructions("STOPSIGNAL")[0]])
-        output, _ = server.communicate(timeout=STOP_TIMEOUT_SECONDS)
+        _, output = server.communicate(timeout=STOP_TIMEOUT_SECONDS)
         assert server.returncode == 0
-        assert output == f"ringoexp: stopped, {RECORDS} stored, 0 unstored\n"
+        assert f" event=stopped stored={RECORDS} unstored=0 " in output
         print(output, f"The stop took {time.monotonic() - began:.2f} s.", sep="")
 
 

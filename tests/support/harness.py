@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import sqlite3
@@ -21,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ringolib.status.log_format import sentence
 from support.fake_consumer import answer_handshake
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,8 +95,44 @@ def program_files(root: Path = ROOT) -> list[Path]:
     return [*root.glob("*.py"), *(root / "ringolib").rglob("*.py")]
 
 
+def logged(text: str, event: str) -> dict[str, Any] | None:
+    """Return the fields of the last complete line with this event in a log, logfmt or JSON; None without one."""
+    for line in reversed(text[: text.rfind("\n") + 1].splitlines()):
+        if f'"event": "{event}"' in line:
+            return dict(json.loads(line))
+        if f" event={event} " in line:
+            # shlex is good enough to remove the quotes of a JSON string
+            fields = dict(word.split("=", 1) for word in shlex.split(line))
+            types = {"true": True, "false": False}
+            return {key: types.get(value, _number(value)) for key, value in fields.items()}
+    return None
+
+
+def _number(text: str) -> Any:
+    """Return the number that a text is, or else the text."""
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        return text
+
+
+def started_port(log: Path, process: "subprocess.Popen[Any]") -> int:
+    """Wait until the server that writes this log has started. Return its port, or 0 for a Unix socket."""
+    fields = wait_started(log, process)
+    return 0 if fields["url"].startswith("unix:") else int(fields["url"].rstrip("/").rpartition(":")[2])
+
+
+def wait_started(log: Path, process: "subprocess.Popen[Any]") -> dict[str, Any]:
+    """Return the fields of the event `started` in the log of a process. Fail if the process ends before."""
+    while not (fields := logged(log.read_text(errors="replace"), "started")):
+        if process.poll() is not None and not logged(log.read_text(errors="replace"), "started"):
+            raise AssertionError(f"did not start: {log.read_text(errors='replace')}")
+        time.sleep(0.01)
+    return fields
+
+
 class ServerProcess:
-    """A running `python ringoexp.py` with these flags, in `directory`. The constructor waits for its first line.
+    """A running `python ringoexp.py` with these flags, in `directory`. The constructor waits until it has started.
 
     `patch` holds statements to run before the program starts, such as `web.handler.REQUEST_TIMEOUT_SECONDS = 1`.
     `under` is a command that runs the program, such as `strace` with its options. `env` is added to the environment.
@@ -120,18 +158,15 @@ class ServerProcess:
                 [*under, *(program or (sys.executable, *script)), *flags],
                 cwd=directory,
                 env={**os.environ, **(env or {})},
-                stdout=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
                 stderr=errors,
-                text=True,
             )
-        assert self.process.stdout
-        self.greeting = self.process.stdout.readline()
-        if not self.greeting:
-            self.kill()
-            raise AssertionError(f"did not start: {self.errors.read_text()}")
-        unix = re.search(r" on unix:(\S+),", self.greeting)
-        self.port = 0 if unix else int(self.greeting.split(",")[0].rsplit(":", 1)[1])
-        self.at = directory / unix[1] if unix else self.port
+        self.started = wait_started(self.errors, self.process)
+        """The fields of the event `started`."""
+        self.greeting = sentence("started", self.started) or ""
+        """The same as a sentence, as it is on a terminal."""
+        self.port = started_port(self.errors, self.process)
+        self.at = Path(self.started["url"].removeprefix("unix:")) if not self.port else self.port
         """The address for `request` and `RawClient`: a port, or the path of a Unix socket."""
         self.tally = ""
 
@@ -156,14 +191,15 @@ class ServerProcess:
         self.process.send_signal(number)
 
     def stop(self, number: int = signal.SIGTERM, deadline: float = 45.0) -> int:
-        """End the server with a signal and return its exit status. Its last line is then in `tally`."""
+        """End the server with a signal and return its exit status. `tally` is then its last line, as on a terminal."""
         self.process.send_signal(number)
         return self.wait(deadline)
 
     def wait(self, deadline: float = 45.0) -> int:
-        out, _ = self.process.communicate(timeout=deadline)
-        self.tally = out.strip()
-        return self.process.returncode
+        status = self.process.wait(deadline)
+        stopped = logged(self.errors.read_text(errors="replace"), "stopped")
+        self.tally = (sentence("stopped", stopped) or "") if stopped else ""
+        return status
 
     def settle(self) -> None:
         """Send SIGTERM and wait a moment: coverage writes its data only in an ordered stop."""
@@ -177,8 +213,6 @@ class ServerProcess:
         """Send SIGKILL if the server still runs."""
         self.process.kill()
         self.process.wait()
-        assert self.process.stdout
-        self.process.stdout.close()
 
 
 @contextmanager

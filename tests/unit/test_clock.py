@@ -45,7 +45,7 @@ ALLOWED = {
     ("ringolib/status/sampler.py", "time.time_ns"): "the start time of a profile",
     ("ringolib/status/sampler.py", "time.clock_gettime_ns"): "the CPU clocks of threads",
     ("ringolib/status/logs.py", "time.time"): "the time of a log line",
-    ("ringolib/status/logs.py", "datetime.datetime.fromtimestamp"): "the same",
+    ("ringolib/status/log_format.py", "datetime.datetime.fromtimestamp"): "the same",
     ("ringolib/net/credentials.py", "time.time"): "a log line about an expired certificate",
     ("ringolib/storage/retention.py", "time.time"): "the age of records; a jump forward is believed only if it lasts",
     ("ringolib/forward/spool.py", "time.time"): "the age of the oldest record, also after a restart; only shown",

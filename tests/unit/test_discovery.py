@@ -239,7 +239,7 @@ def test_own_address_among_several_consumers_is_a_one_line_error(tmp_path: Path)
 def test_single_consumer_may_be_the_publisher_itself(tmp_path: Path) -> None:
     port = free_port()
     with server(tmp_path, "-p", str(port), "-U", f"localhost:{port}") as running:
-        assert "storing in ringoexp.db" in running.greeting
+        assert f"storing in {tmp_path}/ringoexp.db" in running.greeting
         assert running.stats()["consumers"] == []
 
 
