@@ -4,7 +4,9 @@ import threading
 from array import array
 from contextlib import suppress
 
-from ringbuffer import Ring
+from support.harness import DEADLINE, Blocked
+
+from ringbuffer import Ring, RingLayout
 from ringolib.status import peaks
 from ringolib.status.peaks import Peaks
 
@@ -60,23 +62,28 @@ def test_old_looks_are_merged_and_not_forgotten() -> None:
     assert looks.since(looks.look(ring).cursor - 2) == 1
 
 
-def test_concurrent_readers_lose_no_measurement() -> None:
-    """Each reader looks after a burst of its own; it must see at least that burst."""
-    ring, looks = Ring(1000), Peaks()
-    missed = []
+class SlowRing(Ring):
+    """Its first layout returns only when the test allows it."""
 
-    def read(count: int) -> None:
-        since = looks.look(ring).cursor
-        for _ in range(200):
-            fill(ring, count)
-            layout = looks.look(ring)
-            if max(layout.highest, looks.since(since)) < count:
-                missed.append(count)
-            since = layout.cursor
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.looked, self.allowed = threading.Event(), threading.Event()
 
-    threads = [threading.Thread(target=read, args=(count,)) for count in (3, 50, 400)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert missed == []
+    def layout(self) -> RingLayout:
+        layout = super().layout()
+        if not self.looked.is_set():
+            self.looked.set()
+            assert self.allowed.wait(DEADLINE)
+        return layout
+
+
+def test_look_waits_until_the_one_before_is_noted() -> None:
+    """Otherwise the second reader would miss the measurement that the first one ended."""
+    ring, looks = SlowRing(100), Peaks()
+    fill(ring, 70)
+    first = Blocked(lambda: looks.look(ring))
+    assert ring.looked.wait(DEADLINE)
+    second = Blocked(lambda: (looks.look(ring), looks.since(0)))
+    assert second.still()
+    ring.allowed.set()
+    assert first.result().highest == second.result()[1] == 70
