@@ -581,10 +581,18 @@ def test_reduced_motion_stops_the_animation(browser: Browser, standalone: Server
         eventually(lambda: browser.run("return document.getElementById('rotating').getAttribute('transform')") is None)
 
 
+WIDEST = [
+    {"id": "1", "source": "f" * 36, "sequence": 2**63 - 1, "value": -(2**63), "received_at": "2020-12-28T23:59:59.999Z"}
+]
+
+
+@pytest.mark.parametrize("records", [WIDEST, []])
 @pytest.mark.parametrize("role", ["publisher", "consumer"])
-def test_page_fits_a_small_phone(browser: Browser, pair: Pair, role: str) -> None:
+def test_page_fits_a_small_phone(browser: Browser, pair: Pair, role: str, records: list[object]) -> None:
     browser.cdp("Emulation.setDeviceMetricsOverride", width=320, height=640, deviceScaleFactor=2, mobile=True)
     browser.open(pair.ports[role])
+    browser.answer_records(json.dumps({"records": records}))
+    eventually(lambda: browser.is_visible("latest"))
     browser.write("not_a_number" * 20)
     browser.click("sendButton")
     assert browser.run("return innerWidth") == 320
