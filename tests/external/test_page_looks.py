@@ -110,17 +110,19 @@ def test_latest_records_come_from_all_consumers(browser: Browser, standalone: Se
         return json.dumps({"records": [{**dict(zip(fields, one, strict=True)), "sequence": one[1]} for one in records]})
 
     browser.open(standalone.port)
-    browser.stop_polling()
     old, new = ("a" * 36, 1, "2020-01-01T00:00:00.000Z"), ("b" * 36, 2, "2020-01-02T00:00:00.000Z")
-    browser.answer_records(answer(old), answer(new, old), 502)
-    consumer = {"state": "up", "reason": None, "awayMs": 0, "workers": 1, "inDoubt": 0}
-    consumers = [{**consumer, "address": address} for address in ("h:1", "h:2", "[::1]:3")]
-    browser.run("latestPending = false")
-    browser.show(1, consumers=consumers, recordsStored=10**6)
+    browser.answer_records(
+        {"error": "name one", "consumers": ["h:1", "h:2", "[::1]:3"]}, answer(old), answer(new, old), 502
+    )
     eventually(lambda: browser.is_visible("latestTable"))
     assert [row[0] for row in browser.run(CELLS)] == ["2", "1"]
     queries = [url.split("limit=10")[1] for url in browser.run("return asked")]
-    assert queries == ["&consumer=h%3A1", "&consumer=h%3A2", "&consumer=%5B%3A%3A1%5D%3A3"]
+    named = ["&consumer=h%3A1", "&consumer=h%3A2", "&consumer=%5B%3A%3A1%5D%3A3"]
+    assert queries == ["", *named], "the answer to the first one names the consumers"
+    browser.run("TIMES.latest = 0; answers = arguments[0]", [{"error": "unknown consumer"}] * 3 + [answer(old)])
+    eventually(lambda: len(browser.run("return asked")) > 7, "the publisher has other consumers now")
+    eventually(lambda: [row[0] for row in browser.run(CELLS)] == ["1"])
+    assert browser.run("return asked.at(-1)").endswith("limit=10")
 
 
 def test_latest_records_are_those_of_the_database(browser: Browser, tmp_path: Path) -> None:

@@ -73,16 +73,20 @@ class Browser:
             stats,
         )
 
-    def answer_records(self, *answers: str | int) -> None:
-        """Answer requests for the latest records with these texts or statuses; the last one is repeated."""
+    def answer_records(self, *answers: str | int | dict[str, Any]) -> None:
+        """Answer requests for the latest records with these texts or statuses; the last one is repeated.
+
+        An object is an answer with status 400.
+        """
         self.run(
             "window.answers = [...arguments]; window.asked = []; window.realFetch ??= window.fetch;"
             "window.fetch = (url, options) => {"
             " if (!String(url).includes('/v1.0/records')) return realFetch(url, options);"
             " asked.push(String(url)); const answer = answers.length > 1 ? answers.shift() : answers[0];"
             " return Promise.resolve(typeof answer === 'number' ? new Response('{}', {status: answer})"
+            " : typeof answer === 'object' ? new Response(JSON.stringify(answer), {status: 400})"
             " : new Response(answer)); };"
-            "latestKey = latestMissing = ''; poll();",
+            "latestKey = latestMissing = ''; latestQueries = ONE_SOURCE; poll();",
             *answers,
         )
 
