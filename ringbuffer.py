@@ -153,6 +153,7 @@ class RingLayout(NamedTuple):
     cursor: int
     in_flight: list[tuple[int, int]]
     finished: list[tuple[int, int]]  # stored or set aside; not free yet, because an older batch is unfinished
+    highest: int  # the largest depth since the previous layout
 
 
 class Ring:
@@ -185,6 +186,7 @@ class Ring:
         self._closed = False
         self._aborted = False
         self._high_water = 0
+        self._highest = 0  # the largest depth since the last `layout`
         self._times_full = 0
         self._listener: Callable[[], None] = lambda: None  # set once, before there is traffic
 
@@ -483,12 +485,16 @@ class Ring:
             )
 
     def layout(self) -> RingLayout:
-        """Return the use of the slots. A slot that is not free, in flight or finished waits for a worker."""
+        """Return the use of the slots. A slot that is not free, in flight or finished waits for a worker.
+
+        Each call begins a new measurement of `highest`, so this method has one caller (`ringolib/status/peaks.py`).
+        """
         with self._lock:
             sequences = self.capacity, self._committed, self._reserved, self._cursor
             in_flight = [(batch.start, batch.end) for batch in self._in_flight_in_slots()]
             finished = list(self._finished.items())
-        return RingLayout(*sequences, _merge(in_flight), _merge(finished))
+            highest, self._highest = self._highest, self._cursor - self._committed
+        return RingLayout(*sequences, _merge(in_flight), _merge(finished), highest)
 
     # Helpers. The caller of each holds the lock.
 
@@ -635,7 +641,7 @@ class Ring:
         """
         assert self._lock.locked()
         cursor = self._cursor + count
-        high_water = max(self._high_water, cursor - self._committed)
+        depth = cursor - self._committed
         known = len(self._runs)
         last = self._runs[-1] if known else None
         try:
@@ -650,7 +656,9 @@ class Ring:
                 self._runs[-1] = last
             raise
         self._cursor = cursor
-        self._high_water = high_water
+        if depth > self._highest:
+            self._highest = depth
+            self._high_water = max(self._high_water, depth)
 
     def _write(self, values: Values, start: int) -> None:
         """Copy `values` to the slots from sequence `start` on. The slots must be free."""

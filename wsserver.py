@@ -6,8 +6,10 @@ own locks.
 """
 
 import logging
+import re
 from time import monotonic
 from typing import Any, Protocol
+from urllib.parse import parse_qs
 
 from ringolib.counters import Totals
 from ringolib.net.credentials import Credentials
@@ -47,6 +49,7 @@ PAGE_PATH = "/"
 ALIVE_PATH = "/v1.0/alive"
 STATS_PATH = "/v1.0/stats"
 METRICS_PATH = "/metrics"
+_CURSOR = re.compile("[0-9]{1,19}")
 
 BODY_BYTES_PER_SECOND = 64 * 1024
 """The rate at which a body must arrive; a request has REQUEST_TIMEOUT_SECONDS on top."""
@@ -59,8 +62,8 @@ INGEST_TIMEOUT_SECONDS = 10.0
 class Monitor(Protocol):
     """Describes the server: its statistics, its readiness, and the database it stores in."""
 
-    def report(self) -> dict[str, Any]:
-        """Return the JSON of `/v1.0/stats`."""
+    def report(self, since: int | None = None) -> dict[str, Any]:
+        """Return the JSON of `/v1.0/stats`. Its `highest` covers the time since the ring's cursor was `since`."""
 
     def metrics(self) -> str:
         """Return the text of `/metrics`."""
@@ -175,7 +178,10 @@ class Handler(WebHandler):
 
     def _stats(self) -> None:
         headers.check_json_request(self.parsed.headers)
-        self.reply_json(200, self.server.monitor.report())
+        (since,) = parse_qs(self.parsed.query).get("since", [""])[-1:]
+        if since and not _CURSOR.fullmatch(since):
+            raise Refusal(400, "since must be the ring's cursor in an earlier response, a whole number")
+        self.reply_json(200, self.server.monitor.report(int(since) if since else None))
 
     def _metrics(self) -> None:
         self.reply(200, self.server.monitor.metrics().encode(), METRICS_TYPE)

@@ -1,4 +1,4 @@
-"""The cost of an open page: the server's processor time for one poll of `/v1.0/stats`.
+"""The cost of an open page: the server's processor time for one poll of `/v1.0/stats` and of the latest records.
 
 `python bench/page_cost.py` polls for a minute like the page, once a second on one connection, and subtracts the time of
 a minute without polls. It measures an idle server with a full window of ack latencies, then a server under a steady
@@ -21,16 +21,20 @@ from ringolib.client.producer import Producer  # noqa: E402
 
 LATENCIES = 4096
 BATCH_RECORDS = 1000  # sent 50 times a second
+PATHS = ("/v1.0/stats?since=0", "/v1.0/records?order=desc&limit=10")
+"""What a poll requests. The page asks an idle server for records only every 10 s."""
 
 
 def measure(process: Process, seconds: int, polls: bool) -> tuple[float, int]:
-    """Return the processor time in these seconds, with or without a poll in each, and the size of the last response."""
+    """Return the processor time in these seconds, with or without a poll in each, and the size of its responses."""
     connection = http.client.HTTPConnection("localhost", process.port, timeout=30)
     size, started, before = 0, time.monotonic(), cpu_seconds(process.pid)
     for number in range(1, seconds + 1):
         if polls:
-            connection.request("GET", "/v1.0/stats", headers={"Accept": "application/json"})
-            size = len(connection.getresponse().read())
+            size = 0
+            for path in PATHS:
+                connection.request("GET", path, headers={"Accept": "application/json"})
+                size += len(connection.getresponse().read())
         time.sleep(max(0.0, started + number - time.monotonic()))
     connection.close()
     return cpu_seconds(process.pid) - before, size
@@ -43,7 +47,7 @@ def compare(process: Process, seconds: int, state: str) -> None:
     cost = (polled - idle) / seconds
     print(
         f"{state}: {cost * 1000:.2f} ms of processor time a poll, {cost * 100:.2f} % of a core"
-        f" ({polled:.2f} s in {seconds} s, {idle:.2f} s without); a response has {size} bytes"
+        f" ({polled:.2f} s in {seconds} s, {idle:.2f} s without); the responses have {size} bytes"
     )
 
 

@@ -17,6 +17,7 @@ from ringolib.net.credentials import Credentials
 from ringolib.options import OPTIONS, Settings
 from ringolib.status import process
 from ringolib.status.numbers import MEMORY_STATS, STATS, to_json
+from ringolib.status.peaks import Peaks
 from ringolib.status.prometheus import metrics_text
 from ringolib.status.readiness import Readiness
 from ringolib.status.readiness_rules import Reason
@@ -50,6 +51,7 @@ class Report:
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
         self._uuid = str(uuid.uuid4()).upper()
+        self._peaks = Peaks()
         self._started = datetime.datetime.now(datetime.timezone.utc)
         forwarder = sources.forwarder if sources.forwards else None
         self._readiness = Readiness(sources.ring, sources.store, sources.spool, forwarder, sources.credentials)
@@ -69,7 +71,7 @@ class Report:
             connections=parts.server.stats(),
             unfinished=parts.budget.held,
             ring=parts.ring.stats() if parts.ring else None,
-            layout=parts.ring.layout() if parts.ring else None,
+            layout=self._peaks.look(parts.ring) if parts.ring else None,
             forwarder=parts.forwarder.stats() if parts.forwarder else None,
             consumers=self._readiness.consumers(),
             store=disk if parts.store else None,
@@ -81,16 +83,23 @@ class Report:
             not_ready=[reason.code for reason in self._readiness.reasons(wait=False)],
         )
 
-    def report(self) -> dict[str, Any]:
-        """Return the JSON of `/v1.0/stats`. The README explains each key."""
+    def report(self, since: int | None = None) -> dict[str, Any]:
+        """Return the JSON of `/v1.0/stats`. The README explains each key.
+
+        The `highest` of its `ring` covers the time since the ring's cursor was `since`, or since the start.
+        """
         settings = {_camel_case(option.long): getattr(self._sources.settings, option.long) for option in OPTIONS}
         settings["port"] = self._sources.server.port
         snapshot = self.snapshot()
+        layout = snapshot.layout
+        if layout and snapshot.ring:
+            highest = snapshot.ring.high_water if since is None else self._peaks.since(since)
+            layout = layout._replace(highest=max(layout.highest, highest))
         return {
             "info": {"version": __version__, "uuid": self._uuid, **settings},
             "options": self._sources.argv,
             "stats": to_json(STATS, snapshot),
-            "ring": _layout_json(snapshot.layout),
+            "ring": _layout_json(layout),
             "memStats": to_json(MEMORY_STATS, snapshot),
         }
 

@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 from support.contained import entry_point, environment, health_check, instructions
-from support.harness import DEADLINE, ROOT, free_port, server
+from support.harness import DEADLINE, ROOT, free_port, in_order, server
 
 import ringoexp
 from ringolib import app
-from ringolib.options import read_arguments
+from ringolib.client.producer import Producer
+from ringolib.net.credentials import TOKEN_VARIABLE
+from ringolib.options import Settings, read_arguments
+from ringolib.storage.clickhouse.url import PASSWORD_VARIABLE, parse_url
 from wsserver import Handler
 
 DEPLOY = ROOT / "deploy"
@@ -152,6 +155,99 @@ def test_pod_has_no_privileges_and_writes_only_its_volume(role: str) -> None:
 def test_consumer_has_one_replica() -> None:
     (consumer,) = [manifest for manifest in manifests() if manifest["kind"] == "StatefulSet"]
     assert consumer["spec"]["replicas"] == 1
+
+
+# Compose.
+
+COMPOSE = ("compose.yaml", "compose.clickhouse.yaml")
+PASSWORD = "RINGOEXP_CLICKHOUSE_PASSWORD"
+
+
+def composed(name: str) -> dict[str, Any]:
+    """Return the services and the volumes of a compose file."""
+    yaml = pytest.importorskip("yaml")
+    return dict(yaml.safe_load((DEPLOY / name).read_text()))
+
+
+def composed_settings(name: str, role: str) -> Settings:
+    """Return the settings of a server in a compose file."""
+    return read_arguments([*entry_point()[1:], *composed(name)["services"][role]["command"]])
+
+
+@pytest.mark.parametrize("name", COMPOSE)
+def test_docker_compose_accepts_the_file(name: str) -> None:
+    if not shutil.which("docker-compose"):
+        pytest.skip("needs docker-compose")
+    command = ["docker-compose", "-f", str(DEPLOY / name), "config", "-q"]
+    env = {key: value for key, value in os.environ.items() if key not in (PASSWORD, "RINGOEXP_TOKEN")}
+    done = subprocess.run(command, env={**env, PASSWORD: "x"}, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    if "clickhouse" in name:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=DEADLINE)
+        assert done.returncode != 0 and "set a password for ClickHouse" in done.stderr
+
+
+@pytest.mark.parametrize("name", COMPOSE)
+@pytest.mark.parametrize("role", ROLES)
+def test_composed_server_has_valid_flags_and_the_images_port(name: str, role: str) -> None:
+    """The health check of the image asks this port."""
+    settings, service = composed_settings(name, role), composed(name)["services"][role]
+    assert settings.is_publisher is (role == "publisher")
+    assert [str(settings.port)] == instructions("EXPOSE")
+    (published,) = service["ports"]
+    port = {"publisher": 6660, "consumer": 6661}[role]
+    assert published == f"127.0.0.1:{port}:{settings.port}", "as in the README's example"
+    assert settings.allow_host == (role,), "others call it by the name of its service"
+    if settings.is_publisher:
+        assert settings.consumers == [("consumer", composed_settings(name, "consumer").port)]
+        assert service["depends_on"] == ["consumer"]
+
+
+@pytest.mark.parametrize("name", COMPOSE)
+@pytest.mark.parametrize("role", ROLES)
+def test_composed_server_is_built_here_and_has_no_privileges(name: str, role: str) -> None:
+    service = composed(name)["services"][role]
+    assert "image" not in service and (DEPLOY / service["build"] / "Dockerfile").is_file()
+    assert service["read_only"] is True and service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert int(service["stop_grace_period"].removesuffix("s")) >= STOP_SECONDS + 5
+    assert TOKEN_VARIABLE in service["environment"]
+
+
+def test_composed_databases_are_in_volumes() -> None:
+    files = [composed(name) for name in COMPOSE]
+    (records,) = files[0]["services"]["consumer"]["volumes"]
+    volume, mounted = records.split(":")
+    assert volume in files[0]["volumes"] and [mounted] == instructions("VOLUME")
+    assert Path(composed_settings(COMPOSE[0], "consumer").database).parent == Path(mounted)
+    clickhouse = files[1]["services"]["clickhouse"]
+    assert clickhouse["volumes"] == ["clickhouse:/var/lib/clickhouse"] and "clickhouse" in files[1]["volumes"]
+    environment = dict(line.split("=", 1) for line in clickhouse["environment"])
+    address = parse_url(composed_settings(COMPOSE[1], "consumer").database)
+    assert (address.user, address.database) == (environment["CLICKHOUSE_USER"], environment["CLICKHOUSE_DB"])
+    assert address.hosts == (("clickhouse", 8123),)
+    own = [line for line in files[1]["services"]["consumer"]["environment"] if line.startswith(f"{PASSWORD}=")]
+    assert own == [f"{PASSWORD}={environment['CLICKHOUSE_PASSWORD']}"] and PASSWORD == PASSWORD_VARIABLE
+
+
+def test_composed_servers_store_records_together(tmp_path: Path) -> None:
+    """As processes of this machine, with its names, ports and directory in place of the containers'."""
+    services = composed(COMPOSE[0])["services"]
+    publisher, consumer = ([*entry_point()[1:], *services[role]["command"]] for role in ROLES)
+    consumer[consumer.index("/data/numbers.db")] = "numbers.db"
+    publisher[publisher.index("consumer")] = "localhost"
+    with (
+        server(tmp_path, *consumer, "-p", "0") as store,
+        server(tmp_path, *publisher, "-p", "0", "-T", str(store.port)) as front,
+    ):
+        url = f"ws://localhost:{front.port}/v1.0/ingest"
+        with Producer(url) as producer:
+            producer.send(range(1000))
+            producer.flush(DEADLINE)
+        assert in_order(tmp_path / "numbers.db", producer.source) == list(range(1000))
+        for running, name in ((store, "consumer"), (front, "publisher")):
+            assert running.get("/v1.0/ready", Host=f"{name}:6660")[0] == 200
+            assert running.get("/v1.0/ready", Host="elsewhere:6660")[0] == 421
 
 
 # The image.

@@ -12,9 +12,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from support.browser import Browser, chromium
+from support.browser import Browser
 from support.certificates import Authority, tls
-from support.harness import ROOT, RawClient, ServerProcess, eventually, frame, free_port, rows, server
+from support.harness import ROOT, RawClient, ServerProcess, eventually, frame, free_port, request, rows, server
 from support.nginx import nginx, socket_directory
 
 from ringolib.status.numbers import NUMBERS, STATS
@@ -28,25 +28,6 @@ def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProce
     """A publisher that stores in its own database."""
     with server(tmp_path_factory.mktemp("own"), "-p", "0", "-T", "0", "-N", "Ringo the 1st") as process:
         yield process
-
-
-@pytest.fixture(scope="module")
-def shared_browser() -> Iterator[Browser]:
-    with chromium() as driver:
-        yield Browser(driver, poll_ms=200)
-
-
-@pytest.fixture
-def browser(shared_browser: Browser) -> Iterator[Browser]:
-    """The shared browser. After a test its console must be empty, and the server must be the only host it contacted."""
-    yield shared_browser
-    assert shared_browser.errors() == []
-    urls = shared_browser.run("return performance.getEntriesByType('resource').map(entry => entry.name)")
-    host = urlsplit(shared_browser.driver.current_url).netloc
-    assert {urlsplit(url).netloc for url in urls if not url.startswith("data:")} <= {host}
-    shared_browser.media()
-    shared_browser.cdp("Emulation.clearDeviceMetricsOverride")
-    shared_browser.driver.get("about:blank")
 
 
 class Pair:
@@ -239,13 +220,15 @@ def test_page_shows_an_unreachable_server_and_recovers(browser: Browser, pair: P
     eventually(lambda: browser.value("ringUsed") == "2" and int(browser.value("recordsReceived")) >= 2)
     pair.publisher.kill()
     pair.consumer.send_signal(signal.SIGCONT)
-    assert re.match(r"The connection ended early: 2 sent, 0 stored\..* Code 1006", browser.send_result())
+    assert re.match(r"The connection ended early, at [\d:]+: 2 sent, 0 stored\..* Code 1006", browser.send_result())
     eventually(lambda: browser.state() == "unreachable")
     assert re.fullmatch(r"The server has been unreachable since \d\d:\d\d:\d\d\.", browser.text("stateText"))
     browser.click("sendButton")
     eventually(lambda: "Nothing was sent" in browser.text("sendResult"))
+    assert browser.driver.title == "▲ no answer – Ringo Exp, publisher"
     pair.start("publisher")
     eventually(lambda: browser.state() == "ok")
+    assert browser.text("sendResult") == "", "the server is back"
     assert "it was restarted" in browser.text("stateDetail")
     browser.wait_for_poll()
     assert browser.run("return window.unchanged") is True, "the page was not reloaded"
@@ -394,7 +377,7 @@ def test_all_is_well_only_if_a_record_would_be_stored(browser: Browser, pair: Pa
     for code, sentence in NOT_READY.items():
         browser.show(1, consumerState="up", notReady=[code])
         assert re.fullmatch(sentence, browser.text("stateText")) and browser.state() in ("degraded", "failing")
-        assert browser.driver.title.startswith("▲")
+        assert re.match("▲ (degraded|failing)", browser.driver.title)
         browser.show(1, notReady=[])
         assert browser.text("stateText") == "All is well." and not browser.driver.title.startswith("▲")
     browser.show(1, notReady=None)
@@ -535,6 +518,40 @@ def test_invalid_input_clears_the_previous_result(browser: Browser, standalone: 
     assert not browser.is_visible("sendProgress")
 
 
+def test_successful_send_clears_the_previous_error(browser: Browser, standalone: ServerProcess) -> None:
+    browser.open(standalone.port)
+    browser.write("x")
+    browser.click("sendButton")
+    assert browser.text("inputError")
+    browser.click("sendMany")
+    assert browser.send_result().startswith("10,000 sent, all stored")
+    assert browser.text("inputError") == ""
+    assert browser.run("return document.getElementById('integers').ariaInvalid") == "false"
+
+
+def test_title_has_the_state_the_rate_and_the_name(browser: Browser, standalone: ServerProcess) -> None:
+    browser.open(standalone.port)
+    browser.stop_polling()
+    browser.show(10)
+    received = int(browser.value("recordsReceived"))
+    browser.show(1, recordsReceived=received + 12_345)
+    assert browser.driver.title == "ok, 12,345/s – Ringo the 1st, publisher"
+    browser.show(1, notReady=["disk_full"])
+    assert browser.driver.title == "▲ failing, 0/s – Ringo the 1st, publisher"
+
+
+def test_recovery_is_told_for_a_minute(browser: Browser, standalone: ServerProcess) -> None:
+    browser.open(standalone.port)
+    browser.stop_polling()
+    browser.run("showNoAnswer('The connection failed.')")
+    browser.show(1)
+    assert "reachable again since" in browser.text("stateDetail")
+    browser.show(50)
+    assert "reachable again since" in browser.text("stateDetail")
+    browser.show(11)
+    assert browser.text("stateDetail") == "This publisher stores records in its own database."
+
+
 # Accessibility and small screens.
 
 
@@ -564,10 +581,18 @@ def test_reduced_motion_stops_the_animation(browser: Browser, standalone: Server
         eventually(lambda: browser.run("return document.getElementById('rotating').getAttribute('transform')") is None)
 
 
+WIDEST = [
+    {"id": "1", "source": "f" * 36, "sequence": 2**63 - 1, "value": -(2**63), "received_at": "2020-12-28T23:59:59.999Z"}
+]
+
+
+@pytest.mark.parametrize("records", [WIDEST, []])
 @pytest.mark.parametrize("role", ["publisher", "consumer"])
-def test_page_fits_a_small_phone(browser: Browser, pair: Pair, role: str) -> None:
+def test_page_fits_a_small_phone(browser: Browser, pair: Pair, role: str, records: list[object]) -> None:
     browser.cdp("Emulation.setDeviceMetricsOverride", width=320, height=640, deviceScaleFactor=2, mobile=True)
     browser.open(pair.ports[role])
+    browser.answer_records(json.dumps({"records": records}))
+    eventually(lambda: browser.is_visible("latest"))
     browser.write("not_a_number" * 20)
     browser.click("sendButton")
     assert browser.run("return innerWidth") == 320
@@ -578,6 +603,14 @@ def test_page_fits_a_small_phone(browser: Browser, pair: Pair, role: str) -> Non
         " && element.getBoundingClientRect().right > 320.5).map(element => element.outerHTML)"
     )
     assert clipped == []
+
+
+@pytest.mark.parametrize("role", ["publisher", "consumer"])
+def test_send_form_is_on_the_second_screen_of_a_phone(browser: Browser, pair: Pair, role: str) -> None:
+    browser.cdp("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True)
+    browser.open(pair.ports[role])
+    bottom = browser.run("return document.getElementById('sendForm').getBoundingClientRect().bottom + scrollY")
+    assert bottom <= 2 * 844
 
 
 CONTRAST = """
@@ -654,7 +687,7 @@ def test_keyboard_reaches_everything_with_visible_focus(browser: Browser, standa
         )
         reached.append(at)
         assert outline == "solid" and width > 20, reached
-    assert reached == ["#numbers", "integers", "sendButton", "sendMany", "/v1.0/stats", "/v1.0/ready", "/metrics"]
+    assert reached == ["#numbers", "integers", "sendButton", "sendMany", "v1.0/stats", "v1.0/ready", "metrics"]
 
 
 def test_page_asks_for_the_token_once_and_keeps_it_in_memory(browser: Browser, tmp_path: Path) -> None:
@@ -698,8 +731,7 @@ def test_page_asks_for_the_token_once_and_keeps_it_in_memory(browser: Browser, t
         browser.driver.refresh()
         eventually(lambda: browser.state() == "locked")
     assert [value for _, _, value in rows(tmp_path / "a.db")] == [5, 6, 7]
-    messages = browser.driver.get_log("browser")  # Chromium itself logs the 401
-    assert all("401 (Unauthorized)" in entry["message"] for entry in messages)
+    assert all("401 (Unauthorized)" in message for message in browser.errors()), "Chromium itself logs the 401"
     browser.driver.get("about:blank")
 
 
@@ -720,15 +752,34 @@ def test_page_works_over_tls(browser: Browser, tmp_path: Path) -> None:
     assert [value for _, _, value in rows(tmp_path / "a.db")] == [8]
 
 
-def test_page_works_through_nginx(browser: Browser) -> None:
-    """The Origin of its WebSocket is the address of nginx."""
+UNDER_A_PATH = (
+    (
+        "        location / {\n            proxy_pass http://ringoexp;\n",
+        "        location = /numbers { proxy_pass http://ringoexp/; }\n"
+        "        location /numbers/ {\n            proxy_pass http://ringoexp/;\n",
+    ),
+    (
+        "        location = /v1.0/ingest {\n            proxy_pass http://ringoexp;\n",
+        "        location = /numbers/v1.0/ingest {\n            proxy_pass http://ringoexp/v1.0/ingest;\n",
+    ),
+)
+
+
+@pytest.mark.parametrize("path", ["/", "/numbers/", "/numbers"])
+def test_page_works_through_nginx(browser: Browser, path: str) -> None:
+    """The Origin of its WebSocket is the address of nginx. The page may have a path there, with or without a slash."""
     with (
         socket_directory() as directory,
         server(directory, "-H", "unix:x.sock") as behind,
-        nginx(directory, behind.at) as port,
+        nginx(directory, behind.at, *(UNDER_A_PATH if path != "/" else ())) as port,
     ):
-        browser.open(port)
+        browser.open(port, path)
         browser.write("1 2 3")
         browser.click("sendButton")
         browser.send_result()
         assert [value for _, _, value in rows(directory / "ringoexp.db")] == [1, 2, 3]
+        links = browser.run("return [...document.querySelectorAll('footer a')].map(link => link.href)")
+        base = f"http://localhost:{port}{path.rstrip('/')}"
+        assert links == [f"{base}/v1.0/stats", f"{base}/v1.0/ready", f"{base}/metrics"]
+        for link in links:
+            assert request(port, "GET", urlsplit(link).path)[0] == 200

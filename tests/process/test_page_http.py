@@ -17,6 +17,7 @@ from support.harness import ROOT, RawClient, ServerProcess, request, server, sta
 
 from ringolib.web import page
 
+OCTETS = {"Content-Type": "application/octet-stream"}
 PAGE = (ROOT / "ringolib/web/dashboard.html").read_text()
 
 
@@ -60,9 +61,9 @@ def test_page_is_one_file_without_inline_attributes() -> None:
     addresses = re.findall(r"\b(?:https?|wss?)://[^\s'\"`<>]*", PAGE)
     assert set(addresses) == {"http://www.w3.org/2000/svg"}, "an XML namespace, not an address"
     assert set(re.findall(r"\s(?:src|href|action|data)=\"([^#\"][^\"]*)\"", PAGE)) <= {
-        "/v1.0/stats",
-        "/v1.0/ready",
-        "/metrics",
+        "v1.0/stats",
+        "v1.0/ready",
+        "metrics",
         *re.findall(r'href="(data:image/svg\+xml,[^"]*)"', PAGE),
     }
     markup = re.sub(r"<(script|style)>.*?</\1>", "", PAGE, flags=re.DOTALL)
@@ -75,6 +76,28 @@ def test_cached_page_is_answered_304(publisher: ServerProcess) -> None:
     status, headers, body = publisher.get("/", **{"If-None-Match": f'"other", W/{etag}'})
     assert (status, headers["ETag"], body) == (304, etag, b"")
     assert publisher.get("/", **{"If-None-Match": '"other"'})[0] == 200
+
+
+def test_stats_have_the_most_slots_used_since_a_look(tmp_path: Path) -> None:
+    with server(tmp_path, "-p", "0", "-T", "0") as process:
+
+        def look(query: str = "") -> tuple[int, int]:
+            ring = json.loads(process.get(f"/v1.0/stats{query}")[2])["ring"]
+            return ring["cursor"], ring["highest"]
+
+        def store(count: int) -> None:
+            assert request(process.port, "POST", "/v1.0/ingest", bytes(8 * count), OCTETS)[0] == 200
+
+        store(700)
+        cursor, highest = look()
+        assert (cursor, highest) == (700, 700)
+        store(300)
+        assert look(f"?since={cursor}") == look(f"?since={cursor}") == (1000, 300), "for each page that asks"
+        assert look("?since=1000") == (1000, 0)
+        assert look() == look("?since=") == look("?since=99999") == (1000, 700), "since the start"
+        for wrong in ("x", "-1", "1.5", "9" * 20):
+            status, _, body = process.get(f"/v1.0/stats?since={wrong}")
+            assert status == 400 and "since must be" in json.loads(body)["error"]
 
 
 def test_page_answers_head_and_refuses_post(publisher: ServerProcess) -> None:

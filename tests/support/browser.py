@@ -16,8 +16,11 @@ FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-default-apps --window-size=1280,900"
 ).split()
-UNREACHABLE = ("net::ERR_CONNECTION_REFUSED", "net::ERR_EMPTY_RESPONSE", "net::ERR_CONNECTION_RESET")
-"""Messages that Chromium writes to its console if a server is unreachable. The page cannot prevent them."""
+REFUSED = ("net::ERR_CONNECTION_REFUSED", "net::ERR_EMPTY_RESPONSE", "net::ERR_CONNECTION_RESET")
+RECORDS = "/v1.0/records?order=desc&limit=10"
+"""What the page asks for to show the latest records. Not every server can answer it at every time."""
+UNREACHABLE = (*REFUSED, f"{RECORDS} - Failed to load resource", f"{RECORDS}&consumer=")
+"""Messages that Chromium writes to its console if a server does not answer. The page cannot prevent them."""
 
 
 class Browser:
@@ -27,9 +30,9 @@ class Browser:
         self.driver = driver
         self.poll_ms = poll_ms
 
-    def open(self, port: int) -> None:
+    def open(self, port: int, path: str = "/") -> None:
         """Load the page, and wait until it shows numbers."""
-        self.driver.get(f"http://localhost:{port}/")
+        self.driver.get(f"http://localhost:{port}{path}")
         eventually(lambda: self.polls() > 0, "the page has no stats")
         self.run("TIMES.poll = arguments[0]; poll()", self.poll_ms)
 
@@ -68,6 +71,23 @@ class Browser:
             ring,
             info,
             stats,
+        )
+
+    def answer_records(self, *answers: str | int | dict[str, Any]) -> None:
+        """Answer requests for the latest records with these texts or statuses; the last one is repeated.
+
+        An object is an answer with status 400.
+        """
+        self.run(
+            "window.answers = [...arguments]; window.asked = []; window.realFetch ??= window.fetch;"
+            "window.fetch = (url, options) => {"
+            " if (!String(url).includes('/v1.0/records')) return realFetch(url, options);"
+            " asked.push(String(url)); const answer = answers.length > 1 ? answers.shift() : answers[0];"
+            " return Promise.resolve(typeof answer === 'number' ? new Response('{}', {status: answer})"
+            " : typeof answer === 'object' ? new Response(JSON.stringify(answer), {status: 400})"
+            " : new Response(answer)); };"
+            "latestKey = latestMissing = ''; latestQueries = ONE_SOURCE; poll();",
+            *answers,
         )
 
     def chart(self, name: str) -> str:

@@ -60,7 +60,7 @@ FULL = BARE._replace(
         times_full=39,
         oldest_in_flight=0.0404,
     ),
-    layout=RingLayout(30, 33, 32, 31, [], []),
+    layout=RingLayout(30, 33, 32, 31, [], [], 0),
     forwarder=ForwarderStats(41, 42, 43),
     consumers=[ConsumerStats("a:1", LinkStats("down", "gone", 4.4, 5.0), 45, 46)],
     store=STORE,

@@ -350,17 +350,29 @@ def test_age_of_requeued_batch_counts_from_first_reserve(
 
 def test_layout_shows_ranges_in_flight_and_finished() -> None:
     ring = ring_of(8, *range(8))
-    assert ring.layout() == (8, 0, 0, 8, [], [])
+    assert ring.layout()[:-1] == (8, 0, 0, 8, [], [])
     first, second, third, fourth = (ring.reserve(1) for _ in range(4))
-    assert ring.layout() == (8, 0, 4, 8, [(0, 4)], [])
+    assert ring.layout()[:-1] == (8, 0, 4, 8, [(0, 4)], [])
     ring.requeue(second)
-    assert ring.layout() == (8, 0, 4, 8, [(0, 1), (2, 4)], [])
+    assert ring.layout()[:-1] == (8, 0, 4, 8, [(0, 1), (2, 4)], [])
     ring.commit(fourth)
     ring.commit(third)
-    assert ring.layout() == (8, 0, 4, 8, [(0, 1)], [(2, 4)])
+    assert ring.layout()[:-1] == (8, 0, 4, 8, [(0, 1)], [(2, 4)])
     ring.commit(first)
     ring.commit(ring.reserve(1))
-    assert ring.layout() == (8, 4, 4, 8, [], [])
+    assert ring.layout()[:-1] == (8, 4, 4, 8, [], [])
+
+
+def test_layout_has_the_largest_depth_since_the_last_one() -> None:
+    ring = ring_of(8, *range(6))
+    assert ring.layout().highest == 6
+    ring.commit(ring.reserve(4))
+    assert ring.layout().highest == 6, "the slots were used when the measurement began"
+    assert ring.layout().highest == 2
+    ring.put(ints(6, 7, 8), A, 6, 0)
+    ring.commit(ring.reserve(5))
+    assert (ring.stats().depth, ring.layout().highest, ring.layout().highest) == (0, 5, 0)
+    assert ring.stats().high_water == 6
 
 
 def test_failing_workers_lose_and_duplicate_nothing_under_load() -> None:
@@ -708,7 +720,8 @@ def state_of(ring: Ring) -> list[Any]:
 
     containers = [described(getattr(ring, name)) for name in ("_in_flight", "_requeued", "_marked", "_aside")]
     taken = [ring._slots[sequence % ring.capacity] for sequence in range(ring._committed, ring._cursor)]
-    counters = [ring._cursor, ring._reserved, ring._committed, ring._aside_size, ring._high_water, ring._idle_workers]
+    counters = [ring._cursor, ring._reserved, ring._committed, ring._aside_size, ring._high_water, ring._highest]
+    counters.append(ring._idle_workers)
     return [*counters, *containers, list(ring._runs), dict(ring._finished), taken]
 
 
