@@ -29,7 +29,6 @@ from ringolib.web.handler import (
     WebHandler,
     new_request_id,
     peer_name,
-    random_uuid,
 )
 from ringolib.web.headers import Refusal
 from ringolib.web.intake import Intake
@@ -38,6 +37,7 @@ from ringolib.web.names import Names
 from ringolib.web.page import HTML, load_page
 from ringolib.web.request import BodyEnded
 from ringolib.web.session import LOST, Session
+from ringolib.web.sources import new_source
 from ringolib.web.table import Limits
 from ringolib.wire import INGEST_PATH, READY_PATH, SUBPROTOCOL, Block, Run, WireError, decode_plain
 
@@ -233,7 +233,7 @@ class Handler(WebHandler):
         """Put the values into the intake, wait until they are stored, and answer. Raises Refusal."""
         started, deadline = monotonic(), deadline_after(INGEST_TIMEOUT_SECONDS)
         intake = self.server.intake
-        block = Block([Run(random_uuid().bytes, 0, len(values))], values)
+        block = Block([Run(new_source(), 0, len(values))], values)
         accepted, ticket = intake.put(block, INGEST_TIMEOUT_SECONDS)
         timeout = remaining(deadline)
         if accepted < len(values):
