@@ -444,7 +444,7 @@ def _make_parser() -> _Parser:
     """Return the parser of the command line, made from OPTIONS."""
     parser = _Parser(
         prog="ringoexp",
-        usage="ringoexp [flags] | send [flags] [FILE] | help | version",
+        usage="ringoexp [flags] | send [flags] [FILE] | read [flags] | help | version",
         description="Receives integers over WebSocket or HTTP, buffers them in a ring and stores them in SQLite.\n"
         "Without flags: a complete system on localhost:6660.",
         epilog="examples:\n"
@@ -453,7 +453,7 @@ def _make_parser() -> _Parser:
         "  a publisher in front of it, with a larger ring:\n"
         "    ringoexp -p 6660 -T 6661 -r 65536\n"
         "  a complete system on another port needs both: -p 7000 -T 7000\n"
-        "  the flags of send: ringoexp send --help",
+        "  the flags of send and read: ringoexp send --help, ringoexp read --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
         allow_abbrev=False,

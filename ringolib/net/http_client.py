@@ -69,7 +69,7 @@ class HTTPConnection:
     """Requests on `sock`, one after the other: `send`, then `read_head`, then `read_body`.
 
     The methods raise HTTPError, TimeoutError after the deadline, and OSError if the connection is lost. After an error
-    the connection cannot be used any more.
+    the connection cannot be used any more, except after a TimeoutError of `read_piece`.
     """
 
     def __init__(self, sock: Any) -> None:
@@ -154,6 +154,11 @@ class HTTPConnection:
             if len(body) > MAX_BODY_BYTES:
                 raise HTTPError(f"the answer has more than {MAX_BODY_BYTES} bytes")
         return bytes(body)
+
+    def read_piece(self, deadline: float) -> bytes:
+        """Return a piece of the body, or b"" at its end. After a TimeoutError, it may be called again."""
+        event = self._next_event(deadline)
+        return bytes(event.data) if isinstance(event, h11.Data) else b""
 
     def _next_event(self, deadline: float) -> Any:
         """Return h11's next event, and read from the socket as long as h11 needs data for it."""

@@ -22,7 +22,7 @@ APPLICATION_ID = 0x52494E47  # "RING", https://www.sqlite.org/pragma.html#pragma
 SPOOL_APPLICATION_ID = 0x52494E53  # "RINS": its own id, because records are deleted from a spool
 _KINDS = {APPLICATION_ID: "a consumer's database", SPOOL_APPLICATION_ID: "a publisher's spool"}
 SCHEMA_VERSION = 1
-_SOURCE_TEXT = """lower(substr(hex(uuid), 1, 8) || '-' || substr(hex(uuid), 9, 4) || '-' || substr(hex(uuid), 13, 4)
+SOURCE_TEXT = """lower(substr(hex(uuid), 1, 8) || '-' || substr(hex(uuid), 9, 4) || '-' || substr(hex(uuid), 13, 4)
                || '-' || substr(hex(uuid), 17, 4) || '-' || substr(hex(uuid), 21))"""
 """The SQL of a source's UUID as text. SQLite uses the index on it only for this very expression."""
 SCHEMA = f"""
@@ -44,7 +44,7 @@ CREATE TABLE batch(
 );
 CREATE VIEW records AS
   SELECT record.id AS id,
-         {_SOURCE_TEXT} AS source,
+         {SOURCE_TEXT} AS source,
          batch.sequence + (record.id - batch.first_id) AS sequence,
          record.value AS value,
          batch.received_at_ms AS received_at_ms
@@ -55,11 +55,11 @@ CREATE VIEW records AS
 ADDITIONS = (
     "CREATE TABLE IF NOT EXISTS identity(uuid BLOB NOT NULL)",
     # With it, a query of `records` for one source, or grouped by source, begins at the source and not at all batches.
-    f"CREATE INDEX IF NOT EXISTS source_text ON source({_SOURCE_TEXT})",
+    f"CREATE INDEX IF NOT EXISTS source_text ON source({SOURCE_TEXT})",
     # Records that retention has deleted do not count, although their batches stay for a while. NOT INDEXED: SQLite
     # would read the batches in the order of their sources, which takes three times as long if they are many.
     f"""CREATE VIEW IF NOT EXISTS sources AS
-  SELECT {_SOURCE_TEXT} AS source, records, first_sequence, last_sequence, first_received_at_ms, last_received_at_ms
+  SELECT {SOURCE_TEXT} AS source, records, first_sequence, last_sequence, first_received_at_ms, last_received_at_ms
     FROM (SELECT source_id,
                  sum(first_id + count - max(first_id, oldest)) AS records,
                  min(sequence + max(oldest - first_id, 0)) AS first_sequence,
