@@ -173,7 +173,7 @@ def _print_records(server: _Server, arguments: argparse.Namespace) -> int:
 def _ask(
     server: _Server, arguments: argparse.Namespace, cursor: str | None, limit: int
 ) -> tuple[list[bytes], str | None]:
-    """Return the lines of a page, and the cursor of the next one, None if there is none. Raises ReadError."""
+    """Return the lines of a page, and the cursor of the next page or None. Raises ReadError."""
     values = {"limit": str(limit), "format": arguments.format, "order": arguments.order}
     values["after"] = cursor
     values["source"] = arguments.source and str(arguments.source)

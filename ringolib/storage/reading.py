@@ -163,7 +163,7 @@ def _batch_of(db: sqlite3.Connection, record: int) -> int:
 
 
 def _first_since(db: sqlite3.Connection, since_ms: int, newest: int) -> int:
-    """Return the id of the first record that arrived at `since_ms` or later, newest + 1 if there is none.
+    """Return the id of the first record that arrived at `since_ms` or later; newest + 1 if no record did.
 
     The batches are in the order of their arrival, so a binary search finds it. If the clock was set back, it finds one
     of the places where the time passes `since_ms`.

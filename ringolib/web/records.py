@@ -1,7 +1,7 @@
 """`GET /v1.0/records`: reads the query, and sends the stored records in pages, in bounded memory.
 
 The functions run on the thread of the connection. `StoredRecords` is shared by all of them; its semaphore limits the
-answers that last: long ones, and those that follow. An answer of one page is sent as a whole, with its length and a
+answers that last: long answers, and answers that follow. An answer of one page is sent as a whole, with its length and a
 Link to the next page. Values and queries are never logged.
 """
 
@@ -74,7 +74,7 @@ def parse(text: str, accept: str) -> RecordsRequest:
 
 
 def _split(text: str) -> dict[str, str]:
-    """Return the parameters of a query string. A + stands for itself, as in a time with an offset. Raises Refusal."""
+    """Return the parameters of a query string. A + is no space: a time may have one in its offset. Raises Refusal."""
     values: dict[str, str] = {}
     for part in filter(None, text.split("&")):
         name, _, value = part.partition("=")

@@ -75,7 +75,7 @@ class RelayedRecords:
         raise Refusal(400, f"{problem}: use consumer= with one of {', '.join(names)}", fields={"consumers": names})
 
     def _relay(self, connection: WebHandler, request: RecordsRequest, endpoint: Endpoint, via: str) -> None:
-        """Ask the consumer, and send its answer. Raises Refusal if there is none."""
+        """Ask the consumer, and send its answer. Raises Refusal if it gives no answer."""
         deadline = deadline_after(ANSWER_TIMEOUT_SECONDS)
         credentials = self._credentials.current
         parts = [part for part in connection.parsed.query.split("&") if unquote(part.partition("=")[0]) != "consumer"]
