@@ -1,8 +1,8 @@
 """`GET /v1.0/records`: reads the query, and sends the stored records in pages, in bounded memory.
 
 The functions run on the thread of the connection. `StoredRecords` is shared by all of them; its semaphore limits the
-answers that last: long answers, and answers that follow. An answer of one page is sent as a whole, with its length and a
-Link to the next page. Values and queries are never logged.
+long answers and those of followers. An answer of one page is sent whole, with its length and a Link to the next page.
+Values and queries are never logged.
 """
 
 import datetime
