@@ -42,14 +42,14 @@ _missing: str | None = None  # the module that a server lacks
 _can_send = False
 try:
     from ringolib import __version__
-    from ringolib.client import send
+    from ringolib.client import read, send
     from ringolib.client.output import print_line
     from ringolib.net.addresses import format_url
     from ringolib.options import Settings, read_arguments, strange_variables
     from ringolib.timing import ThreadError, deadline_after, remaining, start_thread
 
     _can_send = True
-    # The rest is for servers: `ringoexp send` works without it, for example in a Python without SQLite.
+    # The rest is for servers: `send` and `read` work without it, for example in a Python without SQLite.
     from ringolib import app, open_files
     from ringolib.status import log_format, logs, systemd
     from ringolib.storage.clickhouse.url import is_clickhouse_url
@@ -259,10 +259,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not _can_send:
         sys.exit(f"ringoexp: error: {_missing}")
-    if arguments[:1] == ["send"]:
+    command = {"send": send.main, "read": read.main}.get(arguments[0]) if arguments else None
+    if command:
         if not _is_ignored(signal.SIGINT):
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        return send.main(arguments[1:])
+        return command(arguments[1:])
     settings = read_arguments(arguments)
     if _missing:
         sys.exit(f"ringoexp: error: {_missing}")

@@ -27,7 +27,7 @@ from typing import NamedTuple
 from ringolib.storage import wal
 from ringolib.storage.database_file import DatabaseFile
 from ringolib.storage.group_commit import CommitResult, GroupCommit, PendingBlock
-from ringolib.storage.interface import Sizes, StoreError
+from ringolib.storage.interface import Page, Query, Sizes, StoreError
 from ringolib.storage.oldest import (
     ExpireResult,
     OldestBatches,
@@ -36,6 +36,7 @@ from ringolib.storage.oldest import (
     delete_oldest,
     read_oldest,
 )
+from ringolib.storage.reading import Reading
 from ringolib.storage.remedies import NoRoom, explain, store_errors
 from ringolib.storage.sqlite_file import (
     APPLICATION_ID,
@@ -124,6 +125,7 @@ class Store(GroupCommit):
                 self.identity = read_identity(self._db)
                 self._held = count_records(self._db)
             undo.pop_all()
+        self._reading = Reading(path, self._file.real_path)
         self._file.warn_of_file_system()
 
     def oldest(self, limit: int) -> OldestBatches | None:
@@ -173,6 +175,10 @@ class Store(GroupCommit):
             self._set_held(held)
             return ExpireResult(records, batches, more, oldest_ms, newest_ms, monotonic() - started)
 
+    def read(self, query: Query) -> Page:
+        """Return a page of records, over a connection of its own: see `storage.reading`."""
+        return self._reading.read(query)
+
     def sizes(self) -> Sizes:
         """Return the sizes of the files and the free space on their disk."""
         try:
@@ -213,6 +219,7 @@ class Store(GroupCommit):
         """
         intact = True
         if self._close():
+            self._reading.close()
             try:
                 self._check_in_place()
             except StoreError as error:

@@ -41,7 +41,7 @@ from ringolib.web.post import decode_body, not_stored, parse_numbering
 from ringolib.web.request import BodyEnded
 from ringolib.web.session import LOST, Session
 from ringolib.web.table import Limits
-from ringolib.wire import INGEST_PATH, READY_PATH, SUBPROTOCOL, Block
+from ringolib.wire import INGEST_PATH, READY_PATH, RECORDS_PATH, SUBPROTOCOL, Block
 
 log = logging.getLogger("ringoexp.http")
 
@@ -78,6 +78,13 @@ class Monitor(Protocol):
         """Return the identity of the database, or None if the server has no database."""
 
 
+class Records(Protocol):
+    """Answers `GET /v1.0/records`: from the own store, or by asking a consumer."""
+
+    def answer(self, connection: WebHandler) -> None:
+        """Answer the request of a connection. Raises Refusal."""
+
+
 class Server(Connections):
     """Serves HTTP and WebSocket clients on `listeners`, which it owns, once `serve` is called."""
 
@@ -96,11 +103,16 @@ class Server(Connections):
         # `serve` sets these before the first connection is accepted.
         self.intake: Intake
         self.monitor: Monitor
+        self.records: Records
         self.loop: IngestLoop | None = None
 
-    def serve(self, intake: Intake, monitor: Monitor) -> None:
-        """Begin to accept connections. Records go to `intake`; `monitor` describes the server. Raises ThreadError."""
+    def serve(self, intake: Intake, monitor: Monitor, records: Records) -> None:
+        """Begin to accept connections. Raises ThreadError.
+
+        Records go to `intake`, and are read back through `records`; `monitor` describes the server.
+        """
         self.intake = intake
+        self.records = records
         self.monitor = monitor
         self.loop = IngestLoop(intake, self.totals, self.budget)
         self.start()
@@ -139,6 +151,7 @@ class Handler(WebHandler):
             READY_PATH: dict.fromkeys(GET_OR_HEAD, self._ready),
             STATS_PATH: dict.fromkeys(GET_OR_HEAD, self._stats),
             INGEST_PATH: {**dict.fromkeys(GET_OR_HEAD, self._upgrade), "POST": self._post},
+            RECORDS_PATH: dict.fromkeys(GET_OR_HEAD, self._records),
             METRICS_PATH: dict.fromkeys(GET_OR_HEAD, self._metrics),
         }
 
@@ -185,6 +198,9 @@ class Handler(WebHandler):
 
     def _metrics(self) -> None:
         self.reply(200, self.server.monitor.metrics().encode(), METRICS_TYPE)
+
+    def _records(self) -> None:
+        self.server.records.answer(self)
 
     def _ready(self) -> None:
         """Answer whether a record that a new client sends now would be stored now."""

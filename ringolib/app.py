@@ -45,6 +45,8 @@ from ringolib.timing import ThreadError, deadline_after, remaining
 from ringolib.web import budget
 from ringolib.web.intake import Intake, RingIntake, StoreIntake
 from ringolib.web.names import Names
+from ringolib.web.records import MAX_STREAMS, StoredRecords
+from ringolib.web.relay import RelayedRecords
 from ringolib.web.table import Limits
 from store import Store
 from wsserver import Server
@@ -155,7 +157,7 @@ class App:
             else:
                 assert self.store
                 self._intake = StoreIntake(self.store)
-            self.server.serve(self._intake, self._report)
+            self.server.serve(self._intake, self._report, self._records())
             if self.profiler:
                 self.profiler.start()
         if self._look:
@@ -163,6 +165,20 @@ class App:
         if self.profiler:
             level = logging.INFO if self.profiler.loopback else logging.WARNING
             log.log(level, "profiling", {"host": self.settings.profiler_host, "port": self.profiler.port})
+
+    def _records(self) -> StoredRecords | RelayedRecords:
+        """Return what answers `GET /v1.0/records`. Long answers may take a quarter of the connections."""
+        limits = [limit for limit in (self._shares.connections, self.settings.max_request_threads) if limit]
+        max_streams = max(1, min(MAX_STREAMS, min(limits, default=4 * MAX_STREAMS) // 4))
+        if self.store:
+            return StoredRecords(self.store.read, max_streams)
+        assert self.consumers
+        consumers = self.consumers
+
+        def endpoints() -> list[Endpoint]:
+            return [destination.endpoint for destination in consumers.destinations if destination.endpoint]
+
+        return RelayedRecords(endpoints, self.credentials, max_streams)
 
     def reload(self) -> None:
         """Read the token and the certificates again. Open connections keep the old ones."""

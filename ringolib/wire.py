@@ -23,6 +23,7 @@ the same shape. An empty message is alone in its group, and its size is 0.
 
 INGEST_PATH = "/v1.0/ingest"
 READY_PATH = "/v1.0/ready"
+RECORDS_PATH = "/v1.0/records"
 SUBPROTOCOL = "ringoexp.batch.v1"
 PLAIN_SUBPROTOCOL = "ringoexp.plain.v1"
 """The format without a subprotocol, by name: for clients that carry their token in a second subprotocol."""

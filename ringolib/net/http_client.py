@@ -92,7 +92,7 @@ def get_json(
 class HTTPExchange:
     """Requests and their answers without I/O: bytes to send out, received bytes in.
 
-    `head` and `body` return None if they need more bytes: pass some to `receive`, and call again.
+    `head`, `body` and `piece` return None if they need more bytes: pass some to `receive`, and call again.
     """
 
     def __init__(self) -> None:
@@ -151,13 +151,18 @@ class HTTPExchange:
 
     def body(self) -> bytes | None:
         """Return the whole body, of at most MAX_BODY_BYTES."""
-        while (event := self._next_event()) is not h11.NEED_DATA:
-            if not isinstance(event, h11.Data):
-                return bytes(self._body)
-            self._body += event.data
+        while piece := self.piece():
+            self._body += piece
             if len(self._body) > MAX_BODY_BYTES:
                 raise HTTPError(f"the answer has more than {MAX_BODY_BYTES} bytes")
-        return None
+        return None if piece is None else bytes(self._body)
+
+    def piece(self) -> bytes | None:
+        """Return the next piece of the body, or b"" at its end."""
+        event = self._next_event()
+        if event is h11.NEED_DATA:
+            return None
+        return bytes(event.data) if isinstance(event, h11.Data) else b""
 
     def _next_event(self) -> Any:
         """Return h11's next event. Raises HTTPError for an answer that is not valid HTTP."""
@@ -171,7 +176,7 @@ class HTTPConnection:
     """Requests on `sock`, one after the other: `send`, then `read_head`, then `read_body`.
 
     The methods raise HTTPError, TimeoutError after the deadline, and OSError if the connection is lost. After an error
-    the connection cannot be used any more.
+    the connection cannot be used any more, except after a TimeoutError of `read_piece`.
     """
 
     def __init__(self, sock: Any) -> None:
@@ -237,6 +242,12 @@ class HTTPConnection:
         while (body := self._exchange.body()) is None:
             self._receive(deadline)
         return body
+
+    def read_piece(self, deadline: float) -> bytes:
+        """Return a piece of the body, or b"" at its end. After a TimeoutError, it may be called again."""
+        while (piece := self._exchange.piece()) is None:
+            self._receive(deadline)
+        return piece
 
     def _receive(self, deadline: float) -> None:
         self._sock.settimeout(time_left(deadline))

@@ -17,8 +17,8 @@ from ringolib.storage.clickhouse.url import redact_passwords
 from ringolib.timing import format_ago
 
 EXIT_USAGE = 2
-COMMANDS = ("send", "help", "version")
-"""The words that the command line may begin with. `ringoexp.main` carries out `send`."""
+COMMANDS = ("send", "read", "help", "version")
+"""The words that the command line may begin with. `ringoexp.main` carries out `send` and `read`."""
 MAX_WIDTH = 100
 """Columns of `--help`, on a wide terminal."""
 _FLAGS = {f"--{option.long}": option for option in OPTIONS}
@@ -60,7 +60,7 @@ def _make_parser() -> _Parser:
     """Return the parser of the command line, made from OPTIONS. It returns only the options that are given."""
     parser = _Parser(
         prog="ringoexp",
-        usage="ringoexp [flags] | send [flags] [FILE] | help | version",
+        usage="ringoexp [flags] | send [flags] [FILE] | read [flags] | help | version",
         description="Receives integers over WebSocket or HTTP, buffers them in a ring and stores\n"
         "them in SQLite. Without flags: a complete system on http://localhost:6660/.",
         epilog="Each flag can be given in the environment, too: RINGOEXP_PORT=7000 is -p 7000.\n"
@@ -72,7 +72,7 @@ def _make_parser() -> _Parser:
         "    ringoexp -p 6660 -T 6661 -r 65536\n"
         "  a complete system on another port needs both flags:\n"
         "    ringoexp -p 7000 -T 7000\n"
-        "  the flags of send: ringoexp send --help",
+        "  the flags of send and read: ringoexp send --help, ringoexp read --help",
         formatter_class=_Formatter,
         argument_default=argparse.SUPPRESS,
         add_help=False,

@@ -33,6 +33,32 @@ class Sizes(NamedTuple):
     disk_free: int | None
 
 
+PAGE_RECORDS = 2048
+"""Records of a page, at most."""
+FORMS = ("ndjson", "csv", "text")
+"""The forms of a line: a JSON object; id, source, sequence, value and time with commas between them; the value."""
+
+
+class Query(NamedTuple):
+    """Which records to read: in the order of their arrival, or with `descending` the newest first."""
+
+    form: str  # of the lines, one of FORMS
+    limit: int  # at least 1
+    after: str | None = None  # the id of a record; only records that follow it, in the order of the query
+    source: bytes | None = None  # only records of this source
+    since_ms: int | None = None  # only from the first record that arrived then or later, Unix time
+    descending: bool = False
+
+
+class Page(NamedTuple):
+    """Some of the records of a query."""
+
+    lines: bytes  # one for each record, each with its line feed
+    count: int  # type: ignore[assignment]  # hides tuple.count
+    last: str  # with this `after`, the query continues where the page ends
+    more: bool  # false if no more records are stored now
+
+
 class Storage(Protocol):
     """A store keeps each (source, sequence) at most once.
 
@@ -53,6 +79,12 @@ class Storage(Protocol):
         `values` holds the values of all runs, in order; it is not changed. If a record is already stored, its first
         value stays. The call has no time limit; readers of the database hardly delay it. Raises StoreError if any
         record may not be durable. Then the caller may retry the whole block, and a later call may succeed.
+        """
+
+    def read(self, query: Query) -> Page:
+        """Return the first records that the query finds: at most PAGE_RECORDS, and possibly fewer, or none.
+
+        Raises ValueError if `after` is no id that this store has given to a record, or StoreError.
         """
 
     def check(self) -> None:

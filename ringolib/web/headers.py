@@ -36,8 +36,6 @@ _ELEMENT = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*"?)+')
 """An element of a list with commas, where a quoted string may contain commas (RFC 9110 section 5.6.4)."""
 _PARAMETER = re.compile(r'(?:[^;"]|"(?:[^"\\]|\\.)*"?)+')
 """The same for the parameters of an element, with semicolons."""
-_JSON_RANGES = ("*/*", "application/*", "application/json")
-"""Media ranges that include JSON, the most specific one last."""
 
 
 class Refusal(Exception):
@@ -165,7 +163,7 @@ def lists_tag(headers: Headers, name: str, tag: str) -> bool:
 def check_accept(headers: Headers) -> None:
     """Raise Refusal if the client does not accept JSON."""
     accept = ",".join(headers.get_all("accept"))
-    if accept.strip() and not _admits_json(accept):
+    if accept.strip() and not media_weight(accept, "application/json") > 0:
         raise Refusal(
             406, "the response is application/json, but the Accept header excludes it: accept application/json"
         )
@@ -214,19 +212,18 @@ def _websocket_key(headers: Headers) -> str:
     return keys[0]
 
 
-def _admits_json(accept: str) -> bool:
-    """True if the most specific media range for JSON has a weight above 0 (RFC 9110 section 12.5.1)."""
-    best: tuple[int, bool] = (-1, False)
+def media_weight(accept: str, media_type: str) -> float:
+    """Return the weight that Accept gives a media type, by the most specific range for it (RFC 9110 section 12.5.1)."""
+    ranges = ("*/*", f"{media_type.partition('/')[0]}/*", media_type)
+    best: tuple[int, float] = (-1, 0.0)
     for part in _ELEMENT.findall(accept):
         media, *parameters = (piece.strip().lower() for piece in _PARAMETER.findall(part))
-        try:
-            specificity = _JSON_RANGES.index(media)
-        except ValueError:
+        if media not in ranges:
             continue
         weights = [parameter[2:].strip('"') for parameter in parameters if parameter.startswith("q=")]
         try:
-            admitted = not weights or float(weights[0]) > 0
+            weight = float(weights[0]) if weights else 1.0
         except ValueError:
-            admitted = False
-        best = max(best, (specificity, admitted))
+            weight = 0.0
+        best = max(best, (ranges.index(media), weight))
     return best[1]

@@ -8,8 +8,8 @@ from uuid import UUID
 
 from ringolib.decimals import IntegerError, decode_json, decode_text
 from ringolib.net.frames import MAX_MESSAGE
-from ringolib.web.handler import random_uuid
 from ringolib.web.headers import FORM_TYPE, JSON_TYPES, TEXT_TYPE, Refusal
+from ringolib.web.sources import new_source
 from ringolib.wire import MAX_SEQUENCE, Buffer, Run, WireError, decode_plain
 
 MAX_INTEGERS = MAX_MESSAGE // 8
@@ -44,7 +44,7 @@ def parse_numbering(query: str) -> Numbering:
     pairs = parse_qsl(query, keep_blank_values=True) if query else []
     given = dict(pairs)
     if not {name.lower() for name in given} & {"source", "first"}:
-        return Numbering(random_uuid().bytes, 0, False)
+        return Numbering(new_source(), 0, False)
     if sorted(name for name, _ in pairs) != ["first", "source"]:
         raise Refusal(400, f"the query must have source and first, each once, and nothing else: {_EXAMPLE}")
     if not _UUID.fullmatch(given["source"]):

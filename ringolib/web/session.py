@@ -16,12 +16,12 @@ waits for records that are on their way to the disk; then closing, from `close` 
 All times are seconds of one monotonic clock.
 """
 
-import uuid
 from array import array
 from math import inf
 from struct import Struct
 
 from ringolib.net.protocol import PING, Protocol
+from ringolib.web.sources import new_source
 from ringolib.wire import Block, Run, decode_batch_messages, decode_plain_messages, encode_ack
 
 PING_AFTER_SECONDS = 20.0
@@ -81,7 +81,7 @@ class Session:
         self.closing = False
         self._ending: tuple[int, str] | None = None  # that the owner has set
         self._protocol = Protocol(is_server=True)
-        self._source = b"" if batches else uuid.uuid4().bytes  # of plain messages
+        self._source = b"" if batches else new_source()  # of plain messages
         self._heard = now  # when the client last sent something
         self._pinged: float | None = None  # when it was last pinged, if it has sent nothing since
         self._begun: float | None = None  # when the unfinished message began

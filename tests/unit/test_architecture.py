@@ -95,7 +95,7 @@ def test_patched_constants_are_read_from_their_module() -> None:
 
 def test_only_stores_know_sql() -> None:
     users = {name for name, path in MODULES.items() if "sqlite3" in imports(path)}
-    storage = {f"ringolib.storage.{module}" for module in ("sqlite_file", "remedies", "oldest", "wal")}
+    storage = {f"ringolib.storage.{module}" for module in ("sqlite_file", "remedies", "oldest", "reading", "wal")}
     assert users <= storage | {"store"} and "store" in users
 
 

@@ -12,7 +12,7 @@ from support.harness import RawClient, frame, request
 from ringolib.app import App
 from ringolib.counters import Histogram
 from ringolib.options import read_arguments
-from ringolib.storage.interface import Sizes, Storage, StoreError, StoreStats
+from ringolib.storage.interface import Page, Query, Sizes, Storage, StoreError, StoreStats
 from ringolib.wire import SUBPROTOCOL, Run, encode_batch, encode_plain
 from store import Store
 
@@ -36,6 +36,12 @@ class Memory:
             for name, value in zip(names, values, strict=True):
                 self._duplicates += name in self.records
                 self.records.setdefault(name, value)
+
+    def read(self, query: Query) -> Page:
+        self.check()
+        start = int(query.after or 0)
+        values = [*self.records.values()][start : start + query.limit]
+        return Page(b"".join(b"%d\n" % value for value in values), len(values), str(start + len(values)), False)
 
     def check(self) -> None:
         if self.fails or self.closed:
@@ -81,6 +87,7 @@ def test_server_uses_only_the_store_interface(app: App) -> None:
     assert sorted(store.records.values()) == [-7, 7, 42]
     stats = json.loads(request(port, "GET", "/v1.0/stats")[2])["stats"]
     assert (stats["recordsStored"], stats["recordsDuplicate"], stats["diskFreeBytes"]) == (3, 2, None)
+    assert sorted(request(port, "GET", "/v1.0/records?format=text")[2].split()) == [b"-7", b"42", b"7"]
     assert request(port, "GET", "/metrics")[0] == request(port, "GET", "/v1.0/ready")[0] == 200
 
 

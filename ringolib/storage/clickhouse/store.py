@@ -26,7 +26,7 @@ from ringolib.storage.clickhouse import schema
 from ringolib.storage.clickhouse.http import ClickHouseError, PermanentError, RetryableError, Server
 from ringolib.storage.clickhouse.url import Target
 from ringolib.storage.group_commit import CommitResult, GroupCommit, PendingBlock, Turn
-from ringolib.storage.interface import Sizes, StoreError
+from ringolib.storage.interface import Page, Query, Sizes, StoreError
 from ringolib.timing import deadline_after
 from ringolib.wire import Run
 
@@ -170,6 +170,10 @@ class ClickHouse(GroupCommit):
                 self._error = str(error) if error else None
         if error:
             raise error
+
+    def read(self, query: Query) -> Page:
+        """Raise StoreError: this store is read with the tools of ClickHouse."""
+        raise StoreError(f"{self.path}: records in ClickHouse are read with its own tools, from the view records")
 
     def sizes(self) -> Sizes:
         """Return the size of the tables on the servers' disks, a while ago. The free space there is unknown."""
