@@ -1,6 +1,7 @@
 """The documents of the project: their tables, and the words that a table has in backquotes."""
 
 import re
+from typing import NamedTuple
 
 from support.harness import ROOT
 
@@ -35,3 +36,19 @@ def words(cells: list[str]) -> list[str]:
 
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+
+
+class Block(NamedTuple):
+    """A code block: the invisible comment before it, or "", its language, its text, and its line in the document."""
+
+    marker: str
+    language: str
+    text: str
+    line: int
+
+
+def blocks(document: str) -> list[Block]:
+    """Return the code blocks of a document, in their order."""
+    text = read(document)
+    fences = re.finditer(r"(?:^<!-- (.*?) -->\n)?^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(m[1] or "", m[2], m[3], text.count("\n", 0, m.start(2)) + 1) for m in fences]

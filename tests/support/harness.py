@@ -251,8 +251,12 @@ def connected(at: int | Path) -> socket.socket:
     if isinstance(at, int):
         return socket.create_connection(("localhost", at), DEADLINE)
     sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(DEADLINE)
-    sock.connect(str(at))
+    try:
+        sock.settimeout(DEADLINE)
+        sock.connect(str(at))
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 
