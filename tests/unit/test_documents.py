@@ -7,11 +7,15 @@ Each test compares in both directions: the program has what a document lists, an
 import argparse
 import ast
 import re
+import sqlite3
+import uuid
+from array import array
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from support.documents import DOCUMENTS, read, table, tables, words
+from support.documents import DOCUMENTS, README, blocks, read, table, tables, words
 from support.harness import ROOT, program_files
 from wsproto.frame_protocol import CloseReason
 
@@ -19,6 +23,8 @@ from ringbuffer import RingLayout
 from ringolib.client.send import make_parser
 from ringolib.options import OPTIONS, Settings
 from ringolib.status.numbers import MEMORY_STATS, STATS
+from ringolib.wire import Run
+from store import Store
 
 NOT_OF_SERVERS = {1000, 1005, 1006, 1008, 425, 429}
 """Codes and statuses that no server sends as a refusal: of clients, of the network, of proxies, or reserved."""
@@ -182,3 +188,42 @@ def test_paths_in_documents_exist(document: str) -> None:
     top = "bench|deploy|docs|ringolib|tests|tools|\\.ci"
     paths = re.findall(rf"`((?:{top})/[\w./-]+)[`\s:]", prose(document))
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+# Form.
+
+
+def test_readme_is_short() -> None:
+    lines = read(README).splitlines()
+    assert len(lines) <= 250
+    assert [line for line in lines if len(line) > 100] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_lines_have_at_most_100_columns(document: str) -> None:
+    """Except for rows of tables and code, which cannot be wrapped."""
+    assert [line for line in prose(document).splitlines() if len(line) > 100 and not line.startswith("|")] == []
+
+
+def test_index_lists_every_page_and_each_says_for_whom_it_is() -> None:
+    pages = [document.removeprefix("docs/") for document in DOCUMENTS if document.startswith("docs/")]
+    pages.remove("README.md")
+    listed = re.findall(r"^\| \[(\S+)\]\(\1\) \|", read("docs/README.md"), re.MULTILINE)
+    assert sorted(listed) == pages
+    assert [page for page in pages if "\n\nThis page is " not in read(f"docs/{page}")[:200]] == []
+
+
+def test_queries_of_the_database_page_use_the_indexes(tmp_path: Path) -> None:
+    source = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff").bytes
+    with closing(Store(str(tmp_path / "ringoexp.db"))) as store:
+        for first in (0, 5, 20):
+            store.append([Run(source, first, 5), Run(uuid.uuid4().bytes, first, 5)], array("q", range(10)))
+    queries = [block.text for block in blocks("docs/database.md") if block.language == "sql"]
+    with closing(sqlite3.connect(tmp_path / "ringoexp.db")) as database:
+        for query in queries:
+            if "ATTACH" not in query:  # of another program
+                plan = [row[3] for row in database.execute(f"EXPLAIN QUERY PLAN {query}")]
+                assert not any(re.match("SCAN (record|batch|source)", step) for step in plan), (query, plan)
+                query = query.replace("id > 1000", "id > 10")
+                assert database.execute(query).fetchall(), query
+    assert len(queries) > 10
