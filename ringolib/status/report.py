@@ -83,7 +83,7 @@ class Report:
         )
 
     def report(self) -> dict[str, Any]:
-        """Return the JSON of `/v1.0/stats`. docs/http.md explains each key."""
+        """Return the JSON of `/v1.0/stats`. The README explains each key."""
         settings = {_camel_case(name): value for name, value in asdict(self._sources.settings).items()}
         settings["port"] = self._sources.server.port
         snapshot = self.snapshot()

@@ -24,6 +24,8 @@ from support.harness import DEADLINE, ROOT, eventually, exchange, free_port
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install . && "
 """The part of a command that the scripts in `.venv/bin` replace. `test_package.py` tests the installation."""
 SERVER = re.compile(r"(?:[A-Z_]+=\S+ )*\.venv/bin/ringoexp(?! (?:send|read|help|version|--help)\b)")
+PORTS = ("6660", "6661", "6662", "6663", "6061")
+"""The ports of the documents."""
 TOOLS = ("curl", "sqlite3", "openssl", "go")
 STOP_SECONDS = 60.0
 """A server ends within 40 s of the signal, also on a busy machine."""
@@ -51,7 +53,7 @@ class Terminals:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.ports = {printed: str(free_port()) for printed in ("6660", "6661", "6662", "6061")}
+        self.ports = {printed: str(free_port()) for printed in PORTS}
         self.servers: list[subprocess.Popen[str]] = []
         programs = directory / ".venv" / "bin"
         programs.mkdir(parents=True)
@@ -64,7 +66,7 @@ class Terminals:
     def adapt(self, text: str) -> str:
         """Return a block with free ports instead of the printed ones, and each command on one line."""
         text = text.replace("\\\n", " ").replace(INSTALL, "")
-        return re.sub(r"\b(6660|6661|6662|6061)\b", lambda match: self.ports[match[1]], text)
+        return re.sub(rf"\b({'|'.join(PORTS)})\b", lambda match: self.ports[match[1]], text)
 
     def run(self, block: Block) -> str:
         """Run a block to its end, or start its servers. Return its output."""

@@ -89,7 +89,7 @@ def imports_for(patch: str) -> str:
 
 
 def program_files(root: Path = ROOT) -> list[Path]:
-    """Return the program's modules: the four at the top, and those of ringolib."""
+    """Return the program's modules: the four at the top, and the modules of ringolib."""
     return [*root.glob("*.py"), *(root / "ringolib").rglob("*.py")]
 
 

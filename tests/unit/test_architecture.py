@@ -57,7 +57,7 @@ def is_within(name: str, package: str) -> bool:
 
 
 def layer(name: str) -> int:
-    """The layer of a module: that of the longest entry it is within."""
+    """Return the layer of a module: the layer of the longest entry that it is within."""
     entries = [(len(entry), at) for at, layer in enumerate(LAYERS) for entry in layer if is_within(name, entry)]
     return max(entries)[1]
 
@@ -102,7 +102,7 @@ def test_only_stores_know_sql() -> None:
 def test_packages_do_not_use_private_names_of_others() -> None:
     for name, path in MODULES.items():
         tree = ast.parse(path.read_text())
-        modules = set()  # names that stand for other modules of the program in this one
+        modules = set()  # names of this module for other modules of the program
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 modules |= {alias.asname or alias.name for alias in node.names if alias.name in MODULES}
