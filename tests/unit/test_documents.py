@@ -11,7 +11,6 @@ import sqlite3
 import uuid
 from array import array
 from contextlib import closing
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from wsproto.frame_protocol import CloseReason
 
 from ringbuffer import RingLayout
 from ringolib.client.send import make_parser
-from ringolib.options import OPTIONS, Settings
+from ringolib.options import OPTIONS
 from ringolib.status.numbers import MEMORY_STATS, STATS
 from ringolib.wire import Run
 from store import Store
@@ -91,7 +90,7 @@ def test_http_page_lists_exactly_the_keys_of_the_stats() -> None:
     info, stats, ring, memory = [
         sorted(words([row[0] for row in rows])) for rows in tables("docs/http.md", "key", "meaning")
     ]
-    assert info == sorted(["version", "uuid", *(camel_case(field.name) for field in fields(Settings))])
+    assert info == sorted(["version", "uuid", *(camel_case(option.long) for option in OPTIONS)])
     assert stats == sorted(number.key for number in STATS if number.key)
     assert ring == sorted(map(camel_case, RingLayout._fields))
     assert memory == sorted(number.key for number in MEMORY_STATS if number.key)
