@@ -91,6 +91,7 @@ class Terminals:
         )
         assert done.returncode == 0, (command[-1], done.stdout, done.stderr)
         assert "Traceback" not in done.stderr, done.stderr
+        assert '"error":' not in done.stdout, (command[-1], done.stdout)  # curl succeeds if the answer is an error
         return done.stdout
 
     def start(self, line: str) -> None:

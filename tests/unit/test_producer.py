@@ -4,7 +4,6 @@ import io
 import json
 import os
 import random
-import re
 import signal
 import socket
 import struct
@@ -21,7 +20,6 @@ from typing import BinaryIO
 
 import pytest
 from support.broken import break_connections
-from support.documents import read
 from support.fake_consumer import Link, fake_consumer
 from support.harness import (
     DEADLINE,
@@ -87,14 +85,6 @@ def test_lines_of_a_pipe_are_stored_in_order(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert (summary["sent"], summary["acked"], summary["reconnects"]) == (len(values), len(values), 0)
     assert in_order(tmp_path / "ringoexp.db", summary["source"]) == values
-
-
-def test_producer_example_of_the_sending_page_works(tmp_path: Path) -> None:
-    (lines,) = re.findall(r"^```\n(from ringoexp.*?)^```", read("docs/sending.md"), re.MULTILINE | re.DOTALL)
-    with server(tmp_path, "-p", "0", "-T", "0") as running:
-        script = lines.replace("6660", str(running.port))
-        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=DEADLINE)
-    assert [value for _, _, value in rows(tmp_path / "ringoexp.db")] == [1, 2, 3]
 
 
 def test_binary_file_is_stored(tmp_path: Path) -> None:
