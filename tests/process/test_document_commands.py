@@ -73,16 +73,15 @@ class Terminals:
         text = self.adapt(block.text)
         if block.language == "python":
             return self.output([sys.executable, "-c", text])
-        lines = text.splitlines()
-        if any(map(SERVER.match, lines)):
-            self.stop()
-        output = ""
-        for line in lines:
+        if not any(map(SERVER.match, text.splitlines())):
+            return self.output(["bash", "-eo", "pipefail", "-c", text])
+        self.stop()
+        for line in text.splitlines():
             if SERVER.match(line):
                 self.start(line)
             else:
-                output += self.output(["bash", "-eo", "pipefail", "-c", line])
-        return output
+                self.output(["bash", "-eo", "pipefail", "-c", line])
+        return ""
 
     def output(self, command: list[str]) -> str:
         """Return the output of a command, which must succeed in time."""
