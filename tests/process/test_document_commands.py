@@ -38,7 +38,7 @@ import sys
 words = sys.argv[1:]
 if words[:1] in (["send"], ["read"]):
     if "--url" not in words:
-        words += ["--url", "ws://localhost:{port}/v1.0/ingest"]
+        words += ["--url", {{"send": "ws", "read": "http"}}[words[0]] + "://localhost:{port}"]
 elif not any(word.startswith("unix:") for word in words):
     if "-p" not in words:
         words += ["-p", "{port}"]
@@ -174,7 +174,8 @@ def test_default_ports_are_added_to_commands_that_leave_them_out(tmp_path: Path)
         ("-p 1", ["-T", port]),
         ("-I false -p 1", []),
         ("-H unix:x.sock", []),
-        ("send FILE", ["--url", f"ws://localhost:{port}/v1.0/ingest"]),
+        ("send FILE", ["--url", f"ws://localhost:{port}"]),
+        ("read --limit 1", ["--url", f"http://localhost:{port}"]),
     ):
         given = command.split()
         printed = subprocess.run(
