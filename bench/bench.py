@@ -41,7 +41,7 @@ ROWS_A_STATEMENT = 1024
 
 @dataclass
 class Row:
-    """A row of the table. Without a target, `target` is empty and `met` is None."""
+    """A measure in the table. Without a target, `target` is empty and `met` is None."""
 
     measure: str
     figure: str
@@ -107,6 +107,8 @@ end
 """
 """What wrk prints for `run_wrk`."""
 SLOW_INTERVAL_SECONDS = 1.0
+FIGURE_COLUMNS = 50
+"""With the longest target and its verdict, a line has less than 100 columns."""
 BUSY_LOAD = 0.5
 """Load average per core above which other work distorts the figures."""
 
@@ -183,7 +185,10 @@ def busy_note() -> str:
     average, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     if average <= BUSY_LOAD * cores:
         return ""
-    return f"This machine is busy: the load average is {average:.1f} on {cores} cores. Other work distorts the figures."
+    return (
+        f"This machine is busy: the load average is {average:.1f} on {cores} cores. Other work distorts the\n"
+        "figures, so they are not compared with the targets. Run the bench again when the machine is quiet."
+    )
 
 
 def cpu_seconds(*pids: int) -> float:
@@ -570,6 +575,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def table(rows: Sequence[Row], compared: bool) -> list[str]:
+    """Return the lines of the table: a measure, and below it its figure and target, and the verdict if `compared`."""
+    verdicts = {True: ", met", False: ", not met", None: ""} if compared else {}
+    lines = []
+    for row in rows:
+        lines += [row.measure, f"  {row.figure:{FIGURE_COLUMNS}}  {row.target}{verdicts.get(row.met, '')}".rstrip()]
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="measures Ringo Exp on this machine, in about 5 minutes")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
@@ -592,10 +606,7 @@ def main() -> None:
     if note:
         print(note)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    widths = [max(len(getattr(row, name)) for row in rows) for name in ("measure", "figure", "target")]
-    for row in rows:
-        met = "" if arguments.quick else {True: "met", False: "MISSED", None: ""}[row.met]
-        print(f"{row.measure:{widths[0]}}  {row.figure:{widths[1]}}  {row.target:{widths[2]}}  {met}".rstrip())
+    print(*table(rows, compared=not (note or arguments.quick)), sep="\n")
     if arguments.json:
         Path(arguments.json).write_text(
             json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"

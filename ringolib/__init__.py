@@ -15,4 +15,4 @@
 A module may import from the lines above it, never from the lines below it.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

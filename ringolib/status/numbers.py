@@ -1,8 +1,8 @@
 """The table of all numbers that a server reports about itself.
 
 Each number is declared once, with its key in `/v1.0/stats`, its metric in `/metrics`, and the function that reads it
-from a snapshot. `report.py` and `prometheus.py` generate their output from the table. The README's tables,
-`docs/metrics.md` and the live page are tested against it. Metrics are named after
+from a snapshot. `report.py` and `prometheus.py` generate their output from the table. The tables of
+`docs/http.md` and `docs/metrics.md`, and the live page, are tested against it. Metrics are named after
 https://prometheus.io/docs/practices/naming/.
 
 The functions are pure, but some readers of the last group ask the operating system about this process.

@@ -181,7 +181,7 @@ def test_server_is_not_ready_while_an_insert_dribbles(clickhouse: ClickHouseHTTP
 def test_materialized_view_counts_a_repeated_insert_unless_it_keeps_a_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, counted: str
 ) -> None:
-    """As the README says. The engine is a current one: 18.16 has no such log."""
+    """As docs/clickhouse.md describes. The engine is a current one: 18.16 has no such log."""
     monkeypatch.setattr(store, "INSERT_INTERVAL_SECONDS", 0.0)
     with chdb_server(tmp_path) as current, running_relay(current.port) as relay:
         database = current.create_database()

@@ -93,7 +93,36 @@ def test_busy_note_appears_above_half_a_core_of_load(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "getloadavg", lambda: (0.5 * cores, 9.0, 9.0))
     assert busy_note() == ""
     monkeypatch.setattr(os, "getloadavg", lambda: (0.5 * cores + 0.1, 0.0, 0.0))
-    assert "busy" in busy_note()
+    assert busy_note().startswith("This machine is busy") and max(map(len, busy_note().splitlines())) <= 100
+
+
+def test_table_fits_100_columns_and_a_busy_machine_gets_no_verdict() -> None:
+    from bench import Row, table
+
+    rows = [
+        Row("ceiling: SQLite alone, one thread", "4.71 million rows/s"),
+        Row(
+            "ack, one message in flight",
+            "p50 0.89, p99 12.68, p99.9 138.02 ms",
+            "p50 <= 0.45 ms if fsync takes 0.17",
+            False,
+        ),
+        Row("1 connection", "3.43 million records/s", ">= 0.95 x 4-byte messages: 0.90", True),
+        Row(
+            "2,000 clients",
+            "100.0% served, p50 100.74, p99 214.87 ms, 0.82 cores",
+            "all, p99 < 50 ms, < 0.5 cores",
+            False,
+        ),
+        Row(
+            "by records", "3.52 at 0.1 million, 3.20 at 6.1 million, 3.46 at 12.1 million", "within 1.3 x: 1.10", False
+        ),
+    ]
+    compared, busy = table(rows, compared=True), table(rows, compared=False)
+    assert max(map(len, compared)) <= 100
+    assert [line.rpartition(", ")[2] for line in compared[3::2]] == ["not met", "met", "not met", "not met"]
+    assert not any("met" in line for line in busy)
+    assert [line for line in compared if line.isupper() or "MISSED" in line] == []
 
 
 @pytest.mark.parametrize("interval", [None, 0.1])

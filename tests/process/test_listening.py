@@ -157,7 +157,7 @@ def test_send_reaches_unix_socket(short_path: Path, url: str) -> None:
 
 
 def test_curl_reaches_unix_socket(short_path: Path) -> None:
-    """The command is the README's."""
+    """The command is that of docs/deploy.md."""
     if not shutil.which("curl"):
         pytest.skip("no curl")
     with server(short_path, "-H", "unix:x.sock") as running:

@@ -535,13 +535,3 @@ def test_events_in_the_source_are_words_with_one_dict_of_fields() -> None:
             name = event.value if isinstance(event, ast.Constant) else ""
             assert re.fullmatch(r"[a-z_]+", str(name)), f"{path.name}: {ast.unparse(call)}"
     assert calls > 20
-
-
-def test_readme_lists_the_events_that_appear_without_debug() -> None:
-    text = (ROOT / "README.md").read_text()
-    for path in program_files():
-        source = path.read_text()
-        events = re.findall(r'\blog\.(?:info|warning|error|critical)\(\s*"([a-z_]+)"', source)
-        events += re.findall(r'\blog_unexpected\(\s*\w+,\s*"([a-z_]+)"', source)
-        for event in events:
-            assert f"`{event}`" in text or f"event={event}" in text, f"{path.name}: {event}"

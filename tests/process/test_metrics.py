@@ -146,7 +146,7 @@ def test_metrics_and_stats_agree_after_a_known_load(tmp_path: Path) -> None:
     }.items():
         assert values[name] == stats[key], name
     assert values["ringoexp_records_acked_total"] == 10 and values["ringoexp_clients"] == 1
-    assert values['ringoexp_build_info{version="0.1.0",role="publisher"}'] == 1
+    assert values['ringoexp_build_info{version="0.2.0",role="publisher"}'] == 1
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def test_lost_clients_release_everything_while_the_ring_is_full(tmp_path: Path) 
                 eventually(lambda: publisher.stats()["ringDepth"] == 16)
         eventually(lambda: publisher.stats()["connections"] <= 1, "their connections have ended")
         stats = publisher.stats()
-        # Nobody reads from the second client, as there is no room: its records are not received, so not refused either.
+        # There is no room, so the server does not read from the second client: its records are not received or refused.
         assert stats["recordsReceived"] == 100 and stats["recordsRefused"] == 100 - 16
         with server(tmp_path, "-I", "false", "-p", str(port), "-D", "c.db"):
             eventually(lambda: publisher.stats()["recordsStored"] == 16)

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 from support.checks import problems
+from support.documents import table
 from support.harness import (
     DEADLINE,
     ROLES,
@@ -420,16 +421,14 @@ ELSEWHERE = {
     ("HTTP", 421): "test_page_that_resolves_its_name_to_the_server_stores_nothing",
     ("WebSocket", 421): "test_page_that_resolves_its_name_to_the_server_stores_nothing",
 }
-"""The codes of the README's table of refused input that no vector can show, and their tests."""
+"""The codes of the table of refused input that no vector can show, and their tests."""
 
 
 def refused_input() -> set[tuple[str, int]]:
-    """Return the close codes and statuses of the README's table of refused input, as (kind, code)."""
-    (table,) = re.findall(r"^\| refused input \|.*?\n\n", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    """Return the close codes and statuses of the table of refused input in docs/http.md, as (kind, code)."""
     codes = set()
-    for line in table.strip().splitlines()[2:]:
-        cells = line.split("|")[2:4]
-        for kind, cell in zip(("WebSocket", "HTTP"), cells, strict=True):
+    for row in table("docs/http.md", "refused input"):
+        for kind, cell in zip(("WebSocket", "HTTP"), row[1:], strict=True):
             codes |= {(kind, int(code)) for code in re.findall(r"\b[1-5]\d\d\d?\b", cell)}
     return codes
 
@@ -446,7 +445,7 @@ def codes_of_vectors() -> set[tuple[str, int]]:
     return codes
 
 
-def test_every_code_of_the_readme_has_a_vector_or_a_test() -> None:
+def test_every_code_of_refused_input_has_a_vector_or_a_test() -> None:
     assert len(refused_input()) > 15, "the table was found"
     assert refused_input() - codes_of_vectors() == set(ELSEWHERE)
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
@@ -456,9 +455,8 @@ def test_every_code_of_the_readme_has_a_vector_or_a_test() -> None:
 
 def test_document_explains_every_code_and_status() -> None:
     for kind, code in refused_input() | codes_of_vectors() - {("WebSocket", 4321)}:  # a client's own code
-        table = "what it means for a client" if code < 1000 else "what the client does"
-        (text,) = re.findall(rf"^\| [^\n]*{table} \|.*?\n\n", DOCUMENT, re.MULTILINE | re.DOTALL)
-        assert re.search(rf"^\|[^|]*\b{code}\b", text, re.MULTILINE), (kind, code)
+        rows_of_table = table("docs/protocol.md", "status" if code < 1000 else "code", "cause")
+        assert any(re.search(rf"\b{code}\b", row[0]) for row in rows_of_table), (kind, code)
 
 
 def test_document_describes_every_field_of_the_vectors() -> None:

@@ -1,4 +1,4 @@
-"""The command line: flags, startup errors, signals, and the tables of the README."""
+"""The command line: flags, startup errors, signals, and the examples of the documents."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.documents import read
 from support.harness import (
     DEADLINE,
     ROOT,
@@ -40,8 +41,6 @@ from ringolib.options import OPTIONS, Option, Settings, read_arguments
 from ringolib.timing import ThreadError
 from ringolib.wire import SUBPROTOCOL, Run, encode_batch
 from store import Store
-
-README = (ROOT / "README.md").read_text()
 
 
 def run(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -681,34 +680,10 @@ def test_procs_limits_the_cores(tmp_path: Path) -> None:
         assert re.search(r"^Cpus_allowed_list:\s*\d+$", status, re.MULTILINE)
 
 
-def test_readme_lists_the_flags_of_the_options_table() -> None:
-    section = README.partition("\n## Flags\n")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (?:`-(\w)` )?\| `--(\w+)` \| (.*?) \|", section, re.MULTILINE)
-    defaults = {"name": "empty", "debug": "off"} | {
-        option.long: "off" for option in OPTIONS if option.default in (None, ())
-    }
-    expected = [
-        (option.short, option.long, defaults.get(option.long, f"`{str(option.default).lower()}`")) for option in OPTIONS
-    ]
-    flags = {option.long for option in OPTIONS}
-    assert [row for row in rows if row[1] in flags] == expected
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("role", [["-T", "0"], ["-I", "false"]])
-def test_readme_explains_every_key_of_the_stats(tmp_path: Path, role: list[str]) -> None:
-    with server(tmp_path, "-p", "0", *role) as running:
-        report = json.loads(running.get("/v1.0/stats")[2])
-    assert report["options"] == ["-p", "0", *role]
-    for section in ("info", "stats", "memStats"):
-        missing = [key for key in report[section] if f"`{key}`" not in README]
-        assert not missing, f"{section}: {missing}"
-
-
-@pytest.mark.slow
-def test_readme_python_client_works(tmp_path: Path) -> None:
+def test_python_client_of_the_sending_page_works(tmp_path: Path) -> None:
     pytest.importorskip("websockets")
-    (client,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (client,) = re.findall(r"^```python\n(import struct.*?)^```", read("docs/sending.md"), re.MULTILINE | re.DOTALL)
     assert len(client.strip().splitlines()) <= 10
     with server(tmp_path, "-p", "0", "-T", "0") as running:
         script = client.replace("6660", str(running.port))

@@ -320,7 +320,7 @@ def test_batch_in_doubt_goes_to_another_consumer_of_same_store(tmp_path: Path) -
         eventually(lambda: [each["workers"] for each in publisher.stats()["consumers"]] == [1, 1])
         began = time.monotonic()
         assert post(publisher, 1, 2) == 200
-        assert time.monotonic() - began < 5 and stored == [1, 2, 1, 2]
+        assert time.monotonic() - began < 20 and stored == [1, 2, 1, 2]
 
 
 def test_token_and_tls_apply_to_all_consumers(tmp_path: Path) -> None:

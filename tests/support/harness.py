@@ -91,7 +91,7 @@ def imports_for(patch: str) -> str:
 
 
 def program_files(root: Path = ROOT) -> list[Path]:
-    """Return the program's modules: the four at the top, and those of ringolib."""
+    """Return the program's modules: the four at the top, and the modules of ringolib."""
     return [*root.glob("*.py"), *(root / "ringolib").rglob("*.py")]
 
 
@@ -285,8 +285,12 @@ def connected(at: int | Path) -> socket.socket:
     if isinstance(at, int):
         return socket.create_connection(("localhost", at), DEADLINE)
     sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(DEADLINE)
-    sock.connect(str(at))
+    try:
+        sock.settimeout(DEADLINE)
+        sock.connect(str(at))
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 

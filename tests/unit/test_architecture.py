@@ -1,4 +1,4 @@
-"""The import rules of the architecture, and that links in the documents lead somewhere."""
+"""The import rules of the architecture."""
 
 import ast
 import re
@@ -57,7 +57,7 @@ def is_within(name: str, package: str) -> bool:
 
 
 def layer(name: str) -> int:
-    """The layer of a module: that of the longest entry it is within."""
+    """Return the layer of a module: the layer of the longest entry that it is within."""
     entries = [(len(entry), at) for at, layer in enumerate(LAYERS) for entry in layer if is_within(name, entry)]
     return max(entries)[1]
 
@@ -102,7 +102,7 @@ def test_only_stores_know_sql() -> None:
 def test_packages_do_not_use_private_names_of_others() -> None:
     for name, path in MODULES.items():
         tree = ast.parse(path.read_text())
-        modules = set()  # names that stand for other modules of the program in this one
+        modules = set()  # names of this module for other modules of the program
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 modules |= {alias.asname or alias.name for alias in node.names if alias.name in MODULES}
@@ -122,28 +122,3 @@ def test_every_module_says_its_job_in_one_sentence() -> None:
         first = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
         assert first and not first.startswith("TODO"), name
         assert first.endswith((".", ":")), f"{name}: the first line of the docstring is one sentence"
-
-
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def anchors(document: Path) -> set[str]:
-    """What a link may name behind `#`: the headings, as code hosts do it."""
-    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_links_and_test_names_in_documents_exist(document: Path) -> None:
-    text = document.read_text()
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not target.startswith(("http://", "https://")):
-            path, _, anchor = target.partition("#")
-            linked = document.parent / path if path else document
-            assert linked.exists(), target
-            assert not anchor or anchor in anchors(linked), target
-    tests = {path.name: path.read_text() for path in (ROOT / "tests").rglob("*.py")}
-    for name in re.findall(r"`(test_\w+\.py)`", text):
-        assert name in tests or name == "test_x.py", name
-    for name in re.findall(r"`(test_\w+)(?:\[.*?\])?`", text):
-        assert any(f"def {name}(" in source for source in tests.values()), name

@@ -156,7 +156,7 @@ def test_unix_socket_is_for_owner_and_group_with_any_umask(short_path: Path, uma
 
 
 def test_unix_socket_has_group_of_setgid_directory(short_path: Path) -> None:
-    """The README lets nginx connect in this way. Without root, the test can use only its own groups."""
+    """nginx connects in this way (docs/deploy.md). Without root, the test can use only its own groups."""
     group = max(os.getgroups(), default=os.getgid()) if os.getuid() else 12345
     os.chown(short_path, -1, group)
     short_path.chmod(0o2750)

@@ -20,7 +20,6 @@ from ringolib.storage.interface import Sizes, StoreStats
 from ringolib.storage.retention import RetentionStats
 from ringolib.web.connections import ConnectionStats
 
-README = (ROOT / "README.md").read_text()
 METRICS_DOC = (ROOT / "docs/metrics.md").read_text()
 METRICS = [number.metric for number in NUMBERS if number.metric]
 
@@ -72,12 +71,6 @@ FULL = BARE._replace(
     not_ready=["disk_full"],
 )
 """A snapshot with every part, which no single server has, and a different value for each number."""
-
-
-def table_after(paragraph: str) -> str:
-    """Return the rows of the README's first table after a paragraph that starts with this text."""
-    (rows,) = re.findall(rf"^{re.escape(paragraph)}.*?\n\n\| key \|.*?\n\|---.*?\n(.*?)\n\n", README, re.M | re.S)
-    return str(rows)
 
 
 def test_keys_and_metric_names_are_unique() -> None:
@@ -208,13 +201,6 @@ def test_metrics_have_base_units_and_booleans_are_numbers() -> None:
         'python_gc_collections_total{generation="2"} 6',
     ):
         assert line in lines, line
-
-
-def test_readme_lists_exactly_the_keys_of_the_stats() -> None:
-    for paragraph, numbers in (("`stats`:", STATS), ("`memStats`:", MEMORY_STATS)):
-        first_columns = "".join(re.findall(r"^\|(.*?)\|", table_after(paragraph), re.MULTILINE))
-        keys = re.findall(r"`(\w+)`", first_columns)
-        assert sorted(keys) == sorted(number.key for number in numbers if number.key)
 
 
 def test_metrics_document_lists_exactly_the_metrics() -> None:

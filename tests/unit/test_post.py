@@ -27,10 +27,10 @@ def test_source_and_first_number_the_records(query: str, first: int) -> None:
 
 
 @pytest.mark.parametrize("query", ["", "a=b", "a", "&", "token=x&token=y", "=", "%"])
-def test_request_without_source_and_first_has_a_random_source(query: str) -> None:
+def test_request_without_source_and_first_has_a_new_source(query: str) -> None:
     one, other = parse_numbering(query), parse_numbering(query)
     assert (one.first, one.by_client) == (0, False)
-    assert one.source != other.source and uuid.UUID(bytes=one.source).version == 4
+    assert one.source != other.source and uuid.UUID(bytes=one.source).version == 7
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import socket
 import struct
@@ -78,22 +77,6 @@ def test_lines_of_a_pipe_are_stored_in_order(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert [summary[key] for key in ("read", "sent", "acked", "reconnects")] == [len(values)] * 3 + [0]
     assert in_order(tmp_path / "ringoexp.db", summary["source"]) == values
-
-
-def test_readme_producer_example_works(tmp_path: Path) -> None:
-    (lines,) = re.findall(r"^```\n(from ringoexp.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    with server(tmp_path, "-p", "0", "-T", "0") as running:
-        script = lines.replace("6660", str(running.port))
-        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=DEADLINE)
-    assert [value for _, _, value in rows(tmp_path / "ringoexp.db")] == [1, 2, 3]
-
-
-def test_readme_lists_the_flags_of_send() -> None:
-    text = (ROOT / "README.md").read_text()
-    for action in command.make_parser()._actions:
-        for flag in action.option_strings:
-            written = "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag  # or with hyphens
-            assert f"`{written}`" in text or flag in ("-h", "--help")
 
 
 def test_binary_file_is_stored(tmp_path: Path) -> None:

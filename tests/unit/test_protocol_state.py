@@ -1,6 +1,6 @@
 """The WebSocket protocol without I/O: both ends agree with wsproto; pongs, closing, limits, memory.
 
-`test_frames.py` has the random streams of clients; here are those of servers.
+`test_frames.py` has the random streams of clients; here are the streams of servers.
 """
 
 import random

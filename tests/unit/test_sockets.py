@@ -39,7 +39,7 @@ def test_silent_addresses_share_one_deadline(silent_port: int, monkeypatch: pyte
     started = monotonic()
     with pytest.raises(TimeoutError):
         connect("name.example", 1, deadline_after(0.5))
-    assert 0.4 < monotonic() - started < 1.5
+    assert 0.4 < monotonic() - started < 4, "less than the 5 s of ten deadlines"
 
 
 def test_silent_address_leaves_time_for_the_next(silent_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
