@@ -12,6 +12,7 @@ import uuid
 from array import array
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.documents import DOCUMENTS, README, blocks, read, table, tables, words
@@ -19,7 +20,8 @@ from support.harness import ROOT, program_files
 from wsproto.frame_protocol import CloseReason
 
 from ringbuffer import RingLayout
-from ringolib.client.send import make_parser
+from ringolib.client import read as read_records
+from ringolib.client import send
 from ringolib.options import OPTIONS
 from ringolib.status.numbers import MEMORY_STATS, STATS
 from ringolib.wire import Run
@@ -60,18 +62,19 @@ def not_set(default: object) -> bool:
     return default is None or default == ()
 
 
-def test_sending_page_lists_each_flag_of_send_with_its_default() -> None:
+@pytest.mark.parametrize(("command", "page", "header"), [(send, "sending", "flag"), (read_records, "http", "option")])
+def test_page_lists_each_flag_of_command_with_its_default(command: Any, page: str, header: str) -> None:
     documented = {}
-    for flags, defaults, *_ in table("docs/sending.md", "flag", "default"):
+    for flags, defaults, *_ in table(f"docs/{page}.md", header, "default"):
         names = words([flags])
         for name, default in zip(names, defaults.split(", ") * len(names), strict=False):
             documented[name] = default
     expected = {}
-    for action in make_parser()._actions:
+    for action in command.make_parser()._actions:
         name = max(action.option_strings, key=len, default="").replace("-", "_").replace("__", "--", 1)
         if name and not isinstance(action, argparse._HelpAction):
             expected[name] = action.default
-    assert {name.replace("-", "_").replace("__", "--", 1) for name in documented} == set(expected)
+    assert set(documented) == set(expected)
     for name, default in expected.items():
         if default not in (None, False):
             assert documented[name] == f"`{default}`", name
@@ -141,7 +144,7 @@ def test_close_codes_in_the_source_are_documented() -> None:
 
 
 def test_statuses_in_the_source_are_documented() -> None:
-    used = {101, 431, 501}  # of wsproto and h11
+    used = {101, 431, 501, 508}  # of wsproto, h11, and a name
     for path in program_files():
         if path.name != "profiler.py":  # it has a port of its own
             used |= {int(str(status)) for status in constants(path, "Refusal", "reply", "reply_json")}
