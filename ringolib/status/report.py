@@ -84,7 +84,7 @@ class Report:
         )
 
     def report(self, since: int | None = None) -> dict[str, Any]:
-        """Return the JSON of `/v1.0/stats`. The README explains each key.
+        """Return the JSON of `/v1.0/stats`. docs/http.md explains each key.
 
         The `highest` of its `ring` covers the time since the ring's cursor was `since`, or since the start.
         """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -23,7 +24,6 @@ from support.harness import (
     eventually,
     free_port,
     in_order,
-    rows,
     server,
 )
 
