@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ringbuffer import RingStats
+from ringolib.forward.pool import ForwarderStats
 from ringolib.forward.spool import SpoolStats
-from ringolib.forward.workers import ForwarderStats
 from ringolib.status import process
 from ringolib.status.readiness import ConsumerStats
 from ringolib.status.snapshot import Snapshot, consumer_away, consumer_reason, consumer_state, records_stored

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from ringbuffer import RingLayout, RingStats
 from ringolib.counters import TotalsSnapshot
+from ringolib.forward.pool import ForwarderStats
 from ringolib.forward.spool import SpoolStats
-from ringolib.forward.workers import ForwarderStats
 from ringolib.status.process import MemoryStats
 from ringolib.status.readiness import ConsumerStats
 from ringolib.storage.interface import Sizes, StoreStats

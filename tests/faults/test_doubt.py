@@ -28,6 +28,7 @@ from ringolib.forward.discovery import Discovery
 from ringolib.forward.doubts import Doubts
 from ringolib.forward.health import Health
 from ringolib.forward.link import LinkSink
+from ringolib.forward.pool import Worker
 from ringolib.forward.sink import InDoubt, NotStored
 from ringolib.forward.workers import Forwarder
 from ringolib.net.addresses import AddressError, Endpoint
@@ -193,9 +194,9 @@ class WatchedForwarder(Forwarder):
 
     world: "World"
 
-    def turn(self, destination: Destination, sink: Any) -> bool:
-        self.world.was_fixed[threading.current_thread()] = destination.fixed
-        return super().turn(destination, sink)
+    def turn(self, worker: Worker) -> bool:
+        self.world.was_fixed[threading.current_thread()] = worker.destination.fixed
+        return super().turn(worker)
 
 
 class Program(NamedTuple):
@@ -378,12 +379,13 @@ class World:
     def is_settled(self) -> bool:
         """True if each named consumer, and no other, has workers, and if a prober is one of them."""
         forwarder = self.forwarder
-        owners = [owner for thread, (owner, _) in forwarder._workers.items() if thread in forwarder._working]
+        pool = forwarder._pool
+        owners = [worker.destination for thread, worker in pool._workers.items() if thread in pool._working]
         for destination in forwarder.destinations:
             prober: Any = destination.health._prober
             if destination.dropped or not owners.count(destination) == destination.workers >= 1:
                 return False
-            if prober and (prober not in forwarder._working or forwarder._workers[prober][0] is not destination):
+            if prober and (prober not in pool._working or pool._workers[prober].destination is not destination):
                 return False
         named = {str(destination.endpoint) for destination in forwarder.destinations}
         return named == set(map(str, self.discovery.endpoints)) and len(owners) <= max(self.max_workers, len(named))
@@ -441,7 +443,8 @@ class World:
         destinations = [self.make(endpoint) for endpoint in self.discovery.endpoints]
         self.forwarder = self.program.forwarder(self.ring, destinations, self.max_workers, self.max_batch, turns)
         self.forwarder.world = self
-        self.forwarder._doubts = self.program.doubts()
+        self.forwarder._doubts = doubts = self.program.doubts()
+        self.forwarder.in_doubt = doubts.records  # type: ignore[method-assign]
         self.forwarder.follow(self.discovery, self.make)
         turns.may_start = lambda name: not (self.few_threads and name.startswith("forward-") and self.chance(0.5))
         producers = [
@@ -480,7 +483,7 @@ class World:
         if not self.ring.join(0) or self.rng.random() < 0.5:
             self.ring.abort()
         assert self.forwarder.stop(1e9), "workers still run"
-        assert self.forwarder.stats().workers == 0 and not self.forwarder._workers
+        assert self.forwarder.stats().workers == 0 and not self.forwarder._pool._workers
         self.check_invariants()
 
     def run(self) -> None:
@@ -527,14 +530,13 @@ def run_worlds(number: int) -> None:
 
 
 class NoDoubt(WatchedForwarder):
-    def _give_back(self, destination: Any, sink: Any, batch: Any, error: Any, in_doubt: Any) -> None:
-        super()._give_back(destination, sink, batch, NotStored(), False)
+    def _give_back(self, worker: Worker, batch: Batch, error: BaseException, in_doubt: bool) -> None:
+        super()._give_back(worker, batch, NotStored(), False)
 
 
 class ForgetsStore(WatchedForwarder):
-    def _give_back(self, destination: Any, sink: Any, batch: Any, error: Any, in_doubt: Any) -> None:
-        forgetful = InDoubt("") if isinstance(error, InDoubt) else error
-        super()._give_back(destination, sink, batch, forgetful, in_doubt)
+    def _give_back(self, worker: Worker, batch: Batch, error: BaseException, in_doubt: bool) -> None:
+        super()._give_back(worker, batch, InDoubt("") if isinstance(error, InDoubt) else error, in_doubt)
 
 
 class StaysFixed(WatchedForwarder):
@@ -546,9 +548,9 @@ class StaysFixed(WatchedForwarder):
 
 
 class NoLinkBeforeBatch(WatchedForwarder):
-    def _take(self, destination: Any, sink: Any) -> Any:
-        sink._drop()
-        return super()._take(destination, sink)
+    def _take(self, worker: Any) -> Any:
+        worker.sink._drop()
+        return super()._take(worker)
 
 
 class LeavesDoubts(Doubts):

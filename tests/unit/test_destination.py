@@ -21,6 +21,7 @@ from ringolib.forward.destination import Destination
 from ringolib.forward.discovery import Discovery
 from ringolib.forward.doubts import Doubts
 from ringolib.forward.health import Health
+from ringolib.forward.pool import Worker
 from ringolib.forward.sink import InDoubt, NotStored, ignore_late
 from ringolib.forward.workers import Forwarder
 from ringolib.net.addresses import Endpoint
@@ -287,17 +288,17 @@ def test_next_store_keeps_the_store_of_a_batch_in_doubt(fate: str) -> None:
     consumer.destination.fixed, consumer.mute = False, True
     running = Forwarder(ring, [], 8)
     put(ring, 1)
-    assert running.turn(consumer.destination, Link(consumer)) and consumer.stored == [1]
+    assert running.turn(Worker(consumer.destination, Link(consumer))) and consumer.stored == [1]
     consumer.down, consumer.identity = False, None
     setattr(consumer, fate, True)
-    assert running.turn(consumer.destination, Link(consumer))
+    assert running.turn(Worker(consumer.destination, Link(consumer)))
     assert running.in_doubt() == {consumer.destination: 1}
     consumer.destination.health.resign()
     consumer.down = consumer.mute = consumer.buggy = False
     consumer.identity = "another"
     assert running._doubts.take(consumer.destination, connected(consumer).identity) is None
     consumer.identity = "the one"
-    assert running.turn(consumer.destination, Link(consumer)) and not running.in_doubt()
+    assert running.turn(Worker(consumer.destination, Link(consumer))) and not running.in_doubt()
 
 
 def test_destination_that_never_acks_gets_no_further_batches() -> None:

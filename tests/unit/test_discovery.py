@@ -18,6 +18,7 @@ from ringolib.forward import workers
 from ringolib.forward.destination import Destination
 from ringolib.forward.discovery import Discovery
 from ringolib.forward.link import LinkSink
+from ringolib.forward.pool import Worker
 from ringolib.forward.sink import NotStored
 from ringolib.forward.workers import Forwarder
 from ringolib.net import addresses
@@ -174,7 +175,7 @@ def test_names_are_resolved_after_link_failure_and_regularly(
         assert addresses_of(running) == ["10.0.0.1:7", "10.0.0.2:7", "127.0.0.1:7"]
         names["name"] = ["10.0.0.2", "10.0.0.3"]
         names["later"] = ["10.0.0.9"]
-        running._fail(running.destinations[0], NotStored("gone"))
+        running._fail(Worker(running.destinations[0], LinkSink("localhost", 1)), NotStored("gone"))
         eventually(lambda: sorted(addresses_of(running)) == ["10.0.0.2:7", "10.0.0.3:7", "127.0.0.1:7", "later:7"])
         del names["name"]  # the name service fails, so the consumers stay the same
         caplog.set_level(logging.DEBUG)

@@ -9,8 +9,8 @@ from support.harness import ROOT
 from ringbuffer import RingLayout, RingStats
 from ringolib.counters import BOUNDS_SECONDS, HistogramSnapshot, TotalsSnapshot
 from ringolib.forward.health import HealthStats
+from ringolib.forward.pool import ForwarderStats
 from ringolib.forward.spool import SpoolStats
-from ringolib.forward.workers import ForwarderStats
 from ringolib.status.numbers import MEMORY_STATS, NUMBERS, STATS, Number, to_json
 from ringolib.status.process import MemoryStats
 from ringolib.status.prometheus import metrics_text
