@@ -135,15 +135,7 @@ class LinkSink:
         than the one that the block is for.
         """
         message = encode_batch(*block)
-        if self._link and self._monotonic() - self._acked_at >= CHECK_AFTER_SECONDS:
-            try:
-                self._check_open(self._link)
-            except OSError as error:
-                self._drop()
-                raise NotStored(self._describe(error)) from error
-            except BaseException:
-                self._drop()
-                raise
+        self._check_idle_link()
         self.connect()
         link = self._link
         assert link is not None
@@ -159,13 +151,7 @@ class LinkSink:
                 self.close()
         except BaseException as error:
             self._drop()
-            if not isinstance(error, (OSError, WireError)):
-                log_unexpected(log, "worker_error", error)
-                raise InDoubt(self._describe(repr(error)), link.store) from error
-            reason = self._describe(error)
-            if self._cannot_be_stored(link, len(block.values)):
-                raise NotStored(reason) from error
-            raise InDoubt(reason, link.store) from error
+            raise self._judge(error, link, len(block.values)) from error
 
     def connect(self) -> None:
         """Make a link, unless there is one. Raises NotStored if that fails."""
@@ -239,6 +225,27 @@ class LinkSink:
             link.parse(data)
         if link.ending or data == b"":
             raise ConnectionResetError("the consumer closed the connection")
+
+    def _check_idle_link(self) -> None:
+        """Drop a link that has ended while it was idle. Raises NotStored then."""
+        if self._link and self._monotonic() - self._acked_at >= CHECK_AFTER_SECONDS:
+            try:
+                self._check_open(self._link)
+            except OSError as error:
+                self._drop()
+                raise NotStored(self._describe(error)) from error
+            except BaseException:
+                self._drop()
+                raise
+
+    def _judge(self, error: BaseException, link: ClientConnection, size: int) -> NotStored | InDoubt:
+        """Return what an error means for the last block, of `size` records, which was sent at least in part."""
+        if not isinstance(error, (OSError, WireError)):
+            log_unexpected(log, "worker_error", error)
+            return InDoubt(self._describe(repr(error)), link.store)
+        if self._cannot_be_stored(link, size):
+            return NotStored(self._describe(error))
+        return InDoubt(self._describe(error), link.store)
 
     def _await_ack(self, link: ClientConnection, patience: _Patience) -> None:
         """Return when everything sent is acked. Raises OSError if the link ends or patience does."""
