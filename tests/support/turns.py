@@ -134,7 +134,7 @@ class Turns(Runtime):
         return task.until is None or task.deadline <= self.now or task.until()
 
     def _leap(self, limit: float) -> bool:
-        """Move the clock to the next deadline within `limit` seconds. Return False without such a deadline."""
+        """Move the clock to the next deadline within `limit` seconds. Return False if no thread has one."""
         ahead = [task.deadline for task in self._tasks if self.now < task.deadline < self.now + limit]
         if ahead:
             self.now = min(ahead)
