@@ -46,12 +46,13 @@ class Doubts:
     def hold(self, batch: Batch, destination: Destination, store: str | None) -> None:
         """Note that `batch` was sent to this destination and store. The calling worker keeps it for now.
 
-        If this store has no identity, the identity of an earlier store stays.
+        If it was in doubt before, its first destination stays: another one may have it only as long as it leads to the
+        same store. If this store has no identity, the identity of an earlier store stays, too.
         """
         with self._lock:
             known = self._doubts.get(batch)
             if known:
-                known.destination, known.store = destination, store or known.store
+                known.store = store or known.store
             else:
                 self._doubts[batch] = _Doubt(batch, destination, store)
 

@@ -120,6 +120,10 @@ class Wire(ClientConnection):
             world.turns.sleep(self._timeout or 0)
             raise error
         self.deliver(bytes(data[:size]))
+        batch = world.batch_of.get(threading.current_thread())
+        if batch and (error or self._address in world.hanging):
+            # The program must assume that it may have arrived. No more can be asked of a fixed destination.
+            world.on_arrived(self.database, self._destination, self._fixed, records_of(Block(batch.runs, batch.values)))
         if error:
             world.count("cut in the middle")
             raise error
@@ -198,6 +202,13 @@ class WatchedForwarder(Forwarder):
         self.world.was_fixed[threading.current_thread()] = worker.destination.fixed
         return super().turn(worker)
 
+    def _store(self, worker: Worker, batch: Batch, in_doubt: bool) -> BaseException | None:
+        self.world.batch_of[threading.current_thread()] = batch
+        try:
+            return super()._store(worker, batch, in_doubt)
+        finally:
+            del self.world.batch_of[threading.current_thread()]
+
 
 class Program(NamedTuple):
     """The classes that a world is made of. A fault is put in as a subclass."""
@@ -226,6 +237,7 @@ class World:
         self.excused: set[Record] = set()  # may be in two stores, as a store without an identity had them
         self.put: set[Record] = set()
         self.was_fixed: dict[threading.Thread, bool] = {}  # the destination of each worker, at the start of its turn
+        self.batch_of: dict[threading.Thread, Batch] = {}  # of each worker that stores one
         self.links: list[Wire] = []
         self.later: list[Callable[[], None]] = []  # what slow consumers have still to do
         self.unreachable: set[str] = set()
