@@ -88,6 +88,7 @@ class Wire(ClientConnection):
         self._session = Session(batches=True, now=0)
         self._inbox = b""  # for the client
         self._outbox = b""  # for a consumer that hangs
+        self._counted: dict[Record, int] = {}
         self._fixed = True  # the destination, when it sent last
         self._timeout: float | None = None
 
@@ -119,10 +120,7 @@ class Wire(ClientConnection):
             raise error
         if not self.cut:
             self.deliver(bytes(data[:size]))
-        batch = world.batch_of.get(threading.current_thread())
-        if batch and (error or self._address in world.hanging):
-            # The program must assume that it has arrived. No more can be asked of a fixed destination.
-            world.on_arrived(self.database, self._destination, self._fixed, records_of(Block(batch.runs, batch.values)))
+        world.wire_of[threading.current_thread()] = self
         if error:
             world.count("cut in the middle")
             raise error
@@ -161,7 +159,7 @@ class Wire(ClientConnection):
             session.end(*GOING_AWAY)
             session.close(0)
         else:
-            world.on_arrived(self.database, self._destination, self._fixed, records)
+            self.count(records)
         if fate.startswith("stored"):
             world.keep(self.database, records)
         if fate == "stored":
@@ -174,6 +172,12 @@ class Wire(ClientConnection):
         elif fate.endswith("lost"):
             self.cut = True
         self._inbox += session.data_to_send()
+
+    def count(self, records: dict[Record, int]) -> None:
+        """Count these records as arrived, once: when they arrive, or when the program must assume that they have."""
+        new = {record: value for record, value in records.items() if record not in self._counted}
+        self._counted.update(new)
+        self._world.on_arrived(self.database, self._destination, self._fixed, new)
 
     def _settle_late(self, count: int, records: dict[Record, int]) -> None:
         self._world.keep(self.database, records)
@@ -202,11 +206,12 @@ class WatchedForwarder(Forwarder):
         return super().turn(worker)
 
     def _store(self, worker: Worker, batch: Batch, in_doubt: bool) -> BaseException | None:
-        self.world.batch_of[threading.current_thread()] = batch
-        try:
-            return super()._store(worker, batch, in_doubt)
-        finally:
-            del self.world.batch_of[threading.current_thread()]
+        self.world.wire_of.pop(threading.current_thread(), None)
+        error = super()._store(worker, batch, in_doubt)
+        wire = self.world.wire_of.get(threading.current_thread())
+        if wire and error and not isinstance(error, NotStored):
+            wire.count(records_of(Block(batch.runs, batch.values)))
+        return error
 
 
 class Program(NamedTuple):
@@ -236,7 +241,7 @@ class World:
         self.excused: set[Record] = set()  # may be in two stores, as a store without an identity had them
         self.put: set[Record] = set()
         self.was_fixed: dict[threading.Thread, bool] = {}  # the destination of each worker, at the start of its turn
-        self.batch_of: dict[threading.Thread, Batch] = {}  # of each worker that stores one
+        self.wire_of: dict[threading.Thread, Wire] = {}  # over which each worker has sent its batch
         self.links: list[Wire] = []
         self.later: list[Callable[[], None]] = []  # what slow consumers have still to do
         self.unreachable: set[str] = set()
