@@ -202,8 +202,15 @@ class WatchedForwarder(Forwarder):
     world: "World"
 
     def turn(self, worker: Worker) -> bool:
-        self.world.was_fixed[threading.current_thread()] = worker.destination.fixed
+        destination = worker.destination
+        assert destination.endpoint
+        is_named = destination.endpoint.host == destination.endpoint.name and destination not in self.world.dropped
+        self.world.was_fixed[threading.current_thread()] = is_named
         return super().turn(worker)
+
+    def change(self, endpoints: Any) -> None:
+        super().change(endpoints)
+        self.world.dropped.update(destination for destination in self.destinations if destination.dropped)
 
     def _store(self, worker: Worker, batch: Batch, in_doubt: bool) -> BaseException | None:
         self.world.wire_of.pop(threading.current_thread(), None)
@@ -240,6 +247,7 @@ class World:
         self.may_have: dict[Record, list[Sent]] = {}
         self.excused: set[Record] = set()  # may be in two stores, as a store without an identity had them
         self.put: set[Record] = set()
+        self.dropped: set[Destination] = set()  # at some time, so that the name is not the same consumer any more
         self.was_fixed: dict[threading.Thread, bool] = {}  # the destination of each worker, at the start of its turn
         self.wire_of: dict[threading.Thread, Wire] = {}  # over which each worker has sent its batch
         self.links: list[Wire] = []
