@@ -20,19 +20,17 @@ never reused. The value with sequence `s` is in slot `s % capacity`. Three seque
 
 Whenever the lock is free, `committed <= reserved <= cursor <= committed + capacity`.
 
-A worker may requeue a batch with a *mark*, which the batch keeps. From then on only workers that accept the mark get
-the batch. The ring itself does not interpret marks. A marked batch may have to wait for a long time, so the ring *sets
-it aside*: the batch has a copy of its values, and its slots become free as if it were stored. It does not count as
-stored until a worker commits it. At most `capacity` values are set aside. A marked batch that finds no room there stays
-in its slots until there is room. So every value before *committed* is either stored or set aside.
+The worker of a batch may have to wait for a long time until it is known whether the batch is stored. So it may *set the
+batch aside*: the batch has a copy of its values, and its slots become free as if it were stored. The batch stays in
+flight, and does not count as stored until it is committed. At most `capacity` values are set aside. A batch that finds
+no room there stays in its slots until there is room. So every value before *committed* is either stored or set aside.
 
 One lock guards everything. Three conditions share it, beside the waiters:
 
 - `_not_full`: producers wait in `put` for free slots. When slots become free, one producer is notified, and it notifies
   the next one if it leaves some. Waking all of them would cause a thundering herd. `close` notifies all.
-- `_not_empty`: workers wait in `reserve`. If there are values that any worker may have, one worker is notified, and it
-  notifies the next one if it leaves some. All are notified of a marked batch, because only some accept it, and at the
-  end, when the ring is closed and everything is stored.
+- `_not_empty`: workers wait in `reserve`. If there are values, one worker is notified, and it notifies the next one if
+  it leaves some. All are notified by `interrupt`, and at the end, when the ring is closed and everything is stored.
 - `_stored`: callers of `join` wait for all values to be stored. All are notified when `committed` grows, when a batch
   that was set aside is stored, and by `abort`.
 - `_waiters`, for `wait_committed`: each caller has a lock of its own to wait on, so that a commit wakes those whose
@@ -53,15 +51,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from math import inf
-from time import monotonic
 from typing import NamedTuple, TypeAlias
 
-from ringolib.timing import deadline_after, wait_until
+from ringolib.timing import RUNTIME, Runtime
 from ringolib.wire import Block, Rest, Run
 
 Values: TypeAlias = "array[int] | memoryview[int]"
-Accepts: TypeAlias = Callable[[object], bool]
-"""True if a worker may have the batches with this mark."""
 
 
 class Closed(Exception):
@@ -83,14 +78,17 @@ class Full(Exception):
         self.accepted = accepted
 
 
+class Interrupted(Exception):
+    """A call of `interrupt` has ended the wait of `reserve`."""
+
+
 class Batch:
     """The values `[start, end)` of the ring, handed out to one worker at a time. Batches are compared by identity.
 
     `values` is a copy, so it stays valid when the slots are reused. `runs` names the sources of the values, in order.
-    `mark` is the mark of a batch that was requeued with one, else None.
     """
 
-    __slots__ = ("start", "end", "runs", "values", "reserved_at", "mark")
+    __slots__ = ("start", "end", "runs", "values", "reserved_at")
 
     def __init__(self, start: int, end: int, runs: list[Run], values: "array[int]", reserved_at: float) -> None:
         self.start = start
@@ -98,20 +96,19 @@ class Batch:
         self.runs = runs
         self.values = values
         self.reserved_at = reserved_at  # monotonic seconds, the first time
-        self.mark: object = None
 
     def __len__(self) -> int:
         return self.end - self.start
 
 
 class _Waiter:
-    """A thread that waits until the values `[since, sequence)` are stored."""
+    """A thread that waits until the values `[start, end)` are stored."""
 
-    __slots__ = ("sequence", "since", "_signal")
+    __slots__ = ("start", "end", "_signal")
 
-    def __init__(self, sequence: int, since: int) -> None:
-        self.sequence = sequence
-        self.since = since
+    def __init__(self, start: int, end: int) -> None:
+        self.start = start
+        self.end = end
         self._signal = threading.Lock()
         self._signal.acquire()
 
@@ -125,7 +122,7 @@ class _Waiter:
 
     def overlaps(self, batches: "list[Batch]") -> bool:
         """True if it waits for values of one of these batches."""
-        return any(batch.start < self.sequence and self.since < batch.end for batch in batches)
+        return any(batch.start < self.end and self.start < batch.end for batch in batches)
 
 
 class RingStats(NamedTuple):
@@ -159,15 +156,16 @@ class RingLayout(NamedTuple):
 class Ring:
     """A ring of `capacity` slots. Raises ValueError if `capacity` is below 1."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, runtime: Runtime = RUNTIME) -> None:
         if capacity < 1:
             raise ValueError(f"a ring has at least 1 slot, not {capacity}")
         self.capacity = capacity
+        self._runtime = runtime
 
         self._lock = threading.Lock()
-        self._not_full = threading.Condition(self._lock)
-        self._not_empty = threading.Condition(self._lock)
-        self._stored = threading.Condition(self._lock)
+        self._not_full = runtime.condition(self._lock)
+        self._not_empty = runtime.condition(self._lock)
+        self._stored = runtime.condition(self._lock)
 
         # All below is guarded by _lock.
         self._slots = array("q", [0]) * capacity
@@ -177,12 +175,14 @@ class Ring:
         self._runs: deque[Run] = deque()  # the sources of [reserved, cursor)
         self._in_flight: dict[Batch, None] = {}  # in the hands of workers; oldest first
         self._requeued: list[Batch] = []  # waiting for any worker, ordered by start
-        self._marked: list[Batch] = []  # waiting for a worker that accepts the mark, ordered by start
-        self._aside: dict[Batch, None] = {}  # marked, waiting or in flight, and no longer in their slots
+        self._aside: dict[Batch, None] = {}  # in flight or requeued, and no longer in their slots
         self._aside_size = 0  # how many values these have
-        self._waiters: list[_Waiter] = []  # ordered by sequence
+        self._crowded: dict[Batch, None] = {}  # in flight, and to be set aside once there is room
+        self._waiters: list[_Waiter] = []  # ordered by end
         self._finished: dict[int, int] = {}  # start -> end of ranges stored or set aside, after a gap
         self._idle_workers = 0  # waiting in reserve
+        self._interrupts = 0  # calls of `interrupt`
+        self._aside_stored = 0  # commits of batches that were set aside
         self._closed = False
         self._aborted = False
         self._high_water = 0
@@ -198,7 +198,7 @@ class Ring:
         ring is closed. Both report how many values are in the ring. After any other error, the piece that failed is not
         in the ring, and pieces before it are.
         """
-        deadline = deadline_after(timeout)
+        deadline = self._runtime.deadline_after(timeout)
         total, done = len(values), 0
         with memoryview(values) as view, self._lock:
             try:
@@ -217,7 +217,7 @@ class Ring:
                     if done == total:
                         return self._cursor
                     self._times_full += 1
-                    if not wait_until(self._not_full, lambda: self._closed or self._free() > 0, deadline):
+                    if not self._runtime.wait_until(self._not_full, lambda: self._closed or self._free() > 0, deadline):
                         raise Full(done)
             except BaseException:
                 if self._free():
@@ -261,42 +261,49 @@ class Ring:
             return result
 
     def on_advance(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called, without the lock, after each `commit`, `close` and `abort`, and after each `requeue`
-        that sets a batch aside. Call this once, before any put.
+        """Have `listener` called, without the lock, after each `commit`, `set_aside`, `close` and `abort`.
+
+        Call this once, before any put.
         """
         self._listener = listener
 
-    def reserve(self, limit: int, timeout: float | None = None, accepts: Accepts | None = None) -> Batch:
+    def reserve(self, limit: int, timeout: float | None = None, interrupts: int | None = None) -> Batch:
         """Return the oldest requeued batch, unchanged, or else a batch of up to `limit` of the next values.
-
-        If `accepts` is given, it is called with the mark of each marked batch, and the caller gets only those batches
-        for which it returns True. It runs under the lock. While the call waits, its answer for a mark must not change
-        from False to True, because nothing would wake the caller.
 
         If there is nothing to reserve, wait. Raises TimeoutError after `timeout` seconds. Raises Closed if the ring is
         closed and everything is stored; until then a batch in flight may be requeued. Raises Closed after `abort`.
+
+        A worker that looks for work elsewhere before it waits here passes the number of `interrupts` from before that
+        look. If there were more since, or as soon as there are, raises Interrupted instead of waiting.
         """
-        deadline = deadline_after(timeout)
+        deadline = self._runtime.deadline_after(timeout)
         with self._lock:
             self._idle_workers += 1
             try:
-                if not wait_until(self._not_empty, lambda: self._is_reservable_or_over(accepts), deadline):
+                if not self._runtime.wait_until(
+                    self._not_empty, lambda: self._is_reservable_or_over(interrupts), deadline
+                ):
                     raise TimeoutError("nothing to reserve")
                 if self._aborted:
                     raise Closed
-                requeued = self._requeued[:1] + self._oldest_marked(accepts)
-                if requeued:
-                    return self._take_requeued(min(requeued, key=_start_of))
-                if self._cursor == self._reserved:
-                    raise Closed
-                return self._take_next(min(self._cursor, self._reserved + limit))
-            except (TimeoutError, Closed):
+                if self._requeued:
+                    return self._take_requeued(self._requeued[0])
+                if self._cursor > self._reserved:
+                    return self._take_next(min(self._cursor, self._reserved + limit))
+                raise Closed if self._is_drained() else Interrupted
+            except (TimeoutError, Closed, Interrupted):
                 raise
             except BaseException:  # out of memory: another worker may have it
                 self._not_empty.notify()
                 raise
             finally:
                 self._idle_workers -= 1
+
+    def interrupt(self) -> None:
+        """End the waits of `reserve`: there is work elsewhere. See `reserve`."""
+        with self._lock:
+            self._interrupts += 1
+            self._not_empty.notify_all()
 
     def commit(self, batch: Batch) -> None:
         """Record that `batch` is stored. Free the slots of the gapless prefix, and wake the threads that wait for it.
@@ -307,7 +314,7 @@ class Ring:
             self._check_in_flight(batch)
             was_aside = batch in self._aside
             aside_size = self._aside_size - (len(batch) if was_aside else 0)
-            moved = self._marked_that_fit(self.capacity - aside_size) if was_aside else []
+            moved = self._crowded_that_fit(self.capacity - aside_size) if was_aside else []
             aside_size += sum(map(len, moved))
             if was_aside:
                 self._stored.notify_all()
@@ -316,76 +323,81 @@ class Ring:
             woken = self._stage(moved if was_aside else [batch], moved, batch)
             # Nothing below can fail.
             del self._in_flight[batch]
+            self._crowded.pop(batch, None)
             if was_aside:
                 del self._aside[batch]
                 self._aside_size = aside_size
+                self._aside_stored += 1
+                for other in moved:
+                    del self._crowded[other]
             self._advance()
         for waiter in woken:
             waiter.wake()
         self._listener()
 
-    def requeue(self, batch: Batch, mark: object = None) -> None:
-        """Give `batch` back, to be handed out again before newer values. With `mark`, only to workers that accept it.
+    def requeue(self, batch: Batch) -> None:
+        """Give `batch` back, surely not stored, to be handed out again before newer values.
 
-        A batch that has a mark already keeps it if `mark` is None. Raises ValueError as `commit` does.
+        Raises ValueError as `commit` does.
         """
         with self._lock:
             self._check_in_flight(batch)
-            if mark is None:
-                mark = batch.mark
-            moved: list[Batch] = []
-            if mark is None:
-                waiting = self._requeued
-                self._not_empty.notify()
-            else:
-                waiting = self._marked
-                self._not_empty.notify_all()
-                if batch not in self._aside and self._aside_size + len(batch) <= self.capacity:
-                    moved.append(batch)
-            aside_size = self._aside_size + sum(map(len, moved))
-            bisect.insort(waiting, batch, key=_start_of)
-            try:
-                woken = self._stage(moved, moved)
-            except BaseException:
-                waiting.remove(batch)
-                raise
+            self._not_empty.notify()
+            bisect.insort(self._requeued, batch, key=_start_of)
             # Nothing below can fail.
             del self._in_flight[batch]
-            batch.mark = mark
+            self._crowded.pop(batch, None)
+
+    def set_aside(self, batch: Batch) -> None:
+        """Free the slots of `batch`, which stays in flight, until it is known whether it is stored.
+
+        If too many values are set aside, the batch keeps its slots until there is room. A second call does nothing.
+        Raises ValueError as `commit` does.
+        """
+        with self._lock:
+            self._check_in_flight(batch)
+            if batch in self._aside:
+                return
+            if self._aside_size + len(batch) > self.capacity:
+                self._crowded[batch] = None
+                return
+            aside_size = self._aside_size + len(batch)
+            woken = self._stage([batch], [batch])
+            # Nothing below can fail.
+            self._crowded.pop(batch, None)
             self._aside_size = aside_size
             self._advance()
         for waiter in woken:
             waiter.wake()
-        if moved:
-            self._listener()
+        self._listener()
 
-    def is_stored(self, sequence: int, since: int = 0) -> bool:
-        """True if all values from `since` up to, and without, `sequence` are stored."""
+    def is_stored(self, start: int, end: int) -> bool:
+        """True if all values from `start` up to, and without, `end` are stored."""
         # Without the lock, as each is one read: `_committed` passes a batch only after the batch is in `_aside`.
-        if self._committed < sequence:
+        if self._committed < end:
             return False
         if not self._aside:
             return True
         with self._lock:
-            return self._is_stored(sequence, since)
+            return self._is_stored(start, end)
 
-    def wait_committed(self, sequence: int, timeout: float | None = None, since: int = 0) -> bool:
-        """Wait until all values from `since` up to, and without, `sequence` are stored. Return whether they are.
+    def wait_committed(self, start: int, end: int, timeout: float | None = None) -> bool:
+        """Wait until all values from `start` up to, and without, `end` are stored. Return whether they are.
 
         The wait ends after `timeout` seconds, or if the ring is aborted.
         """
-        deadline = deadline_after(timeout)
-        while not self.is_stored(sequence, since):
-            seconds = deadline - monotonic()
+        deadline = self._runtime.deadline_after(timeout)
+        while not self.is_stored(start, end):
+            seconds = deadline - self._runtime.monotonic()
             with self._lock:
-                if self._is_stored(sequence, since):
+                if self._is_stored(start, end):
                     return True
                 if self._aborted or seconds <= 0:
                     return False
-                waiter = _Waiter(sequence, since)
-                bisect.insort(self._waiters, waiter, key=_sequence_of)
+                waiter = _Waiter(start, end)
+                bisect.insort(self._waiters, waiter, key=_end_of)
             waiter.wait(seconds)
-            if monotonic() >= deadline:
+            if self._runtime.monotonic() >= deadline:
                 with self._lock:
                     if waiter in self._waiters:
                         self._waiters.remove(waiter)
@@ -416,9 +428,9 @@ class Ring:
 
         The wait ends after `timeout` seconds, or if the ring is aborted.
         """
-        deadline = deadline_after(timeout)
+        deadline = self._runtime.deadline_after(timeout)
         with self._lock:
-            wait_until(self._stored, lambda: self._is_all_stored() or self._aborted, deadline)
+            self._runtime.wait_until(self._stored, lambda: self._is_all_stored() or self._aborted, deadline)
             return self._is_all_stored()
 
     @property
@@ -442,34 +454,27 @@ class Ring:
         return self._aborted
 
     @property
-    def wants_workers(self) -> bool:
-        """True if any worker could reserve values now, and no worker is waiting for them."""
-        with self._lock:
-            return self._open_to_all() > 0 and self._idle_workers == 0
+    def interrupts(self) -> int:
+        """The number of calls of `interrupt`, for `reserve`."""
+        return self._interrupts
 
     @property
-    def has_marked(self) -> bool:
-        """True while a marked batch waits for a worker."""
-        return bool(self._marked)  # one read: no lock needed
+    def aside_stored(self) -> int:
+        """How many batches that were set aside have been committed."""
+        return self._aside_stored
 
-    def has_marked_for(self, accepts: Accepts) -> bool:
-        """True while a marked batch waits whose mark is accepted."""
+    @property
+    def wants_workers(self) -> bool:
+        """True if a worker could reserve values now, and no worker is waiting for them."""
         with self._lock:
-            return bool(self._oldest_marked(accepts))
-
-    def marks(self) -> list[tuple[object, int]]:
-        """Return the mark and the size of each marked batch, waiting or in flight."""
-        with self._lock:
-            batches = [*self._marked, *self._in_flight]
-            return [(batch.mark, len(batch)) for batch in batches if batch.mark is not None]
+            return self._backlog() > 0 and self._idle_workers == 0
 
     def stats(self) -> RingStats:
         """Return a snapshot of the counters."""
         with self._lock:
-            in_flight = self._in_flight_in_slots()
-            marked = self._marked_in_slots()
-            unfinished = [*in_flight, *self._requeued, *marked]
-            oldest = min((batch.reserved_at for batch in unfinished), default=None)
+            in_flight = self._in_slots(self._in_flight)
+            requeued = self._in_slots(self._requeued)
+            oldest = min((batch.reserved_at for batch in in_flight + requeued), default=None)
             return RingStats(
                 capacity=self.capacity,
                 cursor=self._cursor,
@@ -477,11 +482,11 @@ class Ring:
                 committed=self._committed,
                 stored=self._committed - self._aside_size + sum(e - s for s, e in self._finished.items()),
                 depth=self._cursor - self._committed,
-                backlog=self._open_to_all() + sum(map(len, marked)),
+                backlog=self._cursor - self._reserved + sum(map(len, requeued)),
                 in_flight=sum(map(len, in_flight)),
                 high_water=self._high_water,
                 times_full=self._times_full,
-                oldest_in_flight=0.0 if oldest is None else monotonic() - oldest,
+                oldest_in_flight=0.0 if oldest is None else self._runtime.monotonic() - oldest,
             )
 
     def layout(self) -> RingLayout:
@@ -491,7 +496,7 @@ class Ring:
         """
         with self._lock:
             sequences = self.capacity, self._committed, self._reserved, self._cursor
-            in_flight = [(batch.start, batch.end) for batch in self._in_flight_in_slots()]
+            in_flight = [(batch.start, batch.end) for batch in self._in_slots(self._in_flight)]
             finished = list(self._finished.items())
             highest, self._highest = self._highest, self._cursor - self._committed
         return RingLayout(*sequences, _merge(in_flight), _merge(finished), highest)
@@ -502,29 +507,18 @@ class Ring:
         """Return how many slots are free."""
         return self._committed + self.capacity - self._cursor
 
-    def _open_to_all(self) -> int:
-        """Return how many values any worker could reserve."""
+    def _backlog(self) -> int:
+        """Return how many values a worker could reserve."""
         return self._cursor - self._reserved + sum(map(len, self._requeued))
 
-    def _in_flight_in_slots(self) -> list[Batch]:
-        """Return the batches that are in flight and in their slots, oldest first."""
-        return [batch for batch in self._in_flight if batch not in self._aside]
+    def _in_slots(self, batches: Iterable[Batch]) -> list[Batch]:
+        """Return the batches that were not set aside."""
+        return [batch for batch in batches if batch not in self._aside]
 
-    def _marked_in_slots(self) -> list[Batch]:
-        """Return the marked batches that wait and are in their slots, oldest first."""
-        return [batch for batch in self._marked if batch not in self._aside]
-
-    def _oldest_marked(self, accepts: Accepts | None) -> list[Batch]:
-        """Return a list of the oldest waiting batch whose mark is accepted, or an empty list."""
-        for batch in self._marked:
-            if accepts is None or accepts(batch.mark):
-                return [batch]
-        return []
-
-    def _is_stored(self, sequence: int, since: int) -> bool:
-        if self._committed < sequence:
+    def _is_stored(self, start: int, end: int) -> bool:
+        if self._committed < end:
             return False
-        return not any(batch.start < sequence and since < batch.end for batch in self._aside)
+        return not any(batch.start < end and start < batch.end for batch in self._aside)
 
     def _is_all_stored(self) -> bool:
         return self._committed == self._cursor and not self._aside
@@ -532,13 +526,13 @@ class Ring:
     def _is_drained(self) -> bool:
         return self._closed and self._is_all_stored()
 
-    def _is_reservable_or_over(self, accepts: Accepts | None) -> bool:
-        return self._open_to_all() > 0 or bool(self._oldest_marked(accepts)) or self._is_drained() or self._aborted
+    def _is_reservable_or_over(self, interrupts: int | None) -> bool:
+        return self._backlog() > 0 or self._is_drained() or self._aborted or interrupts not in (None, self._interrupts)
 
-    def _marked_that_fit(self, room: int) -> list[Batch]:
-        """Return the marked batches to set aside, oldest first, if there is room for so many values."""
+    def _crowded_that_fit(self, room: int) -> list[Batch]:
+        """Return the batches to set aside, in the order of their calls, if there is room for so many values."""
         fitting = []
-        for batch in self._marked_in_slots():
+        for batch in self._crowded:
             if len(batch) <= room:
                 fitting.append(batch)
                 room -= len(batch)
@@ -578,9 +572,9 @@ class Ring:
         committed = self._committed
         while committed in self._finished:
             committed = self._finished[committed]
-        if self._waiters[0].sequence > committed:
+        if self._waiters[0].end > committed:
             return ()
-        count = bisect.bisect_right(self._waiters, committed, key=_sequence_of)
+        count = bisect.bisect_right(self._waiters, committed, key=_end_of)
         aside = [batch for batch in self._aside if batch is not leaving]
         ready: list[_Waiter] = []
         doubtful: list[_Waiter] = []
@@ -598,14 +592,11 @@ class Ring:
 
     def _take_requeued(self, batch: Batch) -> Batch:
         """Put a requeued batch in flight, and return it. Changes all or nothing."""
-        waiting, left = self._requeued, self._open_to_all() - len(batch)
-        if batch.mark is not None:
-            waiting, left = self._marked, self._open_to_all()
-        if left:
+        if self._backlog() > len(batch):
             self._not_empty.notify()
         self._in_flight[batch] = None
         try:
-            waiting.remove(batch)
+            self._requeued.remove(batch)
         except BaseException:
             del self._in_flight[batch]
             raise
@@ -615,8 +606,8 @@ class Ring:
         """Put the values up to `end` in flight, as a new batch, and return it. Changes all or nothing."""
         start = self._reserved
         runs, rest = _first_runs(self._runs, end - start)
-        batch = Batch(start, end, runs, self._read(start, end), monotonic())
-        if self._open_to_all() > end - start:
+        batch = Batch(start, end, runs, self._read(start, end), self._runtime.monotonic())
+        if self._backlog() > end - start:
             self._not_empty.notify()
         taken = iter(runs)
         self._in_flight[batch] = None
@@ -692,8 +683,8 @@ def _start_of(batch: Batch) -> int:
     return batch.start
 
 
-def _sequence_of(waiter: _Waiter) -> int:
-    return waiter.sequence
+def _end_of(waiter: _Waiter) -> int:
+    return waiter.end
 
 
 def _append_run(runs: list[Run], run: Run) -> None:

@@ -14,8 +14,9 @@ from ringbuffer import Ring
 from ringolib.counters import Totals
 from ringolib.forward import spool as spool_module
 from ringolib.forward.destination import Destination
-from ringolib.forward.discovery import Consumers
-from ringolib.forward.link import LinkSink, LinkState
+from ringolib.forward.discovery import Discovery
+from ringolib.forward.health import Health
+from ringolib.forward.link import LinkSink, dialer
 from ringolib.forward.sink import Sink, StoreSink
 from ringolib.forward.spool import Spool, SpoolSink
 from ringolib.forward.workers import BATCH_RECORDS, Forwarder
@@ -57,8 +58,6 @@ DRAIN_SECONDS = 30.0
 """How long a stopping server tries to store the records that it has accepted."""
 JOIN_SECONDS = 5.0
 """How long the stop waits for the threads of one part."""
-RESOLVER_JOIN_SECONDS = 1.0
-"""The same for the thread that resolves names: a slow name service must not delay the stop."""
 LOOP_TIMEOUT_SECONDS = 9.0
 """How long the ingest loop may take to show that it is alive; less than half the watchdog's period in our units."""
 
@@ -102,8 +101,9 @@ class App:
             self.ring = _allocate_ring(settings.ring_size) if settings.is_publisher else None
             make_link = partial(_make_link, settings, self.credentials, self.server.listeners.is_own)
             self.spool = _open_spool(settings, make_link, undo) if settings.spool else None
-            self.consumers = None if stores else _resolve_consumers(settings, self.spool, make_link, undo)
-            self.forwarder = self._start_forwarder(self.ring, undo) if self.ring else None
+            discovery = None if stores else Discovery(settings.consumers, by_name=self.spool is not None)
+            make = partial(make_destination, settings, self.spool, make_link)
+            self.forwarder = self._start_forwarder(self.ring, discovery, make, undo) if self.ring else None
             undo.pop_all()
         self._intake: Intake | None = None
         self._report = Report(
@@ -124,10 +124,12 @@ class App:
         )
         self._look = None if stores else Look(self._report.absent_consumers, hint_for(settings))
 
-    def _start_forwarder(self, ring: Ring, undo: ExitStack) -> Forwarder:
+    def _start_forwarder(
+        self, ring: Ring, discovery: Discovery | None, make: Callable[[Endpoint], Destination], undo: ExitStack
+    ) -> Forwarder:
         """Start the workers, which take batches from `ring` to the consumers, or to the own store."""
-        if self.consumers:
-            destinations = self.consumers.destinations
+        if discovery:
+            destinations = [make(endpoint) for endpoint in discovery.endpoints]
         else:
             assert self.store
             destinations = [_store_destination(self.store)]
@@ -136,8 +138,8 @@ class App:
         forwarder = Forwarder(ring, destinations, max_workers, max_records)
         undo.callback(forwarder.stop, JOIN_SECONDS)
         undo.callback(ring.abort)  # runs first: the workers end only if the ring is closed or aborted
-        if self.consumers:
-            self.consumers.start(forwarder)
+        if discovery:
+            forwarder.follow(discovery, make)
         return forwarder
 
     @property
@@ -245,8 +247,6 @@ class App:
             self._intake.stop(JOIN_SECONDS)
         if self.profiler:
             self.profiler.close()
-        if self.consumers:
-            self.consumers.stop(RESOLVER_JOIN_SECONDS)
         if self.forwarder:
             self.forwarder.stop(JOIN_SECONDS)
         if self.spool:
@@ -262,8 +262,8 @@ class App:
         consumer does not count: no thread holds these locks while it waits for them, and the loop never waits.
         """
         self.totals.snapshot()
-        links = [destination.link for destination in self.consumers.destinations] if self.consumers else []
-        for part in (self.ring, self.forwarder, *links, self.spool, self.spool and self.spool.store, self.store):
+        consumers = [destination.consumer for destination in self.forwarder.destinations] if self.forwarder else []
+        for part in (self.ring, self.forwarder, *consumers, self.spool, self.spool and self.spool.store, self.store):
             if part:
                 part.stats()
         loop = self.server.loop
@@ -449,7 +449,8 @@ def _make_link(
 ) -> LinkSink:
     """Return a link to a consumer, which connects when it is first used. With a spool it gives up earlier."""
     ack_timeout = spool_module.ACK_TIMEOUT_SECONDS if settings.spool else None
-    return LinkSink(endpoint.host, endpoint.port, on_connected, ack_timeout, is_own, credentials, endpoint.name)
+    dial = dialer(credentials, is_own, endpoint.name)
+    return LinkSink(endpoint.host, endpoint.port, on_connected, ack_timeout, dial)
 
 
 def _open_spool(settings: Settings, make_link: LinkMaker, undo: ExitStack) -> Spool:
@@ -458,36 +459,26 @@ def _open_spool(settings: Settings, make_link: LinkMaker, undo: ExitStack) -> Sp
     ((host, port),) = settings.consumers
     endpoint = Endpoint(host, port, host)
     link = make_link(endpoint, lambda: None)
-    spool = Spool(settings.spool, settings.spool_max, link, LinkState(str(endpoint)))
+    spool = Spool(settings.spool, settings.spool_max, link, Health(str(endpoint)))
     undo.callback(spool.stop, JOIN_SECONDS)
     return spool
 
 
-def _resolve_consumers(settings: Settings, spool: Spool | None, make_link: LinkMaker, undo: ExitStack) -> Consumers:
-    """Return the consumers, with a destination for each. Raises AddressError if none of the names resolves."""
-    make = partial(make_destination, settings, spool, make_link)
-    consumers = Consumers(settings.consumers, make, by_name=spool is not None)
-    undo.callback(consumers.stop, RESOLVER_JOIN_SECONDS)
-    return consumers
+def make_destination(settings: Settings, spool: Spool | None, make_link: LinkMaker, endpoint: Endpoint) -> Destination:
+    """Return the destination for one consumer.
 
-
-def make_destination(
-    settings: Settings, spool: Spool | None, make_link: LinkMaker, endpoint: Endpoint, on_lost: Callable[[], None]
-) -> Destination:
-    """Return the destination for one consumer. `on_lost` is called when one of its links fails.
-
-    With a spool there is only one destination. It shares the state of the consumer with the spool, and a worker whose
-    link fails stores in the spool.
+    With a spool there is only one destination. A worker whose link fails stores in the spool, which knows the health of
+    the consumer.
     """
 
     def make_sink(on_connected: Callable[[], None]) -> Sink:
         link = make_link(endpoint, on_connected)
         return SpoolSink(link, spool) if spool else link
 
-    state = spool.state if spool else LinkState(str(endpoint))
+    health, consumer = (Health(), spool.health) if spool else (Health(str(endpoint)), None)
     is_host_itself = endpoint.host == endpoint.name  # not one of the addresses of a name
     is_only = len(settings.consumers) == 1 and (spool is not None or is_fixed(endpoint.name))
-    return Destination(make_sink, state, endpoint, is_host_itself, on_lost, spool is not None, is_only)
+    return Destination(make_sink, health, endpoint, is_host_itself, is_only, consumer)
 
 
 def _store_destination(store: Storage) -> Destination:

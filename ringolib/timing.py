@@ -107,6 +107,38 @@ def _thread_limit() -> str:
     return "ulimit -u limits threads"
 
 
+class Runtime:
+    """The clock, conditions and threads, for objects that a test must be able to run in an order that it chooses.
+
+    They get `RUNTIME` by default. A test gives them a subclass.
+    """
+
+    def monotonic(self) -> float:
+        """Return the time in seconds, of a clock that only goes forward."""
+        return monotonic()
+
+    def condition(self, lock: threading.Lock) -> threading.Condition:
+        """Return a condition on this lock."""
+        return threading.Condition(lock)
+
+    def wait_until(
+        self, condition: threading.Condition, predicate: Callable[[], bool], deadline: float = math.inf
+    ) -> bool:
+        """See the function of this name."""
+        return wait_until(condition, predicate, deadline)
+
+    def start_thread(self, target: Callable[..., None], *args: Any, name: str) -> threading.Thread:
+        """See the function of this name."""
+        return start_thread(target, *args, name=name)
+
+    def deadline_after(self, seconds: float | None) -> float:
+        """See the function of this name."""
+        return math.inf if seconds is None else self.monotonic() + seconds
+
+
+RUNTIME = Runtime()
+
+
 def start_thread(target: Callable[..., None], *args: Any, name: str) -> threading.Thread:
     """Start a named daemon thread and return it. Raises ThreadError as `start` does.
 

@@ -1,42 +1,94 @@
-"""Links: the sink that sends batches to a consumer over WebSocket, and the state of that consumer.
+"""Links: the sink that sends batches to a consumer over WebSocket.
 
-A `LinkSink` belongs to the thread of its worker; `abort` alone is for other threads. A `LinkState` is shared by all
-links to one consumer. Its `_lock` guards its fields. Changes of state are logged under the lock, so that the lines are
-in order. Nothing is sent under it.
+A `LinkSink` belongs to the thread of its worker; `abort` alone is for other threads. Nothing here is locked.
 """
 
 import logging
-import threading
 from collections.abc import Callable
-from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
-from ringolib.forward.sink import InDoubt, NotStored
+from ringolib.forward.sink import InDoubt, NotStored, ignore_late
 from ringolib.net.addresses import Address, Endpoint, format_address
 from ringolib.net.credentials import Credentials
 from ringolib.net.sockets import peer_address, shut_down
 from ringolib.net.websocket import HandshakeError
 from ringolib.net.websocket_client import ClientConnection
-from ringolib.timing import deadline_after, log_unexpected, remaining
+from ringolib.timing import RUNTIME, Runtime, log_unexpected
 from ringolib.wire import INGEST_PATH, SUBPROTOCOL, Block, WireError, decode_ack, encode_batch
 
 log = logging.getLogger("ringoexp.link")
 
 ACK_TIMEOUT_SECONDS = 30.0
 """How long a consumer may take to receive a batch, and again to ack it, before the link is dropped."""
+LATE_SECONDS = 1.0
+"""A batch without an ack after this time is late. If there are other consumers, the records of others go on then."""
 CHECK_AFTER_SECONDS = 0.02
 """If the last ack is at least this old, the link is checked before a block is sent over it: it may have ended."""
 GOING_AWAY = 1001
 """The close code of a server that stops (RFC 6455 section 7.4.1)."""
 
 
+class _Patience:
+    """How long a batch may take to be sent, and again to be acked. `on_late` is called once, after LATE_SECONDS."""
+
+    def __init__(self, timeout: float, on_late: Callable[[], None], monotonic: Callable[[], float]) -> None:
+        self._timeout = timeout
+        self._monotonic = monotonic
+        self._on_late: Callable[[], None] | None = on_late
+        self._began = self._restarted = self._monotonic()
+        self.step = min(LATE_SECONDS, timeout)  # a wait calls `check` after so many seconds
+
+    def restart(self) -> None:
+        """The batch is sent; its ack may take as long again."""
+        self._restarted = self._monotonic()
+
+    def check(self) -> None:
+        """Raise TimeoutError if the time is up."""
+        now = self._monotonic()
+        if now - self._restarted >= self._timeout:
+            raise TimeoutError(f"no ack within {self._timeout:.0f} s")
+        if self._on_late and now - self._began >= LATE_SECONDS:
+            on_late, self._on_late = self._on_late, None
+            on_late()
+
+
+Dial = Callable[[str, int, Callable[[Any], None]], ClientConnection]
+"""Connects to a host and a port. The third argument is called with the socket as soon as it is open."""
+
+
+def dialer(
+    credentials: Credentials | None = None,
+    is_own: Callable[[Address], bool] = lambda address: False,
+    name: str | None = None,
+) -> Dial:
+    """Return a function that connects over the network. It raises OSError or HandshakeError.
+
+    `credentials` are the token and the TLS context. `is_own` recognises the server's own addresses: a server must not
+    link to itself. If the hosts are addresses of a name, `name` is that name.
+    """
+    credentials = credentials or Credentials()
+
+    def dial(host: str, port: int, on_socket: Callable[[Any], None]) -> ClientConnection:
+        keys = credentials.current
+        endpoint = Endpoint(host, port, name or host)
+        link = ClientConnection(endpoint, INGEST_PATH, SUBPROTOCOL, keys.client, keys.token, on_socket)
+        try:
+            # The check at the start misses a name that did not resolve then, or resolves to another address now.
+            if is_own(peer_address(link.sock, host)):
+                raise OSError("that is this server itself: it would forward in a circle")
+        except BaseException:
+            link.sock.close()
+            raise
+        return link
+
+    return dial
+
+
 class LinkSink:
     """A WebSocket link to a consumer, made when a block needs it.
 
-    `connected` is called for each link that is made. `ack_timeout` is how many seconds the consumer may take to receive
-    a block, and again to ack it. `is_own` recognises the server's own addresses: a server must not link to itself.
-    `credentials` are the token and the TLS context for the link. If `host` is one of several addresses of a name,
-    `name` is that name.
+    `dial` connects; by default it is `dialer()`. `connected` is called for each link that is made. `ack_timeout` is how
+    many seconds the consumer may take to receive a block, and again to ack it.
     """
 
     def __init__(
@@ -45,17 +97,15 @@ class LinkSink:
         port: int,
         connected: Callable[[], None] = lambda: None,
         ack_timeout: float | None = None,
-        is_own: Callable[[Address], bool] = lambda address: False,
-        credentials: Credentials | None = None,
-        name: str | None = None,
+        dial: Dial | None = None,
+        runtime: Runtime = RUNTIME,
     ) -> None:
         self._host = host
         self._port = port
         self._connected = connected
         self._ack_timeout = ack_timeout or ACK_TIMEOUT_SECONDS
-        self._is_own = is_own
-        self._credentials = credentials or Credentials()
-        self._name = name
+        self._dial = dial or dialer()
+        self._monotonic = runtime.monotonic
         self._link: ClientConnection | None = None
         self._sent = 0  # records sent over this link; all acked unless `store` is running
         self._acked = 0  # records acked over this link
@@ -75,7 +125,7 @@ class LinkSink:
         """The identity of the store at the other end of the link; None without a link, or if it reports none."""
         return self._link.store if self._link else None
 
-    def store(self, block: Block) -> None:
+    def store(self, block: Block, on_late: Callable[[], None] = ignore_late) -> None:
         """Return when the consumer has acked the block. If an error comes up meanwhile, the link is closed.
 
         Raises NotStored if nothing was sent, or if the consumer cannot have stored the block. Raises InDoubt if it may
@@ -85,35 +135,23 @@ class LinkSink:
         than the one that the block is for.
         """
         message = encode_batch(*block)
-        if self._link and monotonic() - self._acked_at >= CHECK_AFTER_SECONDS:
-            try:
-                self._check_open(self._link)
-            except OSError as error:
-                self._drop()
-                raise NotStored(self._describe(error)) from error
-            except BaseException:
-                self._drop()
-                raise
+        self._check_idle_link()
         self.connect()
         link = self._link
         assert link is not None
         try:
-            link.sock.settimeout(self._ack_timeout)
-            link.send_bytes(message)
+            patience = _Patience(self._ack_timeout, on_late, self._monotonic)
+            link.sock.settimeout(patience.step)
+            link.send_bytes(message, patience.check)
             self._sent += len(block.values)
-            self._await_ack(link)
-            self._pinged, self._acked_at = False, monotonic()
+            patience.restart()
+            self._await_ack(link, patience)
+            self._pinged, self._acked_at = False, self._monotonic()
             if link.ending:  # the consumer acked, then said goodbye
                 self.close()
         except BaseException as error:
             self._drop()
-            if not isinstance(error, (OSError, WireError)):
-                log_unexpected(log, "worker_error", error)
-                raise InDoubt(self._describe(repr(error)), link.store) from error
-            reason = self._describe(error)
-            if self._cannot_be_stored(link, len(block.values)):
-                raise NotStored(reason) from error
-            raise InDoubt(reason, link.store) from error
+            raise self._judge(error, link, len(block.values)) from error
 
     def connect(self) -> None:
         """Make a link, unless there is one. Raises NotStored if that fails."""
@@ -163,19 +201,12 @@ class LinkSink:
             link.finish(1000, "")
 
     def _connect(self) -> None:
-        keys = self._credentials.current
-        endpoint = Endpoint(self._host, self._port, self._name or self._host)
         try:
-            self._link = ClientConnection(
-                endpoint, INGEST_PATH, SUBPROTOCOL, keys.client, keys.token, self._on_socket_open
-            )
+            self._link = self._dial(self._host, self._port, self._on_socket_open)
         finally:
             self._opening = None
         self._sent = self._acked = 0
         self._pinged = False
-        # The check at the start misses a name that did not resolve then, or resolves to another address now.
-        if self._is_own(peer_address(self._link.sock, self._host)):
-            raise OSError("that is this server itself: it would forward in a circle")
         if self._aborted:  # during the handshake, when `abort` saw no link yet
             raise OSError("the server is stopping")
         self._connected()
@@ -195,9 +226,29 @@ class LinkSink:
         if link.ending or data == b"":
             raise ConnectionResetError("the consumer closed the connection")
 
-    def _await_ack(self, link: ClientConnection) -> None:
-        """Return when everything sent is acked. Raises OSError if the link ends or the timeout passes before."""
-        deadline = deadline_after(self._ack_timeout)
+    def _check_idle_link(self) -> None:
+        """Drop a link that has ended while it was idle. Raises NotStored then."""
+        if self._link and self._monotonic() - self._acked_at >= CHECK_AFTER_SECONDS:
+            try:
+                self._check_open(self._link)
+            except OSError as error:
+                self._drop()
+                raise NotStored(self._describe(error)) from error
+            except BaseException:
+                self._drop()
+                raise
+
+    def _judge(self, error: BaseException, link: ClientConnection, size: int) -> NotStored | InDoubt:
+        """Return what an error means for the last block, of `size` records, which was sent at least in part."""
+        if not isinstance(error, (OSError, WireError)):
+            log_unexpected(log, "worker_error", error)
+            return InDoubt(self._describe(repr(error)), link.store)
+        if self._cannot_be_stored(link, size):
+            return NotStored(self._describe(error))
+        return InDoubt(self._describe(error), link.store)
+
+    def _await_ack(self, link: ClientConnection, patience: _Patience) -> None:
+        """Return when everything sent is acked. Raises OSError if the link ends or patience does."""
         data = b""  # first, parse the bytes that arrived together with the handshake
         while True:
             for message in link.parse(data):
@@ -209,11 +260,12 @@ class LinkSink:
                     return
             if link.ending:
                 raise ConnectionResetError(f"the consumer {link.ending_text}")
-            seconds = remaining(deadline)
-            if not seconds:
-                raise TimeoutError(f"no ack within {self._ack_timeout:.0f} s")
-            link.sock.settimeout(seconds)
-            data = link.read() or b""
+            patience.check()
+            try:
+                data = link.read() or b""
+            except TimeoutError:
+                data = b""
+                continue
             if not data:
                 raise ConnectionResetError("the consumer closed the connection")
 
@@ -239,65 +291,3 @@ class LinkSink:
                 link.abort()
             finally:
                 link.sock.close()
-
-
-class LinkStats(NamedTuple):
-    """A snapshot of a LinkState."""
-
-    state: str  # "unknown" before the first batch, then "up" or "down"
-    reason: str | None  # why it is down
-    away: float  # seconds since it went down; 0 if it is not down
-    quiet: float  # seconds since the last ack; infinite before the first
-
-
-class LinkState:
-    """The state of the consumer `peer`, as the links to it report it. Each change is logged once."""
-
-    def __init__(self, peer: str) -> None:
-        self._peer = peer
-        self._lock = threading.Lock()
-        # Guarded by _lock. Two fields are also read or written without it: _state, a string, is read, and _acked_at, a
-        # float, is written; each is one step.
-        self._state = "unknown"
-        self._acked_at = float("-inf")  # monotonic seconds
-        self._reason: str | None = None
-        self._down_since = 0.0  # monotonic seconds, while it is down
-
-    @property
-    def down(self) -> bool:
-        """True from the failure of a link until the next ack or link."""
-        return self._state == "down"
-
-    def on_ack(self) -> None:
-        """Record that the consumer has acked a batch, so it is up."""
-        self._acked_at = monotonic()
-        if self._state != "up":
-            self._set_up()
-
-    def on_connected(self) -> None:
-        """Record that a link was made. If the consumer was down, it is up, even if there is no batch to send."""
-        if self.down:
-            self._set_up()
-
-    def on_failure(self, reason: str) -> None:
-        """Record that a link failed or could not be made, so the consumer is down."""
-        with self._lock:
-            was_down = self._state == "down"
-            if not was_down:
-                self._state, self._down_since = "down", monotonic()
-            self._reason = reason
-            level = logging.DEBUG if was_down else logging.WARNING
-            log.log(level, "link_down", {"consumer": self._peer, "reason": reason})
-
-    def stats(self) -> LinkStats:
-        """Return a snapshot."""
-        with self._lock:
-            away = monotonic() - self._down_since if self._state == "down" else 0.0
-            return LinkStats(self._state, self._reason, away, monotonic() - self._acked_at)
-
-    def _set_up(self) -> None:
-        with self._lock:
-            before, self._state, self._reason = self._state, "up", None
-            if before != "up":
-                away = {"away_seconds": round(monotonic() - self._down_since, 1)} if before == "down" else {}
-                log.info("link_up", {"consumer": self._peer, **away})

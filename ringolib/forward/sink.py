@@ -4,6 +4,7 @@ Each worker has a sink of its own, and only its thread calls it; `abort` alone i
 a consumer (`link.LinkSink`), a link with a spool behind it (`spool.SpoolSink`), or the local store (`StoreSink`).
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from ringolib.storage.interface import Storage, StoreError
@@ -26,6 +27,10 @@ class InDoubt(Exception):
         self.store = store
 
 
+def ignore_late() -> None:
+    """Do nothing: nothing else could be done with the records of a late batch."""
+
+
 class Sink(Protocol):
     """How one worker stores its batches at its destination."""
 
@@ -40,8 +45,11 @@ class Sink(Protocol):
     def connect(self) -> None:
         """Connect, unless the sink is ready. Raises NotStored."""
 
-    def store(self, block: Block) -> None:
-        """Return when the block is on disk. Raises NotStored or InDoubt."""
+    def store(self, block: Block, on_late: Callable[[], None] = ignore_late) -> None:
+        """Return when the block is on disk. Raises NotStored or InDoubt.
+
+        If the ack of a consumer is late, the sink calls `on_late`, once, and goes on to wait.
+        """
 
     def idle(self) -> None:
         """Look after the link. The worker calls this regularly while it has nothing to store."""
@@ -62,7 +70,7 @@ class StoreSink:
     def __init__(self, store: Storage) -> None:
         self._store = store
 
-    def store(self, block: Block) -> None:
+    def store(self, block: Block, on_late: Callable[[], None] = ignore_late) -> None:
         """Return when the block is on disk. Raises NotStored if the commit failed.
 
         Even if a failed commit stored the block after all, nothing is in doubt: the block is sent to this store again,

@@ -12,11 +12,13 @@ The file is a `Store` with its own locks. `Spool._lock` guards the other shared 
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ringolib.counters import Histogram
-from ringolib.forward.link import LinkSink, LinkState
-from ringolib.forward.sink import InDoubt, NotStored
+from ringolib.forward.health import Health
+from ringolib.forward.link import LinkSink
+from ringolib.forward.sink import InDoubt, NotStored, ignore_late
 from ringolib.forward.workers import BATCH_RECORDS
 from ringolib.storage.interface import Sizes, StoreError, StoreStats
 from ringolib.storage.remedies import NoRoom
@@ -67,17 +69,17 @@ class UnopenedStore:
 
 
 class Spool:
-    """The spool in the file `path`, for at most `max_records`, forwarded over `link`. `state` is the consumer's state.
+    """The spool in the file `path`, for at most `max_records`, forwarded over `link`. `health` is the consumer's.
 
     The thread starts at once. If the disk has no room to open the file, the thread opens it later; until then, records
     go only over links. Raises StoreError if the file cannot be opened for another reason or is no spool, and
     ThreadError.
     """
 
-    def __init__(self, path: str, max_records: int, link: LinkSink, state: LinkState) -> None:
+    def __init__(self, path: str, max_records: int, link: LinkSink, health: Health) -> None:
         self.path = path
         self._max_records = max_records
-        self.state = state
+        self.health = health
         # Replaced by the thread when it opens the file. Other threads read the attribute once.
         self.store: Store | UnopenedStore
         try:
@@ -115,7 +117,7 @@ class Spool:
         False while the spool cannot forward because of an error of its own: then only the workers' links can find out
         whether the consumer is up.
         """
-        return self.state.down and not self._broken  # one read each: no lock needed
+        return self.health.down and not self._broken  # one read each: no lock needed
 
     @property
     def full(self) -> bool:
@@ -210,7 +212,7 @@ class Spool:
                 self._record_success(self._forward_oldest())
         except (NotStored, InDoubt) as error:
             self._broken = False
-            self.state.on_failure(str(error))
+            self.health.set_down(str(error))
             self._pause()
         except Exception as error:
             self._log_error(error)
@@ -250,7 +252,7 @@ class Spool:
             return 0
         self._oldest_ms = oldest.received_at_ms
         self._link.store(oldest.block)
-        self.state.on_ack()
+        self.health.on_ack()
         store.delete(oldest)
         return len(oldest.block.values)
 
@@ -298,7 +300,7 @@ class SpoolSink:
     def connect(self) -> None:
         """Do nothing: `store` makes a link if it needs one."""
 
-    def store(self, block: Block) -> None:
+    def store(self, block: Block, on_late: Callable[[], None] = ignore_late) -> None:
         """Return when the consumer has acked the block, or when it is in the spool.
 
         Raises NotStored or InDoubt if both fail.
@@ -313,14 +315,14 @@ class SpoolSink:
         try:
             self._link.store(block)
         except (NotStored, InDoubt) as error:
-            self._spool.state.on_failure(str(error))
+            self._spool.health.set_down(str(error))
             try:
                 self._spool.append(block)
             except NotStored as full:
                 raise (error if isinstance(error, InDoubt) else full) from full
         else:
-            if not had_link or not self._spool.state.down:
-                self._spool.state.on_ack()
+            if not had_link or not self._spool.health.down:
+                self._spool.health.on_ack()
 
     def idle(self) -> None:
         """Look after the link. Close it if the spool needs one: the consumer may have no room for two links."""

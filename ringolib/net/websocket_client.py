@@ -87,9 +87,20 @@ class Link:
                 self._protocol.end(1006, f"connection lost: {error}")
         return messages
 
-    def send_bytes(self, payload: bytes) -> None:
-        """Send one whole binary message. Raises OSError if the connection is lost, or at the socket's timeout."""
-        self.sock.sendall(self._unsent + self._protocol.message_frame(payload))
+    def send_bytes(self, payload: bytes, check: Callable[[], None]) -> None:
+        """Send one whole binary message. Raises OSError if the connection is lost.
+
+        `check` is called after each part that the socket takes, and at each timeout of the socket. To give up, it
+        raises.
+        """
+        left = memoryview(self._unsent + self._protocol.message_frame(payload))
+        while left:
+            try:
+                left = left[self.sock.send(left) :]
+            except TimeoutError:
+                pass
+            if left:
+                check()
         self._unsent = b""
 
     def begin_bytes(self, payload: bytes) -> None:

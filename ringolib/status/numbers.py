@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ringbuffer import RingStats
+from ringolib.forward.pool import ForwarderStats
 from ringolib.forward.spool import SpoolStats
-from ringolib.forward.workers import ForwarderStats
 from ringolib.status import process
 from ringolib.status.readiness import ConsumerStats
 from ringolib.status.snapshot import Snapshot, consumer_away, consumer_reason, consumer_state, records_stored
@@ -134,9 +134,9 @@ def exact_milliseconds(seconds: float) -> float:
 def _consumer_json(consumer: ConsumerStats) -> dict[str, Any]:
     return {
         "address": consumer.address,
-        "state": consumer.link.state,
-        "reason": consumer.link.reason,
-        "awayMs": milliseconds(consumer.link.away),
+        "state": consumer.health.state,
+        "reason": consumer.health.reason,
+        "awayMs": milliseconds(consumer.health.away),
         "workers": consumer.workers,
         "inDoubt": consumer.in_doubt,
     }
@@ -366,12 +366,12 @@ FORWARDING = (
     Number(
         None,
         gauge("ringoexp_link_up", "0 if this consumer cannot be reached, else 1."),
-        by_consumer(lambda consumer: consumer.link.state != "down"),
+        by_consumer(lambda consumer: consumer.health.state != "down"),
     ),
     Number(
         None,
         gauge("ringoexp_link_away_seconds", "Time for which this consumer could not be reached."),
-        by_consumer(lambda consumer: consumer.link.away),
+        by_consumer(lambda consumer: consumer.health.away),
     ),
     Number(
         None,

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ringbuffer import Ring
-from ringolib.forward.destination import Destination, Pin
-from ringolib.forward.link import LinkStats
+from ringolib.forward.destination import Destination
+from ringolib.forward.health import HealthStats
 from ringolib.forward.spool import Spool, UnopenedStore
 from ringolib.forward.workers import Forwarder
 from ringolib.net.credentials import Credentials
@@ -30,7 +30,7 @@ class ConsumerStats(NamedTuple):
     """A snapshot of one consumer as its publisher sees it."""
 
     address: str
-    link: LinkStats
+    health: HealthStats
     workers: int
     in_doubt: int  # records that it has possibly stored, and that wait for it
 
@@ -74,11 +74,11 @@ class Readiness:
         destinations = self._forwarder.destinations
         self._refresh(destinations)
         deadline = answer_deadline(wait=False)
-        in_doubt = self._in_doubt()
+        in_doubt = self._forwarder.in_doubt()
         return [
             ConsumerStats(
                 str(destination.endpoint),
-                self._reported_link(destination, deadline),
+                self._reported_health(destination, deadline),
                 destination.workers,
                 in_doubt.get(destination, 0),
             )
@@ -121,32 +121,22 @@ class Readiness:
         return reasons
 
     def _consumer_reason(self, destination: Destination, wait: bool, deadline: float) -> Reason | None:
-        assert destination.link
-        link = destination.link.stats()
-        untried = link.state == "down" and self._is_untried(destination)
-        answer = self._probe(destination).reason(wait, deadline) if rules.must_ask(link, untried) else None
-        return rules.consumer_reason(link, untried, answer)
+        health = destination.consumer.stats()
+        untried = health.state == "down" and self._is_untried(destination)
+        answer = self._probe(destination).reason(wait, deadline) if rules.must_ask(health, untried) else None
+        return rules.consumer_reason(health, untried, answer)
 
-    def _reported_link(self, destination: Destination, deadline: float) -> LinkStats:
-        assert destination.link
-        link = destination.link.stats()
+    def _reported_health(self, destination: Destination, deadline: float) -> HealthStats:
+        health = destination.consumer.stats()
         reason = self._consumer_reason(destination, False, deadline)
-        return rules.reported_link(link, reason, self._probe(destination).answered)
+        return rules.reported_health(health, reason, self._probe(destination).answered)
 
     def _is_untried(self, destination: Destination) -> bool:
         """True if there is a link again but no record to try it with, because another consumer took those in doubt."""
         assert self._forwarder
         if self._spool or not self._ring or self._ring.stats().depth:
             return False
-        return destination not in self._in_doubt() and self._forwarder.linked(destination)
-
-    def _in_doubt(self) -> dict[Destination, int]:
-        """Return the number of records in doubt at each consumer that has any."""
-        records: dict[Destination, int] = {}
-        for mark, size in self._ring.marks() if self._ring else ():
-            assert isinstance(mark, Pin)
-            records[mark.destination] = records.get(mark.destination, 0) + size
-        return records
+        return destination not in self._forwarder.in_doubt() and self._forwarder.linked(destination)
 
     def _refresh(self, destinations: Sequence[Destination]) -> None:
         """Start to ask all consumers at once, so that the slow ones do not add up."""
@@ -205,5 +195,5 @@ class Readiness:
 
 def _has_fresh_ack(destination: Destination) -> bool:
     """True if a recent ack shows that the consumer stores, so that nothing has to be asked."""
-    link = destination.link
-    return link is not None and not link.down and link.stats().quiet < rules.ACK_FRESH_SECONDS
+    health = destination.consumer
+    return not health.down and health.stats().quiet < rules.ACK_FRESH_SECONDS

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ringbuffer import RingStats
-from ringolib.forward.link import LinkStats
+from ringolib.forward.health import HealthStats
 
 ACK_FRESH_SECONDS = 1.0
 """An ack at most this old proves that the consumer stores records."""
@@ -63,32 +63,32 @@ def ring_full(ring: RingStats) -> Reason | None:
     return Reason(RING_FULL, f"all {ring.capacity} slots are in use", ring.oldest_in_flight)
 
 
-def must_ask(link: LinkStats, untried: bool) -> bool:
+def must_ask(health: HealthStats, untried: bool) -> bool:
     """True if the links to a consumer do not show whether it stores, so that it has to be asked.
 
     While a consumer is down, a worker or the spool's thread tries it again and again. `untried` is true if there is a
     link again but no record to try it with.
     """
-    return untried if link.state == "down" else link.quiet >= ACK_FRESH_SECONDS
+    return untried if health.state == "down" else health.quiet >= ACK_FRESH_SECONDS
 
 
-def consumer_reason(link: LinkStats, untried: bool, answer: Reason | None) -> Reason | None:
+def consumer_reason(health: HealthStats, untried: bool, answer: Reason | None) -> Reason | None:
     """Return why a consumer does not store. `answer` is its own, and counts only if it must be asked."""
-    if must_ask(link, untried):
+    if must_ask(health, untried):
         return answer
-    if link.state == "down":
-        return Reason("consumer_unreachable", link.reason or "", link.away)
+    if health.state == "down":
+        return Reason("consumer_unreachable", health.reason or "", health.away)
     return None
 
 
-def reported_link(link: LinkStats, reason: Reason | None, answered: bool) -> LinkStats:
+def reported_health(health: HealthStats, reason: Reason | None, answered: bool) -> HealthStats:
     """Return the state of a consumer for stats and metrics: the state of its links, corrected by its own answer.
 
     `reason` is the result of `consumer_reason`. `answered` is true if the consumer
     has answered, and the answer has not expired.
     """
     if reason and reason.code == "consumer_unreachable":
-        return link._replace(state="down", reason=reason.detail, away=reason.seconds or 0.0)
-    if link.state == "unknown" and answered and (not reason or reason.code == "consumer_not_ready"):
-        return link._replace(state="up")
-    return link
+        return health._replace(state="down", reason=reason.detail, away=reason.seconds or 0.0)
+    if health.state == "unknown" and answered and (not reason or reason.code == "consumer_not_ready"):
+        return health._replace(state="up")
+    return health

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from ringbuffer import RingLayout, RingStats
 from ringolib.counters import TotalsSnapshot
+from ringolib.forward.pool import ForwarderStats
 from ringolib.forward.spool import SpoolStats
-from ringolib.forward.workers import ForwarderStats
 from ringolib.status.process import MemoryStats
 from ringolib.status.readiness import ConsumerStats
 from ringolib.storage.interface import Sizes, StoreStats
@@ -43,7 +43,7 @@ def consumer_state(snapshot: Snapshot) -> str | None:
 
     A publisher that stores in its own database is "own". A consumer has no consumers: None.
     """
-    states = [consumer.link.state for consumer in snapshot.consumers]
+    states = [consumer.health.state for consumer in snapshot.consumers]
     if not states:
         return "own" if snapshot.ring else None
     for state in ("up", "unknown"):
@@ -56,14 +56,14 @@ def consumer_reason(snapshot: Snapshot) -> str | None:
     """Return why the consumers are down, or None if they are not."""
     if consumer_state(snapshot) != "down":
         return None
-    return "; ".join(consumer.link.reason or "" for consumer in snapshot.consumers)
+    return "; ".join(consumer.health.reason or "" for consumer in snapshot.consumers)
 
 
 def consumer_away(snapshot: Snapshot) -> float:
     """Return the seconds for which all consumers have been down, 0 if they are not."""
     if consumer_state(snapshot) != "down":
         return 0.0
-    return min(consumer.link.away for consumer in snapshot.consumers)
+    return min(consumer.health.away for consumer in snapshot.consumers)
 
 
 def records_stored(store: StoreStats | None, ring: RingStats | None) -> int:

@@ -53,6 +53,10 @@ class Intake(Protocol):
     def room(self) -> int:
         """How many records would be taken now; at a consumer, roughly."""
 
+    @property
+    def aside_stored(self) -> int:
+        """How many parts that were set aside, in spite of `passed`, have been stored since."""
+
     def offer(self, blocks: Iterable[Block | Rest]) -> list[tuple[Any, int]]:
         """Take blocks in order, without blocking: for each the ticket and how many of its records were taken.
 
@@ -104,6 +108,11 @@ class RingIntake:
         """See Intake."""
         return self._ring.committed + self._ring.capacity - self._ring.cursor
 
+    @property
+    def aside_stored(self) -> int:
+        """See Intake."""
+        return self._ring.aside_stored
+
     def on_progress(self, listener: Callable[[], None]) -> None:
         """See Intake."""
         self._ring.on_advance(listener)
@@ -130,7 +139,7 @@ class RingIntake:
 
     def outcome(self, ticket: RingTicket) -> bool:
         """See Intake. A worker tries until it has stored, so there is no error."""
-        return self._ack_in_ring or self._ring.is_stored(ticket.end, ticket.since)
+        return self._ack_in_ring or self._ring.is_stored(ticket.since, ticket.end)
 
     def put(self, block: Block, timeout: float) -> tuple[int, RingTicket]:
         """See Intake."""
@@ -154,7 +163,7 @@ class RingIntake:
 
     def wait(self, ticket: RingTicket, timeout: float) -> bool:
         """See Intake."""
-        return self._ack_in_ring or self._ring.wait_committed(ticket.end, timeout, ticket.since)
+        return self._ack_in_ring or self._ring.wait_committed(ticket.since, ticket.end, timeout)
 
     def stop(self, timeout: float) -> None:
         """See Intake. It has no thread."""
@@ -178,6 +187,7 @@ class StoreIntake:
     """
 
     name = "queue of the store"
+    aside_stored = 0
 
     def __init__(self, store: Storage) -> None:
         self._store = store

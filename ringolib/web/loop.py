@@ -122,6 +122,7 @@ class IngestLoop:
         # Offers whose records are not all settled, in order: the last ticket, and the clients that have a part in it.
         self._offers: deque[tuple[Any, set[Client]]] = deque()
         self._doubtful: set[Client] = set()  # clients whose oldest mark waits for a batch that was set aside
+        self._aside_stored = 0  # batches of the intake that were set aside and are stored, when `_doubtful` was read
         # Counted in this turn.
         self._bytes = self._records = self._acked = 0
         self._latencies: list[float] = []
@@ -519,7 +520,8 @@ class IngestLoop:
         """Take the outcomes that are known by now, and send the acks. Only a wake-up can settle records in doubt."""
         offers, passed = self._offers, self._intake.passed
         clients: set[Client] = set()
-        if is_woken:
+        if is_woken and self._doubtful and self._intake.aside_stored != self._aside_stored:
+            self._aside_stored = self._intake.aside_stored
             clients, self._doubtful = self._doubtful, clients
         while offers and passed(offers[0][0]):
             clients |= offers.popleft()[1]

@@ -34,7 +34,7 @@ ENDS = "SELECT (SELECT max(id) FROM record), (SELECT first_id + count - 1 FROM b
 COUNTS = "SELECT (SELECT count(*) FROM record), (SELECT sum(count) FROM batch)"
 QUICK = (
     "timing.BACKOFF_MAX_SECONDS = 0.2; web.session.PATIENCE_SECONDS = 0.1; "
-    "wsserver.INGEST_TIMEOUT_SECONDS = 0.3; forward.workers.QUIET_SECONDS = 0"
+    "wsserver.INGEST_TIMEOUT_SECONDS = 0.3; forward.health.QUIET_SECONDS = 0"
 )
 ROLES = ["consumer behind a publisher", "single process"]
 

@@ -17,7 +17,8 @@ import ringoexp
 from ringbuffer import Ring
 from ringolib.app import App, StartupError
 from ringolib.forward.destination import Destination
-from ringolib.forward.link import LinkSink, LinkState
+from ringolib.forward.health import Health
+from ringolib.forward.link import LinkSink
 from ringolib.forward.sink import StoreSink
 from ringolib.forward.spool import Spool
 from ringolib.forward.workers import Forwarder
@@ -125,7 +126,7 @@ def test_running_workers_drain_the_ring_if_no_more_can_start(
     forwarder = Forwarder(ring, [Destination(lambda connected: StoreSink(store))], 8, 1)
     try:
         ring.put(array("q", range(50)), SOURCE, 0, DEADLINE)
-        assert ring.wait_committed(49, DEADLINE)
+        assert ring.wait_committed(0, 49, DEADLINE)
         eventually(lambda: "no_thread" in [record.msg for record in caplog.records])
         (event, *_) = [record for record in caplog.records if record.msg == "no_thread"]
         error = f"cannot start a thread: {NONE_LEFT} (ulimit -u limits threads)"
@@ -140,9 +141,9 @@ def test_spool_without_its_thread_is_closed(tmp_path: Path, refuse: Callable[[st
     path = str(tmp_path / "spool")
     refuse("replay")
     with pytest.raises(RuntimeError, match=NONE_LEFT):
-        Spool(path, 1000, LinkSink("localhost", 1), LinkState("localhost:1"))
+        Spool(path, 1000, LinkSink("localhost", 1), Health("localhost:1"))
     refuse("none of these")
-    Spool(path, 1000, LinkSink("localhost", 1), LinkState("localhost:1")).stop(DEADLINE)
+    Spool(path, 1000, LinkSink("localhost", 1), Health("localhost:1")).stop(DEADLINE)
 
 
 def test_readiness_check_without_a_thread_is_a_reason(tmp_path: Path, refuse: Callable[[str], None]) -> None:

@@ -217,7 +217,7 @@ def test_consumer_is_up_if_one_link_fails_and_another_stores(tmp_path: Path) -> 
             str(consumer.port),
             "-r",
             "64",
-            patch=f"forward.workers.IDLE_SECONDS = 0.3; forward.workers.QUIET_SECONDS = 0; {QUICK}",
+            patch=f"forward.workers.IDLE_SECONDS = 0.3; forward.health.QUIET_SECONDS = 0; {QUICK}",
         ) as publisher,
         RawClient(publisher.port) as client,
     ):

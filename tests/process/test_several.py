@@ -253,6 +253,46 @@ def test_hanging_consumer_delays_only_its_own_batches(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_hung_consumer_delays_acks_of_others_by_a_second(tmp_path: Path) -> None:
+    """Twenty clients have one record in flight each. Those whose record the hung consumer has wait for it."""
+    done, sent = threading.Event(), [0] * 20
+
+    def send(number: int) -> None:
+        with RawClient(fleet.publisher.port) as client:
+            while not done.wait(0.1):
+                client.send(frame(2, encode_plain([1000 * number + sent[number]])))
+                assert client.acked(sent[number] + 1) == sent[number] + 1
+                sent[number] += 1
+
+    def goes_on(seconds: float) -> bool:
+        before = sum(sent)
+        Event().wait(seconds)
+        return sum(sent) > before + 20
+
+    with Fleet(tmp_path, patch="status.probe.ANSWER_TIMEOUT_SECONDS = 0.5") as fleet:
+        clients = [Blocked(lambda number=number: send(number)) for number in range(20)]
+        eventually(lambda: goes_on(0.5) and all(values(fleet)))
+        fleet.consumers[0].send_signal(signal.SIGSTOP)
+        eventually(lambda: log(fleet.publisher, "link_late"), deadline=5)
+        eventually(lambda: goes_on(0.5), deadline=5)
+        for _ in range(4):
+            assert goes_on(0.5), "and not only once"
+        stuck, free = fleet.publisher.stats()["consumers"]
+        assert stuck["inDoubt"] > 0 == free["inDoubt"] and fleet.states()[1] == "up"
+        eventually(lambda: fleet.states() == ["down", "up"])
+        assert not_ready(fleet.publisher) == [] and log(fleet.publisher, "link_late") == [fleet.address(0)]
+        fleet.consumers[0].send_signal(signal.SIGCONT)
+        eventually(lambda: fleet.states() == ["up", "up"])
+        done.set()
+        for client in clients:
+            client.result()
+        assert [each["inDoubt"] for each in fleet.publisher.stats()["consumers"]] == [0, 0]
+        assert fleet.publisher.stop() == 0
+        expected = [1000 * number + value for number in range(20) for value in range(sent[number])]
+        assert sorted(sum(values(fleet), [])) == expected
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["up", "one away", "both away", "one hangs", "both hang"])
 def test_publisher_stops_in_time_in_every_state(tmp_path: Path, state: str) -> None:
     with Fleet(tmp_path, patch=f"{QUICK}; app.DRAIN_SECONDS = 1") as fleet:

@@ -36,7 +36,7 @@ from support.harness import (
 )
 
 from ringolib.client.producer import Producer, ProducerError
-from ringolib.forward.link import LinkSink
+from ringolib.forward.link import LinkSink, dialer
 from ringolib.forward.sink import NotStored
 from ringolib.net.credentials import CredentialFiles, Credentials
 from ringolib.net.tls import client_context, server_context
@@ -249,7 +249,7 @@ def test_link_over_tls_to_own_server_is_refused(authority: Authority, pair: Pair
                 answer_handshake(secured)
 
         serving = Blocked(serve)
-        link = LinkSink("localhost", port, is_own=lambda address: address[1][1] == port, credentials=credentials)
+        link = LinkSink("localhost", port, dial=dialer(credentials, lambda address: address[1][1] == port))
         block = Block([Run(uuid.uuid4().bytes, 0, 1)], array("q", [1]))
         for _ in range(2):  # nor is it used the next time
             with pytest.raises(NotStored, match="that is this server itself"):

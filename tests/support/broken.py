@@ -74,11 +74,11 @@ class Sock:
         self._sock = sock
     def __getattr__(self, name):
         return getattr(self._sock, name)
-    def sendall(self, data):
+    def send(self, data, flags=0):
         if len(data) > 1600 and next(self.messages) % {nth} == 0:
             self._sock.sendall(data[:-800])
             raise MemoryError
-        self._sock.sendall(data)
+        return self._sock.send(data, flags)
 open_stream = websocket_client.open_stream
 websocket_client.open_stream = lambda *arguments: Sock(open_stream(*arguments))
 """

@@ -3,17 +3,24 @@
 import logging
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.harness import Blocked, eventually, free_port, server
+from support.harness import eventually, free_port, server
 
+from ringbuffer import Ring
 from ringolib import options
-from ringolib.forward import discovery
+from ringolib.forward import discovery as discovery_module
+from ringolib.forward import workers
 from ringolib.forward.destination import Destination
-from ringolib.forward.discovery import Consumers
+from ringolib.forward.discovery import Discovery
+from ringolib.forward.link import LinkSink
+from ringolib.forward.pool import Worker
+from ringolib.forward.sink import NotStored
+from ringolib.forward.workers import Forwarder
 from ringolib.net import addresses
 from ringolib.net.addresses import AddressError, Endpoint, parse_hosts, resolve_endpoints
 
@@ -132,96 +139,93 @@ def test_each_address_of_a_name_is_a_consumer(
         resolve_endpoints("other", 7)
 
 
-class FakeForwarder:
-    """In place of a forwarder: records the calls."""
+@contextmanager
+def following(discovery: Discovery) -> Iterator[Forwarder]:
+    """Run a forwarder whose destinations follow the names. Their links cannot be made."""
 
-    def __init__(self) -> None:
-        self.now: list[str] = []
-        self.kept: list[str] = []
+    def make(endpoint: Endpoint) -> Destination:
+        return Destination(lambda connected: LinkSink("localhost", 1), endpoint=endpoint)
 
-    def change(self, added: Sequence[Destination], dropped: Sequence[Destination]) -> None:
-        gone = [str(destination.endpoint) for destination in dropped]
-        self.now = [address for address in self.now if address not in gone]
-        self.now += [str(destination.endpoint) for destination in added]
+    ring = Ring(1)
+    running = Forwarder(ring, [make(endpoint) for endpoint in discovery.endpoints], 8)
+    try:
+        running.follow(discovery, make)
+        yield running
+    finally:
+        ring.abort()
+        assert running.stop(20)
 
-    def keep(self, destination: Destination) -> bool:
-        self.kept.append(str(destination.endpoint))
-        return True
 
-
-def make(endpoint: Endpoint, on_link_lost: Callable[[], None]) -> Destination:
-    return Destination(lambda connected: None, endpoint=endpoint, on_link_lost=on_link_lost)  # type: ignore[arg-type,return-value]
+def addresses_of(running: Forwarder) -> list[str]:
+    return [str(destination.endpoint) for destination in running.destinations]
 
 
 def test_names_are_resolved_after_link_failure_and_regularly(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(discovery, "MIN_RESOLVE_INTERVAL_SECONDS", 0.01)
+    monkeypatch.setattr(discovery_module, "MIN_RESOLVE_INTERVAL_SECONDS", 0.01)
     names = {"name": ["10.0.0.1", "10.0.0.2"]}
     fake_names(monkeypatch, names)
-    running = Consumers([("name", 7), ("127.0.0.1", 7), ("later", 7)], make)
+    discovery = Discovery([("name", 7), ("127.0.0.1", 7), ("later", 7)])
     assert [record.args for record in caplog.records] == [
         {"reason": "-U later:7: the host's name cannot be resolved ([Errno -2] Name or service not known)"}
     ]
-    forwarder = FakeForwarder()
-    forwarder.now = [str(destination.endpoint) for destination in running.destinations]
-    assert forwarder.now == ["10.0.0.1:7", "10.0.0.2:7", "127.0.0.1:7"]
-    running.start(forwarder)
-    try:
+    with following(discovery) as running:
+        assert addresses_of(running) == ["10.0.0.1:7", "10.0.0.2:7", "127.0.0.1:7"]
         names["name"] = ["10.0.0.2", "10.0.0.3"]
         names["later"] = ["10.0.0.9"]
-        assert "10.0.0.3:7" not in forwarder.now
-        running.destinations[0].on_link_lost()
-        eventually(lambda: sorted(forwarder.now) == ["10.0.0.2:7", "10.0.0.3:7", "127.0.0.1:7", "later:7"])
-        eventually(lambda: len(running.destinations) == 4)
+        running._fail(Worker(running.destinations[0], LinkSink("localhost", 1)), NotStored("gone"))
+        eventually(lambda: sorted(addresses_of(running)) == ["10.0.0.2:7", "10.0.0.3:7", "127.0.0.1:7", "later:7"])
         del names["name"]  # the name service fails, so the consumers stay the same
-        running.on_link_lost()
-        kept = len(forwarder.kept)
-        eventually(lambda: len(forwarder.kept) > kept and len(running.destinations) == 4)
-        monkeypatch.setattr(discovery, "RESOLVE_INTERVAL_SECONDS", 0.01)
+        caplog.set_level(logging.DEBUG)
+        discovery.hurry()
+        eventually(lambda: any("-U name:7" in str(record.args) for record in caplog.records))
+        assert len(addresses_of(running)) == 4
+        monkeypatch.setattr(discovery_module, "RESOLVE_INTERVAL_SECONDS", 0.01)
         names["name"] = ["10.0.0.3"]
-        running.on_link_lost()
-        eventually(lambda: sorted(forwarder.now) == ["127.0.0.1:7", "later:7", "name:7"])
+        discovery.hurry()
+        eventually(lambda: sorted(addresses_of(running)) == ["127.0.0.1:7", "later:7", "name:7"])
         names["name"] = ["10.0.0.3", "10.0.0.4"]
-        eventually(lambda: len(forwarder.now) == 4)
-    finally:
-        running.stop(20)
+        eventually(lambda: len(addresses_of(running)) == 4)
     assert "resolve" not in [thread.name for thread in threading.enumerate()]
     assert {"added": "10.0.0.3:7 later:7", "gone": "10.0.0.1:7"} in [record.args for record in caplog.records]
 
 
 def test_hosts_without_names_start_no_thread() -> None:
-    running = Consumers([("127.0.0.1", 7), ("localhost", 8), ("unix:x", 0)], make)
-    running.start(FakeForwarder())
-    assert "resolve" not in [thread.name for thread in threading.enumerate()]
-    running.stop(0)
+    with following(Discovery([("127.0.0.1", 7), ("localhost", 8), ("unix:x", 0)])):
+        assert "resolve" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_no_resolvable_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_names(monkeypatch, {})
     with pytest.raises(AddressError, match="-U a:1: "):
-        Consumers([("a", 1), ("b", 1)], make)
+        Discovery([("a", 1), ("b", 1)])
 
 
 def test_name_is_one_consumer_with_a_spool(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_names(monkeypatch, {"name": ["10.0.0.1", "10.0.0.2"]})
-    running = Consumers([("name", 7)], make, by_name=True)
-    assert [destination.endpoint for destination in running.destinations] == [Endpoint("name", 7, "name")]
-    running.start(FakeForwarder())
-    assert "resolve" not in [thread.name for thread in threading.enumerate()]
+    discovery = Discovery([("name", 7)], by_name=True)
+    assert discovery.endpoints == [Endpoint("name", 7, "name")] and not discovery.has_names
 
 
 def test_stop_does_not_wait_for_hanging_name_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries: list[int] = []
     asked, go_on = threading.Event(), threading.Event()
-    fake_names(monkeypatch, {"name": ["10.0.0.1", "10.0.0.2"]})
-    running = Consumers([("name", 7)], make)
-    monkeypatch.setattr(discovery, "MIN_RESOLVE_INTERVAL_SECONDS", 0)
-    monkeypatch.setattr(discovery, "resolve_endpoints", lambda host, port: (asked.set(), go_on.wait(30), [])[2])
-    running.start(FakeForwarder())
-    running.on_link_lost()
-    assert asked.wait(20)
-    Blocked(lambda: running.stop(0.05)).result()
+
+    def resolve(host: str, port: int) -> list[Endpoint]:
+        queries.append(1)
+        if len(queries) > 1:
+            asked.set()
+            go_on.wait(30)
+        return [Endpoint("10.0.0.1", port, host)]
+
+    discovery = Discovery([("name", 7)], resolve=resolve)
+    monkeypatch.setattr(discovery_module, "MIN_RESOLVE_INTERVAL_SECONDS", 0)
+    monkeypatch.setattr(workers, "RESOLVER_JOIN_SECONDS", 0.05)
+    with following(discovery):
+        discovery.hurry()
+        assert asked.wait(20)
     go_on.set()
 
 
@@ -245,27 +249,25 @@ def test_single_consumer_may_be_the_publisher_itself(tmp_path: Path) -> None:
 
 def test_address_shared_by_two_names_is_one_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_names(monkeypatch, {"a": ["10.0.0.1", "10.0.0.2"], "b": ["10.0.0.2", "10.0.0.3"]})
-    running = Consumers([("a", 1), ("b", 1)], make)
-    endpoints = [str(destination.endpoint) for destination in running.destinations]
-    assert endpoints == ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"]
+    endpoints = Discovery([("a", 1), ("b", 1)]).endpoints
+    assert [str(endpoint) for endpoint in endpoints] == ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"]
 
 
 def test_persistent_unexpected_error_pauses_resolution_and_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(discovery, "MIN_RESOLVE_INTERVAL_SECONDS", 0.1)
+    monkeypatch.setattr(discovery_module, "MIN_RESOLVE_INTERVAL_SECONDS", 0.1)
     fake_names(monkeypatch, {"a": ["10.0.0.1"]})
-    running, calls = Consumers([("a", 1)], make), []
+    discovery, calls = Discovery([("a", 1)]), []
 
-    def broken() -> None:
+    def broken(*unused: object) -> None:
         calls.append(1)
-        running.on_link_lost()
+        discovery.hurry()
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(running, "step", broken)
-    running.start(object())  # type: ignore[arg-type]
-    running.on_link_lost()
-    threading.Event().wait(0.55)
-    running.stop(20)
+    with following(discovery) as running:
+        monkeypatch.setattr(running, "change", broken)
+        discovery.hurry()
+        threading.Event().wait(0.55)
     assert 2 <= len(calls) <= 6, "at most one turn in 0.1 s"
     assert [record.args for record in caplog.records] == [{"error": "ZeroDivisionError('a bug')"}]

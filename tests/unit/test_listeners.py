@@ -15,7 +15,7 @@ import pytest
 from support.harness import Blocked, connected, raw_link
 from support.network import IPV6, accepts, has_ipv6
 
-from ringolib.forward.link import LinkSink
+from ringolib.forward.link import LinkSink, dialer
 from ringolib.forward.sink import NotStored
 from ringolib.net import listeners as listeners_module
 from ringolib.net.addresses import AddressError, format_address, resolve
@@ -135,7 +135,7 @@ def test_link_to_own_address_is_refused(through: str) -> None:
     sock.setblocking(True)
     answer = Blocked(lambda: raw_link(sock))
     with pytest.raises(NotStored, match="this server itself"):
-        LinkSink(through, listeners.port, is_own=listeners.is_own).store(BLOCK)
+        LinkSink(through, listeners.port, dial=dialer(is_own=listeners.is_own)).store(BLOCK)
     answer.result().close()
     listeners.close()
 
@@ -269,7 +269,7 @@ def test_link_to_own_unix_socket_is_refused_on_any_path(short_path: Path) -> Non
     for name in ("x.sock", "link.sock"):
         link = Blocked(lambda: raw_link(listeners.sockets[0]))
         with pytest.raises(NotStored, match="this server itself"):
-            LinkSink(f"unix:{short_path}/{name}", 0, is_own=listeners.is_own).store(BLOCK)
+            LinkSink(f"unix:{short_path}/{name}", 0, dial=dialer(is_own=listeners.is_own)).store(BLOCK)
         link.result().close()
     assert not listeners.is_own((socket.AF_UNIX, f"{short_path}/y.sock"))
     assert not listeners.is_own(resolve("127.0.0.1", 1)[0])

@@ -8,9 +8,9 @@ from support.harness import ROOT
 
 from ringbuffer import RingLayout, RingStats
 from ringolib.counters import BOUNDS_SECONDS, HistogramSnapshot, TotalsSnapshot
-from ringolib.forward.link import LinkStats
+from ringolib.forward.health import HealthStats
+from ringolib.forward.pool import ForwarderStats
 from ringolib.forward.spool import SpoolStats
-from ringolib.forward.workers import ForwarderStats
 from ringolib.status.numbers import MEMORY_STATS, NUMBERS, STATS, Number, to_json
 from ringolib.status.process import MemoryStats
 from ringolib.status.prometheus import metrics_text
@@ -61,7 +61,7 @@ FULL = BARE._replace(
     ),
     layout=RingLayout(30, 33, 32, 31, [], [], 0),
     forwarder=ForwarderStats(41, 42, 43),
-    consumers=[ConsumerStats("a:1", LinkStats("down", "gone", 4.4, 5.0), 45, 46)],
+    consumers=[ConsumerStats("a:1", HealthStats("down", "gone", 4.4, 5.0), 45, 46)],
     store=STORE,
     spool=SpoolStats(47, 4.8, 49),
     retention=RetentionStats(50, 5.1),

@@ -3,7 +3,7 @@
 import pytest
 
 from ringbuffer import RingStats
-from ringolib.forward.link import LinkStats
+from ringolib.forward.health import HealthStats
 from ringolib.status.readiness_rules import (
     ACK_FRESH_SECONDS,
     RING_STUCK_SECONDS,
@@ -12,7 +12,7 @@ from ringolib.status.readiness_rules import (
     consumer_reason,
     must_ask,
     not_ready,
-    reported_link,
+    reported_health,
     ring_full,
 )
 
@@ -38,8 +38,8 @@ def ring(depth: int, oldest_in_flight: float) -> RingStats:
     )
 
 
-def link(state: str, quiet: float, reason: str | None = None) -> LinkStats:
-    return LinkStats(state, reason, 7.0 if state == "down" else 0.0, quiet)
+def link(state: str, quiet: float, reason: str | None = None) -> HealthStats:
+    return HealthStats(state, reason, 7.0 if state == "down" else 0.0, quiet)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ OTHER = Reason("failed", "no thread")
     ],
 )
 def test_answer_corrects_the_reported_state(state: str, reason: Reason | None, answered: bool, reported: str) -> None:
-    result = reported_link(link(state, OLD), reason, answered)
+    result = reported_health(link(state, OLD), reason, answered)
     assert result.state == reported
     if reason is A:
         assert (result.reason, result.away) == (A.detail, 0.0)
@@ -143,4 +143,4 @@ def test_answer_corrects_the_reported_state(state: str, reason: Reason | None, a
 
 
 def test_unreachable_consumer_is_down_for_as_long_as_its_reason() -> None:
-    assert reported_link(link("up", OLD), A._replace(seconds=5.0), True).away == 5.0
+    assert reported_health(link("up", OLD), A._replace(seconds=5.0), True).away == 5.0

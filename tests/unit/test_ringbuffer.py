@@ -13,7 +13,8 @@ import pytest
 from support.harness import DEADLINE, Blocked, eventually, seeded
 
 import ringbuffer
-from ringbuffer import Batch, Closed, Full, Ring
+from ringbuffer import Batch, Closed, Full, Interrupted, Ring
+from ringolib.timing import Runtime
 from ringolib.wire import Block, Run
 
 A, B = b"a" * 16, b"b" * 16
@@ -140,10 +141,10 @@ def test_commit_frees_only_the_gapless_prefix() -> None:
     assert ring.committed == 0
     with pytest.raises(Full):
         ring.put(ints(9), A, 6, 0)
-    assert not ring.wait_committed(1, 0)
+    assert not ring.wait_committed(0, 1, 0)
     ring.commit(first)
     assert ring.committed == 6
-    assert ring.wait_committed(6, 0)
+    assert ring.wait_committed(0, 6, 0)
     assert ring.stats().depth == 0
 
 
@@ -262,7 +263,7 @@ def test_abort_ends_every_wait() -> None:
     calls = [
         Blocked(lambda: ring.put(ints(2), A, 1)),
         Blocked(lambda: ring.reserve(1)),
-        Blocked(lambda: ring.wait_committed(1)),
+        Blocked(lambda: ring.wait_committed(0, 1)),
         Blocked(lambda: ring.join()),
     ]
     assert all(call.still(0.02) for call in calls)
@@ -273,18 +274,18 @@ def test_abort_ends_every_wait() -> None:
     assert calls[2].result() is False
     assert calls[3].result() is False
     ring.commit(batch)  # a batch in flight can still be committed
-    assert ring.wait_committed(1, 0) and ring.join(0)
+    assert ring.wait_committed(0, 1, 0) and ring.join(0)
 
 
 def test_wait_committed_blocks_until_all_before_is_stored() -> None:
     ring = ring_of(3, 1, 2, 3)
     first, second = ring.reserve(1), ring.reserve(2)
-    call = Blocked(lambda: ring.wait_committed(2))
+    call = Blocked(lambda: ring.wait_committed(0, 2))
     ring.commit(first)
     assert call.still()
     ring.commit(second)
     assert call.result() is True
-    assert ring.wait_committed(4, 0.01) is False
+    assert ring.wait_committed(0, 4, 0.01) is False
 
 
 def test_ring_wants_workers_if_values_wait_and_no_worker_does() -> None:
@@ -333,12 +334,15 @@ def test_stats_are_consistent_and_show_age_of_oldest_batch() -> None:
     assert (ring.stats().depth, ring.stats().high_water, ring.stats().oldest_in_flight) == (1, 4, 0)
 
 
-def test_age_of_requeued_batch_counts_from_first_reserve(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_age_of_requeued_batch_counts_from_first_reserve() -> None:
     now = [100.0]
-    monkeypatch.setattr(ringbuffer, "monotonic", lambda: now[0])
-    ring = ring_of(5, 1, 2)
+
+    class Stopped(Runtime):
+        def monotonic(self) -> float:
+            return now[0]
+
+    ring = Ring(5, Stopped())
+    ring.put(ints(1, 2), A, 0, 0)
     for age in (0, 10, 20):
         assert ring.stats().oldest_in_flight == age
         batch = ring.reserve(1)
@@ -396,7 +400,7 @@ def test_failing_workers_lose_and_duplicate_nothing_under_load() -> None:
                 first += full.accepted
                 continue
             if rng.random() < 0.02:
-                assert ring.wait_committed(end, 20)
+                assert ring.wait_committed(0, end, 20)
 
     def work(number: int) -> None:
         rng = random.Random(-seed - number)
@@ -441,136 +445,134 @@ def test_failing_workers_lose_and_duplicate_nothing_under_load() -> None:
     assert ring.stats().high_water <= 37
 
 
-def test_marked_batch_goes_to_worker_that_accepts_its_mark() -> None:
-    ring = ring_of(5, 1, 2, 3)
-    ring.requeue(ring.reserve(1), "here")
-    assert ring.marks() == [("here", 1)]
-    assert ring.has_marked_for(lambda mark: mark == "here") and not ring.has_marked_for(lambda mark: False)
-    assert ring.reserve(1, accepts=lambda mark: mark == "there").start == 1, "other workers go on with newer values"
-    batch = ring.reserve(5, accepts=lambda mark: mark == "here")
-    assert (list(batch.values), batch.runs) == ([1], [Run(A, 0, 1)]), "the oldest batch comes first, unchanged"
-    assert ring.marks() == [("here", 1)], "also while it is in flight"
-    ring.requeue(batch)
-    assert ring.reserve(5, accepts=lambda mark: False).start == 2
-    with pytest.raises(TimeoutError):
-        ring.reserve(5, 0.01, accepts=lambda mark: False)
-    batch = ring.reserve(5)
-    assert batch.start == 0, "a worker without a filter gets every batch"
-    ring.commit(batch)
-    assert not ring.marks()
-
-
-def test_marked_batch_frees_its_slots_and_is_not_stored() -> None:
+def test_batch_set_aside_frees_its_slots_and_is_not_stored() -> None:
     ring = ring_of(4, 1, 2, 3, 4)
     doubt, other = ring.reserve(2), ring.reserve(2)
-    ring.requeue(doubt, "here")
+    ring.set_aside(doubt)
+    ring.set_aside(doubt)
     check(ring)
-    assert not ring.is_stored(2) and not ring.is_stored(1)
+    assert not ring.is_stored(0, 2) and not ring.is_stored(0, 1)
     ring.put(ints(5, 6), A, 4, 0)
     ring.commit(other)
     check(ring)
     assert ring.stats().stored == 2 and ring.committed == 4
-    assert ring.is_stored(4, since=2) and ring.wait_committed(4, 0, since=2)
-    assert not ring.is_stored(4, since=1) and not ring.wait_committed(4, 0, since=1)
-    assert not ring.is_stored(6, since=2), "values that were never reserved are not stored"
-    waiting = Blocked(lambda: ring.wait_committed(4, DEADLINE))
+    assert ring.is_stored(2, 4) and ring.wait_committed(2, 4, 0)
+    assert not ring.is_stored(1, 4) and not ring.wait_committed(1, 4, 0)
+    assert not ring.is_stored(2, 6), "values that were never reserved are not stored"
+    waiting = Blocked(lambda: ring.wait_committed(0, 4, DEADLINE))
     joining = Blocked(lambda: (ring.close(), ring.join(DEADLINE)))
     assert waiting.still() and joining.still()
-    ring.commit(ring.reserve(9, accepts=lambda mark: False))
-    idle = Blocked(lambda: ring.reserve(1, accepts=lambda mark: False))
+    ring.commit(ring.reserve(9))
+    idle = Blocked(lambda: ring.reserve(1))
     assert joining.still() and idle.still(), "a batch that is set aside may be requeued"
-    batch = ring.reserve(9)
-    assert (batch.start, list(batch.values)) == (0, [1, 2]), "its slots hold other values by now"
-    ring.commit(batch)
+    ring.requeue(doubt)
+    assert idle.result() is doubt and list(doubt.values) == [1, 2], "its slots hold other values by now"
+    assert ring.aside_stored == 0
+    ring.commit(doubt)
     assert waiting.result() and joining.result() == (None, True) and ring.stats().stored == 6
-    with pytest.raises(Closed):
-        idle.result()
+    assert ring.aside_stored == 1
+    for finished in (doubt, other):
+        with pytest.raises(ValueError, match="not in flight"):
+            ring.set_aside(finished)
 
 
 def test_listener_is_called_when_slots_may_be_free() -> None:
-    """After a commit, and after a batch was set aside. Other batches that are given back free nothing."""
+    """After a commit, and after a batch was set aside. A batch that is requeued frees nothing."""
     ring = Ring(4)
     free: list[int] = []
     ring.on_advance(lambda: free.append(ring.stats().capacity - ring.stats().depth))  # takes the lock itself
     ring.put(ints(1, 2, 3, 4), A, 0)
     ring.requeue(ring.reserve(2))
     assert free == []
-    ring.requeue(ring.reserve(2), "here")
+    batch = ring.reserve(2)
+    ring.set_aside(batch)
     assert free == [2]
-    ring.requeue(ring.reserve(2), "there")
+    ring.set_aside(batch)
     assert free == [2], "it was set aside before"
-    ring.commit(ring.reserve(2, accepts=lambda mark: False))
+    ring.commit(ring.reserve(2))
     assert free == [2, 4]
 
 
-def test_marked_batches_beyond_the_limit_stay_in_their_slots() -> None:
-    ring = Ring(4)
+def test_batches_beyond_the_limit_stay_in_their_slots() -> None:
+    ring, batches = Ring(4), []
     for turn in range(2):
         ring.put(ints(1, 2, 3), A, 3 * turn, 0)
-        ring.requeue(ring.reserve(3), "here")
+        batches.append(ring.reserve(3))
+        ring.set_aside(batches[-1])
         check(ring)
-    assert ring.stats().depth == 3 == ring.stats().backlog, "only the first batch is set aside"
-    first = ring.reserve(4)
-    assert first.start == 0 and ring.stats().in_flight == 0
-    ring.commit(first)
-    assert ring.committed == 3 and ring.stats().stored == 3
-    ring.commit(ring.reserve(4))
+    assert ring.stats().depth == 3 == ring.stats().in_flight, "only the first batch is set aside"
+    ring.commit(batches[1])
+    check(ring)
+    assert ring.stats().depth == 0 and ring.stats().stored == 3
+    ring.commit(batches[0])
     assert ring.stats().stored == ring.committed == 6
 
 
-def test_marked_batch_is_set_aside_once_there_is_room() -> None:
-    """Otherwise a batch that is never accepted again would block a ring that has room."""
-    ring = Ring(4)
-    for turn, mark in enumerate(["back", "gone"]):
+def test_batch_is_set_aside_once_there_is_room() -> None:
+    """Otherwise a batch whose consumer is gone for good would block a ring that has room."""
+    ring, batches = Ring(4), []
+    for turn in range(2):
         ring.put(ints(1, 2, 3, 4), A, 4 * turn, 0)
-        ring.requeue(ring.reserve(4, accepts=lambda mark: False), mark)
+        batches.append(ring.reserve(4))
+        ring.set_aside(batches[-1])
     producer = Blocked(lambda: ring.put(ints(5), A, 8, DEADLINE))
     assert producer.still()
-    ring.commit(ring.reserve(4, accepts=lambda mark: mark == "back"))
-    assert producer.result() == 9 and ring.is_stored(4) and not ring.is_stored(8, since=4)
+    ring.commit(batches[0])
+    assert producer.result() == 9 and ring.is_stored(0, 4) and not ring.is_stored(4, 8)
     check(ring)
     assert ring.stats().depth == 1 and ring.stats().stored == 4
 
 
-@pytest.mark.slow
-def test_marked_batch_wakes_all_workers() -> None:
-    ring = ring_of(9, 1)
-    batch = ring.reserve(1)
-    others = [Blocked(lambda: ring.reserve(1, 1, lambda mark: mark == "there")) for _ in range(3)]
-    mine = Blocked(lambda: ring.reserve(1, DEADLINE, lambda mark: mark == "here"))
-    assert mine.still() and all(other.still(0) for other in others)
-    ring.requeue(batch, "here")
-    assert mine.result() is batch
-    for other in others:
-        with pytest.raises(TimeoutError):
-            other.result()
+def test_interrupt_ends_each_wait_for_a_batch() -> None:
+    """Unless the worker has looked for other work since, or there is a batch."""
+    ring = ring_of(9)
+    before = ring.interrupts
+    workers = [Blocked(lambda: ring.reserve(1, DEADLINE, before)) for _ in range(3)]
+    patient = Blocked(lambda: ring.reserve(1, DEADLINE))
+    assert patient.still() and all(worker.still(0) for worker in workers)
+    ring.interrupt()
+    for worker in workers:
+        with pytest.raises(Interrupted):
+            worker.result()
+    with pytest.raises(Interrupted):
+        ring.reserve(1, DEADLINE, before)
+    with pytest.raises(TimeoutError):
+        ring.reserve(1, 0.01, ring.interrupts)
+    ring.put(ints(1), A, 0)
+    ring.commit(patient.result())
+    ring.put(ints(2), A, 1)
+    ring.commit(ring.reserve(1, DEADLINE, before))
+    ring.close()
+    with pytest.raises(Closed):
+        ring.reserve(1, DEADLINE, before)
 
 
-def test_marked_batches_alone_want_no_workers() -> None:
+def test_batches_set_aside_alone_want_no_workers() -> None:
     ring = ring_of(9, 1)
-    ring.requeue(ring.reserve(1), "here")
+    ring.set_aside(ring.reserve(1))
     assert not ring.wants_workers
     ring.put(ints(2), A, 1)
     assert ring.wants_workers
 
 
 def test_batches_in_doubt_are_never_lost_doubled_or_acked_early() -> None:
-    """With three stores: a batch that may be stored in one of them is stored in that one only."""
+    """Threads put, reserve, requeue, set aside and commit. Each record is committed once, and not acked before."""
     seed = seeded()
     ring = Ring(23)
-    stores: list[dict[tuple[bytes, int], int]] = [{} for _ in range(3)]
+    stored: dict[tuple[bytes, int], int] = {}
     sources = [bytes([number]) * 16 for number in range(5)]
     errors: list[BaseException] = []
     lock = threading.Lock()
-    doubts = []
+    doubts: list[Batch] = []
+    aside = []
 
-    def keep(store: int, batch: ringbuffer.Batch) -> None:
+    def keep(batch: Batch) -> None:
         values = iter(batch.values)
         with lock:
             for run in batch.runs:
                 for sequence in range(run.first, run.first + run.count):
-                    value = next(values)
-                    assert stores[store].setdefault((run.source, sequence), value) == value
+                    assert (run.source, sequence) not in stored
+                    stored[run.source, sequence] = next(values)
 
     def produce(number: int) -> None:
         rng, first = random.Random(seed + number), 0
@@ -581,35 +583,42 @@ def test_batches_in_doubt_are_never_lost_doubled_or_acked_early() -> None:
                 array("q", range(number * 10_000 + first, number * 10_000 + first + size)), sources[number], first
             )
             first += size
-            if rng.random() < 0.1 and ring.wait_committed(end, rng.choice((0.001, 20)), since):
-                assert ring.is_stored(end, since)
+            if rng.random() < 0.1 and ring.wait_committed(since, end, rng.choice((0.001, 20))):
+                assert ring.is_stored(since, end)
                 with lock:
-                    known = set().union(*stores)
-                assert all((sources[number], n) in known for n in range(first - size, first))
+                    assert all((sources[number], n) in stored for n in range(first - size, first))
+
+    def take(rng: random.Random) -> Batch:
+        interrupts = ring.interrupts
+        with lock:
+            if doubts:
+                return doubts.pop(rng.randrange(len(doubts)))
+        return ring.reserve(rng.randrange(1, 30), rng.choice((None, 0.001)), interrupts)
 
     def work(number: int) -> None:
-        rng, store = random.Random(-seed - number), number % 3
+        rng = random.Random(-seed - number)
         while True:
             try:
-                batch = ring.reserve(rng.randrange(1, 30), rng.choice((None, 0.001)), lambda mark: mark == store)
+                batch = take(rng)
             except Closed:
                 return
-            except TimeoutError:
+            except (TimeoutError, Interrupted):
                 continue
-            assert batch.mark in (None, store)
             check(ring)
             fate = rng.random()
-            if fate < 0.1:
-                ring.requeue(batch)  # surely not sent
-            elif fate < 0.3:
-                if fate < 0.2:
-                    keep(store, batch)
-                doubts.append(batch)
-                ring.requeue(batch, store)
+            if fate < 0.3:
+                aside.append(batch)
+                ring.set_aside(batch)
                 if rng.random() < 0.1:
-                    time.sleep(0.01)  # the store is down
+                    time.sleep(0.01)  # its consumer is late
+            if fate < 0.1:
+                ring.requeue(batch)
+            elif fate < 0.2:
+                with lock:
+                    doubts.append(batch)
+                ring.interrupt()
             else:
-                keep(store, batch)
+                keep(batch)
                 ring.commit(batch)
 
     def guarded(job: object, number: int) -> None:
@@ -630,9 +639,8 @@ def test_batches_in_doubt_are_never_lost_doubled_or_acked_early() -> None:
     for thread in workers:
         thread.join(20)
     assert not errors and not any(thread.is_alive() for thread in producers + workers)
-    assert sum(map(len, stores)) == 15_000, "each record is in one store"
-    assert set().union(*stores) == {(source, k) for source in sources for k in range(3000)}
-    assert len(doubts) > 20 and not ring.marks() and ring.stats().stored == 15_000
+    assert stored == {(sources[n], k): n * 10_000 + k for n in range(5) for k in range(3000)}
+    assert len(aside) > 20 and ring.stats().stored == 15_000
 
 
 def test_timed_out_producers_do_not_swallow_notifications() -> None:
@@ -675,6 +683,7 @@ class Faults:
             return step
 
         growing = {deque: ("append", "extend"), dict: ("__setitem__",), list: ("append", "insert")}
+        self._monotonic = failing(time.monotonic)
         self._kinds = {
             kind: type(kind.__name__, (kind,), {name: failing(getattr(kind, name)) for name in names})
             for kind, names in growing.items()
@@ -682,15 +691,17 @@ class Faults:
         monkeypatch.setattr(ringbuffer, "memoryview", failing(memoryview), raising=False)
         monkeypatch.setattr(ringbuffer, "Run", failing(Run))
         monkeypatch.setattr(ringbuffer, "Batch", failing(Batch))
-        monkeypatch.setattr(ringbuffer, "monotonic", failing(ringbuffer.monotonic))
         monkeypatch.setattr(threading.Condition, "notify", failing(threading.Condition.notify))
 
     def put_into(self, ring: Ring) -> None:
         """Make the containers of the ring fail, too."""
-        for name in ("_runs", "_in_flight", "_requeued", "_marked", "_aside", "_finished"):
+        for name in ("_runs", "_in_flight", "_requeued", "_aside", "_crowded", "_finished"):
             kept = getattr(ring, name)
             setattr(ring, name, self._kinds[type(kept)](kept))
         read = ring._read
+        runtime = Runtime()
+        runtime.monotonic = self._monotonic  # type: ignore[method-assign]
+        ring._runtime = runtime
 
         def failing_read(start: int, end: int) -> "array[int]":
             self._strike()
@@ -716,9 +727,9 @@ def state_of(ring: Ring) -> list[Any]:
     """All that a ring knows, but for the contents of free slots."""
 
     def described(batches: Iterable[Batch]) -> list[Any]:
-        return [(batch.start, batch.end, batch.mark, list(batch.runs), list(batch.values)) for batch in batches]
+        return [(batch.start, batch.end, list(batch.runs), list(batch.values)) for batch in batches]
 
-    containers = [described(getattr(ring, name)) for name in ("_in_flight", "_requeued", "_marked", "_aside")]
+    containers = [described(getattr(ring, name)) for name in ("_in_flight", "_requeued", "_aside", "_crowded")]
     taken = [ring._slots[sequence % ring.capacity] for sequence in range(ring._committed, ring._cursor)]
     counters = [ring._cursor, ring._reserved, ring._committed, ring._aside_size, ring._high_water, ring._highest]
     counters.append(ring._idle_workers)
@@ -739,21 +750,24 @@ def empty_and_wrapping(ring: Ring) -> None:
     ring.commit(ring.reserve(4))
 
 
-def with_requeued(ring: Ring, mark: object) -> None:
+def with_requeued(ring: Ring, aside: bool) -> None:
     batches = full_of_batches(ring)
-    ring.requeue(batches[2], mark)
+    if aside:
+        ring.set_aside(batches[2])
+    ring.requeue(batches[2])
     ring.requeue(batches[1])
 
 
-def with_aside(ring: Ring) -> Batch:
-    """Return a batch in flight that is set aside. Another one waits in its slots for room, and will have it."""
-    batches = full_of_batches(ring)
-    ring.requeue(batches[0], "m")
-    ring.requeue(batches[1], "m")
-    ring.put(array("q", range(20, 24)), A, 8)
-    ring.requeue(ring.reserve(4, accepts=lambda mark: False), "m")
-    ring.requeue(batches[3], "m")
-    return ring.reserve(2)
+def crowded(ring: Ring) -> list[Batch]:
+    """Return four batches in flight: two are set aside, the third is not, for want of room, the last was not tried."""
+    first, second, third, fourth = full_of_batches(ring)
+    for batch in (first, second, third):
+        ring.set_aside(batch)
+    ring.put(array("q", range(20, 26)), A, 8)
+    ring.commit(fourth)
+    fifth, sixth = ring.reserve(3), ring.reserve(3)
+    ring.set_aside(fifth)
+    return [first, second, fifth, sixth]
 
 
 BLOCKS = [
@@ -768,8 +782,8 @@ METHODS: dict[str, Callable[[Ring], Call]] = {
     "try_put": lambda ring: (empty_and_wrapping(ring), lambda: ring.try_put(BLOCKS))[1],
     "reserve": lambda ring: (empty_and_wrapping(ring), ring.try_put(BLOCKS), lambda: ring.reserve(4))[2],
     "reserve all": lambda ring: (empty_and_wrapping(ring), ring.try_put(BLOCKS), lambda: ring.reserve(9))[2],
-    "reserve requeued": lambda ring: (with_requeued(ring, None), lambda: ring.reserve(9))[1],
-    "reserve marked": lambda ring: (with_requeued(ring, "m"), ring.reserve(9), lambda: ring.reserve(9))[2],
+    "reserve requeued": lambda ring: (with_requeued(ring, False), lambda: ring.reserve(9))[1],
+    "reserve set aside": lambda ring: (with_requeued(ring, True), ring.reserve(9), lambda: ring.reserve(9))[2],
     "commit the oldest": lambda ring: partial(ring.commit, full_of_batches(ring)[0]),
     "commit behind a gap": lambda ring: partial(ring.commit, full_of_batches(ring)[2]),
     "commit closing a gap": lambda ring: (
@@ -778,11 +792,15 @@ METHODS: dict[str, Callable[[Ring], Call]] = {
     "commit the last": lambda ring: (
         ring.put(array("q", (1,)), A, 0) and (batch := ring.reserve(1)) and ring.close() or partial(ring.commit, batch)
     ),
-    "commit set aside": lambda ring: partial(ring.commit, with_aside(ring)),
+    "commit set aside": lambda ring: partial(ring.commit, crowded(ring)[1]),
+    "commit crowded": lambda ring: partial(ring.commit, crowded(ring)[2]),
+    "commit, room for crowded": lambda ring: partial(ring.commit, crowded(ring)[0]),
     "requeue": lambda ring: partial(ring.requeue, full_of_batches(ring)[1]),
-    "requeue with mark": lambda ring: partial(ring.requeue, full_of_batches(ring)[0], "m"),
-    "requeue with mark behind a gap": lambda ring: partial(ring.requeue, full_of_batches(ring)[1], "m"),
-    "requeue set aside": lambda ring: partial(ring.requeue, with_aside(ring), "n"),
+    "requeue set aside": lambda ring: partial(ring.requeue, crowded(ring)[0]),
+    "requeue crowded": lambda ring: partial(ring.requeue, crowded(ring)[2]),
+    "set aside": lambda ring: partial(ring.set_aside, full_of_batches(ring)[0]),
+    "set aside behind a gap": lambda ring: partial(ring.set_aside, full_of_batches(ring)[1]),
+    "set aside without room": lambda ring: partial(ring.set_aside, crowded(ring)[3]),
 }
 
 
@@ -838,12 +856,12 @@ def test_commit_wakes_only_the_threads_whose_values_it_stores(monkeypatch: pytes
     woken: list[int] = []
     waiter = ringbuffer._Waiter
     real = waiter.wake
-    monkeypatch.setattr(waiter, "wake", lambda self: (woken.append(self.sequence), real(self)))
+    monkeypatch.setattr(waiter, "wake", lambda self: (woken.append(self.end), real(self)))
     ring = ring_of(4, 1, 2, 3)
-    calls = [Blocked(lambda end=end: ring.wait_committed(end, DEADLINE)) for end in (3, 1, 2)]  # type: ignore[misc]
+    calls = [Blocked(lambda end=end: ring.wait_committed(0, end, DEADLINE)) for end in (3, 1, 2)]  # type: ignore[misc]
     eventually(lambda: len(ring._waiters) == 3)
     ring.commit(ring.reserve(1))
     assert calls[1].result() and woken == [1]
-    assert not ring.wait_committed(3, 0.01) and len(ring._waiters) == 2, "a waiter that gives up leaves nothing"
+    assert not ring.wait_committed(0, 3, 0.01) and len(ring._waiters) == 2, "a waiter that gives up leaves nothing"
     ring.commit(ring.reserve(2))
     assert calls[0].result() and calls[2].result() and woken == [1, 2, 3] and not ring._waiters

@@ -21,7 +21,8 @@ from ringolib.client.producer import Producer
 from ringolib.forward import link as link_module
 from ringolib.forward import spool
 from ringolib.forward.destination import Destination
-from ringolib.forward.link import LinkSink, LinkState
+from ringolib.forward.health import Health
+from ringolib.forward.link import LinkSink
 from ringolib.forward.sink import InDoubt, NotStored
 from ringolib.forward.spool import Spool, SpoolSink
 from ringolib.forward.workers import Forwarder
@@ -70,7 +71,7 @@ def keep(stored: dict[tuple[bytes, int], int], block: Block) -> None:
 
 @contextmanager
 def spooling(path: Path, link: FakeLink, max_records: int = 1000) -> Iterator[Spool]:
-    running = Spool(str(path), max_records, link, LinkState("there:1"))  # type: ignore[arg-type]
+    running = Spool(str(path), max_records, link, Health("there:1"))  # type: ignore[arg-type]
     try:
         yield running
     finally:
@@ -98,12 +99,12 @@ def test_blocks_are_spooled_then_forwarded_in_order(tmp_path: Path, caplog: pyte
         eventually(lambda: replay.calls > 3)
         stats = running.stats()
         assert (stats.depth, stats.forwarded) == (50, 0) and stats.oldest >= 0
-        assert running.state.stats()[:2] == ("down", "away") and running.state.stats().away > 0
+        assert running.health.stats()[:2] == ("down", "away") and running.health.stats().away > 0
         assert len(rows(tmp_path / "s")) == 50
         link.error = replay.error = None
         eventually(lambda: running.depth == 0)
         eventually(lambda: running.stats() == (0, 0.0, 50))
-        assert running.state.stats()[:3] == ("up", None, 0)
+        assert running.health.stats()[:3] == ("up", None, 0)
         assert replay.stored == expected(50) and list(replay.stored) == list(expected(50))
         eventually(lambda: replay.closed == 1, "it keeps no link while the spool is empty")
         sink.store(a_block(50, 60))
@@ -213,7 +214,7 @@ def test_spool_deletes_nothing_that_an_error_broke_off(
     break_connections(monkeypatch, link_module, error, error)
     with fake_consumer(answer, store="here") as port:
         link = LinkSink("localhost", port)
-        running = Spool(str(tmp_path / "s"), 10_000, link, LinkState("there:1"))
+        running = Spool(str(tmp_path / "s"), 10_000, link, Health("there:1"))
         try:
             for n in range(0, 5000, 1000):
                 running.append(a_block(n, n + 1000))

@@ -97,7 +97,7 @@ def test_read_without_waiting_returns_none_if_nothing_has_come() -> None:
 def test_send_bytes_sends_what_was_queued_first() -> None:
     with connected() as (connection, peer):
         connection.begin_bytes(b"first")
-        connection.send_bytes(b"second")
+        connection.send_bytes(b"second", lambda: None)
         assert [read_frame(peer), read_frame(peer)] == [(2, b"first"), (2, b"second")]
         assert connection.unsent == 0
         connection.ping()
@@ -144,4 +144,4 @@ def test_abort_ends_a_read_in_another_thread() -> None:
         connection.abort()
         assert reading.result() == b""
         with pytest.raises(OSError):
-            connection.send_bytes(b"data")
+            connection.send_bytes(b"data", lambda: None)

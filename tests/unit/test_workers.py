@@ -1,4 +1,4 @@
-"""Workers, the breaker and the links, against sinks and peers that fail in every way."""
+"""Workers, their health and the links, against sinks and peers that fail in every way."""
 
 import logging
 import random
@@ -18,11 +18,13 @@ from support.short_times import short_times  # noqa: F401  (a fixture for every 
 
 from ringbuffer import Closed, Ring
 from ringolib import timing
+from ringolib.forward import health as health_module
 from ringolib.forward import link as link_module
 from ringolib.forward import workers as workers_module
-from ringolib.forward.destination import Breaker, Destination
-from ringolib.forward.link import LinkSink, LinkState
-from ringolib.forward.sink import InDoubt, NotStored, StoreSink
+from ringolib.forward.destination import Destination
+from ringolib.forward.health import Health
+from ringolib.forward.link import LinkSink, dialer
+from ringolib.forward.sink import InDoubt, NotStored, StoreSink, ignore_late
 from ringolib.forward.workers import Forwarder
 from ringolib.wire import Block, Run, decode_batch, encode_ack
 from store import Store
@@ -46,7 +48,7 @@ class FakeSink:
         self.most_busy = 0
         self.lock = threading.Lock()
 
-    def store(self, block: Block) -> None:
+    def store(self, block: Block, on_late: Callable[[], None] = ignore_late) -> None:
         with self.lock:
             self.calls += 1
             self.busy += 1
@@ -92,7 +94,7 @@ def put(ring: Ring, *values: int) -> int:
 def test_values_are_stored_and_committed() -> None:
     ring, sink = Ring(10), FakeSink()
     with forwarding(ring, sink):
-        assert ring.wait_committed(put(ring, 1, 2, 3), 20)
+        assert ring.wait_committed(0, put(ring, 1, 2, 3), 20)
         assert sink.stored == [1, 2, 3]
         ring.close()
         assert ring.join(20)
@@ -108,7 +110,7 @@ def test_batch_is_requeued_until_failing_sink_recovers(caplog: pytest.LogCapture
         eventually(lambda: sink.calls > 5)
         assert ring.committed == 0
         sink.error = None
-        assert ring.wait_committed(end, 20)
+        assert ring.wait_committed(0, end, 20)
         assert sorted(sink.stored) == list(range(10))
     events = [record.getMessage() for record in caplog.records]
     assert events == ["sink_down", "sink_up"], "once per change, not once per try"
@@ -118,8 +120,8 @@ def test_failing_link_does_not_mark_consumer_down_if_others_store(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(workers_module, "QUIET_SECONDS", 600)
-    ring, sink, state = Ring(10), FakeSink(), LinkState("there:1")
+    monkeypatch.setattr(health_module, "QUIET_SECONDS", 600)
+    ring, sink, state = Ring(10), FakeSink(), Health("there:1")
     state.on_ack()
     sink.error = NotStored("503")
     running = Forwarder(ring, [Destination(lambda connected: sink, state)], 8)
@@ -127,10 +129,10 @@ def test_failing_link_does_not_mark_consumer_down_if_others_store(
         end = put(ring, 1)
         eventually(lambda: sink.calls > 3)
         assert not state.down
-        monkeypatch.setattr(workers_module, "QUIET_SECONDS", 0)
+        monkeypatch.setattr(health_module, "QUIET_SECONDS", 0)
         eventually(lambda: state.down)
         sink.error = None
-        assert ring.wait_committed(end, 20)
+        assert ring.wait_committed(0, end, 20)
         eventually(lambda: not state.down)
         assert running.linked(running.destinations[0]) == sink.ready
     finally:
@@ -146,7 +148,7 @@ def test_worker_survives_unexpected_error(caplog: pytest.LogCaptureFixture) -> N
         end = put(ring, 1)
         eventually(lambda: sink.calls > 1)
         sink.error = None
-        assert ring.wait_committed(end, 20)
+        assert ring.wait_committed(0, end, 20)
         assert threads() == ["forward-1"]
     assert ("worker_error", {"error": "ZeroDivisionError('a bug')"}) in [(r.msg, r.args) for r in caplog.records]
 
@@ -218,7 +220,7 @@ def test_message_broken_off_by_an_error_loses_no_record(caplog: pytest.LogCaptur
 
         running = Forwarder(ring, [Destination(make)], 1)
         try:
-            assert ring.wait_committed(put(ring, 1), 20)
+            assert ring.wait_committed(0, put(ring, 1), 20)
             (sink,) = sinks
             assert sink._link
             sink._link.sock = BrokenSocket(sink._link.sock, MemoryError())
@@ -260,11 +262,11 @@ def test_failing_turns_pause_and_are_logged_once(
             assert 2 <= tries <= 6, "at most one turn in 0.1 s"
             patch.undo()
             sink.error = None
-            assert ring.wait_committed(end, 20)
+            assert ring.wait_committed(0, end, 20)
     assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
 
 
-@pytest.mark.parametrize("method", ["commit", "requeue", "requeue, in doubt"])
+@pytest.mark.parametrize("method", ["commit", "requeue", "set_aside"])
 def test_error_in_the_ring_ends_the_process(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch would stay in flight, and its records would never be acked."""
     statuses = raise_instead_of_exit(monkeypatch)
@@ -275,7 +277,7 @@ def test_error_in_the_ring_ends_the_process(method: str, monkeypatch: pytest.Mon
     def broken(*unused: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(ring, method.partition(",")[0], broken)
+    monkeypatch.setattr(ring, method, broken)
     monkeypatch.setattr(threading, "excepthook", lambda *unused: None)
     running = Forwarder(ring, [Destination(lambda connected: sink, only=False)], 8)
     put(ring, 1)
@@ -297,10 +299,10 @@ def test_workers_start_up_to_the_maximum_and_retire_when_idle(
         eventually(lambda: sink.busy == 3)
         assert len(threads()) == 3
         sink.gate.set()
-        assert ring.wait_committed(end, 20)
+        assert ring.wait_committed(0, end, 20)
         eventually(lambda: threads() != [] and len(threads()) == 1, "all but one retire")
         assert running.stats()[:2] == (1, 3)
-        assert ring.wait_committed(put(ring, 5), 20)
+        assert ring.wait_committed(0, put(ring, 5), 20)
 
 
 def test_one_worker_probes_while_the_sink_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,21 +320,22 @@ def test_one_worker_probes_while_the_sink_fails(monkeypatch: pytest.MonkeyPatch)
         assert sink.most_busy == 1
         assert running.stats().workers == 1, "the other workers that failed have retired"
         sink.error = None
-        assert ring.wait_committed(end, 20)
+        assert ring.wait_committed(0, end, 20)
 
 
 def test_worker_makes_no_link_while_another_probes() -> None:
     ring, sink = Ring(4), FakeSink()
     sink.ready = False
     with forwarding(ring, sink) as running:
-        prober = threading.Thread(target=running.destinations[0].breaker.record_failure)
+        eventually(lambda: ring._idle_workers)
+        prober = threading.Thread(target=running.destinations[0].health.on_failure, args=(None, False))
         prober.start()
         prober.join()
         put(ring, 1)
-        eventually(lambda: ring.stats().backlog == 1 and not ring.wants_workers, "the worker requeued its batch")
+        eventually(lambda: ring._requeued, "the worker requeued its batch")
         assert sink.calls == 0
-        running.destinations[0].breaker._prober = None
-        assert ring.wait_committed(1, 20)
+        running.destinations[0].health._prober = None
+        assert ring.wait_committed(0, 1, 20)
 
 
 def test_workers_with_links_go_on_while_another_is_refused() -> None:
@@ -353,42 +356,65 @@ def test_workers_with_links_go_on_while_another_is_refused() -> None:
         assert len(sinks) == 2, "no third worker starts"
         good.gate.set()
         for turn in range(50):
-            assert ring.wait_committed(put(ring, turn, turn, turn), 20)
+            assert ring.wait_committed(0, put(ring, turn, turn, turn), 20)
     finally:
         ring.abort()
         assert running.stop(20)
 
 
-def test_breaker_backs_off_exponentially_with_full_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prober_backs_off_exponentially_with_full_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "BACKOFF_FIRST_SECONDS", 0.1)
     monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 5.0)
     pauses: list[tuple[float, float]] = []
     monkeypatch.setattr(random, "uniform", lambda low, high: pauses.append((low, high)) or 0)
-    breaker = Breaker()
-    assert breaker.pause() and not pauses
-    for failures in range(1, 10):
-        assert breaker.record_failure() == failures
-        assert breaker.pause()
+    health = Health()
+    assert health.pause() and not pauses
+    for _ in range(1, 10):
+        assert health.on_failure("away", sent=False)
+        assert health.pause()
     assert pauses == [(0, limit) for limit in (0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5, 5)]
-    assert breaker.is_open and breaker.record_success() is True
-    assert not breaker.is_open and breaker.record_success() is False
-    assert breaker.pause() and len(pauses) == 9
+    assert health.probed and health.down
+    health.on_ack()
+    assert not health.probed and not health.down
+    assert health.pause() and len(pauses) == 9
 
 
 def test_first_thread_to_fail_is_prober_until_success_or_resign(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random, "uniform", lambda low, high: 30)
-    breaker = Breaker()
-    assert breaker.record_failure() == 1 and not breaker.probed_by_another
-    other = Blocked(
-        lambda: (breaker.probed_by_another, breaker.record_failure(), breaker.pause(), breaker.record_success())
-    )
-    assert other.result() == (True, 0, True, False)
-    breaker.resign()
-    assert Blocked(breaker.record_failure).result() == 1, "another thread is the prober now"
-    assert breaker.probed_by_another
-    breaker._prober = threading.current_thread()
-    Blocked(breaker.stop).result()
-    assert breaker.pause() is False, "stop ends the pause"
+    health = Health("there:1")
+    assert health.on_failure("away", sent=False) and not health.yields(linked=False, several=True)
+
+    def other() -> tuple[bool, ...]:
+        yields = health.yields(linked=False, several=False), health.yields(linked=True, several=True)
+        probes, goes_on = health.on_failure("away", sent=True), health.pause()
+        health.on_ack()
+        return *yields, probes, goes_on, health.probed
+
+    assert Blocked(other).result() == (True, False, False, True, True), "the ack of another one does not end the probe"
+    health.resign()
+    assert Blocked(lambda: health.on_failure("away", sent=True)).result(), "another thread is the prober now"
+    assert health.yields(linked=True, several=True), "an ack is missing, so even a worker with a link leaves the batch"
+    assert not health.yields(linked=True, several=False)
+    health._prober = threading.current_thread()
+    health.on_link()
+    assert health.probed, "a link alone is not enough"
+    Blocked(health.stop).result()
+    assert health.pause() is False, "stop ends the pause"
+
+
+def test_late_ack_makes_its_worker_the_prober(caplog: pytest.LogCaptureFixture) -> None:
+    """Unless other links have just had acks: then it is a slow batch, not a consumer that hangs."""
+    health = Health("there:1")
+    health.on_ack()
+    health.on_late()
+    assert not health.probed
+    health._acked_at -= health_module.QUIET_SECONDS
+    health.on_late()
+    assert health.probed and not health.down
+    assert Blocked(lambda: health.yields(linked=True, several=True)).result()
+    health.on_ack()
+    assert not health.probed
+    assert [(record.msg, record.args) for record in caplog.records] == [("link_late", {"consumer": "there:1"})]
 
 
 def test_stop_ends_worker_that_waits_for_its_sink() -> None:
@@ -597,7 +623,7 @@ def test_abort_ends_connect_that_waits_for_response() -> None:
 
 def test_link_to_address_of_a_name_sends_the_name_as_host() -> None:
     with socket.create_server(("localhost", 0)) as listener:
-        sink = LinkSink("127.0.0.1", listener.getsockname()[1], name="consumer.example")
+        sink = LinkSink("127.0.0.1", listener.getsockname()[1], dial=dialer(name="consumer.example"))
         call = Blocked(sink.connect)
         with listener.accept()[0] as peer:
             assert f"Host: consumer.example:{listener.getsockname()[1]}\r\n".encode() in peer.recv(65536)
@@ -609,7 +635,7 @@ def test_server_makes_no_link_to_itself() -> None:
     """Otherwise a publisher would get the records of its spool as duplicates, and delete them from the spool."""
     with fake_consumer(lambda peer: None) as port:
         with pytest.raises(NotStored, match="this server itself"):
-            LinkSink("localhost", port, is_own=lambda address: address[1][1] == port).store(a_block(1))
+            LinkSink("localhost", port, dial=dialer(is_own=lambda address: address[1][1] == port)).store(a_block(1))
 
 
 def test_abort_from_another_thread_ends_waiting_store() -> None:
@@ -630,6 +656,34 @@ def test_abort_from_another_thread_ends_waiting_store() -> None:
             call.result()
         with pytest.raises(NotStored, match="stopping"):
             sink.store(a_block(1))
+
+
+@pytest.mark.parametrize("hangs", ["while it sends", "before its ack", "with pings"])
+def test_late_ack_is_reported_once_and_still_counts(hangs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "LATE_SECONDS", 0.1)
+    late, reading = threading.Event(), threading.Event()
+    values = range(1_000_000 if hangs == "while it sends" else 1)
+    calls: list[int] = []
+
+    def on_late() -> None:
+        calls.append(1)
+        late.set()
+
+    def answer(peer: Link) -> None:
+        if hangs == "while it sends":
+            assert late.wait(20)
+        message = peer.recv()
+        while hangs == "with pings" and not late.is_set():
+            peer.ping()
+            reading.wait(0.01)
+        assert late.wait(20) and list(decode_batch(message).values) == list(values)
+        peer.send(encode_ack(len(values)))
+
+    with fake_consumer(answer) as port:
+        sink = LinkSink("localhost", port)
+        sink.store(a_block(*values), on_late)
+        sink.close()
+    assert calls == [1]
 
 
 def test_idle_link_answers_and_sends_pings() -> None:
@@ -700,7 +754,7 @@ def test_failing_link_loses_nothing_and_reconnects_are_counted() -> None:
     ring = Ring(16)
     with fake_consumer(answer) as port:
         running = Forwarder(ring, [Destination(lambda connected: LinkSink("localhost", port, connected))], 4)
-        assert ring.wait_committed(put(ring, *range(400)), 30)
+        assert ring.wait_committed(0, put(ring, *range(400)), 30)
         ring.close()
         assert ring.join(20) and running.stop(20)
     assert stored == {(SOURCE, n): n for n in range(400)}
