@@ -174,11 +174,11 @@ class App:
         max_streams = max(1, min(MAX_STREAMS, min(limits, default=4 * MAX_STREAMS) // 4))
         if self.store:
             return StoredRecords(self.store.read, max_streams)
-        assert self.consumers
-        consumers = self.consumers
+        assert self.forwarder
+        forwarder = self.forwarder
 
         def endpoints() -> list[Endpoint]:
-            return [destination.endpoint for destination in consumers.destinations if destination.endpoint]
+            return [destination.endpoint for destination in forwarder.destinations if destination.endpoint]
 
         return RelayedRecords(endpoints, self.credentials, max_streams)
 

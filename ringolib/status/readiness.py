@@ -88,7 +88,7 @@ class Readiness:
     def absent(self) -> list[Reason]:
         """Ask each consumer that no record has been sent to, and return why some do not store. Waits for answers."""
         destinations = self._forwarder.destinations if self._forwarder else []
-        untried = [one for one in destinations if one.link and one.link.stats().state == "unknown"]
+        untried = [one for one in destinations if one.consumer.stats().state == "unknown"]
         self._refresh(untried)
         deadline = answer_deadline(wait=True)
         reasons = [self._consumer_reason(destination, True, deadline) for destination in untried]
