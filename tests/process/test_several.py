@@ -35,7 +35,7 @@ from support.harness import (
     server,
 )
 
-from ringolib.client import producer
+from ringolib.client import outbox
 from ringolib.storage.interface import Storage
 from ringolib.wire import decode_batch, encode_ack, encode_plain
 
@@ -104,7 +104,7 @@ class Fleet:
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Producers must not send a record again: with separate databases the other one might store it, too."""
     short_times(monkeypatch)
-    monkeypatch.setattr(producer, "STALL_TIMEOUT", 600)
+    monkeypatch.setattr(outbox, "STALL_TIMEOUT", 600)
 
 
 @pytest.mark.slow
