@@ -24,7 +24,7 @@ from support.clickhouses import (
 from support.harness import ServerProcess, eventually, free_port, not_ready, seeded, server
 from support.proxy import DOWN, UP, Proxy
 
-from ringolib.client import producer
+from ringolib.client import outbox
 from ringolib.storage.clickhouse import http, schema, store
 from ringolib.storage.clickhouse.store import ClickHouse
 from ringolib.storage.clickhouse.url import parse_url
@@ -59,7 +59,7 @@ def acked_is_stored(load: Load, records: Callable[[], dict[tuple[str, int], int]
 @pytest.mark.parametrize("role", [["-I", "false"], ["-T", "0", "-r", "100000"]], ids=["consumer", "own consumer"])
 def test_killed_server_loses_no_acked_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: list[str]) -> None:
     short_times(monkeypatch)
-    monkeypatch.setattr(producer, "STALL_TIMEOUT", 5.0)
+    monkeypatch.setattr(outbox, "STALL_TIMEOUT", 5.0)
     patch = f"{SHORT_TIMES}; {FREQUENT_INSERTS}; storage.clickhouse.store.INSERT_TIMEOUT_SECONDS = 1.0"
     with clickhouse_server(tmp_path / "clickhouse") as clickhouse:
         database = clickhouse.create_database()
@@ -82,7 +82,7 @@ def test_killed_consumer_loses_no_acked_record(
     clickhouse: ClickHouseServer, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short_times(monkeypatch)
-    monkeypatch.setattr(producer, "STALL_TIMEOUT", 5.0)
+    monkeypatch.setattr(outbox, "STALL_TIMEOUT", 5.0)
     port = free_port()
     flags = ["-p", str(port), "-I", "false", "-D", clickhouse.url(database)]
     process = ServerProcess(tmp_path, *flags, patch=FREQUENT_INSERTS)
@@ -188,7 +188,7 @@ def test_killed_replica_loses_no_acked_record(
 ) -> None:
     """Acked records are on two replicas: if one of three is killed, the load goes on and the others have them all."""
     short_times(monkeypatch)
-    monkeypatch.setattr(producer, "STALL_TIMEOUT", 20.0)
+    monkeypatch.setattr(outbox, "STALL_TIMEOUT", 20.0)
     database = cluster.create_database()
     flags = ["-p", "0", "-I", "false", "-D", cluster.url(database), "--clickhouse_cluster", cluster.name]
     with server(tmp_path, *flags, patch=FREQUENT_INSERTS) as process:
