@@ -37,7 +37,7 @@ class Numbering(NamedTuple):
 
 
 def parse_numbering(query: str) -> Numbering:
-    """Return the numbering that the query asks for: `source=UUID&first=N`, or a random source. Raises Refusal.
+    """Return the numbering that the query asks for: `source=UUID&first=N`, or a new source. Raises Refusal.
 
     Without the two parameters, others are ignored.
     """

@@ -135,7 +135,7 @@ def test_plain_messages_of_all_sizes_keep_their_order(running: ServerProcess) ->
         client.acked(5)
     records = stored_by(running, before)
     assert [record[1:] for record in records] == [(0, -5), (1, -6), (2, 1), (3, 2), (4, 2**31 - 1)]
-    assert uuid.UUID(records[0][0]).version == 4
+    assert uuid.UUID(records[0][0]).version == 7
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 3999, 4999])

@@ -153,7 +153,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 
 
 def check_stored(target: Target, expected: Stored) -> None:
-    """Check that exactly the expected records were stored since the last call. Source None means a random UUID."""
+    """Check that exactly the expected records were stored since the last call. Source None means a UUID that the server made."""
     stored = target.new()
     unnamed = []
     for run in expected:
@@ -163,7 +163,7 @@ def check_stored(target: Target, expected: Stored) -> None:
         else:
             assert stored.pop(run["source"], []) == records
     assert sorted(stored.values()) == sorted(unnamed)
-    assert all(uuid.UUID(source).version == 4 for source in stored)
+    assert all(uuid.UUID(source).version == 7 for source in stored)
 
 
 def headers(subprotocol: str | None) -> dict[str, str | None]:

@@ -181,7 +181,7 @@ def test_watchdog_is_silent_while_the_server_is_not_alive(
         ("p.store._lock", ("-I", "false")),
         ("p.server.table._lock", ("-T", "0")),
         ("p.totals._lock", ("-I", "false")),
-        ("p.forwarder._lock", ("-T", "0")),
+        ("p.forwarder._pool._lock", ("-T", "0")),
         ("p.server.loop._lock", ("-T", "0")),
         ("p.server.loop._lock", ("-I", "false")),
     ],
