@@ -125,7 +125,7 @@ class Store(GroupCommit):
                 self.identity = read_identity(self._db)
                 self._held = count_records(self._db)
             undo.pop_all()
-        self._reading = Reading(path, self._file.real_path)
+        self._reading = Reading(self._file)
         self._file.warn_of_file_system()
 
     def oldest(self, limit: int) -> OldestBatches | None:

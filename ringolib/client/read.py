@@ -139,8 +139,9 @@ def _print_records(server: _Server, arguments: argparse.Namespace) -> int:
     output = sys.stdout.fileno()
     left, cursor, pages, failures = arguments.limit, arguments.after, 0, 0
     while left is None or left > 0:
+        limit = min(left or PAGE_RECORDS, PAGE_RECORDS)
         try:
-            lines, following = _ask(server, arguments, cursor, min(left or PAGE_RECORDS, PAGE_RECORDS))
+            lines, following = _ask(server, arguments, cursor, limit)
         except ReadError as error:
             if not (arguments.follow and pages and error.retryable):
                 resume = f"; --after {cursor} continues" if cursor and pages else ""
@@ -165,8 +166,8 @@ def _print_records(server: _Server, arguments: argparse.Namespace) -> int:
         if not records and arguments.follow:
             if _reader_has_gone(output):
                 return _end_by_broken_pipe(output)
-        elif not records or following is None:
-            break
+        elif following is None or (len(records) < limit and not arguments.follow):
+            break  # a page that is not full is the last one: to ask again would hardly end while records arrive
     return EXIT_OK
 
 

@@ -176,7 +176,7 @@ class HTTPConnection:
     """Requests on `sock`, one after the other: `send`, then `read_head`, then `read_body`.
 
     The methods raise HTTPError, TimeoutError after the deadline, and OSError if the connection is lost. After an error
-    the connection cannot be used any more, except after a TimeoutError of `read_piece`.
+    the connection cannot be used any more, except that a read may be called again after its TimeoutError.
     """
 
     def __init__(self, sock: Any) -> None:
@@ -244,7 +244,7 @@ class HTTPConnection:
         return body
 
     def read_piece(self, deadline: float) -> bytes:
-        """Return a piece of the body, or b"" at its end. After a TimeoutError, it may be called again."""
+        """Return a piece of the body, or b"" at its end."""
         while (piece := self._exchange.piece()) is None:
             self._receive(deadline)
         return piece

@@ -6,6 +6,7 @@ may be called from other threads.
 
 import socket
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from ringolib.net.addresses import Address, unix_path
@@ -71,10 +72,13 @@ class Stream:
 
     A read uses the system's timeout (SO_RCVTIMEO). Python's would take a second system call for each read, and each
     call gives Python's lock away, which costs more than the call if many threads are busy.
+
+    Once `ending` returns true, a write fails if the peer reads nothing for CLOSE_TIMEOUT.
     """
 
-    def __init__(self, sock: Any) -> None:
+    def __init__(self, sock: Any, ending: Callable[[], bool] = lambda: False) -> None:
         self._sock = sock
+        self._ending = ending
         self._timeout = 0.0  # of reads; 0: to be set
         sock.settimeout(None)
 
@@ -95,10 +99,23 @@ class Stream:
         except BlockingIOError:
             sent = 0
         if sent < len(data):
-            self._sock.settimeout(timeout)
-            self._sock.sendall(memoryview(data)[sent:])
-            self._sock.settimeout(None)
             self._timeout = 0.0
+            deadline = deadline_after(timeout)
+            with memoryview(data) as view:
+                while sent < len(view):
+                    sent += self._send(view[sent:], deadline)
+
+    def _send(self, data: memoryview, deadline: float) -> int:
+        """Send a part of `data`, and return how many bytes it has; 0 after CLOSE_TIMEOUT. Raises as `write` does."""
+        self._sock.settimeout(max(0.001, min(remaining(deadline), CLOSE_TIMEOUT)))
+        try:
+            return int(self._sock.send(data))
+        except TimeoutError:
+            if self._ending() or not remaining(deadline):
+                raise
+            return 0
+        finally:
+            self._sock.settimeout(None)
 
     def _set_timeout(self, timeout: float) -> None:
         if timeout <= 0:

@@ -4,23 +4,30 @@ One read-only connection serves all readers in turn; `_turn` guards it. SQLite m
 Python's lock is free meanwhile. Each page has a read transaction of its own: a reader never keeps the WAL from being
 emptied for longer than a page.
 
-If records were committed since the last page, the connection rests for REST_RATIO times the processor time of the page.
-So readers slow the storing of records by a few percent at most. While nothing is stored, they do not rest.
+If records were committed since the last page, the connection rests for REST_RATIO times the processor time of the page,
+and for MAX_REST_SECONDS at most. So readers slow the storing of records by a few percent; more only if a page takes
+longer than a tenth of a second. While nothing is stored, they do not rest.
 """
 
+import os
 import sqlite3
 import threading
-from time import monotonic, sleep, thread_time
+from time import monotonic, thread_time
 from typing import Any
 from urllib.parse import quote
 
 from ringolib.storage import sqlite_file
+from ringolib.storage.database_file import DatabaseFile
 from ringolib.storage.interface import PAGE_RECORDS, Page, Query, StoreError
 from ringolib.storage.sqlite_file import SOURCE_TEXT
 
 REST_RATIO = 24.0
+MAX_REST_SECONDS = 2.0
+"""Shorter than TURN_SECONDS, so that a page that takes long does not make the next reader fail."""
 TURN_SECONDS = 10.0
 """How long a reader waits for its turn before it fails."""
+NEAR_BATCHES = 32 * 1024
+"""Batches among which the records of one source are looked for before all batches of the source are read."""
 
 _TIME = "strftime('%Y-%m-%dT%H:%M:%S', received_at_ms / 1000, 'unixepoch') || printf('.%03dZ', received_at_ms % 1000)"
 _LINES = {
@@ -39,40 +46,46 @@ _LINES = {
 """The SQL of a line: the parts with the source and with the time, made once for each batch, and the whole."""
 
 
-def _page_statement(form: str, order: str, by_source: bool) -> str:
+_CHOICES = {"all": "", "near": "+batch.source_id = :source AND ", "far": "batch.source_id = :source AND +"}
+"""The SQL that chooses the batches of a page.
+
+The + keeps SQLite from using an index: it reads all batches between the first and the last one (`near`), or all batches
+of the source (`far`).
+"""
+
+
+def _page_statement(form: str, order: str, choice: str) -> str:
     """Return the SQL of a page: the records of the batches from `:batch` on, with ids from `:first` to `:last`."""
     source, time, line = _LINES[form]
-    # The + keeps SQLite from reading all batches between the first and the last one of a source.
-    condition = "batch.source_id = :source AND +" if by_source else ""
     return f"""
     SELECT CAST(group_concat(line, char(10)) || char(10) AS BLOB), count(*), min(id), max(id) FROM (
       SELECT record.id AS id, {line} AS line
         FROM (SELECT first_id, first_id + count - 1 AS last_id, sequence - first_id AS shift,
                      {source} AS source, {time} AS time
                 FROM batch JOIN source ON source.id = batch.source_id
-               WHERE {condition}batch.first_id BETWEEN :batch AND :last ORDER BY first_id LIMIT -1) AS part
+               WHERE {_CHOICES[choice]}batch.first_id BETWEEN :batch AND :last ORDER BY first_id LIMIT -1) AS part
         CROSS JOIN record ON record.id BETWEEN max(part.first_id, :first) AND min(part.last_id, :last)
        ORDER BY record.id {order} LIMIT -1)"""
 
 
 _STATEMENTS = {
-    (form, descending, by_source): _page_statement(form, "DESC" if descending else "ASC", by_source)
+    (form, descending, choice): _page_statement(form, "DESC" if descending else "ASC", choice)
     for form in _LINES
     for descending in (False, True)
-    for by_source in (False, True)
+    for choice in _CHOICES
 }
 
 
 class Reading:
-    """The connection for readers of the database file `real_path`. It opens with the first page."""
+    """The connection for readers of the database file. It opens with the first page."""
 
-    def __init__(self, path: str, real_path: str) -> None:
-        self._path = path
-        self._real_path = real_path
+    def __init__(self, file: DatabaseFile) -> None:
+        self._file = file
+        self._path = file.path
+        self._closed = threading.Event()  # ends the rest, too
         self._turn = threading.Lock()
         # Guarded by _turn.
         self._db: sqlite3.Connection | None = None
-        self._closed = False
         self._version = 0  # SQLite's number of the last commit that a page has seen
         self._rest_until = 0.0  # monotonic seconds
 
@@ -81,9 +94,8 @@ class Reading:
         if not self._turn.acquire(timeout=TURN_SECONDS):
             raise StoreError(f"{self._path}: other readers are busy: retry later, or with a lower limit")
         try:
-            if self._closed:
+            if self._closed.wait(max(0.0, self._rest_until - monotonic())):
                 raise StoreError(f"{self._path} is closed")
-            sleep(max(0.0, self._rest_until - monotonic()))
             started = thread_time()
             db = self._db = self._db or self._connect()
             db.execute("BEGIN")
@@ -94,7 +106,7 @@ class Reading:
                 db.execute("COMMIT")
             if version != self._version:
                 self._version = version
-                self._rest_until = monotonic() + REST_RATIO * (thread_time() - started)
+                self._rest_until = monotonic() + min(MAX_REST_SECONDS, REST_RATIO * (thread_time() - started))
             return page
         except sqlite3.Error as error:
             raise StoreError(f"{self._path}: cannot read: {error}") from error
@@ -103,13 +115,14 @@ class Reading:
 
     def close(self) -> None:
         """Wait for the page that is being read, then close the connection."""
+        self._closed.set()
         with self._turn:
-            self._closed = True
             if self._db:
                 self._db.close()
 
     def _connect(self) -> sqlite3.Connection:
-        uri = f"file:{quote(self._real_path)}?mode=ro"
+        self._file.check_in_place()  # the path may lead to another database by now
+        uri = f"file:{quote(os.fsencode(self._file.real_path))}?mode=ro"
         db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
         db.execute(f"PRAGMA busy_timeout = {sqlite_file.BUSY_TIMEOUT_MS}")
         return db
@@ -137,10 +150,10 @@ def _read_page(db: sqlite3.Connection, query: Query) -> Page:
     if first > last:
         return Page(b"", 0, before, False)
     limit = min(query.limit, PAGE_RECORDS)
-    end, more = _page_end(db, query.descending, first, last, source, limit)
+    end, more, choice = _page_end(db, query.descending, first, last, source, limit)
     low, high = (end, last) if query.descending else (first, end)
     parameters = {"batch": _batch_of(db, low), "first": low, "last": high, "source": source}
-    statement = _STATEMENTS[query.form, query.descending, source is not None]
+    statement = _STATEMENTS[query.form, query.descending, choice]
     lines, count, lowest, highest = db.execute(statement, parameters).fetchone()
     if not count:
         return Page(b"", 0, before if query.descending else str(end), more)
@@ -183,22 +196,45 @@ def _first_since(db: sqlite3.Connection, since_ms: int, newest: int) -> int:
 
 def _page_end(
     db: sqlite3.Connection, descending: bool, first: int, last: int, source: Any, limit: int
-) -> tuple[int, bool]:
-    """Return the last id of a page of `limit` records, in its order, and whether more ids follow."""
+) -> tuple[int, bool, str]:
+    """Return the last id of a page of `limit` records, in its order, whether more ids follow, and which of _CHOICES."""
     if source is None:
         end = max(first, last - limit + 1) if descending else min(last, first + limit - 1)
-        return end, end != (first if descending else last)
-    order = "DESC" if descending else "ASC"
-    batches = db.execute(
-        f"""SELECT first_id, first_id + count - 1 FROM batch
-             WHERE source_id = ? AND +first_id BETWEEN ? AND ? ORDER BY +first_id {order} LIMIT ?""",
-        (source, _batch_of(db, first), last, limit + 1),  # one batch may have lost its records
-    )
-    for batch_first, batch_last in batches:
+        return end, end != (first if descending else last), "all"
+    choice, batches = _batches_of(db, descending, _batch_of(db, first), last, source, limit + 1)
+    for batch_first, batch_last in batches:  # one of them may have lost its records
         low, high = max(batch_first, first), min(batch_last, last)
         count = max(0, high - low + 1)
         if count >= limit:
             end = high - limit + 1 if descending else low + limit - 1
-            return end, True
+            return end, True, choice
         limit -= count
-    return (first, False) if descending else (last, False)
+    return (first if descending else last), False, choice
+
+
+def _batches_of(
+    db: sqlite3.Connection, descending: bool, first: int, last: int, source: Any, limit: int
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the first and the last id of the next `limit` batches of a source, and which of _CHOICES has found them.
+
+    The index finds the batches of a source, but in the order of their sequences, so all of them must be sorted. That
+    takes long if they are many. Many batches are usually close to each other, so the table is read first, in part.
+    """
+    order = "DESC" if descending else "ASC"
+    far = db.execute(
+        f"SELECT first_id FROM batch WHERE first_id BETWEEN ? AND ? ORDER BY first_id {order} LIMIT 1 OFFSET ?",
+        (first, last, NEAR_BATCHES),
+    ).fetchone()
+    near = (first, last) if not far else (far[0], last) if descending else (first, far[0])
+    columns = "SELECT first_id, first_id + count - 1 FROM batch"
+    batches = db.execute(
+        f"{columns} WHERE +source_id = ? AND first_id BETWEEN ? AND ? ORDER BY first_id {order} LIMIT ?",
+        (source, *near, limit),
+    ).fetchall()
+    if not far or len(batches) == limit:
+        return "near", batches
+    batches = db.execute(
+        f"{columns} WHERE source_id = ? AND +first_id BETWEEN ? AND ? ORDER BY +first_id {order} LIMIT ?",
+        (source, first, last, limit),
+    ).fetchall()
+    return "far", batches

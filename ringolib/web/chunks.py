@@ -82,10 +82,10 @@ class ChunkedBody:
     # Each of these returns how many bytes it has taken; 0 if more are needed.
 
     def _take_size(self, data: bytes, at: int) -> int:
-        match = _SIZE_LINE.match(data, at)
+        has_line = data.find(b"\n", at) >= 0  # the pattern takes long: a client may send a line byte by byte
+        match = _SIZE_LINE.match(data, at) if has_line else None
         if not match:
-            is_other = data[at : at + 1] not in _DIGITS or data.find(b"\n", at) >= 0
-            if is_other or len(data) - at > MAX_LINE:
+            if has_line or data[at : at + 1] not in _DIGITS or len(data) - at > MAX_LINE:
                 raise Refusal(400, "malformed chunk: expected its size in hexadecimal, and CR LF")
             return 0
         line = match.end() - at
@@ -109,12 +109,13 @@ class ChunkedBody:
         if data.startswith(_END_OF_LINE, at):
             self.ended = True
             return 2
-        match = _TRAILER_LINE.match(data, at)
+        has_line = data.find(b"\n", at) >= 0
+        match = _TRAILER_LINE.match(data, at) if has_line else None
         self._trailer += match.end() - at if match else 0
         if self._trailer + (0 if match else len(data) - at) > MAX_TRAILER:
             raise Refusal(400, f"the trailer has more than {MAX_TRAILER} bytes: omit it")
         if not match:
-            if data.find(b"\n", at) >= 0:
+            if has_line:
                 raise Refusal(400, "malformed trailer: expected NAME: VALUE and CR LF, then an empty line")
             return 0
         return match.end() - at

@@ -96,7 +96,7 @@ class WebHandler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Prepare to read requests."""
         self.connection = self.request
-        self.stream = Stream(self.connection)
+        self.stream = Stream(self.connection, self.server.stopping.is_set)
         self.reader = RequestReader()
         self.routes = self.make_routes()
         self.admitted = self.server.table.is_admitted()
@@ -204,7 +204,7 @@ class WebHandler(BaseHTTPRequestHandler):
         """Let the page of another site read the response, if --allow_origin admits it (https://fetch.spec.whatwg.org)."""
         self.cors = {"Vary": "Origin"}  # also without an Origin: caches must not reuse the response for a page
         if origin and self.server.names.admits(origin):
-            exposed = "X-Request-Id, Retry-After, WWW-Authenticate"
+            exposed = "X-Request-Id, Retry-After, WWW-Authenticate, Link"
             self.cors |= {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": exposed}
 
     def _answer_preflight(self, path: str) -> None:

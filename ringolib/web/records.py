@@ -1,8 +1,8 @@
 """`GET /v1.0/records`: reads the query, and sends the stored records in pages, in bounded memory.
 
-The functions run on the thread of the connection. `StoredRecords` is shared by all of them; its semaphore limits the
-long answers and those of followers. An answer of one page is sent whole, with its length and a Link to the next page.
-Values and queries are never logged.
+The functions run on the thread of the connection. `StoredRecords` is shared by all of them, and `LongAnswers` limits
+the answers that last. An answer of one page is sent whole, with its length and a Link to the next page. Values and
+queries are never logged.
 """
 
 import datetime
@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
@@ -36,6 +37,7 @@ TYPES = {
 }
 _MEDIA = {"json": "application/json", "ndjson": "application/x-ndjson", "csv": "text/csv", "text": "text/plain"}
 CSV_HEADER = b"id,source,sequence,value,received_at\n"
+STOPPING = "the server is stopping"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _AGO = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(\.\d{1,6})?(Z|[+-]\d\d:\d\d)?)?", re.ASCII)
@@ -48,6 +50,11 @@ class RecordsRequest(NamedTuple):
     form: str  # of TYPES
     follow: bool
     consumer: str | None  # which of a publisher's consumers to ask
+
+    @property
+    def lasts(self) -> bool:
+        """True if the answer is longer than a page, or follows."""
+        return self.follow or self.query.limit > PAGE_RECORDS
 
 
 def parse(text: str, accept: str) -> RecordsRequest:
@@ -129,13 +136,31 @@ def _parse_time(text: str) -> int:
         raise _bad("since", "a time like 2026-01-31T12:00:00Z, or 30s, 10m, 2h or 7d ago") from None
 
 
+class LongAnswers:
+    """Places for answers of more than a page, or that follow."""
+
+    def __init__(self, places: int) -> None:
+        self._places = places
+        self._free = threading.BoundedSemaphore(places)
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place. Raises Refusal if none is free."""
+        if not self._free.acquire(blocking=False):
+            reason = f"{self._places} long answers are being sent: retry later, or use limit={PAGE_RECORDS} or less"
+            raise Refusal(503, reason, {"Retry-After": "5"})
+        try:
+            yield
+        finally:
+            self._free.release()
+
+
 class StoredRecords:
     """Answers from the server's own store, with `read`."""
 
     def __init__(self, read: Callable[[Query], Page], max_streams: int = MAX_STREAMS) -> None:
         self._read = read
-        self._max_streams = max_streams
-        self._streams = threading.BoundedSemaphore(max_streams)
+        self._long_answers = LongAnswers(max_streams)
 
     def answer(self, connection: WebHandler) -> None:
         """Answer the request of a connection. Raises Refusal."""
@@ -143,18 +168,11 @@ class StoredRecords:
         request = parse(parsed.query, ",".join(parsed.headers.get_all("accept")))
         if request.consumer is not None:
             raise Refusal(400, "this server has the records itself: omit consumer")
-        if request.query.limit <= PAGE_RECORDS and not request.follow:
+        if not request.lasts:
             self._answer_whole(connection, request)
             return
-        if not self._streams.acquire(blocking=False):
-            reason = (
-                f"{self._max_streams} long answers are being sent: retry later, or use limit={PAGE_RECORDS} or less"
-            )
-            raise Refusal(503, reason, {"Retry-After": "5"})
-        try:
+        with self._long_answers.place():
             self._stream(connection, request)
-        finally:
-            self._streams.release()
 
     def _page(self, query: Query) -> Page:
         try:
@@ -180,7 +198,7 @@ class StoredRecords:
         )
         headers = {"Cache-Control": "no-store"}
         if cursor is not None:
-            headers["Link"] = f'<?{_next_query(connection.parsed.query, cursor)}>; rel="next"'
+            headers["Link"] = f'<?{_next_query(connection.parsed.query, cursor, query.descending)}>; rel="next"'
         connection.reply(200, body, TYPES[request.form], headers)
 
     def _stream(self, connection: WebHandler, request: RecordsRequest) -> None:
@@ -204,8 +222,7 @@ class StoredRecords:
             body.write(_end(request.form, cursor))
             body.end()
         except Refusal as refusal:  # too late for an answer: the missing end shows that records are missing
-            connection.close_connection = True
-            handler.log.info("records_cut", {"client": connection.client_address[0], "reason": str(refusal)})
+            cut(connection, str(refusal))
 
     def _pages(self, connection: WebHandler, request: RecordsRequest) -> Iterator[Page]:
         """Yield the pages of a stream until its end. Raises Refusal."""
@@ -217,10 +234,13 @@ class StoredRecords:
             yield page
             if not left or not (page.more or request.follow):
                 return
-            if not page.more and client_ended(connection, FOLLOW_INTERVAL_SECONDS):
-                return
-            if not request.follow and connection.server.stopping.is_set():
-                raise Refusal(503, "the server is stopping")
+            if not page.more:
+                if client_ended(connection, FOLLOW_INTERVAL_SECONDS):
+                    return
+            elif connection.server.stopping.is_set():
+                if request.follow:  # its end says nothing about the records that are left
+                    return
+                raise Refusal(503, STOPPING)
 
 
 class BodyWriter:
@@ -243,6 +263,12 @@ class BodyWriter:
         """Send the end of the body."""
         if self._chunked:
             self._connection.stream.write(b"0\r\n\r\n", handler.REQUEST_TIMEOUT_SECONDS)
+
+
+def cut(connection: WebHandler, reason: str) -> None:
+    """Log that an answer ends before all its records are sent. The close without an end shows it to the client."""
+    connection.close_connection = True
+    handler.log.info("records_cut", {"client": connection.client_address[0], "reason": reason})
 
 
 def client_ended(connection: WebHandler, seconds: float) -> bool:
@@ -273,9 +299,8 @@ def _end(form: str, cursor: str | None) -> bytes:
     return f'\n],\n"next": {shown}}}\n'.encode() if form == "json" else b""
 
 
-def _next_query(text: str, cursor: str) -> str:
+def _next_query(text: str, cursor: str, descending: bool) -> str:
     """Return a query string with another `after`, and without `since` in ascending order, where `after` replaces it."""
-    descending = "order=desc" in text.split("&")
     dropped = ("after",) if descending else ("after", "since")
     kept = [part for part in text.split("&") if part and unquote(part.partition("=")[0]) not in dropped]
     return "&".join([f"after={quote(cursor, safe='')}", *kept])

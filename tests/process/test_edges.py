@@ -217,6 +217,7 @@ def test_answers_to_pages_can_be_read_and_are_cached_apart(running: ServerProces
         lines["Origin"] = "https://tools.example"
         status, fields, _ = request(running.port, "GET", "/v1.0/stats", headers=lines)
         assert status in (421, 406) and fields["Access-Control-Allow-Origin"] == "https://tools.example"
+        assert "Link" in fields["Access-Control-Expose-Headers"], "which leads to the next page of records"
     assert request(running.port, "GET", "/")[1]["Vary"] == "Origin", "also if no page asks"
 
 

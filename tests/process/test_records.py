@@ -25,6 +25,7 @@ from support.harness import (
     exchange,
     frame,
     free_port,
+    logged,
     request,
     server,
 )
@@ -111,6 +112,11 @@ def test_links_lead_through_all_records(port: int, order: str) -> None:
             break
         query = link[2 : link.index(">")]
     assert sorted(found) == sorted([*range(3000), 7, 8])
+
+
+def test_link_of_an_encoded_query_keeps_since(port: int) -> None:
+    _, headers, _ = request(port, "GET", f"{PATH}?order=%64esc&since=1d&limit=1")
+    assert headers["Link"] == '<?after=3002&order=%64esc&since=1d&limit=1>; rel="next"'
 
 
 def test_source_and_since_choose_records(port: int) -> None:
@@ -234,6 +240,105 @@ def test_followers_are_limited_and_leave_their_place(tmp_path: Path, chained: bo
                 eventually(lambda: request(port, "GET", f"{PATH}?follow=1&limit=1&format=text")[2] == b"0\n")
 
 
+def store_many(port: int) -> None:
+    """Store more records than the system buffers for a client that reads slowly."""
+    for first in range(0, 150_000, 50_000):
+        store_records(port, SOURCE, first, 50_000)
+
+
+@pytest.mark.parametrize("chained", [False, True], ids=["consumer", "publisher"])
+@pytest.mark.parametrize("query", ["follow=1", "limit=1000000"])
+def test_stop_does_not_wait_for_a_client_that_has_paused(tmp_path: Path, chained: bool, query: str) -> None:
+    (tmp_path / "p").mkdir()
+    with (
+        server(tmp_path, *ROLES["consumer"]) as running,
+        server(tmp_path / "p", "-p", "0", "-T", str(running.port)) as front,
+    ):
+        store_many(running.port)
+        asked = front if chained else running
+        with connected(asked.port) as sock:
+            sock.sendall(f"GET {PATH}?{query} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert sock.recv(1)
+            assert asked.stop(deadline=15) == 0
+
+
+@pytest.mark.parametrize("chained", [False, True], ids=["consumer", "publisher"])
+def test_follower_that_lags_ends_with_the_server(tmp_path: Path, chained: bool) -> None:
+    """Its answer ends in order, although records are left."""
+    (tmp_path / "p").mkdir()
+    with (
+        server(tmp_path, *ROLES["consumer"]) as running,
+        server(tmp_path / "p", "-p", "0", "-T", str(running.port)) as front,
+    ):
+        store_many(running.port)
+        asked = front if chained else running
+        with follow(asked.port, "") as (response, _):
+            for n in range(1000):
+                assert json.loads(response.readline())["value"] == n
+            asked.send_signal(signal.SIGTERM)
+            lines = response.read().splitlines()
+            assert len(lines) < 149_000 and json.loads(lines[-1])["value"] == 999 + len(lines)
+            assert asked.wait() == 0
+
+
+def test_publisher_stops_although_a_consumer_does_not_answer(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with server(tmp_path, "-p", "0", "-T", str(silent.getsockname()[1])) as front, connected(front.port) as sock:
+            sock.sendall(f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            silent.settimeout(DEADLINE)
+            links = []
+            while not links or PATH.encode() not in links[-1].recv(1024):
+                links.append(silent.accept()[0])
+            assert front.stop(deadline=10) == 0
+            assert b"the server is stopping" in sock.recv(65536)
+            for link in links:
+                link.close()
+
+
+@pytest.mark.parametrize("chained", [False, True], ids=["consumer", "publisher"])
+def test_request_behind_a_follow_is_not_answered(tmp_path: Path, chained: bool) -> None:
+    """The follower's thread reads its first byte, so the rest must not be taken for a request."""
+    (tmp_path / "p").mkdir()
+    with (
+        server(tmp_path, *ROLES["consumer"]) as running,
+        server(tmp_path / "p", "-p", "0", "-T", str(running.port)) as front,
+    ):
+        store_records(running.port, SOURCE, 0, 1)
+        with follow((front if chained else running).port, "format=text") as (response, sock):
+            assert response.readline() == b"0\n"
+            sock.sendall(b"GET /v1.0/alive HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert response.fp.read() == b"\r\n0\r\n\r\n"
+
+
+def test_client_that_does_not_read_is_no_silent_consumer(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    patch = "web.handler.REQUEST_TIMEOUT_SECONDS = 0.5"
+    with (
+        server(tmp_path, *ROLES["consumer"]) as running,
+        server(tmp_path / "p", "-p", "0", "-T", str(running.port), "--debug", patch=patch) as front,
+    ):
+        store_many(running.port)
+        with connected(front.port) as sock:
+            sock.sendall(f"GET {PATH}?limit=1000000 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            eventually(lambda: re.search("timed out|status=50", front.errors.read_text()))
+        assert "status=50" not in front.errors.read_text()
+
+
+def test_lost_consumer_cuts_the_answer(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    with (
+        server(tmp_path, *ROLES["consumer"]) as running,
+        server(tmp_path / "p", "-p", "0", "-T", str(running.port)) as front,
+    ):
+        store_records(running.port, SOURCE, 0, 1)
+        with follow(front.port, "format=text") as (response, _):
+            assert response.readline() == b"0\n"
+            running.kill()
+            with pytest.raises(http.client.IncompleteRead):
+                response.read()
+        assert f"localhost:{running.port}" in str(eventually(lambda: logged(front.errors.read_text(), "records_cut")))
+
+
 def test_token_applies_and_is_passed_on(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("secret-1")
@@ -329,8 +434,8 @@ def test_read_explains_errors_in_one_line(port: int, arguments: list[str], statu
 
 def test_read_ends_quietly_with_the_reader_of_its_output(port: int) -> None:
     for flags in ([], ["--follow"]):
-        process = run_read("--url", f"http://localhost:{port}", *flags)
-        assert process.stdout and process.stdout.readline() == b"0\n"
+        process = run_read("--url", f"http://localhost:{port}", "--format", "ndjson", *flags)  # more than a pipe takes
+        assert process.stdout and json.loads(process.stdout.readline())["value"] == 0
         process.stdout.close()
         assert process.stderr
         with process.stderr:
@@ -363,6 +468,15 @@ def test_read_follows_over_a_restart_until_ctrl_c(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=DEADLINE) == (b"", b"")
         assert process.returncode == 128 + signal.SIGINT
+
+
+def test_read_ends_with_the_first_page_that_is_not_full(tmp_path: Path) -> None:
+    """While records arrive, a further request would find more of them each time."""
+    with server(tmp_path, *ROLES["consumer"], "--debug") as running:
+        store_records(running.port, SOURCE, 0, 2050)
+        status, out, _ = read_output("--url", f"http://localhost:{running.port}")
+        assert (status, len(out.split())) == (0, 2050)
+        assert running.errors.read_text().count(f"path={PATH}") == 2
 
 
 def test_values_and_queries_are_not_logged(tmp_path: Path) -> None:

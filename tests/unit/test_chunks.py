@@ -1,7 +1,10 @@
 """Bodies in chunks: valid ones are decoded, and all others are refused, at any cut of the bytes."""
 
+import re
+
 import pytest
 
+from ringolib.web import chunks as chunks_module
 from ringolib.web.chunks import MAX_LINE, MAX_TRAILER, ChunkedBody
 from ringolib.web.headers import Refusal
 
@@ -83,3 +86,22 @@ def test_malformed_chunks_are_refused_at_any_cut(data: bytes) -> None:
         with pytest.raises(Refusal) as refused:
             decode(data, size)
         assert refused.value.status == 400
+
+
+@pytest.mark.parametrize("line", [b"7f8" + b";a" * 2000 + b"\r\n", b"0\r\na:" + b"x" * 4000 + b"\r\n"])
+def test_line_that_comes_byte_by_byte_is_matched_once(line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To match the extensions took 0.2 ms for each byte: a client could keep a processor busy with 5 KB/s."""
+    matched = []
+
+    class Counted:
+        def __init__(self, pattern: "re.Pattern[bytes]") -> None:
+            self._pattern = pattern
+
+        def match(self, data: bytes, at: int) -> "re.Match[bytes] | None":
+            matched.append(at)
+            return self._pattern.match(data, at)
+
+    for name in ("_SIZE_LINE", "_TRAILER_LINE"):
+        monkeypatch.setattr(chunks_module, name, Counted(getattr(chunks_module, name)))
+    assert decode(line, 1) == (b"", None)
+    assert len(matched) == line.count(b"\n")

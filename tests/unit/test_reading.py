@@ -1,17 +1,19 @@
 """Tests of reading stored records from a SQLite database, page by page."""
 
 import json
+import os
 import random
 import sqlite3
 import threading
 from array import array
 from contextlib import closing
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
 from support.databases import A_TEXT, FAR, A, B, append, query
-from support.harness import seeded
+from support.harness import Blocked, seeded
 
 from ringolib.storage import oldest, reading, wal
 from ringolib.storage.interface import FORMS, PAGE_RECORDS, Query, StoreError
@@ -45,10 +47,12 @@ def fill(store: Store, rng: random.Random, blocks: int) -> None:
 
 
 @ORDERS
+@pytest.mark.parametrize("near", [0, 3, reading.NEAR_BATCHES])
 @pytest.mark.parametrize("by_source", [False, True])
 def test_pages_have_each_record_of_the_view_once(
-    opened: Store, path: Path, descending: bool, by_source: bool, monkeypatch: pytest.MonkeyPatch
+    opened: Store, path: Path, descending: bool, by_source: bool, near: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(reading, "NEAR_BATCHES", near)
     rng = random.Random(seeded())
     fill(opened, rng, 60)
     order = "DESC" if descending else "ASC"
@@ -139,15 +143,72 @@ def test_page_leaves_the_wal_free_to_be_emptied(opened: Store, monkeypatch: pyte
 
 def test_reader_rests_only_while_records_are_stored(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     rests: list[float] = []
-    monkeypatch.setattr(reading, "sleep", rests.append)
     append(opened, A, 0, 5000)
-    page = opened.read(Query("ndjson", 5000))
-    page = opened.read(Query("ndjson", 5000, page.last))
-    assert rests[0] == 0 < rests[1], "the first page has found commits"
-    opened._reading._rest_until = 0.0
-    opened.read(Query("ndjson", 5000, page.last))
-    opened.read(Query("ndjson", 5000, page.last))
-    assert rests[2:] == [0, 0]
+    after = None
+    for _ in range(3):
+        after = opened.read(Query("ndjson", 100, after)).last
+        rests.append(opened._reading._rest_until)
+        opened._reading._rest_until = 0.0
+    assert rests[0] > 0 == rests[1] == rests[2], "the first page has found commits"
+
+
+def test_rest_is_short_and_ends_with_the_store(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that took long must not make other readers fail, nor the stop of the server wait."""
+    monkeypatch.setattr(reading, "REST_RATIO", 1e9)
+    append(opened, A, 0, 3)
+    opened.read(Query("text", 1))
+    assert opened._reading._rest_until - monotonic() <= reading.TURN_SECONDS / 4
+    opened._reading._rest_until = monotonic() + 3600
+    readers = [Blocked(lambda: opened.read(Query("text", 1))) for _ in range(3)]
+    assert all(reader.still() for reader in readers)
+    Blocked(opened.close).result(reading.TURN_SECONDS / 2)
+    for reader in readers:
+        with pytest.raises(StoreError, match="is closed"):
+            reader.result()
+
+
+@ORDERS
+def test_page_of_a_source_does_not_read_all_its_batches(
+    opened: Store, path: Path, descending: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that sends a record at a time has a batch for each."""
+    monkeypatch.setattr(reading, "NEAR_BATCHES", 100)
+    append(opened, A, 0, 1)
+    with closing(sqlite3.connect(path)) as writer, writer:
+        writer.executemany("INSERT INTO record VALUES (?, ?)", ((n, n) for n in range(2, 20_001)))
+        writer.executemany("INSERT INTO batch VALUES (?, 1, 1, ?, 0)", ((n, n - 1) for n in range(2, 20_001)))
+    after = opened.read(Query("text", 1, "10000")).last
+    steps: list[int] = []
+    assert opened._reading._db
+    opened._reading._db.set_progress_handler(lambda: steps.append(100), 100)
+    page = opened.read(Query("text", 10, after, A, descending=descending))
+    opened._reading._db.set_progress_handler(None, 0)
+    first = 10_000 if descending else 10_002
+    assert list(map(int, page.lines.split())) == [first - n if descending else first + n for n in range(10)]
+    assert sum(steps) < 20_000
+
+
+def test_reader_refuses_a_database_that_has_replaced_its_own(opened: Store, path: Path) -> None:
+    append(opened, A, 0, 3)
+    path.rename(path.with_name("moved.db"))
+    with closing(Store(str(path.with_name("other.db")))) as other:
+        append(other, B, 0, 5)
+    path.with_name("other.db").rename(path)
+    with pytest.raises(StoreError, match="replaced"):
+        opened.read(Query("text", 1))
+    path.with_name("moved.db").rename(path)
+    assert opened.read(Query("text", 9)).lines == b"0\n1\n2\n"
+
+
+def test_path_may_have_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9?#%20.db")
+    try:
+        open(path, "wb").close()
+    except OSError:
+        pytest.skip("this file system takes only UTF-8")
+    with closing(Store(path)) as store:
+        append(store, A, 0, 2)
+        assert store.read(Query("text", 9)).lines == b"0\n1\n"
 
 
 def test_closed_store_refuses_and_leaves_no_wal(opened: Store, path: Path) -> None:

@@ -4,6 +4,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from support.harness import DEADLINE, Blocked, eventually
 
 from ringolib.net import sockets
 from ringolib.net.sockets import Stream
@@ -39,6 +40,32 @@ def test_write_times_out_if_the_peer_does_not_read(pair: tuple[Stream, socket.so
     assert stream.read(1, 5) == b"c"
     with pytest.raises(TimeoutError):
         stream.read(1, 0.01)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_write_to_a_peer_that_pauses_fails_only_at_the_end(ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that stops does not wait for a client that has paused its output. Otherwise nothing is lost."""
+    monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.05)
+    looks: list[bool] = []
+
+    def ending() -> bool:
+        looks.append(ends)
+        return ends
+
+    own, peer = socket.socketpair()
+    data = bytes(range(256)) * 8192
+    with own, peer:
+        written = Blocked(lambda: Stream(own, ending).write(data, DEADLINE))
+        eventually(lambda: looks)
+        if ends:
+            with pytest.raises(TimeoutError):
+                written.result()
+            return
+        received = b""
+        while len(received) < len(data):
+            received += peer.recv(65536)
+        written.result()
+        assert received == data
 
 
 def test_stream_does_not_depend_on_the_size_of_a_timeval(monkeypatch: pytest.MonkeyPatch) -> None:
