@@ -33,35 +33,39 @@ if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "ringoexp":  # the
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from time import monotonic, sleep
 from typing import Any
 
-_missing: str | None = None  # the module that a server lacks
-_can_send = False
+
+def _explain_missing(error: ImportError) -> str:
+    """Return which module is missing, and the remedy. Raises the error if the module is the program's own."""
+    module = (error.name or "").partition(".")[0]
+    if module in sys.stdlib_module_names:
+        return f"this Python lacks the module {module} ({error}): use a Python that was built with it"
+    if module in ("simple_websocket", "wsproto", "h11"):
+        return f"the package {module} is missing: pip install simple-websocket, in a venv, or use ringoexp.pyz"
+    raise error
+
+
+_missing: str | None = None  # why this Python cannot run a server
+_can_start = False
 try:
     from ringolib import __version__
-    from ringolib.client import read, send
     from ringolib.client.output import print_line
     from ringolib.net.addresses import format_url
     from ringolib.options import Settings, read_arguments, strange_variables
     from ringolib.timing import ThreadError, deadline_after, remaining, start_thread
 
-    _can_send = True
+    _can_start = True
     # The rest is for servers: `send` and `read` work without it, for example in a Python without SQLite.
     from ringolib import app, open_files
     from ringolib.status import log_format, logs, systemd
     from ringolib.storage.clickhouse.url import is_clickhouse_url
     from ringolib.storage.interface import StoreError
 except ImportError as error:
-    module = (error.name or "").partition(".")[0]
-    if module in sys.stdlib_module_names:
-        _missing = f"this Python lacks the module {module} ({error}): use a Python that was built with it"
-    elif module in ("simple_websocket", "wsproto", "h11"):
-        _missing = f"the package {module} is missing: pip install simple-websocket, in a venv, or use ringoexp.pyz"
-    else:
-        raise
+    _missing = _explain_missing(error)
 
 log = logging.getLogger("ringoexp")
 
@@ -257,13 +261,10 @@ def _status(application: app.App) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return the exit status: 0 stopped in order, 1 cannot run, 2 bad usage, 3 records unstored."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if not _can_send:
+    if not _can_start:
         sys.exit(f"ringoexp: error: {_missing}")
-    command = {"send": send.main, "read": read.main}.get(arguments[0]) if arguments else None
-    if command:
-        if not _is_ignored(signal.SIGINT):
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        return command(arguments[1:])
+    if arguments and arguments[0] in ("send", "read"):
+        return _run_client(arguments[0], arguments[1:])
     settings = read_arguments(arguments)
     if _missing:
         sys.exit(f"ringoexp: error: {_missing}")
@@ -278,6 +279,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("not enough memory (ulimit -v limits it)", settings)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _run_client(command: str, arguments: list[str]) -> int:
+    """Run `send` or `read`, whose modules a server does not need, and return the exit status."""
+    run: Callable[[list[str]], int]
+    try:
+        if command == "send":
+            from ringolib.client.send import main as run
+        else:
+            from ringolib.client.read import main as run
+    except ImportError as error:
+        sys.exit(f"ringoexp: error: {_explain_missing(error)}")
+    if not _is_ignored(signal.SIGINT):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return run(arguments)
 
 
 def _fail(message: str, settings: Settings) -> int:

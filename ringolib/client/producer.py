@@ -239,7 +239,7 @@ def _close_all() -> None:
     Ctrl-C, or a signal handler that raises, ends a wait. Afterwards, the records that are not acked are reported.
     """
     producers = [
-        producer for producer in open_producers if isinstance(producer, Producer) and not producer._is_foreign()
+        producer for producer in list(open_producers) if isinstance(producer, Producer) and not producer._is_foreign()
     ]
     with suppress(BaseException):
         deadline = deadline_after(EXIT_FLUSH_SECONDS)

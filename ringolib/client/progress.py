@@ -18,6 +18,7 @@ from typing import NamedTuple
 from ringolib.client.numbers_input import Input
 from ringolib.client.output import is_drawable, is_in_foreground, own_hints, print_line
 from ringolib.client.producer import Producer
+from ringolib.printable import escape_controls
 from ringolib.timing import ThreadError, start, start_thread
 
 PROGRESS_SECONDS = 0.25
@@ -73,9 +74,8 @@ def format_time(seconds: float) -> str:
 
 
 def plain_reason(text: str) -> str:
-    """Return an error text as the end of a sentence, without error number and control characters."""
-    text = "".join(character if character.isprintable() else " " for character in own_hints(text))
-    text = re.sub(r"\[Errno -?\d+\] ", "", text)
+    """Return an error text as the end of a sentence, without error number, and with control characters escaped."""
+    text = re.sub(r"\[Errno -?\d+\] ", "", escape_controls(own_hints(text)))
     return text[:1].lower() + text[1:] if re.match("[A-Z][a-z]", text) else text
 
 

@@ -11,22 +11,23 @@ import re
 import select
 import signal
 import sys
-import uuid
 from contextlib import closing
 from time import sleep
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
+from ringolib.client.command_line import EXIT_USAGE, Parser, parse_uuid
 from ringolib.client.output import print_line
 from ringolib.client.url import Target, parse_url
 from ringolib.net.addresses import Endpoint, host_header
 from ringolib.net.credentials import CredentialError, read_token
 from ringolib.net.http_client import HTTPConnection, HTTPError, open_stream
 from ringolib.net.tls import CredentialFileError, client_context
+from ringolib.printable import escape_controls
 from ringolib.timing import backoff, deadline_after
 from ringolib.wire import INGEST_PATH, RECORDS_PATH
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+EXIT_OK, EXIT_FAILED = 0, 1
 URL = "http://localhost:6660"
 PAGE_RECORDS = 2048
 """Records that one request asks for: the server answers them at once, with a Link to the next page."""
@@ -54,16 +55,9 @@ class _Server(NamedTuple):
     context: Any
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"ringoexp read: error: {message} (ringoexp read --help lists the flags)\n")
-
-
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Return the parser of the command line of `ringoexp read`."""
-    parser = _Parser(
+    parser = Parser(
         prog="ringoexp read",
         description="Prints stored records in the order of their arrival.",
         epilog="example: ringoexp read --format csv > records.csv",
@@ -73,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--limit", type=_positive, metavar="N", help="print at most so many records (default: all)")
     add("--follow", action="store_true", help="then wait, and print records as they are stored, until Ctrl-C")
     add("--format", choices=("text", "csv", "ndjson"), default="text", help="text: values only (default)")
-    add("--source", type=_uuid, metavar="UUID", help="only records of this source")
+    add("--source", type=parse_uuid, metavar="UUID", help="only records of this source")
     add("--since", metavar="TIME", help="from this time on: 2026-01-31T12:00:00Z, or 30s, 10m, 2h, 7d ago")
     add("--after", metavar="ID", help="only records after the one with this id")
     add("--order", choices=("asc", "desc"), default="asc", help="desc: the newest first")
@@ -94,13 +88,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _uuid(text: str) -> uuid.UUID:
-    try:
-        return uuid.UUID(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a UUID") from None
-
-
 def main(argv: list[str]) -> int:
     """Run `ringoexp read` and return the exit status.
 
@@ -108,7 +95,8 @@ def main(argv: list[str]) -> int:
     """
     parser = make_parser()
     try:
-        arguments = parser.parse_args(argv)
+        arguments, unknown = parser.parse_known_args(argv)
+        parser.refuse_unknown(unknown)
         if arguments.key and not arguments.cert:
             parser.error(f"argument --key: {arguments.key!r} requires --cert")
         if arguments.follow and arguments.order == "desc":
@@ -209,7 +197,7 @@ def _ask(
 def _refusal(url: str, status: int, body: bytes) -> ReadError:
     """Return the error for an answer of another status than 200."""
     try:
-        reason = str(json.loads(body)["error"])
+        reason = escape_controls(str(json.loads(body)["error"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         reason = "not a ringoexp server?"
     retryable = status in (429, 500, 502, 503, 504)

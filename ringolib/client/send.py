@@ -13,12 +13,13 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
+from ringolib.client.command_line import EXIT_USAGE, Parser
 from ringolib.client.numbers_input import STDIN, BadInput, Input, parse_numbers
 from ringolib.client.output import own_hints, print_line
 from ringolib.client.producer import EXIT_CLOSE_SECONDS, Producer, ProducerError
 from ringolib.client.progress import Progress
 from ringolib.client.ready import ask_why_not_ready
-from ringolib.client.send_options import EXIT_USAGE, Parser, make_parser, parse_arguments, resume_command
+from ringolib.client.send_options import make_parser, parse_arguments, resume_command
 from ringolib.client.url import parse_url
 from ringolib.net.credentials import CredentialError, read_token
 from ringolib.net.tls import CredentialFileError, client_context

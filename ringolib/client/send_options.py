@@ -11,12 +11,10 @@ import shutil
 import sys
 import uuid
 from collections.abc import Sequence
-from typing import NoReturn
 
+from ringolib.client.command_line import Parser, parse_uuid
 from ringolib.client.url import URL
 from ringolib.wire import MAX_SEQUENCE
-
-EXIT_USAGE = 2
 
 
 def _whole_number(text: str) -> int:
@@ -24,14 +22,6 @@ def _whole_number(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) < MAX_SEQUENCE):
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a whole number from 0 to 2**63 - 2")
     return int(text)
-
-
-def _uuid(text: str) -> uuid.UUID:
-    """Parse a UUID."""
-    try:
-        return uuid.UUID(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a UUID") from None
 
 
 def _seconds(text: str) -> float:
@@ -43,13 +33,6 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a number of seconds above 0")
     return seconds
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"ringoexp send: error: {message} (ringoexp send --help lists the flags)\n")
 
 
 def make_parser() -> Parser:
@@ -73,7 +56,7 @@ def make_parser() -> Parser:
     add("--cert", metavar="PATH", help="wss: client certificate, PEM, if the server requires one")
     add("--key", metavar="PATH", help="wss: private key of --cert, PEM, if it is in another file")
     add("--binary", action="store_true", help="integers are 8 bytes each, big-endian, signed; default: one per line")
-    add("--source", type=_uuid, metavar="UUID", help="source to resume; default: a new one")
+    add("--source", type=parse_uuid, metavar="UUID", help="source to resume; default: a new one")
     first_help = "number of the input's first integer in its source (default 0)"
     add("--first", type=_whole_number, default=0, metavar="N", help=first_help)
     skip_help = "do not send the first N integers of the input: they are stored already (default 0)"
@@ -90,7 +73,8 @@ def parse_arguments(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     argparse has one method for each of these, and none for both.
     """
     end = argv.index("--") if "--" in argv else len(argv)
-    arguments = parser.parse_intermixed_args(argv[:end])
+    arguments, unknown = parser.parse_known_intermixed_args(argv[:end])
+    parser.refuse_unknown(unknown)
     arguments.items = [*arguments.items, *argv[end + 1 :]]
     return arguments
 

@@ -17,6 +17,7 @@ from wsproto.events import AcceptConnection
 from wsproto.utilities import generate_accept_token, generate_nonce
 
 from ringolib.net.http_client import SWITCHING_PROTOCOLS, Head, HTTPConnection, HTTPError
+from ringolib.printable import escape_controls
 from ringolib.timing import deadline_after
 
 STORE_HEADER = "X-Ringoexp-Store"
@@ -123,8 +124,7 @@ def explain_refusal(status: int, body: bytes) -> str:
     except (ValueError, TypeError, KeyError, RecursionError):
         reason = None
     if isinstance(reason, str) and reason:
-        shown = reason[:MAX_REASON_CHARACTERS]
-        return ": " + "".join(character if character.isprintable() else " " for character in shown)
+        return f": {escape_controls(reason[:MAX_REASON_CHARACTERS])}"
     if known := _STATUS_REASONS.get(status):
         return f": {known}"
     return ": is that the /v1.0/ingest of a ringoexp?" if status < 400 or status == 404 else ""

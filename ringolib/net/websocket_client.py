@@ -15,6 +15,7 @@ from ringolib.net.http_client import open_stream
 from ringolib.net.protocol import Protocol
 from ringolib.net.sockets import READ_SIZE, linger, shut_down
 from ringolib.net.websocket import Accepted, request_upgrade
+from ringolib.printable import escape_controls
 from ringolib.timing import deadline_after
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Link:
     def ending_text(self) -> str:
         """The ending in words, with the server as the subject: it closed, or the code is ours for its fault."""
         code, reason = self.ending or (1006, "")
-        return f"{'broke the protocol:' if self.at_fault else 'closed with'} {code:d} {reason}"
+        return f"{'broke the protocol:' if self.at_fault else 'closed with'} {code:d} {escape_controls(reason)}"
 
     @property
     def unsent(self) -> int:

@@ -95,9 +95,6 @@ def _add_option(group: Any, option: Option) -> None:
     """Add an option to a group of the parser."""
     flags = [f"-{option.short}"] if option.short else []
     flags.append(f"--{option.long}")
-    if option.long == "debug":
-        group.add_argument(*flags, action="store_true", help=option.help)
-        return
     details: dict[str, Any] = {"type": option.parse, "metavar": option.metavar, "help": _help_text(option)}
     if isinstance(option.default, bool):
         group.add_argument(*flags, nargs="?", const=True, **details)

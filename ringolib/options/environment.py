@@ -4,23 +4,24 @@ A Kubernetes pod may have variables of the same names. For a Service called `rin
 RINGOEXP_PORT=tcp://ADDRESS:PORT, RINGOEXP_SERVICE_HOST and others. They are ignored.
 """
 
-import difflib
 import re
 from collections.abc import Mapping
 
 from ringolib.net.credentials import TOKEN_VARIABLE
-from ringolib.options.nearest import suggest
+from ringolib.options.nearest import find_nearest, suggest
 from ringolib.options.table import OPTIONS, VARIABLE_PREFIX
 from ringolib.storage.clickhouse.url import PASSWORD_VARIABLE
 
+SECRET_VARIABLES = (TOKEN_VARIABLE, PASSWORD_VARIABLE)
+"""Variables with a secret, which no flag may have: other users can read the command line."""
 OTHER_VARIABLES = (
-    *(TOKEN_VARIABLE, PASSWORD_VARIABLE),
+    *SECRET_VARIABLES,
     *("RINGOEXP_SEED", "RINGOEXP_ONLY", "RINGOEXP_SECONDS", "RINGOEXP_NODE_MODULES", "RINGOEXP_NO_SKIPS"),
 )
-"""Variables that are no options: two secrets, and the variables of the tests."""
+"""Variables that are no options: the secrets, and the variables of the tests."""
 MISSPELT_RATIO = 0.8
 """How similar to a variable's name another one must be to count as misspelt: `difflib.SequenceMatcher.ratio`."""
-_NAMES = [option.variable.removeprefix(VARIABLE_PREFIX) for option in OPTIONS]
+_NAMES = [name.removeprefix(VARIABLE_PREFIX) for name in (*(option.variable for option in OPTIONS), *SECRET_VARIABLES)]
 _SERVICE_NAME = re.compile(rf"{VARIABLE_PREFIX}(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_\w+)")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+")
 
@@ -32,12 +33,12 @@ def given_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def find_misspelt(environ: Mapping[str, str]) -> str | None:
-    """Return an error for the first variable whose name is nearly that of an option, or None.
+    """Return an error for the first variable whose name is nearly that of an option or of a secret, or None.
 
     It is an error, as a misspelt flag is: otherwise a server might run without the token that it was given.
     """
     for name, hint in strange_variables(environ):
-        if difflib.get_close_matches(name.removeprefix(VARIABLE_PREFIX), _NAMES, 1, MISSPELT_RATIO):
+        if find_nearest(name.removeprefix(VARIABLE_PREFIX), _NAMES, MISSPELT_RATIO):
             return f"variable {name} is not an option{hint}"
     return None
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ringolib.printable import escape_controls
 from ringolib.timing import format_utc
 
 STARTED, STOPPED = "started", "stopped"
@@ -148,13 +149,8 @@ def _format_for_people(record: logging.LogRecord, paint: Callable[[str, str], st
     event, fields, level = _event(record), _own_fields(record), record.levelname.lower()
     head = f"\r{paint(f'{created:%H:%M:%S}', COLOURS['debug'])}"
     if text := sentence(event, fields):
-        return f"{head} {_printable(text)}"
+        return f"{head} {escape_controls(text)}"
     return f"{head} {paint(f'{level:<{LEVEL_WIDTH}} {event}', COLOURS[level])} {_words(fields)}".rstrip()
-
-
-def _printable(text: str) -> str:
-    """Return a text with its control characters escaped, so that it cannot control the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _started(fields: Mapping[str, Any]) -> str:

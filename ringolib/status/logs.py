@@ -11,7 +11,8 @@ counted, and the next line of this kind has the fields of the last event, and th
 at the end of the interval.
 
 If the reader of stderr stalls, lines are dropped and counted, so that the server goes on. So are lines that cannot be
-made, for example because memory is short. The next line that can be written is `log_dropped`, with the count.
+made or written, for example because memory or the disk is full. The next line that can be written is `log_dropped`,
+with the count.
 
 The event `stopped` is the last line: pending events are written before it, and nothing after it.
 
@@ -97,7 +98,8 @@ class LineHandler(logging.Handler):
         self._changed = threading.Condition(self.lock)  # notified when an event becomes pending, and by stop
         self._thread: threading.Thread | None = None
         # Guarded by the handler's lock, which logging holds around emit.
-        self._dropped = 0  # lines since the reader stalled
+        self._dropped = 0  # lines since one could not be written
+        self._is_cut = False  # the disk was full within the last line
         self._written_at: dict[Kind, float] = {}  # lines of the last RATE_LIMIT_SECONDS, monotonic seconds
         self._pending: dict[Kind, tuple[int, logging.LogRecord]] = {}  # number of pending events, and the last one
         self._stopping = False
@@ -199,18 +201,24 @@ class LineHandler(logging.Handler):
         if self._dropped and self._writable.poll(0):
             dropped = logging.LogRecord("ringoexp.log", logging.WARNING, "", 0, "log_dropped", None, None)
             dropped.args = {"count": self._dropped}
-            self._write_now(self.format(dropped))
-            self._dropped = 0
+            if self._write_now(self.format(dropped)):
+                self._dropped = 0
         if self._dropped or not self._writable.poll(STALL_TIMEOUT_SECONDS * 1000):
             self._dropped += 1
             return
-        self._write_now(line)
+        if not self._write_now(line):
+            self._dropped += 1
 
-    def _write_now(self, line: str) -> None:
+    def _write_now(self, line: str) -> bool:
+        """Write a line, and return whether that succeeded. The line after one that was cut begins on its own line."""
+        start = "\n" if self._is_cut else ""
+        data = f"{start}{line}\n".encode(self._encoding, "backslashreplace")
         try:
-            os.write(self._descriptor, f"{line}\n".encode(self._encoding, "backslashreplace"))
-        except OSError:
-            pass  # the reader has closed its end
+            written = os.write(self._descriptor, data)
+        except OSError:  # the reader has closed its end, or the disk is full
+            return False
+        self._is_cut = written < len(data)
+        return not self._is_cut
 
     # The thread.
 

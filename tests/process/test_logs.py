@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shlex
 import socket
 import struct
@@ -241,6 +242,23 @@ def test_lines_are_dropped_and_counted_if_the_reader_stalls(log: logging.Logger)
     kept = sum("event=happened" in line for line in lines)
     dropped = re.findall(r"event=log_dropped count=(\d+)", lines[-2])
     assert 100 < kept < 2000 and dropped == [str(2000 - kept)] and "event=went_on" in lines[-1]
+
+
+def test_lines_that_the_disk_does_not_take_are_counted(log: logging.Logger, attach: Attach) -> None:
+    """The limit of a file's size has the same effect as a full disk: a line is cut, and the next ones fail."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    stream = attach()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150, limits[1]))
+        for _ in range(4):
+            log.info("happened")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.info("went_on")
+    first, cut, *others = logged(stream)
+    assert LINE.fullmatch(first) and first.startswith(cut[:5]) and not LINE.fullmatch(cut)
+    assert [LINE.fullmatch(line)[3] for line in others] == ["log_dropped", "went_on"]  # type: ignore[index]
+    assert "count=3" in others[0]
 
 
 class Unprintable:

@@ -384,4 +384,4 @@ def test_large_chunked_bodies_wait_for_their_share_of_the_memory(tmp_path: Path)
         for client in clients:
             assert client.recv(65536).startswith(b"HTTP/1.1 200")
             client.close()
-        assert running.stats()["unfinishedBytes"] == 0
+        eventually(lambda: running.stats()["unfinishedBytes"] == 0)  # each body is released after its answer

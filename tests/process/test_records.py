@@ -420,6 +420,8 @@ def test_read_prints_all_records(port: int) -> None:
         (["--limit", "0"], 2, "--limit"),
         (["--since", "noon"], 2, "since must be a time"),
         (["--follow", "--order", "desc"], 2, "omit one"),
+        (["--follw"], 2, "'--follw' is not a flag: did you mean --follow? ("),
+        (["records"], 2, "'records' is not a flag ("),
         (["--url", "ftp://x"], 2, "not accepted"),
         (["--url", f"http://localhost:{free_port()}"], 1, "refused"),
         (["--token_file", "/nonexistent"], 1, "No such file"),

@@ -103,7 +103,9 @@ def test_integers_are_sent_unless_a_file_has_that_name(
         (["--timeout", "0"], "a number of seconds above 0"),
         (["--timeout", "nan"], "a number of seconds above 0"),
         (["--skip", "-1"], "a whole number"),
-        (["-7x"], "unrecognized arguments: -7x"),
+        (["-7x"], "'-7x' is not a flag ("),
+        (["--tokn_file=x", "7"], "'--tokn_file' is not a flag: did you mean --token_file? ("),
+        (["--skipp", "5", "7"], "'--skipp' is not a flag: did you mean --skip? ("),
     ],
 )
 def test_other_arguments_are_refused_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -144,7 +144,7 @@ def test_header_names_and_tokens_may_have_any_case() -> None:
         (403, b"<html>Forbidden</html>", ": this may be a proxy in between"),
         (404, b"", ": is that the /v1.0/ingest of a ringoexp?"),
         (400, b'{"error": 7}', ": it may require TLS (--consumer_tls, send: wss://)"),
-        (503, b'{"error": "no\\u001b[2J\\nroom"}', ": no [2J room"),
+        (503, b'{"error": "no\\u001b[2J\\nroom"}', r": no\x1b[2J\nroom"),
         (503, b'{"error": "%b"}' % (b"x" * 1000), ": " + "x" * websocket.MAX_REASON_CHARACTERS),
         (503, b"[" * 100_000, ""),
         (503, b"\xff", ""),

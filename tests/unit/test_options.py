@@ -67,8 +67,7 @@ def refusal(words: Sequence[str], environ: Mapping[str, str], capsys: pytest.Cap
 def test_option_without_effect_in_the_role_is_refused(
     option: Option, role: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    value = [] if option.long == "debug" else [VALUES[option.long]]
-    given = [] if f"-{option.short}" in ROLES[role] else [f"--{option.long}", *value]
+    given = [] if f"-{option.short}" in ROLES[role] else [f"--{option.long}", VALUES[option.long]]
     error = refusal([*ROLES[role], *WITH.get(option.long, []), *given], {}, capsys)
     if role in EFFECTS.get(option.long, ROLES):
         assert error is None
@@ -109,15 +108,20 @@ def test_variable_is_read_as_its_flag(option: Option) -> None:
     text = "x" if option.long == "name" else VALUES[option.long]
     role = ["-I", "false"] if option.group == "consumer" else []
     others = [*role, *WITH.get(option.long, [])]
-    flag = ["-d"] if option.long == "debug" else [f"--{option.long}", text]
-    variable = {option.variable: "yes" if option.long == "debug" else text}
-    assert read_arguments(others, variable) == read_arguments([*others, *flag], {})
+    flag = [f"--{option.long}", text]
+    assert read_arguments(others, {option.variable: text}) == read_arguments([*others, *flag], {})
 
 
 def test_flag_wins_over_its_variable() -> None:
     environ = {"RINGOEXP_PORT": "no number", "RINGOEXP_ALLOW_HOST": "a", "RINGOEXP_LOG_JSON": "yes"}
     settings = read_arguments(["-p", "7000", "--allow-host", "b", "--log_json", "off"], environ)
     assert (settings.port, settings.allow_host, settings.log_json) == (7000, ("b",), False)
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if isinstance(o.default, bool)], ids=lambda o: o.long)
+def test_flag_turns_off_what_its_variable_turns_on(option: Option) -> None:
+    for flag, value in (([f"--{option.long}"], True), ([f"--{option.long}=false"], False)):
+        assert getattr(read_arguments(flag, {option.variable: str(not value)}), option.long) is value
 
 
 def test_variable_of_a_list_is_separated_by_commas() -> None:
@@ -136,6 +140,12 @@ def test_variable_of_a_list_is_separated_by_commas() -> None:
         (
             {"RINGOEXP_TOKEN_FLIE": "x"},
             "variable RINGOEXP_TOKEN_FLIE is not an option: did you mean RINGOEXP_TOKEN_FILE?",
+        ),
+        ({"RINGOEXP_TOKN": "s3cret"}, "variable RINGOEXP_TOKN is not an option: did you mean RINGOEXP_TOKEN?"),
+        ({"RINGOEXP_TOKENS": "s3cret"}, "variable RINGOEXP_TOKENS is not an option: did you mean RINGOEXP_TOKEN?"),
+        (
+            {"RINGOEXP_CLICKHOUSE_PASWORD": "s3cret"},
+            "variable RINGOEXP_CLICKHOUSE_PASWORD is not an option: did you mean RINGOEXP_CLICKHOUSE_PASSWORD?",
         ),
         ({"RINGOEXP_RINGSIZE": "5"}, "variable RINGOEXP_RINGSIZE is not an option: did you mean RINGOEXP_RING_SIZE?"),
     ],
@@ -231,7 +241,7 @@ def test_help_shows_one_spelling_and_the_kind_of_value(
     for option in OPTIONS:
         short = f"-{option.short}, " if option.short else ""
         value = f" [{option.metavar}]" if isinstance(option.default, bool) else f" {option.metavar}"
-        invocation = f"  {short}--{option.long}{'' if option.long == 'debug' else value}"
+        invocation = f"  {short}--{option.long}{value}"
         assert re.search(rf"^{re.escape(invocation)}(  |$)", output, re.MULTILINE), invocation
     flags = re.findall(r"(?<![\w-])--[a-z][a-z_-]+", output.partition("\nEach flag")[0])
     assert not [flag for flag in flags if "-" in flag[2:]]

@@ -199,7 +199,7 @@ def test_bad_line_far_into_the_file_has_its_number(tmp_path: Path) -> None:
         (["--url", "ws+unix:///tmp/x.sock:/a b"], "ws+unix:PATH:/v1.0/ingest"),
         (["--first", "-1"], "a whole number from 0"),
         (["--source", "me"], "a UUID"),
-        (["--nope"], "unrecognized arguments"),
+        (["--nope"], "'--nope' is not a flag ("),
     ],
 )
 def test_bad_usage_is_one_line(tmp_path: Path, flags: list[str], message: str) -> None:

@@ -124,6 +124,14 @@ def test_finish_answers_the_servers_close_frame_with_its_code() -> None:
         assert read_frame(peer) == (8, struct.pack(">H", 1001) + b"stop")
 
 
+def test_reason_of_the_server_cannot_control_a_terminal() -> None:
+    with connected() as (connection, _):
+        reason = "no\x1b]0;title\x07\n\u202ela"
+        connection.parse(server_frame(8, struct.pack(">H", 1008) + reason.encode()))
+        assert connection.ending == (1008, reason)
+        assert connection.ending_text == r"closed with 1008 no\x1b]0;title\x07\n\u202ela"
+
+
 def test_finish_does_not_wait_for_a_silent_server_for_long() -> None:
     with connected() as (connection, _):
         Blocked(lambda: connection.finish(1000, "")).result(5)
