@@ -153,7 +153,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 
 
 def check_stored(target: Target, expected: Stored) -> None:
-    """Check that exactly the expected records were stored since the last call. Source None means a UUID that the server made."""
+    """Check that exactly the expected records were stored since the last call. Source None: a UUID of the server."""
     stored = target.new()
     unnamed = []
     for run in expected:
