@@ -4,13 +4,14 @@ One read-only connection serves all readers in turn; `_turn` guards it. SQLite m
 Python's lock is free meanwhile. Each page has a read transaction of its own: a reader never keeps the WAL from being
 emptied for longer than a page.
 
-If records were committed since the last page, the connection rests for REST_RATIO times the processor time of the page.
-So readers slow the storing of records by a few percent at most. While nothing is stored, they do not rest.
+If records were committed since the last page, the connection rests for up to REST_RATIO times the processor time of the
+page: for less if the rest of the process uses less than one core, and hardly at all if few records arrive. So readers
+slow the storing of records by a few percent at most. While nothing is stored, they do not rest.
 """
 
 import sqlite3
 import threading
-from time import monotonic, sleep, thread_time
+from time import monotonic, process_time, sleep, thread_time
 from typing import Any
 from urllib.parse import quote
 
@@ -18,7 +19,7 @@ from ringolib.storage import sqlite_file
 from ringolib.storage.interface import PAGE_RECORDS, Page, Query, StoreError
 from ringolib.storage.sqlite_file import SOURCE_TEXT
 
-REST_RATIO = 24.0
+REST_RATIO = 64.0
 TURN_SECONDS = 10.0
 """How long a reader waits for its turn before it fails."""
 
@@ -75,6 +76,7 @@ class Reading:
         self._closed = False
         self._version = 0  # SQLite's number of the last commit that a page has seen
         self._rest_until = 0.0  # monotonic seconds
+        self._ended_at, self._used = monotonic(), process_time()  # the end of the last page, in seconds of both clocks
 
     def read(self, query: Query) -> Page:
         """Return the next page of a query. Raises ValueError if `after` is no id of this database, or StoreError."""
@@ -92,9 +94,8 @@ class Reading:
                 (version,) = db.execute("PRAGMA data_version").fetchone()
             finally:
                 db.execute("COMMIT")
-            if version != self._version:
-                self._version = version
-                self._rest_until = monotonic() + REST_RATIO * (thread_time() - started)
+            self._plan_rest(thread_time() - started, version != self._version)
+            self._version = version
             return page
         except sqlite3.Error as error:
             raise StoreError(f"{self._path}: cannot read: {error}") from error
@@ -107,6 +108,14 @@ class Reading:
             self._closed = True
             if self._db:
                 self._db.close()
+
+    def _plan_rest(self, cost: float, has_commits: bool) -> None:
+        """Decide how long to rest after a page that took `cost` seconds of processor time."""
+        now, used = monotonic(), process_time()
+        if has_commits:
+            cores = (used - self._used - cost) / max(now - self._ended_at, 1e-6)  # that the other threads have used
+            self._rest_until = now + REST_RATIO * cost * min(1.0, max(0.0, cores))
+        self._ended_at, self._used = now, used
 
     def _connect(self) -> sqlite3.Connection:
         uri = f"file:{quote(self._real_path)}?mode=ro"

@@ -140,6 +140,7 @@ def test_page_leaves_the_wal_free_to_be_emptied(opened: Store, monkeypatch: pyte
 def test_reader_rests_only_while_records_are_stored(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     rests: list[float] = []
     monkeypatch.setattr(reading, "sleep", rests.append)
+    monkeypatch.setattr(reading, "process_time", reading.monotonic)  # the process uses one core
     append(opened, A, 0, 5000)
     page = opened.read(Query("ndjson", 5000))
     page = opened.read(Query("ndjson", 5000, page.last))
@@ -148,6 +149,16 @@ def test_reader_rests_only_while_records_are_stored(opened: Store, monkeypatch: 
     opened.read(Query("ndjson", 5000, page.last))
     opened.read(Query("ndjson", 5000, page.last))
     assert rests[2:] == [0, 0]
+
+
+def test_reader_hardly_rests_while_few_records_are_stored(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr(reading, "sleep", rests.append)
+    monkeypatch.setattr(reading, "process_time", lambda: 0.0)
+    for first in (0, 5000):
+        append(opened, A, first, first + 5000)
+        opened.read(Query("ndjson", 5000))
+    assert rests == [0, 0]
 
 
 def test_closed_store_refuses_and_leaves_no_wal(opened: Store, path: Path) -> None:
