@@ -5,8 +5,8 @@ Python's lock is free meanwhile. Each page has a read transaction of its own: a 
 emptied for longer than a page.
 
 If records were committed since the last page, the connection rests for up to REST_RATIO times the processor time of the
-page: for less if the rest of the process uses less than one core, and hardly at all if few records arrive. So readers
-slow the storing of records by a few percent at most. While nothing is stored, they do not rest.
+page: for less if the rest of the process uses less than FULL_REST_CORES, and hardly at all if few records arrive. So
+readers slow the storing of records by a few percent at most. While nothing is stored, they do not rest.
 """
 
 import sqlite3
@@ -20,6 +20,8 @@ from ringolib.storage.interface import PAGE_RECORDS, Page, Query, StoreError
 from ringolib.storage.sqlite_file import SOURCE_TEXT
 
 REST_RATIO = 64.0
+FULL_REST_CORES = 0.5
+"""A busy server may get no more, if other programs use the processors, too."""
 TURN_SECONDS = 10.0
 """How long a reader waits for its turn before it fails."""
 
@@ -114,7 +116,7 @@ class Reading:
         now, used = monotonic(), process_time()
         if has_commits:
             cores = (used - self._used - cost) / max(now - self._ended_at, 1e-6)  # that the other threads have used
-            self._rest_until = now + REST_RATIO * cost * min(1.0, max(0.0, cores))
+            self._rest_until = now + REST_RATIO * cost * min(1.0, max(0.0, cores / FULL_REST_CORES))
         self._ended_at, self._used = now, used
 
     def _connect(self) -> sqlite3.Connection:
