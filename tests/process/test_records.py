@@ -328,9 +328,9 @@ def test_read_explains_errors_in_one_line(port: int, arguments: list[str], statu
 
 
 def test_read_ends_quietly_with_the_reader_of_its_output(port: int) -> None:
-    for flags in ([], ["--follow"]):
+    for flags in (["--format", "ndjson"], ["--follow"]):  # all records in NDJSON are more than a pipe holds
         process = run_read("--url", f"http://localhost:{port}", *flags)
-        assert process.stdout and process.stdout.readline() == b"0\n"
+        assert process.stdout and process.stdout.readline()
         process.stdout.close()
         assert process.stderr
         with process.stderr:
