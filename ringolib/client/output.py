@@ -19,7 +19,7 @@ def print_line(line: str, error: bool = False, end: str = "\n") -> None:
 
 
 def own_hints(text: str) -> str:
-    """Return an error text with the flags of `send` only. Texts for servers, too, have `(--flag, send: --other)`."""
+    """Return an error text with the flags of the commands only. It may have `(--flag, send: --other)`."""
     return re.sub(r"\([^()]*\bsend: ([^()]*)\)", r"(\1)", text)
 
 

@@ -149,12 +149,12 @@ class HTTPExchange:
                 return Head(event.status_code, event.headers)
         return None
 
-    def body(self) -> bytes | None:
-        """Return the whole body, of at most MAX_BODY_BYTES."""
+    def body(self, limit: int = MAX_BODY_BYTES) -> bytes | None:
+        """Return the whole body, of at most `limit` bytes."""
         while piece := self.piece():
             self._body += piece
-            if len(self._body) > MAX_BODY_BYTES:
-                raise HTTPError(f"the answer has more than {MAX_BODY_BYTES} bytes")
+            if len(self._body) > limit:
+                raise HTTPError(f"the answer has more than {limit} bytes")
         return None if piece is None else bytes(self._body)
 
     def piece(self) -> bytes | None:
@@ -237,9 +237,9 @@ class HTTPConnection:
             raise self._send_error
         return head
 
-    def read_body(self, deadline: float) -> bytes:
-        """Return the whole body, of at most MAX_BODY_BYTES."""
-        while (body := self._exchange.body()) is None:
+    def read_body(self, deadline: float, limit: int = MAX_BODY_BYTES) -> bytes:
+        """Return the whole body, of at most `limit` bytes."""
+        while (body := self._exchange.body(limit)) is None:
             self._receive(deadline)
         return body
 

@@ -4,15 +4,16 @@ One read-only connection serves all readers in turn; `_turn` guards it. SQLite m
 Python's lock is free meanwhile. Each page has a read transaction of its own: a reader never keeps the WAL from being
 emptied for longer than a page.
 
-If records were committed since the last page, the connection rests for REST_RATIO times the processor time of the page,
-and for MAX_REST_SECONDS at most. So readers slow the storing of records by a few percent; more only if a page takes
-longer than a tenth of a second. While nothing is stored, they do not rest.
+If records were committed since the last page, the connection rests for up to REST_RATIO times the processor time of the
+page, and for MAX_REST_SECONDS at most: for less if the rest of the process uses less than FULL_REST_CORES, and hardly at
+all if few records arrive. So readers slow the storing of records by a few percent; by more only if a page takes longer
+than a thirtieth of a second. While nothing is stored, they do not rest.
 """
 
 import os
 import sqlite3
 import threading
-from time import monotonic, thread_time
+from time import monotonic, process_time, thread_time
 from typing import Any
 from urllib.parse import quote
 
@@ -21,7 +22,9 @@ from ringolib.storage.database_file import DatabaseFile
 from ringolib.storage.interface import PAGE_RECORDS, Page, Query, StoreError
 from ringolib.storage.sqlite_file import SOURCE_TEXT
 
-REST_RATIO = 24.0
+REST_RATIO = 64.0
+FULL_REST_CORES = 0.5
+"""A busy server may get no more, if other programs use the processors, too."""
 MAX_REST_SECONDS = 2.0
 """Shorter than TURN_SECONDS, so that a page that takes long does not make the next reader fail."""
 TURN_SECONDS = 10.0
@@ -88,6 +91,7 @@ class Reading:
         self._db: sqlite3.Connection | None = None
         self._version = 0  # SQLite's number of the last commit that a page has seen
         self._rest_until = 0.0  # monotonic seconds
+        self._ended_at, self._used = monotonic(), process_time()  # the end of the last page, in seconds of both clocks
 
     def read(self, query: Query) -> Page:
         """Return the next page of a query. Raises ValueError if `after` is no id of this database, or StoreError."""
@@ -104,9 +108,8 @@ class Reading:
                 (version,) = db.execute("PRAGMA data_version").fetchone()
             finally:
                 db.execute("COMMIT")
-            if version != self._version:
-                self._version = version
-                self._rest_until = monotonic() + min(MAX_REST_SECONDS, REST_RATIO * (thread_time() - started))
+            self._plan_rest(thread_time() - started, version != self._version)
+            self._version = version
             return page
         except sqlite3.Error as error:
             raise StoreError(f"{self._path}: cannot read: {error}") from error
@@ -119,6 +122,15 @@ class Reading:
         with self._turn:
             if self._db:
                 self._db.close()
+
+    def _plan_rest(self, cost: float, has_commits: bool) -> None:
+        """Decide how long to rest after a page that took `cost` seconds of processor time."""
+        now, used = monotonic(), process_time()
+        if has_commits:
+            cores = (used - self._used - cost) / max(now - self._ended_at, 1e-6)  # that the other threads have used
+            share = min(1.0, max(0.0, cores / FULL_REST_CORES))
+            self._rest_until = now + min(MAX_REST_SECONDS, REST_RATIO * cost * share)
+        self._ended_at, self._used = now, used
 
     def _connect(self) -> sqlite3.Connection:
         self._file.check_in_place()  # the path may lead to another database by now

@@ -53,7 +53,6 @@ CREATE VIEW records AS
     JOIN record ON record.id BETWEEN batch.first_id AND batch.first_id + batch.count - 1;
 """
 ADDITIONS = (
-    "CREATE TABLE IF NOT EXISTS identity(uuid BLOB NOT NULL)",
     # With it, a query of `records` for one source, or grouped by source, begins at the source and not at all batches.
     f"CREATE INDEX IF NOT EXISTS source_text ON source({SOURCE_TEXT})",
     # Records that retention has deleted do not count, although their batches stay for a while. NOT INDEXED: SQLite
@@ -71,7 +70,7 @@ ADDITIONS = (
            GROUP BY source_id)
     JOIN source ON source.id = source_id""",
 )
-"""What files of older programs lack. It is added when they are opened.
+"""What files of older programs lack, for readers. It is added when they are opened, if there is room.
 
 It needs no new schema version: older programs ignore the tables and views, and SQLite keeps the index up to date.
 """
@@ -135,7 +134,8 @@ def connect(file: DatabaseFile, application_id: int, wal_limit: int) -> sqlite3.
         if not file.stopped_in_order:
             _check_pages(db, path)
         _check_batches(db, path)
-        _add_to_older_file(db)
+        _add_identity(db)
+        _add_to_older_file(db, file)
         return db
     except BaseException as cause:
         error = explain(file, cause) if isinstance(cause, sqlite3.Error | UnicodeDecodeError) else None
@@ -204,18 +204,31 @@ def _check_batches(db: sqlite3.Connection, path: str) -> None:
         raise StoreError(f"{path} is corrupt, or another program has changed it: restore it from a backup")
 
 
-def _add_to_older_file(db: sqlite3.Connection) -> None:
-    """Add the ADDITIONS that the file lacks, and a random identity if it has none.
+def _add_identity(db: sqlite3.Connection) -> None:
+    """Add a random identity if the file has none.
 
     The transaction also proves that the file is writable: otherwise a read-only file would fail only at the first
     record.
     """
     db.execute("BEGIN IMMEDIATE")
-    for statement in ADDITIONS:
-        db.execute(statement)
+    db.execute("CREATE TABLE IF NOT EXISTS identity(uuid BLOB NOT NULL)")
     if not db.execute("SELECT count(*) FROM identity WHERE length(uuid) = 16").fetchone()[0]:
         db.execute("INSERT INTO identity VALUES (?)", (uuid.uuid4().bytes,))
     db.execute("COMMIT")
+
+
+def _add_to_older_file(db: sqlite3.Connection, file: DatabaseFile) -> None:
+    """Add the ADDITIONS that the file lacks. If the disk has no room for them, the store works without them."""
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        for statement in ADDITIONS:
+            db.execute(statement)
+        db.execute("COMMIT")
+    except sqlite3.OperationalError as cause:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        lacks = "until the next start, the index source_text and the view sources are missing"
+        log.warning("database_incomplete", {"file": file.path, "reason": f"{explain(file, cause)}; {lacks}"})
 
 
 def read_identity(db: sqlite3.Connection) -> str:

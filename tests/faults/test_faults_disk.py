@@ -522,3 +522,29 @@ def test_overlapping_readers_do_not_grow_wal_without_bound(tmp_path: Path, recor
     print(f"{snapshots} snapshots; WAL at most {largest / 1e6:.1f} MB")
     assert snapshots > 5
     assert largest < 12 * large < 15 * records, "a fraction of the written bytes"
+
+
+def test_older_file_on_a_full_disk_is_opened_without_the_new_index(tmpfs: Path, tmp_path: Path) -> None:
+    database, sources = tmpfs / "ringoexp.db", 40_000
+    Store(str(database)).close()
+    with closing(sqlite3.connect(database)) as writer, writer:
+        writer.execute("DROP INDEX source_text")
+        writer.execute("DROP VIEW sources")
+        writer.executemany("INSERT INTO source(uuid) VALUES (?)", ((n.to_bytes(16, "big"),) for n in range(sources)))
+    ballast = tmpfs / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(tmpfs).free - MEBIBYTE))
+    schema = "SELECT name FROM sqlite_master WHERE name IN ('source_text', 'sources')"
+    with server(tmp_path, "-p", "0", "-I", "false", "-D", str(database)) as running:
+        assert request(running.port, "POST", "/v1.0/ingest", bytes(4))[0] == 200
+        assert b'"value": 0' in request(running.port, "GET", "/v1.0/records")[2]
+        assert query(database, schema) == []
+        assert running.stop() == 0
+        (line,) = [line for line in running.errors.read_text().splitlines() if "level=warning" in line]
+        assert "event=database_incomplete" in line and "No space left on device (the disk is full" in line
+        assert "the view sources are missing" in line
+    ballast.unlink()
+    with server(tmp_path, "-p", "0", "-I", "false", "-D", str(database)) as running:
+        assert "database_incomplete" not in running.errors.read_text()
+    assert sorted(query(database, schema)) == [("source_text",), ("sources",)]
+    assert query(database, "SELECT records FROM sources") == [(1,)]
+    assert query(database, "PRAGMA integrity_check") == [("ok",)]

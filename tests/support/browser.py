@@ -16,7 +16,10 @@ FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-default-apps --window-size=1280,900"
 ).split()
-REFUSED = ("net::ERR_CONNECTION_REFUSED", "net::ERR_EMPTY_RESPONSE", "net::ERR_CONNECTION_RESET")
+REFUSED = tuple(
+    f"net::ERR_{reason}"
+    for reason in ("CONNECTION_REFUSED", "EMPTY_RESPONSE", "CONNECTION_RESET", "SOCKET_NOT_CONNECTED")
+)
 RECORDS = "/v1.0/records?order=desc&limit=10"
 """What the page asks for to show the latest records. Not every server can answer it at every time."""
 UNREACHABLE = (*REFUSED, f"{RECORDS} - Failed to load resource", f"{RECORDS}&consumer=")

@@ -143,6 +143,7 @@ def test_page_leaves_the_wal_free_to_be_emptied(opened: Store, monkeypatch: pyte
 
 def test_reader_rests_only_while_records_are_stored(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     rests: list[float] = []
+    monkeypatch.setattr(reading, "process_time", reading.monotonic)  # the process uses one core
     append(opened, A, 0, 5000)
     after = None
     for _ in range(3):
@@ -155,6 +156,7 @@ def test_reader_rests_only_while_records_are_stored(opened: Store, monkeypatch: 
 def test_rest_is_short_and_ends_with_the_store(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page that took long must not make other readers fail, nor the stop of the server wait."""
     monkeypatch.setattr(reading, "REST_RATIO", 1e9)
+    monkeypatch.setattr(reading, "process_time", reading.monotonic)
     append(opened, A, 0, 3)
     opened.read(Query("text", 1))
     assert opened._reading._rest_until - monotonic() <= reading.TURN_SECONDS / 4
@@ -209,6 +211,14 @@ def test_path_may_have_bytes_that_are_no_text(tmp_path: Path) -> None:
     with closing(Store(path)) as store:
         append(store, A, 0, 2)
         assert store.read(Query("text", 9)).lines == b"0\n1\n"
+
+
+def test_reader_hardly_rests_while_few_records_are_stored(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "process_time", lambda: 0.0)
+    for first in (0, 5000):
+        append(opened, A, first, first + 5000)
+        opened.read(Query("ndjson", 5000))
+        assert opened._reading._rest_until <= monotonic()
 
 
 def test_closed_store_refuses_and_leaves_no_wal(opened: Store, path: Path) -> None:

@@ -1,7 +1,11 @@
 """Tests that every store must pass: SQLite, ClickHouse as old as Debian's, and a current ClickHouse (chdb)."""
 
+import datetime
+import json
 import random
+import re
 import threading
+import time
 import uuid
 from array import array
 from collections.abc import Callable, Iterator
@@ -15,7 +19,7 @@ from support.harness import Blocked, eventually, seeded
 from ringolib.storage.clickhouse import store as clickhouse
 from ringolib.storage.clickhouse.store import ClickHouse
 from ringolib.storage.clickhouse.url import parse_url
-from ringolib.storage.interface import Storage, StoreError
+from ringolib.storage.interface import PAGE_RECORDS, Query, Storage, StoreError
 from ringolib.wire import Run
 from store import Store
 
@@ -220,3 +224,94 @@ def test_stats_do_not_wait_for_commit(kind: Kind, monkeypatch: pytest.MonkeyPatc
     assert Blocked(kind.store.sizes).result(5)
     gate.set()
     call.result()
+
+
+# Reading.
+
+
+def read_pages(store: Storage, wanted: Query) -> list[bytes]:
+    """Return the lines of all pages of a query."""
+    lines: list[bytes] = []
+    while True:
+        page = store.read(wanted._replace(limit=wanted.limit - len(lines)))
+        assert page.count == page.lines.count(b"\n") <= PAGE_RECORDS
+        lines += page.lines.splitlines()
+        if not page.more or len(lines) == wanted.limit:
+            return lines
+        wanted = wanted._replace(after=page.last, since_ms=wanted.since_ms if wanted.descending else None)
+
+
+@pytest.fixture
+def filled(kind: Kind) -> list[tuple[str, int, int]]:
+    """Records of `kind.store`, in the order of their arrival, as (source, sequence, value). Some were sent twice."""
+    rng = random.Random(seeded())
+    arrived: dict[tuple[str, int], int] = {}
+    for _ in range(12):
+        runs, values = [], array("q")
+        for _ in range(rng.randrange(1, 6)):
+            run = Run(rng.choice((A, B, b"c" * 16)), rng.randrange(900), rng.choice((1, 2, 300, 900)))
+            runs.append(run)
+            for sequence in range(run.first, run.first + run.count):
+                values.append(rng.randrange(-(2**63), 2**63))
+                arrived.setdefault((str(uuid.UUID(bytes=run.source)), sequence), values[-1])
+        kind.store.append(runs, values)
+    return [(source, sequence, value) for (source, sequence), value in arrived.items()]
+
+
+@pytest.mark.parametrize("descending", [False, True], ids=["asc", "desc"])
+def test_read_gives_each_record_once_in_order_of_arrival(
+    kind: Kind, filled: list[tuple[str, int, int]], descending: bool
+) -> None:
+    for source in (None, B):
+        expected = [record for record in filled if source is None or record[0] == str(uuid.UUID(bytes=source))]
+        expected = expected[:: -1 if descending else 1]
+        for limit in (1, 700, PAGE_RECORDS, PAGE_RECORDS + 1, 10**9):
+            wanted = Query("ndjson", limit, source=source, since_ms=0, descending=descending)
+            records = [json.loads(line) for line in read_pages(kind.store, wanted)]
+            found = [(record["source"], record["sequence"], record["value"]) for record in records]
+            assert found == expected[:limit]
+        middle = len(records) // 2
+        after = wanted._replace(after=records[middle]["id"], since_ms=None)
+        assert read_pages(kind.store, after._replace(form="text")) == [
+            str(value).encode() for _, _, value in expected[middle + 1 :]
+        ]
+
+
+def test_forms_of_a_line_are_the_same_in_all_stores(kind: Kind) -> None:
+    kind.store.append([Run(A, 2**63 - 3, 2)], array("q", [2**63 - 1, -(2**63)]))
+    text, csv, ndjson = (kind.store.read(Query(form, 1)).lines.decode() for form in ("text", "csv", "ndjson"))
+    assert text == "9223372036854775807\n"
+    number, source, sequence, value, moment = csv.rstrip("\n").split(",")
+    assert (source, sequence, value) == (A_TEXT, str(2**63 - 3), str(2**63 - 1))
+    arrived = datetime.datetime.strptime(moment, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=datetime.timezone.utc)
+    assert re.fullmatch(r".*\.\d{3}Z", moment) and abs(arrived.timestamp() - time.time()) < 600
+    assert ndjson == (
+        f'{{"id": "{number}", "source": "{source}", "sequence": {sequence}, "value": {value}, '
+        f'"received_at": "{moment}"}}\n'
+    )
+
+
+@pytest.mark.parametrize("since", [None, 0, 10**12])
+def test_cursor_of_the_end_leads_to_later_records(kind: Kind, since: int | None) -> None:
+    page = kind.store.read(Query("text", 5, since_ms=since))
+    assert (page.lines, page.count, page.more) == (b"", 0, False)
+    for n in range(3):
+        kind.store.append([Run(A, n, 1)], array("q", [n]))
+        page = kind.store.read(Query("text", 10**6, page.last))
+        assert (page.lines, page.more) == (b"%d\n" % n, False)
+        page = kind.store.read(Query("text", 10**6, page.last))
+        assert page.count == 0
+    assert kind.store.read(Query("text", 5, source=b"x" * 16)).count == 0
+    assert kind.store.read(Query("text", 5, since_ms=2**53)).count == 0
+
+
+@pytest.mark.parametrize("after", ["", "x", "7", "-1", "1' OR 1", "9" * 20, "0-0-0", f"{2**63}-{uuid.UUID(int=0)}-0"])
+def test_cursor_of_another_store_is_refused(kind: Kind, after: str) -> None:
+    with pytest.raises(ValueError, match="must be a cursor|of another database"):
+        kind.store.read(Query("text", 1, after))
+
+
+def test_closed_store_refuses_to_be_read(kind: Kind) -> None:
+    kind.store.close()
+    with pytest.raises(StoreError, match="is closed"):
+        kind.store.read(Query("text", 1))

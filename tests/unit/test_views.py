@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.databases import A_TEXT, FAR, A, B, append, query
 
-from ringolib.storage import oldest
+from ringolib.storage import oldest, sqlite_file
 from ringolib.wire import Run
 from store import Store
 
@@ -83,3 +83,17 @@ def test_older_file_gets_index_and_views_when_opened(opened: Store, path: Path) 
     assert query(path, "PRAGMA user_version") == [(1,)]
     assert [name for _, name, *_ in query(path, "PRAGMA table_info(records)")] == COLUMNS
     assert query(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_file_that_cannot_get_the_views_is_opened_without_them(
+    opened: Store, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second addition fails. What the transaction has added before is taken back."""
+    opened.close()
+    fails = "CREATE INDEX second ON missing(id)"
+    monkeypatch.setattr(sqlite_file, "ADDITIONS", ("CREATE TABLE first(id)", fails))
+    store = Store(str(path))
+    append(store, A, 0, 5)
+    store.close()
+    assert query(path, "SELECT name FROM sqlite_master WHERE name = 'first'") == []
+    assert [record.getMessage() for record in caplog.records] == ["database_incomplete"]

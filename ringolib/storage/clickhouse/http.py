@@ -14,7 +14,7 @@ from urllib.parse import quote, urlencode
 
 from ringolib.net import tls
 from ringolib.net.addresses import Endpoint, format_address, host_header
-from ringolib.net.http_client import Head, HTTPConnection, HTTPError, open_stream
+from ringolib.net.http_client import MAX_BODY_BYTES, Head, HTTPConnection, HTTPError, open_stream
 from ringolib.storage.clickhouse.url import PASSWORD_VARIABLE, Target
 from ringolib.timing import deadline_after, remaining
 
@@ -99,12 +99,17 @@ class Server:
         return [[_unescape(field) for field in line.split("\t")] for line in body.splitlines()]
 
     def post(
-        self, sql: str, body: bytes | memoryview, timeout: float, settings: Mapping[str, str] | None = None
+        self,
+        sql: str,
+        body: bytes | memoryview,
+        timeout: float,
+        settings: Mapping[str, str] | None = None,
+        max_answer: int = MAX_BODY_BYTES,
     ) -> bytes:
         """Execute a statement with `body` as its data, and return the whole response body.
 
-        `timeout` is in seconds and limits all of it, from the connection to the end of the response; so does
-        `deadline`. Raises RetryableError or PermanentError.
+        The body has at most `max_answer` bytes. `timeout` is in seconds and limits the whole request, from the
+        connection to the end of the response; so does `deadline`. Raises RetryableError or PermanentError.
         """
         timeout = min(timeout, remaining(self.deadline))
         parameters = {
@@ -115,7 +120,7 @@ class Server:
             **(settings or {}),
         }
         try:
-            head, content = self._exchange(f"/?{urlencode(parameters, quote_via=quote)}", body, timeout)
+            head, content = self._exchange(f"/?{urlencode(parameters, quote_via=quote)}", body, timeout, max_answer)
         except BaseException as error:
             self.close()
             reason = _connection_failure(error, timeout)
@@ -133,7 +138,7 @@ class Server:
             self._sock.close()
             self._sock = self._connection = None
 
-    def _exchange(self, target: str, body: bytes | memoryview, timeout: float) -> tuple[Head, bytes]:
+    def _exchange(self, target: str, body: bytes | memoryview, timeout: float, max_answer: int) -> tuple[Head, bytes]:
         """Send a request and read the whole response, because an error may follow at the end of its body."""
         deadline = deadline_after(timeout)
         host = host_header(self._endpoint.name, self._endpoint.port)
@@ -141,7 +146,7 @@ class Server:
         connection = self._connect(timeout)
         connection.send("POST", target, headers, deadline, body)
         head = connection.read_head(deadline)
-        content = connection.read_body(deadline)
+        content = connection.read_body(deadline, max_answer)
         self._used_at = monotonic()
         if not connection.is_reusable():
             self.close()

@@ -89,7 +89,7 @@ def inspect_tables(server: Server, database: str, cluster: str | None, timeout: 
     replicas = _count_replicas(server, database, cluster, timeout) if replicated else 1
     settings, accepts_token = _insert_settings(server, replicas, timeout)
     synced = all(re.search(rf"\b{name} = 1\b", record.definition) for name in _FSYNC_SETTINGS)
-    target = f"{quote_identifier(database)}.{_insert_table(cluster)}"
+    target = f"{quote_identifier(database)}.{insert_table(cluster)}"
     return Tables(
         identity=identity,
         insert=f"INSERT INTO {target} (source, sequence, value, version) FORMAT RowBinary",
@@ -129,7 +129,8 @@ def set_retention(server: Server, database: str, cluster: str | None, tables: Ta
     server.post(f"ALTER TABLE {table} MODIFY TTL {ttl}", b"", DDL_TIMEOUT_SECONDS)
 
 
-def _insert_table(cluster: str | None) -> str:
+def insert_table(cluster: str | None) -> str:
+    """Return the name of the table with the records of all servers."""
     return "record_all" if cluster else "record"
 
 
@@ -173,7 +174,7 @@ def _check_complete(
     server: Server, database: str, cluster: str | None, tables: Mapping[str, _Table], timeout: float
 ) -> None:
     """Raise PermanentError if a table is missing, of another schema, or belongs to another setup."""
-    for name in ("record", _insert_table(cluster), "records"):
+    for name in ("record", insert_table(cluster), "records"):
         if name not in tables:
             remedy = "restore it, or use another database"
             if name == "record_all" and "record" in tables:
@@ -281,7 +282,7 @@ def _create_statements(database: str, cluster: str | None, merge_tree_settings: 
         )
     statements.append(
         f"CREATE VIEW IF NOT EXISTS {name}.records{on_cluster} AS SELECT source, sequence, value, "
-        f"intDiv({MAX_VERSION} - version, 1000000) AS received_at_ms FROM {name}.{_insert_table(cluster)} FINAL"
+        f"intDiv({MAX_VERSION} - version, 1000000) AS received_at_ms FROM {name}.{insert_table(cluster)} FINAL"
     )
     statements.append(  # the last one: it marks the others as complete
         f"CREATE VIEW IF NOT EXISTS {name}.ringoexp{on_cluster} AS "

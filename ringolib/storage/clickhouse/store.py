@@ -6,8 +6,8 @@ insert is harmless. The first value is kept, by the clocks of the consumers that
 
 Any thread may call any method. `group_commit` decides which thread inserts: the leader. It first waits until
 FULL_INSERT_RECORDS are queued or INSERT_INTERVAL_SECONDS have passed since the previous insert began, because many
-small inserts overload ClickHouse. The servers and their state belong to the leader, without a lock. `check` opens its
-own connections, and reads only the index of the current host and since when an insert runs.
+small inserts overload ClickHouse. The servers and their state belong to the leader, without a lock. `check` and `read`
+open their own connections, and read only the index of the current host and since when an insert runs.
 """
 
 import functools
@@ -24,6 +24,7 @@ from time import monotonic, sleep
 from ringolib.net import tls
 from ringolib.storage.clickhouse import schema
 from ringolib.storage.clickhouse.http import ClickHouseError, PermanentError, RetryableError, Server
+from ringolib.storage.clickhouse.reading import Reading
 from ringolib.storage.clickhouse.url import Target
 from ringolib.storage.group_commit import CommitResult, GroupCommit, PendingBlock, Turn
 from ringolib.storage.interface import Page, Query, Sizes, StoreError
@@ -123,9 +124,10 @@ class ClickHouse(GroupCommit):
         super().__init__(target.display_url)
         self._target = target
         self._cluster = cluster
+        self._reading = Reading(target, schema.insert_table(cluster))
 
         # The leader's.
-        self._current = 0  # the index of the current host; `check` reads it
+        self._current = 0  # the index of the current host; `check` and `read` read it
         self._tables: schema.Tables | None = None  # of the current host; None after a failure
         self._records = self._bytes = 0  # the size of the tables, duplicates included
         self._sized_at = float("-inf")  # monotonic seconds
@@ -172,8 +174,13 @@ class ClickHouse(GroupCommit):
             raise error
 
     def read(self, query: Query) -> Page:
-        """Raise StoreError: this store is read with the tools of ClickHouse."""
-        raise StoreError(f"{self.path}: records in ClickHouse are read with its own tools, from the view records")
+        """Return a page of records, over a connection of its own: see `storage.clickhouse.reading`."""
+        if self._closed:  # one read: no lock needed
+            raise StoreError(f"{self.path} is closed")
+        try:
+            return self._reading.read(query, self._current)
+        except (StoreError, ClickHouseError) as error:
+            raise self._store_error(error) from None
 
     def sizes(self) -> Sizes:
         """Return the size of the tables on the servers' disks, a while ago. The free space there is unknown."""
