@@ -99,7 +99,7 @@ class LinkSink:
         assert link is not None
         try:
             link.sock.settimeout(self._ack_timeout)
-            link.send_bytes(message)
+            self._send(link, message)
             self._sent += len(block.values)
             self._await_ack(link)
             self._pinged, self._acked_at = False, monotonic()
@@ -195,6 +195,16 @@ class LinkSink:
         if link.ending or data == b"":
             raise ConnectionResetError("the consumer closed the connection")
 
+    def _send(self, link: ClientConnection, message: bytes) -> None:
+        """Send a batch. Raises OSError if the link ends, or if the consumer does not read."""
+        try:
+            link.send_bytes(message)
+        except TimeoutError as error:
+            raise self._no_answer("took no data") from error
+
+    def _no_answer(self, what: str) -> TimeoutError:
+        return TimeoutError(f"{what} within {self._ack_timeout:g} s: it hangs, or the network drops packets")
+
     def _await_ack(self, link: ClientConnection) -> None:
         """Return when everything sent is acked. Raises OSError if the link ends or the timeout passes before."""
         deadline = deadline_after(self._ack_timeout)
@@ -211,9 +221,12 @@ class LinkSink:
                 raise ConnectionResetError(f"the consumer {link.ending_text}")
             seconds = remaining(deadline)
             if not seconds:
-                raise TimeoutError(f"no ack within {self._ack_timeout:.0f} s")
+                raise self._no_answer("no ack")
             link.sock.settimeout(seconds)
-            data = link.read() or b""
+            try:
+                data = link.read() or b""
+            except TimeoutError as error:
+                raise self._no_answer("no ack") from error
             if not data:
                 raise ConnectionResetError("the consumer closed the connection")
 

@@ -348,9 +348,10 @@ def test_permanent_tls_failure_ends_send_with_one_line(authority: Authority, pai
     """A retry would not help: the wrong authority, no client certificate, a server without TLS."""
     known = ["--ca", str(authority.ca)]
     mutual = [*tls(pair), "--client_ca", str(authority.ca)]
+    unknown = "unable to get local issuer certificate"
     for number, (server_flags, host, flags, reason) in enumerate(
         (
-            (tls(pair), "localhost", [], "its certificate is not accepted: "),
+            (tls(pair), "localhost", [], f"its certificate is not accepted: {unknown} (--ca, or --consumer_ca of "),
             (tls(pair), "127.0.0.2", known, "its certificate is not accepted: "),
             (mutual, "localhost", known, "it requires a client certificate"),
             ([], "localhost", known, "it does not speak TLS on this port"),
