@@ -32,8 +32,8 @@ _REMEDIES = {
     errno.EDQUOT: "the disk quota of its owner is used up: raise the quota, or make room",
     errno.EMFILE: "this process may open no more files: raise the limit (ulimit -n)",
     errno.ENFILE: "the system has no file descriptors left: end other programs, or raise fs.file-max",
-    errno.EFBIG: "a file may not be that large: raise the limit of its size (ulimit -f, LimitFSIZE of systemd), or move "
-    "it to a file system that takes larger files",
+    errno.EFBIG: "a file may not be that large: raise the limit of its size (ulimit -f, LimitFSIZE of systemd), or "
+    "move it to a file system that takes larger files",
     errno.EIO: "the disk or its file system fails; this does not show that the database is corrupt: check the disk and "
     "the kernel's log before you restore a backup",
 }

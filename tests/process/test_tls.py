@@ -131,6 +131,7 @@ def test_silent_clients_block_no_others_and_are_closed(authority: Authority, pai
                 except ConnectionResetError:
                     pass
         assert running.stop() == 0
+        assert "it did not finish the TLS handshake within 1 s" in running.errors.read_text()
 
 
 def test_stop_does_not_wait_for_handshakes(authority: Authority, pair: Pair, tmp_path: Path) -> None:
