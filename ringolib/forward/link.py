@@ -242,7 +242,8 @@ class LinkSink:
         return bool(link.store) and said_goodbye and none_acked
 
     def _describe(self, error: Exception | str) -> str:
-        return f"{format_address(self._host, self._port)}: {error}"
+        reason = getattr(error, "strerror", None) or error  # without the number of the error
+        return f"{format_address(self._host, self._port)}: {reason}"
 
     def _drop(self) -> None:
         """Close the link without a closing handshake."""

@@ -490,6 +490,12 @@ def test_store_without_ack_fails_and_next_store_makes_new_link(
     assert links == [1, 1]
 
 
+def test_unreachable_consumer_is_described_without_error_number() -> None:
+    port = free_port()
+    with pytest.raises(NotStored, match=f"^localhost:{port}: Connection refused$"):
+        LinkSink("localhost", port).store(a_block(1))
+
+
 def test_malformed_handshake_response_raises_not_stored() -> None:
     with socket.create_server(("localhost", 0)) as listener:
 
