@@ -282,9 +282,9 @@ class Handler(WebHandler):
     def _known_reasons(self) -> str:
         """Return why records are not stored, as far as the server knows, to append to an error text; or ""."""
         if self.server.stopping.is_set():
-            return ": the server is stopping"
+            return " (the server is stopping)"
         reasons = [reason.detail for reason in self.server.monitor.reasons(wait=False) if reason.code != RING_FULL]
-        return f": {'; '.join(reasons)}" if reasons else ""
+        return f" ({'; '.join(reasons)})" if reasons else ""
 
     def _upgrade(self) -> None:
         """Answer the upgrade, and hand the connection over to the ingest loop."""

@@ -36,17 +36,20 @@ class _Patience:
         self._monotonic = monotonic
         self._on_late: Callable[[], None] | None = on_late
         self._began = self._restarted = self._monotonic()
+        self._complaint = "took no data"
         self.step = min(LATE_SECONDS, timeout)  # a wait calls `check` after so many seconds
 
     def restart(self) -> None:
         """The batch is sent; its ack may take as long again."""
         self._restarted = self._monotonic()
+        self._complaint = "no ack"
 
     def check(self) -> None:
         """Raise TimeoutError if the time is up."""
         now = self._monotonic()
         if now - self._restarted >= self._timeout:
-            raise TimeoutError(f"no ack within {self._timeout:.0f} s")
+            complaint = f"{self._complaint} within {self._timeout:g} s"
+            raise TimeoutError(f"{complaint}: it hangs, or the network drops packets")
         if self._on_late and now - self._began >= LATE_SECONDS:
             on_late, self._on_late = self._on_late, None
             on_late()
@@ -281,7 +284,8 @@ class LinkSink:
         return bool(link.store) and said_goodbye and none_acked
 
     def _describe(self, error: Exception | str) -> str:
-        return f"{format_address(self._host, self._port)}: {error}"
+        reason = getattr(error, "strerror", None) or error  # without the number of the error
+        return f"{format_address(self._host, self._port)}: {reason}"
 
     def _drop(self) -> None:
         """Close the link without a closing handshake."""

@@ -93,7 +93,7 @@ class Spool:
         # Guarded by _lock.
         self._incoming = 0  # records that `append` is storing
         self._forwarded = 0
-        self._full = False  # the last block was refused, and nothing was deleted since
+        self._refused = 0  # records of the last block, if it was refused and nothing was deleted since; else 0
         self._stopping = False
 
         self.intact = True  # False after `stop` if another program has damaged the file meanwhile
@@ -122,7 +122,7 @@ class Spool:
     @property
     def full(self) -> bool:
         """True while there is no room."""
-        return self._full  # one read: no lock needed
+        return self._refused > 0  # one read: no lock needed
 
     @property
     def depth(self) -> int:
@@ -135,7 +135,7 @@ class Spool:
         free = store.sizes().disk_free
         with self._lock:
             reason = self._why_full(store, size, free)
-            self._full = reason is not None
+            self._refused = size if reason else 0
             if reason or isinstance(store, UnopenedStore):
                 raise NotStored(reason)
             self._incoming += size
@@ -149,11 +149,14 @@ class Spool:
                 self._changed.notify()
 
     def refuses(self) -> str | None:
-        """Return why there is no room for a record now, or None if there is room."""
+        """Return why there is no room now, or None if there is room.
+
+        Workers store whole blocks. So after a refused block, there must be room for a block of its size.
+        """
         store = self.store
         free = store.sizes().disk_free
         with self._lock:
-            return self._why_full(store, 1, free)
+            return self._why_full(store, max(1, self._refused), free)
 
     def stats(self) -> SpoolStats:
         """Return a snapshot."""
@@ -183,7 +186,10 @@ class Spool:
         if isinstance(store, UnopenedStore):
             return store.reason
         if store.stats().held + self._incoming + size > self._max_records:
-            return f"{self.path}: the spool is full, it has at most {self._max_records} records (--spool_max)"
+            return (
+                f"{self.path}: the spool is full, it has at most {self._max_records} records (--spool_max): start the "
+                "consumer, or raise this limit"
+            )
         if free is not None and free < MIN_FREE_BYTES:
             return f"{self.path}: less than {MIN_FREE_BYTES >> 20} MiB of its disk are free: make room"
         return None
@@ -235,7 +241,7 @@ class Spool:
             raise
         log.info("spool_opened", {"records": self.depth})
         with self._lock:
-            self._full = False
+            self._refused = 0
         self._failures, self._broken = 0, False
 
     def _forward_oldest(self) -> int:
@@ -260,7 +266,7 @@ class Spool:
         """Count the forwarded records. If the spool is empty now, close the link, as it is not needed."""
         with self._lock:
             self._forwarded += count
-            self._full = False
+            self._refused = 0
         self._failures, self._broken = 0, False
         if not self.depth:
             log.info("spool_empty", {"forwarded": self._forwarded})

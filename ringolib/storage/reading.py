@@ -5,9 +5,9 @@ Python's lock is free meanwhile. Each page has a read transaction of its own: a 
 emptied for longer than a page.
 
 If records were committed since the last page, the connection rests for up to REST_RATIO times the processor time of the
-page, and for MAX_REST_SECONDS at most: for less if the rest of the process uses less than FULL_REST_CORES, and hardly at
-all if few records arrive. So readers slow the storing of records by a few percent; by more only if a page takes longer
-than a thirtieth of a second. While nothing is stored, they do not rest.
+page, and for MAX_REST_SECONDS at most. It rests for less if the rest of the process uses less than FULL_REST_CORES, and
+hardly at all if few records arrive. So readers slow the storing of records by a few percent; by more only if a page
+takes longer than a thirtieth of a second. While nothing is stored, they do not rest.
 """
 
 import os

@@ -32,6 +32,8 @@ _REMEDIES = {
     errno.EDQUOT: "the disk quota of its owner is used up: raise the quota, or make room",
     errno.EMFILE: "this process may open no more files: raise the limit (ulimit -n)",
     errno.ENFILE: "the system has no file descriptors left: end other programs, or raise fs.file-max",
+    errno.EFBIG: "a file may not be that large: raise the limit of its size (ulimit -f, LimitFSIZE of systemd), or "
+    "move it to a file system that takes larger files",
     errno.EIO: "the disk or its file system fails; this does not show that the database is corrupt: check the disk and "
     "the kernel's log before you restore a backup",
 }
@@ -76,7 +78,7 @@ def explain(file: OpenFile, cause: BaseException) -> StoreError:
     # SQLite quotes the damaged part of a schema, which may be no text; in Python 3.10 the message is empty then.
     if isinstance(cause, UnicodeDecodeError) or not message or message.startswith("malformed database schema"):
         message = "database disk image is malformed"
-    if message in _UNCLEAR and (error := _write_error(os.path.dirname(file.real_path)) or file.read_error()):
+    if message in _UNCLEAR and (error := _write_error(file.real_path) or file.read_error()):
         return system_error(f"{file.path}: {message}", error)
     remedy = {
         "file is not a database": "its header is damaged: restore it from a backup",
@@ -91,11 +93,17 @@ def explain(file: OpenFile, cause: BaseException) -> StoreError:
     return NoRoom(text) if message == "database or disk is full" else StoreError(text)
 
 
-def _write_error(directory: str) -> OSError | None:
-    """Return the error of writing a small file without a name; None if that succeeds."""
+def _write_error(path: str) -> OSError | None:
+    """Return the error of writing a small file without a name beside `path`; None if that succeeds.
+
+    Then the file gets a hole of the size of the database or its -wal, so that a limit of the size shows.
+    """
     try:
-        with tempfile.TemporaryFile(dir=directory) as file:
+        with tempfile.TemporaryFile(dir=os.path.dirname(path)) as file:
             file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            sizes = [os.stat(name).st_size for name in (path, f"{path}-wal") if os.path.exists(name)]
+            file.truncate(max(sizes, default=0) + _PROBE_BYTES)
     except OSError as error:
         return error
     return None

@@ -243,13 +243,16 @@ class Connections(ThreadingHTTPServer):
 
     def _secure(self, request: socket.socket, context: "ssl.SSLContext", client_address: Any) -> TLSSocket | None:
         """Return the connection after the TLS handshake. If the handshake fails, close it and return None."""
+        timeout = tls_socket.HANDSHAKE_TIMEOUT if self.table.is_admitted() else CLOSE_TIMEOUT_SECONDS
         try:
             secured = TLSSocket(request, context)
-            secured.handshake(tls_socket.HANDSHAKE_TIMEOUT if self.table.is_admitted() else CLOSE_TIMEOUT_SECONDS)
+            secured.handshake(timeout)
             return secured
         except OSError as error:
             self.table.count_tls_failed()
-            log.warning("tls_failed", {"client": client_address[0], "reason": str(error)})
+            late = f"it did not finish the TLS handshake within {timeout:g} s"
+            reason = late if isinstance(error, TimeoutError) else str(error)
+            log.warning("tls_failed", {"client": client_address[0], "reason": reason})
             if isinstance(error, NotTLS) and error.http:
                 _reply_plain(request)
             self.shutdown_request(request)

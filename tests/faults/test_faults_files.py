@@ -238,6 +238,19 @@ def test_error_of_sqlite_names_the_systems_cause(
     assert isinstance(error, remedies.NoRoom) == (number in (errno.EDQUOT, errno.ENOSPC))
 
 
+def test_limit_of_file_sizes_is_named(tmp_path: Path) -> None:
+    """SQLite calls it a disk I/O error, as it calls a failing disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with closing(Store(str(tmp_path / "numbers.db"))) as opened:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (65 * 1024, hard))  # the probe writes 64 KiB
+            error = remedies.explain(opened._file, sqlite3.OperationalError("disk I/O error"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "disk I/O error: File too large (" in str(error) and "ulimit -f" in str(error)
+    assert "check the disk" not in str(error)
+
+
 def test_search_for_the_cause_touches_no_other_file(tmp_path: Path) -> None:
     """A file of the user may have any name."""
     files = [tmp_path / f"numbers.db-{name}" for name in ("probe", "test", "tmp")]

@@ -131,6 +131,7 @@ def test_silent_clients_block_no_others_and_are_closed(authority: Authority, pai
                 except ConnectionResetError:
                     pass
         assert running.stop() == 0
+        assert "it did not finish the TLS handshake within 1 s" in running.errors.read_text()
 
 
 def test_stop_does_not_wait_for_handshakes(authority: Authority, pair: Pair, tmp_path: Path) -> None:
@@ -348,9 +349,10 @@ def test_permanent_tls_failure_ends_send_with_one_line(authority: Authority, pai
     """A retry would not help: the wrong authority, no client certificate, a server without TLS."""
     known = ["--ca", str(authority.ca)]
     mutual = [*tls(pair), "--client_ca", str(authority.ca)]
+    unknown = "unable to get local issuer certificate"
     for number, (server_flags, host, flags, reason) in enumerate(
         (
-            (tls(pair), "localhost", [], "its certificate is not accepted: "),
+            (tls(pair), "localhost", [], f"its certificate is not accepted: {unknown} (--ca, or --consumer_ca of "),
             (tls(pair), "127.0.0.2", known, "its certificate is not accepted: "),
             (mutual, "localhost", known, "it requires a client certificate"),
             ([], "localhost", known, "it does not speak TLS on this port"),

@@ -149,6 +149,25 @@ def test_full_spool_refuses_until_there_is_room(tmp_path: Path) -> None:
     assert {**replay.stored, **link.stored} == expected(101)
 
 
+def test_spool_without_room_for_a_batch_counts_as_full(tmp_path: Path) -> None:
+    """Workers store whole batches, so a few free places do not help."""
+    replay = FakeLink()
+    replay.error = NotStored("away")
+    with spooling(tmp_path / "s", replay, max_records=100) as running:
+        running.append(a_block(0, 60))
+        assert running.refuses() is None
+        with pytest.raises(NotStored, match="full"):
+            running.append(a_block(60, 101))
+        assert running.full and "start the consumer, or raise this limit" in (running.refuses() or "")
+        running.append(a_block(60, 99))
+        assert not running.full and running.refuses() is None
+        with pytest.raises(NotStored, match="full"):
+            running.append(a_block(99, 101))
+        replay.error = None
+        eventually(lambda: running.depth == 0)
+        assert running.refuses() is None
+
+
 def test_blocks_being_stored_count_towards_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replay, gate = FakeLink(), threading.Event()
     replay.error = NotStored("away")
