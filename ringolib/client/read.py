@@ -17,9 +17,9 @@ from time import sleep
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import quote, unquote
 
-from ringolib.client.output import print_line
+from ringolib.client.output import own_hints, print_line
 from ringolib.client.url import Target, parse_url
-from ringolib.net.addresses import Endpoint, host_header
+from ringolib.net.addresses import Endpoint, host_header, reason_of
 from ringolib.net.credentials import CredentialError, read_token
 from ringolib.net.http_client import HTTPConnection, HTTPError, open_stream
 from ringolib.net.tls import CredentialFileError, client_context
@@ -33,7 +33,7 @@ PAGE_RECORDS = 2048
 ANSWER_SECONDS = 30.0
 FOLLOW_MILLISECONDS = 500
 """The time between two questions for new records."""
-_SCHEMES = {"http:": "ws:", "https:": "wss:", "http+unix:": "ws+unix:"}
+_REFUSED_HINT = "is a server running there? Other machines reach it only with its flag -H 0.0.0.0"
 _NEXT = re.compile(r'<\?(?:[^>]*&)?after=([^&>]*)[^>]*>; *rel="?next"?')
 
 
@@ -70,8 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--limit", type=_positive, metavar="N", help="print at most so many records (default: all)")
-    add("--follow", action="store_true", help="then wait, and print records as they are stored, until Ctrl-C")
+    add("--limit", type=_positive, metavar="N", help="print at most N records (default: all)")
+    add("--follow", action="store_true", help="after the last record, wait for new ones, until Ctrl-C")
     add("--format", choices=("text", "csv", "ndjson"), default="text", help="text: values only (default)")
     add("--source", type=_uuid, metavar="UUID", help="only records of this source")
     add("--since", metavar="TIME", help="from this time on: 2026-01-31T12:00:00Z, or 30s, 10m, 2h, 7d ago")
@@ -80,7 +80,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--consumer", metavar="ADDRESS", help="which consumer to ask, if the server is a publisher of several")
     add("--url", default=URL, help=f"the server (default {URL}); https:// for TLS; ws+unix:PATH for a Unix socket")
     token_help = "file with the server's access token; without the flag: the variable RINGOEXP_TOKEN, if it is set"
-    add("--token_file", "--token-file", metavar="PATH", help=token_help)
+    add("--token_file", metavar="PATH", help=token_help)
+    add("--token-file", dest="token_file", metavar="PATH", help=argparse.SUPPRESS)
     ca_help = "https: certificate authorities for the server's certificate, PEM; without the flag: the system's"
     add("--ca", metavar="PATH", help=ca_help)
     add("--cert", metavar="PATH", help="https: client certificate, for a server with --client_ca, PEM")
@@ -90,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a whole number, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: use a whole number, 1 or more")
     return int(text)
 
 
@@ -98,7 +99,7 @@ def _uuid(text: str) -> uuid.UUID:
     try:
         return uuid.UUID(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a UUID") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: use a UUID") from None
 
 
 def main(argv: list[str]) -> int:
@@ -125,8 +126,7 @@ def main(argv: list[str]) -> int:
 
 def _server(arguments: argparse.Namespace) -> _Server:
     """Return the server of the command line. Raises ValueError, CredentialError and CredentialFileError."""
-    scheme, colon, rest = arguments.url.partition(":")
-    target = parse_url(_SCHEMES.get(scheme + colon, scheme + colon) + rest)
+    target = parse_url(arguments.url)
     prefix = target.path.removesuffix(INGEST_PATH).removesuffix(RECORDS_PATH).rstrip("/")
     context = client_context(arguments.ca, arguments.cert, arguments.key) if target.secure else None
     return _Server(target._replace(path=prefix + RECORDS_PATH), read_token(arguments.token_file), context)
@@ -147,7 +147,7 @@ def _print_records(server: _Server, arguments: argparse.Namespace) -> int:
                 return _fail(f"{error}{resume}", error.status)
             failures += 1
             if failures == 1:
-                print_line(f"ringoexp read: {error}; trying again", error=True)
+                print_line(f"ringoexp read: {own_hints(str(error))}; trying again", error=True)
             sleep(backoff(failures))
             continue
         header, records = lines[:1], lines[1:]
@@ -198,7 +198,8 @@ def _ask(
     except TimeoutError:
         raise ReadError(f"{arguments.url}: no answer within {ANSWER_SECONDS:.0f} s") from None
     except (OSError, HTTPError) as error:
-        raise ReadError(f"{arguments.url}: {getattr(error, 'strerror', None) or error}") from None
+        hint = f" ({_REFUSED_HINT})" if isinstance(error, ConnectionRefusedError) else ""
+        raise ReadError(f"{arguments.url}: {reason_of(error)}{hint}") from None
     if head.status != 200:
         raise _refusal(arguments.url, head.status, body)
     match = next(filter(None, map(_NEXT.search, head.values("link"))), None)
@@ -242,5 +243,5 @@ def _end_by_broken_pipe(output: int) -> int:
 
 
 def _fail(text: str, status: int = EXIT_FAILED) -> int:
-    print_line(f"ringoexp read: error: {text}", error=True)
+    print_line(f"ringoexp read: error: {own_hints(text)}", error=True)
     return status

@@ -22,7 +22,7 @@ EXIT_USAGE = 2
 def _whole_number(text: str) -> int:
     """Parse the number of a record, or how many there are."""
     if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) < MAX_SEQUENCE):
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a whole number from 0 to 2**63 - 2")
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: use a whole number from 0 to 2**63 - 2")
     return int(text)
 
 
@@ -31,7 +31,7 @@ def _uuid(text: str) -> uuid.UUID:
     try:
         return uuid.UUID(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a UUID") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: use a UUID") from None
 
 
 def _seconds(text: str) -> float:
@@ -41,7 +41,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0
     if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: use a number of seconds above 0")
     return seconds
 
 
@@ -70,7 +70,7 @@ def make_parser() -> Parser:
     add("--token-file", dest="token_file", metavar="PATH", help=argparse.SUPPRESS)
     ca_help = "wss: certificate authorities for the server's certificate, PEM; without the flag: the system's"
     add("--ca", metavar="PATH", help=ca_help)
-    add("--cert", metavar="PATH", help="wss: client certificate, PEM, if the server requires one")
+    add("--cert", metavar="PATH", help="wss: client certificate, for a server with --client_ca, PEM")
     add("--key", metavar="PATH", help="wss: private key of --cert, PEM, if it is in another file")
     add("--binary", action="store_true", help="integers are 8 bytes each, big-endian, signed; default: one per line")
     add("--source", type=_uuid, metavar="UUID", help="source to resume; default: a new one")

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from ringolib.forward.sink import InDoubt, NotStored
-from ringolib.net.addresses import Address, Endpoint, format_address
+from ringolib.net.addresses import Address, Endpoint, format_address, reason_of
 from ringolib.net.credentials import Credentials
 from ringolib.net.sockets import peer_address, shut_down
 from ringolib.net.websocket import HandshakeError
@@ -229,7 +229,8 @@ class LinkSink:
         return bool(link.store) and said_goodbye and none_acked
 
     def _describe(self, error: Exception | str) -> str:
-        return f"{format_address(self._host, self._port)}: {error}"
+        reason = error if isinstance(error, str) else reason_of(error)
+        return f"{format_address(self._host, self._port)}: {reason}"
 
     def _drop(self) -> None:
         """Close the link without a closing handshake."""

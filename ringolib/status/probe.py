@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
-from ringolib.net.addresses import Endpoint
+from ringolib.net.addresses import Endpoint, reason_of
 from ringolib.net.credentials import CredentialSet
 from ringolib.net.http_client import HTTPError, get_json
 from ringolib.net.websocket import explain_refusal
@@ -133,8 +133,7 @@ def check_consumer(endpoint: Endpoint, credentials: CredentialSet, linked: bool)
     except TimeoutError:
         return "consumer_unreachable", f"{endpoint}: {no_answer()}"
     except (OSError, HTTPError, ValueError) as error:  # ValueError: no host can have this name
-        reason = getattr(error, "strerror", None) or error or type(error).__name__
-        return "consumer_unreachable", f"{endpoint}: {reason}"
+        return "consumer_unreachable", f"{endpoint}: {reason_of(error)}"
     try:
         response = json.loads(body)
         reasons = [(str(reason["code"]), str(reason["detail"])) for reason in response.get("reasons", ())]

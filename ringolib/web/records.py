@@ -1,7 +1,7 @@
 """`GET /v1.0/records`: reads the query, and sends the stored records in pages, in bounded memory.
 
 The functions run on the thread of the connection. `StoredRecords` is shared by all of them; its semaphore limits the
-long answers and those of followers. An answer of one page is sent whole, with its length and a Link to the next page.
+long answers and the answers of followers. An answer of one page is sent whole, with a length and a Link to the next.
 Values and queries are never logged.
 """
 
@@ -80,7 +80,7 @@ def _split(text: str) -> dict[str, str]:
         name, _, value = part.partition("=")
         name, value = unquote(name), unquote(value)
         if name not in PARAMETERS:
-            raise Refusal(400, f"unknown parameter: use {', '.join(PARAMETERS)}")
+            raise Refusal(400, f"unknown parameter {name[:40]!r}: use {', '.join(PARAMETERS)}")
         if name in values:
             raise Refusal(400, f"{name} is given twice: omit one")
         values[name] = value
@@ -94,7 +94,7 @@ def _bad(name: str, expected: str) -> Refusal:
 def _choice(values: dict[str, str], name: str, choices: tuple[str, ...], default: str) -> str:
     value = values.get(name, default)
     if value not in choices:
-        raise _bad(name, " or ".join(choices))
+        raise _bad(name, f"{', '.join(choices[:-1])} or {choices[-1]}")
     return value
 
 

@@ -11,7 +11,7 @@ from contextlib import closing
 from http import HTTPStatus
 from urllib.parse import quote, unquote
 
-from ringolib.net.addresses import Endpoint, host_header
+from ringolib.net.addresses import Endpoint, host_header, reason_of
 from ringolib.net.credentials import Credentials
 from ringolib.net.http_client import Head, HTTPConnection, HTTPError, open_stream
 from ringolib.storage.interface import PAGE_RECORDS
@@ -72,7 +72,8 @@ class RelayedRecords:
         if name in names:
             return consumers[names.index(name)]
         problem = "this publisher has several consumers" if name is None else "this publisher has no such consumer"
-        raise Refusal(400, f"{problem}: use consumer= with one of {', '.join(names)}", fields={"consumers": names})
+        reason = f"{problem}: choose one with consumer= (ringoexp read: --consumer): {', '.join(names)}"
+        raise Refusal(400, reason, fields={"consumers": names})
 
     def _relay(self, connection: WebHandler, request: RecordsRequest, endpoint: Endpoint, via: str) -> None:
         """Ask the consumer, and send its answer. Raises Refusal if it gives no answer."""
@@ -99,12 +100,12 @@ class RelayedRecords:
                     return
                 body = upstream.read_body(deadline)
         except TimeoutError:
-            reason = f"{endpoint}: no answer within {ANSWER_TIMEOUT_SECONDS:.0f} s"
+            reason = f"the consumer {endpoint}: no answer within {ANSWER_TIMEOUT_SECONDS:.0f} s"
             raise Refusal(504, reason, {"Retry-After": "5"}) from None
         except (OSError, HTTPError, ValueError) as error:
-            raise Refusal(502, f"{endpoint}: {error or type(error).__name__}", {"Retry-After": "5"}) from None
+            raise Refusal(502, f"the consumer {endpoint}: {reason_of(error)}", {"Retry-After": "5"}) from None
         if head.status not in RELAYED:
-            raise Refusal(502, f"{endpoint}: answered {head.status}{_explain(head.status, body)}")
+            raise Refusal(502, f"the consumer {endpoint}: answered {head.status}{_explain(head.status, body)}")
         headers = {name: value for name in ("Cache-Control", "Retry-After") for value in head.values(name)}
         for link in head.values("link"):
             chosen = f"consumer={quote(request.consumer, safe='')}&" if request.consumer else ""
