@@ -21,7 +21,7 @@ OTHER_VARIABLES = (
 MISSPELT_RATIO = 0.75
 """How similar to a variable's name another one must be to count as misspelt: `difflib.SequenceMatcher.ratio`.
 
-0.75 is two swapped letters in a name of four: RINGOEXP_PROT.
+0.75 is two swapped letters in a name of four, such as PROT for PORT.
 """
 _NAMES = [option.variable.removeprefix(VARIABLE_PREFIX) for option in OPTIONS]
 _SERVICE_NAME = re.compile(rf"{VARIABLE_PREFIX}(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_\w+)")
