@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--token-file", dest="token_file", metavar="PATH", help=argparse.SUPPRESS)
     ca_help = "https: certificate authorities for the server's certificate, PEM; without the flag: the system's"
     add("--ca", metavar="PATH", help=ca_help)
-    add("--cert", metavar="PATH", help="https: client certificate, for a server with --client_ca, PEM")
+    add("--cert", metavar="PATH", help="https: client certificate, PEM, if the server requires one")
     add("--key", metavar="PATH", help="https: private key of --cert, PEM, if it is in another file")
     return parser
 

@@ -70,7 +70,7 @@ def make_parser() -> Parser:
     add("--token-file", dest="token_file", metavar="PATH", help=argparse.SUPPRESS)
     ca_help = "wss: certificate authorities for the server's certificate, PEM; without the flag: the system's"
     add("--ca", metavar="PATH", help=ca_help)
-    add("--cert", metavar="PATH", help="wss: client certificate, for a server with --client_ca, PEM")
+    add("--cert", metavar="PATH", help="wss: client certificate, PEM, if the server requires one")
     add("--key", metavar="PATH", help="wss: private key of --cert, PEM, if it is in another file")
     add("--binary", action="store_true", help="integers are 8 bytes each, big-endian, signed; default: one per line")
     add("--source", type=_uuid, metavar="UUID", help="source to resume; default: a new one")
