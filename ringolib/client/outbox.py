@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ringolib.net.addresses import reason_of
+from ringolib.net.sockets import reason_of
 from ringolib.net.tls_socket import TLSError
 from ringolib.net.websocket import HandshakeError
 from ringolib.timing import backoff

@@ -19,9 +19,10 @@ from urllib.parse import quote, unquote
 
 from ringolib.client.output import own_hints, print_line
 from ringolib.client.url import Target, parse_url
-from ringolib.net.addresses import Endpoint, host_header, reason_of
+from ringolib.net.addresses import Endpoint, host_header
 from ringolib.net.credentials import CredentialError, read_token
 from ringolib.net.http_client import HTTPConnection, HTTPError, open_stream
+from ringolib.net.sockets import reason_of
 from ringolib.net.tls import CredentialFileError, client_context
 from ringolib.timing import backoff, deadline_after
 from ringolib.wire import INGEST_PATH, RECORDS_PATH

@@ -12,9 +12,9 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from ringolib.forward.sink import InDoubt, NotStored
-from ringolib.net.addresses import Address, Endpoint, format_address, reason_of
+from ringolib.net.addresses import Address, Endpoint, format_address
 from ringolib.net.credentials import Credentials
-from ringolib.net.sockets import peer_address, shut_down
+from ringolib.net.sockets import peer_address, reason_of, shut_down
 from ringolib.net.websocket import HandshakeError
 from ringolib.net.websocket_client import ClientConnection
 from ringolib.timing import deadline_after, log_unexpected, remaining

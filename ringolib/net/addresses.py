@@ -162,11 +162,6 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def reason_of(error: Exception) -> str:
-    """Return the text of an error without its number, or its type if it has no text."""
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)
-
-
 def resolve(host: str, port: int) -> list[Address]:
     """Return the addresses of a host, IPv4 first. `localhost` has an IPv4 and an IPv6 address (RFC 6761 section 6.3).
 

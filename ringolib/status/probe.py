@@ -11,9 +11,10 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
-from ringolib.net.addresses import Endpoint, reason_of
+from ringolib.net.addresses import Endpoint
 from ringolib.net.credentials import CredentialSet
 from ringolib.net.http_client import HTTPError, get_json
+from ringolib.net.sockets import reason_of
 from ringolib.net.websocket import explain_refusal
 from ringolib.status.readiness_rules import CONNECTIONS_FULL, Reason
 from ringolib.timing import ThreadError, deadline_after, log_unexpected, start_thread, wait_until

@@ -11,9 +11,10 @@ from contextlib import closing
 from http import HTTPStatus
 from urllib.parse import quote, unquote
 
-from ringolib.net.addresses import Endpoint, host_header, reason_of
+from ringolib.net.addresses import Endpoint, host_header
 from ringolib.net.credentials import Credentials
 from ringolib.net.http_client import Head, HTTPConnection, HTTPError, open_stream
+from ringolib.net.sockets import reason_of
 from ringolib.storage.interface import PAGE_RECORDS
 from ringolib.timing import deadline_after
 from ringolib.web.handler import WebHandler
