@@ -17,7 +17,7 @@ from time import sleep
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import quote, unquote
 
-from ringolib.client.output import own_hints, print_line
+from ringolib.client.output import print_line
 from ringolib.client.url import Target, parse_url
 from ringolib.net.addresses import Endpoint, host_header
 from ringolib.net.credentials import CredentialError, read_token
@@ -100,7 +100,7 @@ def _uuid(text: str) -> uuid.UUID:
     try:
         return uuid.UUID(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: use a UUID") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a UUID") from None
 
 
 def main(argv: list[str]) -> int:
@@ -148,7 +148,7 @@ def _print_records(server: _Server, arguments: argparse.Namespace) -> int:
                 return _fail(f"{error}{resume}", error.status)
             failures += 1
             if failures == 1:
-                print_line(f"ringoexp read: {own_hints(str(error))}; trying again", error=True)
+                print_line(f"ringoexp read: {error}; trying again", error=True)
             sleep(backoff(failures))
             continue
         header, records = lines[:1], lines[1:]
@@ -244,5 +244,5 @@ def _end_by_broken_pipe(output: int) -> int:
 
 
 def _fail(text: str, status: int = EXIT_FAILED) -> int:
-    print_line(f"ringoexp read: error: {own_hints(text)}", error=True)
+    print_line(f"ringoexp read: error: {text}", error=True)
     return status

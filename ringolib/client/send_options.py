@@ -31,7 +31,7 @@ def _uuid(text: str) -> uuid.UUID:
     try:
         return uuid.UUID(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: use a UUID") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a UUID") from None
 
 
 def _seconds(text: str) -> float:

@@ -48,8 +48,6 @@ _REASONS = {
     "HTTP_REQUEST": "speaks HTTP without TLS",
 }
 """OpenSSL's reasons in plain words, with the peer as the subject."""
-_UNKNOWN_AUTHORITY = (18, 19, 20, 21)
-"""OpenSSL's codes for a certificate that no known authority has signed, itself self-signed or not."""
 
 
 class TLSError(OSError):
@@ -67,12 +65,7 @@ class NotTLS(TLSError):
 def explain(error: ssl.SSLError) -> str:
     """Return the reason of an error as a sentence about the peer."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        hint = (
-            " (authorities: --consumer_ca, for ClickHouse the system's, send: --ca)"
-            if error.verify_code in _UNKNOWN_AUTHORITY
-            else ""
-        )
-        return f"its certificate is not accepted: {error.verify_message}{hint}"
+        return f"its certificate is not accepted: {error.verify_message}"
     reason = _REASONS.get(error.reason or "")
     return f"it {reason}" if reason else f"TLS failed: {error_text(error)}"
 

@@ -18,11 +18,8 @@ OTHER_VARIABLES = (
     *("RINGOEXP_SEED", "RINGOEXP_ONLY", "RINGOEXP_SECONDS", "RINGOEXP_NODE_MODULES", "RINGOEXP_NO_SKIPS"),
 )
 """Variables that are no options: two secrets, and the variables of the tests."""
-MISSPELT_RATIO = 0.75
-"""How similar to a variable's name another one must be to count as misspelt: `difflib.SequenceMatcher.ratio`.
-
-0.75 is two swapped letters in a name of four, such as PROT for PORT.
-"""
+MISSPELT_RATIO = 0.8
+"""How similar to a variable's name another one must be to count as misspelt: `difflib.SequenceMatcher.ratio`."""
 _NAMES = [option.variable.removeprefix(VARIABLE_PREFIX) for option in OPTIONS]
 _SERVICE_NAME = re.compile(rf"{VARIABLE_PREFIX}(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_\w+)")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+")

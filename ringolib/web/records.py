@@ -1,7 +1,7 @@
 """`GET /v1.0/records`: reads the query, and sends the stored records in pages, in bounded memory.
 
 The functions run on the thread of the connection. `StoredRecords` is shared by all of them; its semaphore limits the
-long answers and the answers of followers. An answer of one page is sent whole, with a length and a Link to the next.
+long answers and those of followers. An answer of one page is sent whole, with its length and a Link to the next page.
 Values and queries are never logged.
 """
 

@@ -14,7 +14,6 @@ from urllib.parse import quote, unquote
 from ringolib.net.addresses import Endpoint, host_header
 from ringolib.net.credentials import Credentials
 from ringolib.net.http_client import Head, HTTPConnection, HTTPError, open_stream
-from ringolib.net.sockets import reason_of
 from ringolib.storage.interface import PAGE_RECORDS
 from ringolib.timing import deadline_after
 from ringolib.web.handler import WebHandler
@@ -101,12 +100,12 @@ class RelayedRecords:
                     return
                 body = upstream.read_body(deadline)
         except TimeoutError:
-            reason = f"the consumer {endpoint}: no answer within {ANSWER_TIMEOUT_SECONDS:.0f} s"
+            reason = f"{endpoint}: no answer within {ANSWER_TIMEOUT_SECONDS:.0f} s"
             raise Refusal(504, reason, {"Retry-After": "5"}) from None
         except (OSError, HTTPError, ValueError) as error:
-            raise Refusal(502, f"the consumer {endpoint}: {reason_of(error)}", {"Retry-After": "5"}) from None
+            raise Refusal(502, f"{endpoint}: {error or type(error).__name__}", {"Retry-After": "5"}) from None
         if head.status not in RELAYED:
-            raise Refusal(502, f"the consumer {endpoint}: answered {head.status}{_explain(head.status, body)}")
+            raise Refusal(502, f"{endpoint}: answered {head.status}{_explain(head.status, body)}")
         headers = {name: value for name in ("Cache-Control", "Retry-After") for value in head.values(name)}
         for link in head.values("link"):
             chosen = f"consumer={quote(request.consumer, safe='')}&" if request.consumer else ""

@@ -36,7 +36,7 @@ from support.harness import (
 
 pytestmark = pytest.mark.slow  # builds, virtual environments and other Pythons
 
-MAX_BYTES = 400_000
+MAX_BYTES = 350_000
 PAGE_FILE = ROOT / "ringolib/web/dashboard.html"
 PAGE = PAGE_FILE.read_bytes()
 SITE = str(importlib.metadata.distribution("h11").locate_file(""))

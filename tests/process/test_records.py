@@ -266,7 +266,7 @@ def test_publisher_of_several_consumers_wants_a_choice(tmp_path: Path) -> None:
             assert request(front.port, "GET", f"{PATH}?{following}")[2] == b"2\n3\n"
             b.kill()
             status, _, body = request(front.port, "GET", f"{PATH}?consumer={names[1]}")
-            assert (status, json.loads(body)["error"]) == (502, f"the consumer {names[1]}: Connection refused")
+            assert status == 502 and names[1] in json.loads(body)["error"]
 
 
 def test_loop_of_publishers_is_refused(tmp_path: Path) -> None:

@@ -350,12 +350,7 @@ def test_permanent_tls_failure_ends_send_with_one_line(authority: Authority, pai
     mutual = [*tls(pair), "--client_ca", str(authority.ca)]
     for number, (server_flags, host, flags, reason) in enumerate(
         (
-            (
-                tls(pair),
-                "localhost",
-                [],
-                "its certificate is not accepted: unable to get local issuer certificate (--ca)",
-            ),
+            (tls(pair), "localhost", [], "its certificate is not accepted: "),
             (tls(pair), "127.0.0.2", known, "its certificate is not accepted: "),
             (mutual, "localhost", known, "it requires a client certificate"),
             ([], "localhost", known, "it does not speak TLS on this port"),

@@ -136,7 +136,6 @@ def test_variable_of_a_list_is_separated_by_commas() -> None:
             {"RINGOEXP_TOKEN_FLIE": "x"},
             "variable RINGOEXP_TOKEN_FLIE is not an option: did you mean RINGOEXP_TOKEN_FILE?",
         ),
-        ({"RINGOEXP_PROT": "7000"}, "variable RINGOEXP_PROT is not an option: did you mean RINGOEXP_PORT?"),
         ({"RINGOEXP_RINGSIZE": "5"}, "variable RINGOEXP_RINGSIZE is not an option: did you mean RINGOEXP_RING_SIZE?"),
     ],
 )
