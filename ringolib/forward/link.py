@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ringolib.forward.sink import InDoubt, NotStored
 from ringolib.net.addresses import Address, Endpoint, format_address
 from ringolib.net.credentials import Credentials
-from ringolib.net.sockets import peer_address, reason_of, shut_down
+from ringolib.net.sockets import peer_address, shut_down
 from ringolib.net.websocket import HandshakeError
 from ringolib.net.websocket_client import ClientConnection
 from ringolib.timing import deadline_after, log_unexpected, remaining
@@ -229,8 +229,7 @@ class LinkSink:
         return bool(link.store) and said_goodbye and none_acked
 
     def _describe(self, error: Exception | str) -> str:
-        reason = error if isinstance(error, str) else reason_of(error)
-        return f"{format_address(self._host, self._port)}: {reason}"
+        return f"{format_address(self._host, self._port)}: {error}"
 
     def _drop(self) -> None:
         """Close the link without a closing handshake."""
