@@ -102,7 +102,7 @@ class AsyncProducer(BaseProducer):
             self._check_process()
         if outbox.acked < target:
             outbox.check_usable()
-            raise TimeoutError(f"{target - outbox.acked} records are not acked")
+            raise TimeoutError(outbox.shortfall(target))
 
     async def close(self, timeout: float | None = None, report: bool = True) -> None:
         """Close the connection. Records that are not acked by then may or may not be stored. Idempotent.

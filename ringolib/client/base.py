@@ -28,7 +28,7 @@ class BaseProducer:
     ) -> None:
         host, port, self._path, secure = parse_url(url)
         if context and not secure:
-            raise ValueError(f"{url!r} is not accepted with certificates: TLS needs wss://")
+            raise ValueError(f"{url!r} is not accepted with certificates: TLS needs wss:// or https://")
         if token is not None and not is_token(token):
             raise ValueError(f"malformed token: expected {TOKEN_FORM}, without a newline")
         if not 0 <= first < MAX_SEQUENCE:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from ringolib.net.sockets import reason_of
 from ringolib.net.tls_socket import TLSError
 from ringolib.net.websocket import HandshakeError
 from ringolib.timing import backoff
@@ -62,9 +63,20 @@ class Chunk(NamedTuple):
 
 
 def split(values: Iterable[int]) -> Iterator["array[int]"]:
-    """Copy `values` into blocks of at most CHUNK_RECORDS. Raises OverflowError for a value beyond 64 bits, at once."""
+    """Copy `values` into blocks of at most CHUNK_RECORDS.
+
+    Raises, at once, OverflowError for a value beyond 64 bits, and TypeError for other than integers.
+    """
+    if isinstance(values, int):
+        raise TypeError(f"send takes several integers, for example a list or a range: send([{values}])")
     whole = values if isinstance(values, array) and values.typecode == "q" else array("q", values)
     return (whole[start : start + CHUNK_RECORDS] for start in range(0, len(whole), CHUNK_RECORDS))
+
+
+def _not_acked(count: int, total: int = 0) -> str:
+    """Return that so many records, of a total if there is one, are not acked."""
+    last, verb = (total or count), "is" if count == 1 else "are"
+    return f"{count}{f' of {total}' if total else ''} {'record' if last == 1 else 'records'} {verb} not acked"
 
 
 def is_permanent_status(status: int) -> bool:
@@ -214,7 +226,7 @@ class Outbox:
         and may be replaced again.
         """
         self.connected = False
-        self.trouble = str(error)
+        self.trouble = reason_of(error)
         refused = isinstance(error, HandshakeError) and error.status and is_permanent_status(error.status)
         if isinstance(error, RecordsRefused) or refused or (isinstance(error, TLSError) and not self.connections):
             self.error = f"{self.url}: {error}"
@@ -229,12 +241,17 @@ class Outbox:
         else:
             self.error = f"{self.url}: {type(error).__name__}: {error}"
 
+    def shortfall(self, target: int) -> str:
+        """Return how many records before the number `target` are not acked, and why."""
+        text = _not_acked(target - self.acked)
+        return f"{text} ({self.trouble})" if self.trouble else text
+
     def resumption(self) -> str:
         """Return how many records are not acked, why, and how to resume."""
         sent, acked = self.next - self.first, self.acked - self.first
         cause = self.error or self.trouble
         values = f"the values after the first {acked}" if acked else "all values again"
         return (
-            f"{sent - acked} of {sent} records are not acked by {self.url}{f' ({cause})' if cause else ''}: "
+            f"{_not_acked(sent - acked, sent)} by {self.url}{f' ({cause})' if cause else ''}: "
             f"send {values} with source {self.source} and first {self.acked}"
         )

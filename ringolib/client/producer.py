@@ -113,7 +113,7 @@ class Producer(BaseProducer):
             wait_until(self._progress, lambda: outbox.acked >= target or outbox.is_over, deadline_after(timeout))
             if outbox.acked < target:
                 outbox.check_usable()
-                raise TimeoutError(f"{target - outbox.acked} records are not acked")
+                raise TimeoutError(outbox.shortfall(target))
 
     def close(self, timeout: float | None = None, report: bool = True) -> None:
         """Close the connection. Records that are not acked by then may or may not be stored. Idempotent.

@@ -22,6 +22,7 @@ from ringolib.client.url import Target, parse_url
 from ringolib.net.addresses import Endpoint, host_header
 from ringolib.net.credentials import CredentialError, read_token
 from ringolib.net.http_client import HTTPConnection, HTTPError, open_stream
+from ringolib.net.sockets import reason_of
 from ringolib.net.tls import CredentialFileError, client_context
 from ringolib.printable import escape_controls
 from ringolib.timing import backoff, deadline_after
@@ -34,7 +35,7 @@ PAGE_RECORDS = 2048
 ANSWER_SECONDS = 30.0
 FOLLOW_MILLISECONDS = 500
 """The time between two questions for new records."""
-_SCHEMES = {"http:": "ws:", "https:": "wss:", "http+unix:": "ws+unix:"}
+_REFUSED_HINT = "is a server running there? Other machines reach it only with its flag -H 0.0.0.0"
 _NEXT = re.compile(r'<\?(?:[^>]*&)?after=([^&>]*)[^>]*>; *rel="?next"?')
 
 
@@ -64,8 +65,8 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--limit", type=_positive, metavar="N", help="print at most so many records (default: all)")
-    add("--follow", action="store_true", help="then wait, and print records as they are stored, until Ctrl-C")
+    add("--limit", type=_positive, metavar="N", help="print at most N records (default: all)")
+    add("--follow", action="store_true", help="after the last record, wait for new ones, until Ctrl-C")
     add("--format", choices=("text", "csv", "ndjson"), default="text", help="text: values only (default)")
     add("--source", type=parse_uuid, metavar="UUID", help="only records of this source")
     add("--since", metavar="TIME", help="from this time on: 2026-01-31T12:00:00Z, or 30s, 10m, 2h, 7d ago")
@@ -74,17 +75,18 @@ def make_parser() -> Parser:
     add("--consumer", metavar="ADDRESS", help="which consumer to ask, if the server is a publisher of several")
     add("--url", default=URL, help=f"the server (default {URL}); https:// for TLS; ws+unix:PATH for a Unix socket")
     token_help = "file with the server's access token; without the flag: the variable RINGOEXP_TOKEN, if it is set"
-    add("--token_file", "--token-file", metavar="PATH", help=token_help)
+    add("--token_file", metavar="PATH", help=token_help)
+    add("--token-file", dest="token_file", metavar="PATH", help=argparse.SUPPRESS)
     ca_help = "https: certificate authorities for the server's certificate, PEM; without the flag: the system's"
     add("--ca", metavar="PATH", help=ca_help)
-    add("--cert", metavar="PATH", help="https: client certificate, for a server with --client_ca, PEM")
+    add("--cert", metavar="PATH", help="https: client certificate, PEM, if the server requires one")
     add("--key", metavar="PATH", help="https: private key of --cert, PEM, if it is in another file")
     return parser
 
 
 def _positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a whole number, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: use a whole number, 1 or more")
     return int(text)
 
 
@@ -113,8 +115,7 @@ def main(argv: list[str]) -> int:
 
 def _server(arguments: argparse.Namespace) -> _Server:
     """Return the server of the command line. Raises ValueError, CredentialError and CredentialFileError."""
-    scheme, colon, rest = arguments.url.partition(":")
-    target = parse_url(_SCHEMES.get(scheme + colon, scheme + colon) + rest)
+    target = parse_url(arguments.url)
     prefix = target.path.removesuffix(INGEST_PATH).removesuffix(RECORDS_PATH).rstrip("/")
     context = client_context(arguments.ca, arguments.cert, arguments.key) if target.secure else None
     return _Server(target._replace(path=prefix + RECORDS_PATH), read_token(arguments.token_file), context)
@@ -187,7 +188,8 @@ def _ask(
     except TimeoutError:
         raise ReadError(f"{arguments.url}: no answer within {ANSWER_SECONDS:.0f} s") from None
     except (OSError, HTTPError) as error:
-        raise ReadError(f"{arguments.url}: {getattr(error, 'strerror', None) or error}") from None
+        hint = f" ({_REFUSED_HINT})" if isinstance(error, ConnectionRefusedError) else ""
+        raise ReadError(f"{arguments.url}: {reason_of(error)}{hint}") from None
     if head.status != 200:
         raise _refusal(arguments.url, head.status, body)
     match = next(filter(None, map(_NEXT.search, head.values("link"))), None)

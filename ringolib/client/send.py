@@ -126,7 +126,8 @@ def _open_input(parser: Parser, arguments: argparse.Namespace, stack: ExitStack)
     try:
         return Input(file, given, stack, arguments.binary, arguments.skip)
     except OSError as error:
-        raise _InputError(f"{'stdin' if file == STDIN else file}: {error.strerror}") from error
+        hint = ", and it is no whole number of 64 bits either" if isinstance(error, FileNotFoundError) else ""
+        raise _InputError(f"{'stdin' if file == STDIN else file}: {error.strerror}{hint}") from error
 
 
 def _make_producer(arguments: argparse.Namespace, source: Input) -> tuple[Producer, Progress]:

@@ -20,7 +20,7 @@ from ringolib.wire import MAX_SEQUENCE
 def _whole_number(text: str) -> int:
     """Parse the number of a record, or how many there are."""
     if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) < MAX_SEQUENCE):
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a whole number from 0 to 2**63 - 2")
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: use a whole number from 0 to 2**63 - 2")
     return int(text)
 
 
@@ -31,7 +31,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0
     if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: use a number of seconds above 0")
     return seconds
 
 

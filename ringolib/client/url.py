@@ -1,4 +1,4 @@
-"""URLs of servers: `ws:`, `wss:` and `ws+unix:`, and their parts. This module does no I/O."""
+"""URLs of servers: `ws:`, `wss:`, `http:`, `https:` and `ws+unix:`, and their parts. This module does no I/O."""
 
 from typing import NamedTuple
 from urllib.parse import SplitResult, urlsplit
@@ -7,7 +7,8 @@ from ringolib.net.addresses import decode_zone
 from ringolib.wire import INGEST_PATH
 
 URL = f"ws://localhost:6660{INGEST_PATH}"
-URL_FORMS = f"ws://HOST:PORT{INGEST_PATH}, wss:// for TLS, or ws+unix:PATH:{INGEST_PATH}"
+URL_FORMS = f"ws://HOST:PORT or http://HOST:PORT, wss:// or https:// for TLS, or ws+unix:PATH:{INGEST_PATH}"
+"""What `parse_url` accepts. http:// and https:// mean the same as ws:// and wss://: a server prints its address so."""
 
 
 class Target(NamedTuple):
@@ -37,17 +38,17 @@ def parse_url(url: str) -> Target:
     if has_credentials:
         raise ValueError("a URL with a name or a password in it is not accepted: a token is given separately")
     if target is None or not all("!" <= c <= "~" for c in target.path):
-        raise ValueError(f"{url!r} is not accepted: {URL_FORMS}")
+        raise ValueError(f"{url!r} is not accepted: use {URL_FORMS}")
     return target._replace(path=INGEST_PATH) if target.path in ("", "/") else target
 
 
 def _network_target(parts: SplitResult) -> Target | None:
-    """Return the parts of a `ws:` or `wss:` URL, None if it is neither. Raises ValueError for a wrong host or port."""
-    secure = parts.scheme == "wss"
+    """Return the parts of a URL of one host, None for another scheme. Raises ValueError for a wrong host or port."""
+    secure = parts.scheme in ("wss", "https")
     host = decode_zone(parts.hostname or "")
     host.encode("idna")  # raises UnicodeError, a ValueError
     port = (443 if secure else 80) if parts.port is None else parts.port
-    if parts.scheme not in ("ws", "wss") or not host or not port or parts.query or parts.fragment:
+    if parts.scheme not in ("ws", "wss", "http", "https") or not host or not port or parts.query or parts.fragment:
         return None
     return Target(host, port, parts.path, secure)
 

@@ -20,6 +20,11 @@ READ_SIZE = 256 * 1024
 """Bytes that one read takes at most."""
 
 
+def reason_of(error: Exception) -> str:
+    """Return the text of an error without its number, or its type if it has no text."""
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
 def connect(host: str, port: int, deadline: float) -> socket.socket:
     """Return a socket connected to this address, without Nagle's delay.
 

@@ -60,7 +60,7 @@ def _make_parser() -> _Parser:
     """Return the parser of the command line, made from OPTIONS. It returns only the options that are given."""
     parser = _Parser(
         prog="ringoexp",
-        usage="ringoexp [flags] | send [flags] [FILE] | read [flags] | help | version",
+        usage="ringoexp [flags]\n       ringoexp send [flags] [FILE | INTEGER ...]\n       ringoexp read [flags]",
         description="Receives integers over WebSocket or HTTP, buffers them in a ring and stores\n"
         "them in SQLite. Without flags: a complete system on http://localhost:6660/.",
         epilog="Each flag can be given in the environment, too: RINGOEXP_PORT=7000 is -p 7000.\n"
@@ -197,7 +197,8 @@ def _explain_stray(word: str, argv: Sequence[str]) -> str:
     if word in COMMANDS:
         return f"the command {word!r} must be the first argument, and has flags of its own"
     if word == argv[0]:
-        return f"{word!r} is not a flag or a command{suggest(word, COMMANDS)}"
+        known = f": the commands are {', '.join(COMMANDS)}"
+        return f"{word!r} is not a flag or a command{suggest(word, COMMANDS) or known}"
     return f"{word!r} is not a flag"
 
 

@@ -75,7 +75,7 @@ CONFLICTS = (
     Conflict(
         "consumer_port",
         _consumer_port_missing,
-        "0 is not accepted: 1 to 65535 (0 only with -p 0: the publisher's own port)",
+        "0 is not accepted: use 1 to 65535 (0 only with -p 0: the publisher's own port)",
     ),
     Conflict(
         "spool",
@@ -106,7 +106,7 @@ CONFLICTS = (
         "database",
         _forwards,
         "{s.database!r} is not accepted: this publisher has no database, it forwards to {s.consumer_names} "
-        "(to make it its own consumer, use the same -U and -T as -H and -p)",
+        "(with {s.own_consumer_flags} it stores in a database of its own)",
     ),
     Conflict(
         "retain",

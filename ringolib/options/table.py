@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from ringolib.net.addresses import format_address, parse_host, parse_hosts
+from ringolib.net.addresses import format_address, is_loopback, parse_host, parse_hosts, unix_path
 from ringolib.storage.clickhouse.url import PASSWORD_VARIABLE, is_clickhouse_url, parse_url, redact_passwords
 
 MAX_RING_SIZE = 2**31
@@ -61,7 +61,7 @@ def _whole_number(low: int, high: int, unit: str = "") -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = _integer(text)
         if value is None or not low <= value <= high:
-            raise ArgumentTypeError(f"{text!r} is not accepted: {kind}, {low} to {high}")
+            raise ArgumentTypeError(f"{text!r} is not accepted: use {kind}, {low} to {high}")
         return value
 
     return parse
@@ -77,7 +77,9 @@ def _limit(text: str) -> int:
     """Parse a limit. 0 or less means no limit and becomes 0."""
     value = _integer(text)
     if value is None or not -(10**18) <= value <= 10**9:
-        raise ArgumentTypeError(f"{text!r} is not accepted: a whole number up to 1000000000, 0 or less for no limit")
+        raise ArgumentTypeError(
+            f"{text!r} is not accepted: use a whole number up to 1000000000, 0 or less for no limit"
+        )
     return max(0, value)
 
 
@@ -85,7 +87,7 @@ def _optional_port(text: str) -> int:
     """Parse a port. 0 or less means off and becomes 0."""
     value = _integer(text)
     if value is None or not -(10**18) <= value <= 65535:
-        raise ArgumentTypeError(f"{text!r} is not accepted: 1 to 65535, 0 or less for off")
+        raise ArgumentTypeError(f"{text!r} is not accepted: use 1 to 65535, 0 or less for off")
     return max(0, value)
 
 
@@ -93,7 +95,7 @@ def parse_boolean(text: str) -> bool:
     """Parse true or false, yes or no, on or off, t or f, 1 or 0, in upper or lower case."""
     word = text.lower()
     if word not in _TRUE and word not in _FALSE:
-        raise ArgumentTypeError(f"{text!r} is not accepted: true or false, yes or no, on or off, t or f, 1 or 0")
+        raise ArgumentTypeError(f"{text!r} is not accepted: use true or false, yes or no, on or off, t or f, 1 or 0")
     return word in _TRUE
 
 
@@ -101,7 +103,7 @@ def _days(text: str) -> float:
     """Parse a number of days above 0, with decimals if needed."""
     value = float(text) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,9})?|\.[0-9]{1,9}", text) else 0.0
     if not value:
-        raise ArgumentTypeError(f"{text!r} is not accepted: a number of days above 0, for example 30 or 0.5")
+        raise ArgumentTypeError(f"{text!r} is not accepted: use a number of days above 0, for example 30 or 0.5")
     return value
 
 
@@ -110,7 +112,7 @@ def _choice(*choices: str) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if text not in choices:
-            raise ArgumentTypeError(f"{text!r} is not accepted: {' or '.join(choices)}")
+            raise ArgumentTypeError(f"{text!r} is not accepted: use {' or '.join(choices)}")
         return text
 
     return parse
@@ -119,7 +121,7 @@ def _choice(*choices: str) -> Callable[[str], str]:
 def _header_text(text: str) -> str:
     """Parse text that an HTTP header can hold."""
     if not all(" " <= c <= "~" for c in text):
-        raise ArgumentTypeError(f"{text!r} is not accepted: printable ASCII, on one line")
+        raise ArgumentTypeError(f"{text!r} is not accepted: use printable ASCII, on one line")
     return text
 
 
@@ -133,7 +135,7 @@ def _not_empty(text: str) -> str:
 def _host_name(text: str) -> str:
     """Parse the name of a host, without a port."""
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", text):
-        raise ArgumentTypeError(f"{text!r} is not accepted: a host's name, without a port")
+        raise ArgumentTypeError(f"{text!r} is not accepted: use a host's name, without a port")
     return text
 
 
@@ -143,7 +145,7 @@ def _origin(text: str) -> str:
         raise ArgumentTypeError(f"{text!r} is not accepted: wildcards are not supported: give one flag for each origin")
     if text != "null" and not _is_origin(text):
         raise ArgumentTypeError(
-            f"{text!r} is not accepted: SCHEME://HOST[:PORT] without a path or a final slash, or null"
+            f"{text!r} is not accepted: use SCHEME://HOST[:PORT] without a path or a final slash, or null"
         )
     return text
 
@@ -246,7 +248,7 @@ OPTIONS = (
     Option("", "client_ca", None, _not_empty, "PATH", "security",
            "certificate authorities, PEM; clients then need a certificate signed by one of them"),
     Option("", "allow_host", (), _host_name, "HOST", "security",
-           "name that clients call this server by, beside its addresses, localhost, the name of -H and that of the "
+           "name that clients call this server by, beside its addresses, localhost, the name of -H and the name of the "
            "machine; other names are refused. May be given several times"),
     Option("", "allow_origin", (), _origin, "ORIGIN", "security",
            "origin of web pages that may use this server, such as https://HOST:PORT; other pages are refused. May be "
@@ -323,6 +325,17 @@ class Settings:
         """The consumers' addresses as text for people."""
         *rest, last = [format_address(host, port) for host, port in self.consumers]
         return f"{', '.join(rest)} and {last}" if rest else last
+
+    @property
+    def own_consumer_flags(self) -> str:
+        """The flags that make a publisher its own consumer, at the address that it has."""
+        host, port = self.hostname, self.port
+        if unix_path(host):
+            return f"-H {host}, and without -U and -T,"
+        is_anywhere = host in ("0.0.0.0", "::") or is_loopback(host)
+        listen = [] if host == "localhost" else ["-H", host]
+        consumer = [] if is_anywhere and self.consumer_hostname == "localhost" else ["-U", host]
+        return " ".join([*listen, "-p", str(port), *consumer, "-T", str(port)])
 
     @property
     def max_request_threads(self) -> int:

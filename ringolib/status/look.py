@@ -8,7 +8,6 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from ringolib.net.addresses import is_loopback, unix_path
 from ringolib.options import Settings
 from ringolib.status.readiness_rules import Reason
 from ringolib.timing import ThreadError, log_unexpected, start_thread
@@ -62,16 +61,5 @@ def hint_for(settings: Settings) -> str:
         return "start the consumer there; until it answers, records go into the spool"
     if settings.consumer_tls:
         return "start the consumer there"
-    flags = own_consumer_flags(settings)
+    flags = settings.own_consumer_flags
     return f"start the consumer there, or store here: with {flags} this publisher is its own consumer"
-
-
-def own_consumer_flags(settings: Settings) -> str:
-    """Return the flags that make a publisher its own consumer, at the address that it has."""
-    host, port = settings.hostname, settings.port
-    if unix_path(host):
-        return f"-H {host}, and without -U and -T,"
-    is_anywhere = host in ("0.0.0.0", "::") or is_loopback(host)
-    listen = [] if host == "localhost" else ["-H", host]
-    consumer = [] if is_anywhere and settings.consumer_hostname == "localhost" else ["-U", host]
-    return " ".join([*listen, "-p", str(port), *consumer, "-T", str(port)])

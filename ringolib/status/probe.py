@@ -14,6 +14,7 @@ from time import monotonic
 from ringolib.net.addresses import Endpoint
 from ringolib.net.credentials import CredentialSet
 from ringolib.net.http_client import HTTPError, get_json
+from ringolib.net.sockets import reason_of
 from ringolib.net.websocket import explain_refusal
 from ringolib.status.readiness_rules import CONNECTIONS_FULL, Reason
 from ringolib.timing import ThreadError, deadline_after, log_unexpected, start_thread, wait_until
@@ -133,8 +134,7 @@ def check_consumer(endpoint: Endpoint, credentials: CredentialSet, linked: bool)
     except TimeoutError:
         return "consumer_unreachable", f"{endpoint}: {no_answer()}"
     except (OSError, HTTPError, ValueError) as error:  # ValueError: no host can have this name
-        reason = getattr(error, "strerror", None) or error or type(error).__name__
-        return "consumer_unreachable", f"{endpoint}: {reason}"
+        return "consumer_unreachable", f"{endpoint}: {reason_of(error)}"
     try:
         response = json.loads(body)
         reasons = [(str(reason["code"]), str(reason["detail"])) for reason in response.get("reasons", ())]

@@ -236,7 +236,8 @@ def _open_lock_file(path: str, real_path: str, undo: ExitStack) -> IO[bytes]:
     try:
         file = open(f"{real_path}-lock", "a+b", buffering=0)
     except OSError as error:
-        raise system_error(f"cannot open {path}-lock", error) from error
+        name = path if error.errno == errno.ENOENT else f"{path}-lock"  # without its directory, neither can be made
+        raise system_error(f"cannot open {name}", error) from error
     undo.callback(file.close)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

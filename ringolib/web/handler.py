@@ -41,7 +41,7 @@ JSON = "application/json;charset=utf-8"
 GET_OR_HEAD = ("GET", "HEAD")
 CHALLENGE = 'Bearer realm="ringoexp"'
 """The WWW-Authenticate header of a response with status 401 (RFC 6750 section 3)."""
-_TOKEN_FLAGS = "(a ringoexp: --token_file, or RINGOEXP_TOKEN)"
+_TOKEN_FLAGS = "(with ringoexp: --token_file or RINGOEXP_TOKEN)"
 RANDOM_UUIDS = 64
 """UUIDs for which random bytes are read at once."""
 _random: deque[bytes] = deque()  # of any thread: its methods are atomic
@@ -197,7 +197,9 @@ class WebHandler(BaseHTTPRequestHandler):
             raise Refusal(404, f"no such path: use one of {', '.join(self.routes)}")
         action = methods.get(self.command)
         if action is None:
-            raise Refusal(405, f"{path} supports only {', '.join(methods)}", {"Allow": ", ".join(methods)})
+            elsewhere = [other for other, known in self.routes.items() if self.command in known]
+            hint = f"; use {self.command} with {', '.join(elsewhere)}" if elsewhere else ""
+            raise Refusal(405, f"{path} supports only {', '.join(methods)}{hint}", {"Allow": ", ".join(methods)})
         action()
 
     def _admit_origin(self, origin: str | None) -> None:

@@ -87,7 +87,7 @@ def _split(text: str) -> dict[str, str]:
         name, _, value = part.partition("=")
         name, value = unquote(name), unquote(value)
         if name not in PARAMETERS:
-            raise Refusal(400, f"unknown parameter: use {', '.join(PARAMETERS)}")
+            raise Refusal(400, f"unknown parameter {name[:40]!r}: use {', '.join(PARAMETERS)}")
         if name in values:
             raise Refusal(400, f"{name} is given twice: omit one")
         values[name] = value
@@ -101,7 +101,7 @@ def _bad(name: str, expected: str) -> Refusal:
 def _choice(values: dict[str, str], name: str, choices: tuple[str, ...], default: str) -> str:
     value = values.get(name, default)
     if value not in choices:
-        raise _bad(name, " or ".join(choices))
+        raise _bad(name, f"{', '.join(choices[:-1])} or {choices[-1]}")
     return value
 
 

@@ -78,7 +78,8 @@ class RelayedRecords:
         if name in names:
             return consumers[names.index(name)]
         problem = "this publisher has several consumers" if name is None else "this publisher has no such consumer"
-        raise Refusal(400, f"{problem}: use consumer= with one of {', '.join(names)}", fields={"consumers": names})
+        reason = f"{problem}: choose one with consumer= (ringoexp read: --consumer): {', '.join(names)}"
+        raise Refusal(400, reason, fields={"consumers": names})
 
     def _ask(self, connection: WebHandler, endpoint: Endpoint, via: str, stack: ExitStack) -> HTTPConnection:
         """Send the request to the consumer. `stack` closes the connection to it. Raises Refusal."""

@@ -307,7 +307,7 @@ def test_publisher_and_send_use_token(tmp_path: Path, token_file: Path) -> None:
                 client.send(frame(2, struct.pack(">i", 42)))
                 eventually(lambda: "event=link_down" in publisher.errors.read_text())
                 assert (
-                    "401: wrong token: send the token of this server (a ringoexp: --token_file"
+                    "401: wrong token: send the token of this server (with ringoexp: --token_file"
                     in publisher.errors.read_text()
                 )
                 publisher.kill()

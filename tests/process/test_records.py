@@ -154,14 +154,14 @@ def test_accept_chooses_the_form(port: int, accept: str, media: str | None) -> N
         ("since=yesterday", "since must be a time"),
         ("since=2026-13-01", "since must be a time"),
         ("order=up", "order must be asc or desc"),
-        ("format=xml", "format must be"),
+        ("format=xml", "format must be json, ndjson, csv or text"),
         ("follow=2", "follow must be 0 or 1"),
         ("follow=1&format=json", "use format=ndjson"),
         ("follow=1&order=desc", "cannot follow"),
         ("after=x", "after: it must be a cursor"),
         ("after=3003", "of another database"),
         ("after=3003&limit=10000", "of another database"),
-        ("first=1", "unknown parameter"),
+        ("first=1", "unknown parameter 'first'"),
     ],
 )
 def test_bad_parameter_is_refused_with_the_cause(port: int, query: str, reason: str) -> None:
@@ -364,6 +364,7 @@ def test_publisher_of_several_consumers_wants_a_choice(tmp_path: Path) -> None:
             for query in ("", "?consumer=elsewhere:1"):
                 status, _, body = request(front.port, "GET", PATH + query)
                 assert status == 400 and json.loads(body)["consumers"] == names
+                assert "ringoexp read: --consumer" in json.loads(body)["error"]
             status, headers, body = request(front.port, "GET", f"{PATH}?consumer={names[1]}&limit=2&format=text")
             assert (status, body) == (200, b"0\n1\n")
             following = headers["Link"][2 : headers["Link"].index(">")]
@@ -423,7 +424,8 @@ def test_read_prints_all_records(port: int) -> None:
         (["--follw"], 2, "'--follw' is not a flag: did you mean --follow? ("),
         (["records"], 2, "'records' is not a flag ("),
         (["--url", "ftp://x"], 2, "not accepted"),
-        (["--url", f"http://localhost:{free_port()}"], 1, "refused"),
+        (["--url", f"http://localhost:{free_port()}"], 1, "refused (is a server running there?"),
+        (["--url", "localhost:6660"], 2, "use ws://HOST:PORT or http://HOST:PORT"),
         (["--token_file", "/nonexistent"], 1, "No such file"),
     ],
 )

@@ -250,7 +250,7 @@ def test_bad_value_error_names_flag_value_and_accepted_form(
     ("words", "message"),
     [
         (["--no_such_flag"], "'--no_such_flag' is not a flag"),
-        (["stray"], "'stray' is not a flag or a command ("),
+        (["stray"], "'stray' is not a flag or a command: the commands are send, read, help, version ("),
         (["--allow_origin", "https://*.example"], "wildcards are not supported: give one flag for each origin"),
         (["--ring", "5"], "'--ring' is not a flag: did you mean --ring_size?"),
         (["--prot=5"], "'--prot' is not a flag: did you mean --port?"),
@@ -351,7 +351,7 @@ def test_unusable_database_error_is_one_line(tmp_path: Path, consumer: bool) -> 
         ("directory", "is a directory"),
         ("text", "not a SQLite file"),
         ("other", "another application"),
-        ("missing/file", "No such file or directory"),
+        ("missing/file", "cannot open missing/file: No such file or directory (check that its directory exists)"),
     ]:
         line = cannot_run(tmp_path, *flags, "-D", name)
         assert name in line and message in line
@@ -374,6 +374,7 @@ def test_failed_start_creates_no_file(tmp_path: Path) -> None:
 def test_forwarding_publisher_refuses_a_database(tmp_path: Path) -> None:
     output = cannot_run(tmp_path, "-p", "0", "-D", "mine.db")
     assert "'mine.db' is not accepted: this publisher has no database, it forwards to localhost:6660" in output
+    assert "(with -p 0 -T 0 it stores in a database of its own)" in output
     assert list(tmp_path.iterdir()) == []
 
 

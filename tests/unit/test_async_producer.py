@@ -239,7 +239,7 @@ def test_cancelled_block_ends_in_bounded_time(monkeypatch: pytest.MonkeyPatch, c
         assert monotonic() - started < 5
 
     run(main())
-    assert "ringoexp AsyncProducer: 1 of 1 records are not acked by " in capsys.readouterr().err
+    assert "ringoexp AsyncProducer: 1 of 1 record is not acked by " in capsys.readouterr().err
 
 
 def test_other_event_loop_gets_an_error(shared: ServerProcess) -> None:
@@ -268,7 +268,7 @@ def test_destroyed_coroutine_is_reported(capsys: pytest.CaptureFixture[str]) -> 
         task = next(iter(asyncio.all_tasks(loop)))
         with pytest.raises(StopIteration):  # a wait would be an error
             generator.aclose().send(None)
-        assert "1 of 1 records are not acked" in capsys.readouterr().err
+        assert "1 of 1 record is not acked" in capsys.readouterr().err
         loop.run_until_complete(asyncio.wait([task], timeout=DEADLINE))
     loop.close()
 

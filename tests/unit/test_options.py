@@ -13,7 +13,6 @@ from support.harness import ROOT, server
 from ringolib.app import is_own_consumer, resolve_role
 from ringolib.options import OPTIONS, Option, find_conflict, read_arguments, strange_variables
 from ringolib.options.environment import OTHER_VARIABLES
-from ringolib.status.look import own_consumer_flags
 
 ROLES: dict[str, list[str]] = {
     "consumer": ["-I", "false"],
@@ -132,7 +131,7 @@ def test_variable_of_a_list_is_separated_by_commas() -> None:
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"RINGOEXP_PORT": "x"}, "variable RINGOEXP_PORT: 'x' is not accepted: a whole number, 0 to 65535"),
+        ({"RINGOEXP_PORT": "x"}, "variable RINGOEXP_PORT: 'x' is not accepted: use a whole number, 0 to 65535"),
         ({"RINGOEXP_TOKEN_FILE": ""}, "variable RINGOEXP_TOKEN_FILE: '' is not accepted: it must not be empty"),
         ({"RINGOEXP_TLS_KEY": "k"}, "variable RINGOEXP_TLS_KEY: requires --tls_cert"),
         ({"RINGOEXP_CONSUMER_HOSTNAME": "a,a"}, "variable RINGOEXP_CONSUMER_HOSTNAME: 'a,a' is not accepted"),
@@ -262,6 +261,6 @@ def test_help_shows_one_spelling_and_the_kind_of_value(
     ],
 )
 def test_hint_makes_a_publisher_its_own_consumer(words: list[str], flags: str) -> None:
-    assert own_consumer_flags(read_arguments(words, {})) == flags
+    assert read_arguments(words, {}).own_consumer_flags == flags
     if "192.0.2.1" not in flags:  # it is not an address of this machine
         assert is_own_consumer(read_arguments(flags.split(), {}))

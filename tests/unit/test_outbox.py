@@ -49,6 +49,11 @@ def test_value_beyond_64_bits_is_refused_before_the_first_block(monkeypatch: pyt
         split([1, 2**63])
 
 
+def test_integer_alone_is_refused_with_the_remedy() -> None:
+    with pytest.raises(TypeError, match=r"for example a list or a range: send\(\[5\]\)"):
+        split(5)  # type: ignore[arg-type]
+
+
 def test_message_has_the_source_the_number_and_the_values() -> None:
     outbox = filled(3, first=40)
     chunk = outbox.next_chunk()
