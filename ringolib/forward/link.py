@@ -10,7 +10,7 @@ from typing import Any
 from ringolib.forward.sink import InDoubt, NotStored, ignore_late
 from ringolib.net.addresses import Address, Endpoint, format_address
 from ringolib.net.credentials import Credentials
-from ringolib.net.sockets import peer_address, shut_down
+from ringolib.net.sockets import peer_address, reason_of, shut_down
 from ringolib.net.websocket import HandshakeError
 from ringolib.net.websocket_client import ClientConnection
 from ringolib.timing import RUNTIME, Runtime, log_unexpected
@@ -284,7 +284,7 @@ class LinkSink:
         return bool(link.store) and said_goodbye and none_acked
 
     def _describe(self, error: Exception | str) -> str:
-        reason = getattr(error, "strerror", None) or error  # without the number of the error
+        reason = error if isinstance(error, str) else reason_of(error)
         return f"{format_address(self._host, self._port)}: {reason}"
 
     def _drop(self) -> None:

@@ -19,7 +19,7 @@ OTHER_VARIABLES = (
     *("RINGOEXP_SEED", "RINGOEXP_ONLY", "RINGOEXP_SECONDS", "RINGOEXP_NODE_MODULES", "RINGOEXP_NO_SKIPS"),
 )
 """Variables that are no options: the secrets, and the variables of the tests."""
-MISSPELT_RATIO = 0.8
+MISSPELT_RATIO = 0.75
 """How similar to a variable's name another one must be to count as misspelt: `difflib.SequenceMatcher.ratio`."""
 _NAMES = [name.removeprefix(VARIABLE_PREFIX) for name in (*(option.variable for option in OPTIONS), *SECRET_VARIABLES)]
 _SERVICE_NAME = re.compile(rf"{VARIABLE_PREFIX}(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_\w+)")

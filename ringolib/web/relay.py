@@ -14,6 +14,7 @@ from urllib.parse import quote, unquote
 from ringolib.net.addresses import Endpoint, host_header
 from ringolib.net.credentials import Credentials
 from ringolib.net.http_client import Head, HTTPConnection, HTTPError, open_stream
+from ringolib.net.sockets import reason_of
 from ringolib.timing import deadline_after, remaining
 from ringolib.web.handler import WebHandler
 from ringolib.web.headers import Refusal, tokens
@@ -133,7 +134,7 @@ def _failed(endpoint: Endpoint, error: Exception) -> Refusal:
     if isinstance(error, TimeoutError):
         reason = f"{endpoint}: no answer within {ANSWER_TIMEOUT_SECONDS:.0f} s"
         return Refusal(504, reason, {"Retry-After": "5"})
-    return Refusal(502, f"{endpoint}: {error or type(error).__name__}", {"Retry-After": "5"})
+    return Refusal(502, f"{endpoint}: {reason_of(error)}", {"Retry-After": "5"})
 
 
 def _send_whole(connection: WebHandler, head: Head, body: bytes, consumer: str | None, endpoint: Endpoint) -> None:

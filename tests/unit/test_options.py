@@ -141,6 +141,7 @@ def test_variable_of_a_list_is_separated_by_commas() -> None:
             "variable RINGOEXP_TOKEN_FLIE is not an option: did you mean RINGOEXP_TOKEN_FILE?",
         ),
         ({"RINGOEXP_TOKN": "s3cret"}, "variable RINGOEXP_TOKN is not an option: did you mean RINGOEXP_TOKEN?"),
+        ({"RINGOEXP_PROT": "7000"}, "variable RINGOEXP_PROT is not an option: did you mean RINGOEXP_PORT?"),
         ({"RINGOEXP_TOKENS": "s3cret"}, "variable RINGOEXP_TOKENS is not an option: did you mean RINGOEXP_TOKEN?"),
         (
             {"RINGOEXP_CLICKHOUSE_PASWORD": "s3cret"},
