@@ -100,7 +100,8 @@ class Health:
 
         `sent`: a batch was sent and not acked. If `reason` is None, the error is not the consumer's.
         """
-        self._needs_ack = self._needs_ack or sent
+        if sent:
+            self._needs_ack = True
         with self._lock:
             if self._prober is None:
                 self._prober = threading.current_thread()

@@ -4,6 +4,8 @@ import logging
 import random
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from array import array
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 from support.broken import BrokenSocket, raise_instead_of_exit
 from support.fake_consumer import Link, fake_consumer
-from support.harness import Blocked, eventually, free_port, raw_link, rows
+from support.harness import DEADLINE, ROOT, Blocked, eventually, free_port, raw_link, rows
 from support.short_times import short_times  # noqa: F401  (a fixture for every test here)
 
 from ringbuffer import Closed, Ring
@@ -285,6 +287,65 @@ def test_error_in_the_ring_ends_the_process(method: str, monkeypatch: pytest.Mon
     assert set(statuses) == {timing.EXIT_FATAL}
     ring.abort()
     assert running.stop(20)
+
+
+WITHOUT_MEMORY = """
+import logging, os, threading
+from array import array
+import _testcapi
+from ringbuffer import Ring
+from ringolib import timing
+from ringolib.forward.destination import Destination
+from ringolib.forward.pool import Worker
+from ringolib.forward.sink import InDoubt, NotStored
+from ringolib.forward.workers import Forwarder
+
+class NoThreads(timing.Runtime):
+    def start_thread(self, target, *args, name):
+        return threading.Thread()
+
+class Sink:
+    ready, identity = True, "store"
+    def connect(self): pass
+    def store(self, block, on_late):
+        if error:
+            raise error
+
+class Ended(BaseException): pass
+
+def end(status):
+    raise Ended
+
+os._exit = end
+logging.disable()
+lost = []
+for error in (None, NotStored("away"), InDoubt("no ack")):
+    for step in range(200):
+        ring, destination = Ring(8), Destination(lambda connected: Sink(), only=False)
+        forwarder = Forwarder(ring, [destination], 1, runtime=NoThreads())
+        ring.put(array("q", [1, 2]), bytes(16), 0)
+        worker = Worker(destination, Sink())
+        _testcapi.set_nomemory(step, step + 1)
+        try:
+            forwarder.turn(worker)
+        except MemoryError:
+            _testcapi.remove_mem_hooks()
+            if ring.stats().in_flight:
+                lost.append((error, step))
+        except Ended:
+            pass
+        finally:
+            _testcapi.remove_mem_hooks()
+print(lost)
+"""
+
+
+def test_no_batch_stays_in_flight_without_worker_if_memory_runs_out() -> None:
+    """Each single allocation of a turn fails once. Then the batch goes on, or the process ends."""
+    pytest.importorskip("_testcapi")
+    command = [sys.executable, "-c", WITHOUT_MEMORY]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_workers_start_up_to_the_maximum_and_retire_when_idle(
