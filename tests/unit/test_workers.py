@@ -236,6 +236,32 @@ def test_message_broken_off_by_an_error_loses_no_record(caplog: pytest.LogCaptur
     assert [record.args for record in caplog.records if record.msg == "worker_error"] == [{"error": "MemoryError()"}]
 
 
+def test_unexpected_error_of_a_link_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may come up at each retry. It is logged again after another one, or after an ack."""
+    errors: list[Exception] = [ZeroDivisionError("a bug")] * 3 + [KeyError(1)] + [ZeroDivisionError("a bug")] * 2
+
+    def broken(*unused: object) -> int:
+        raise errors.pop(0)
+
+    with fake_consumer(Keeper()) as port:
+        sink = LinkSink("localhost", port)
+
+        def fail(times: int) -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(link_module, "decode_ack", broken)
+                for _ in range(times):
+                    with pytest.raises(InDoubt):
+                        sink.store(a_block(1))
+
+        fail(5)
+        sink.store(a_block(1))
+        fail(1)
+    logged = [record.args["error"] for record in caplog.records if record.levelno >= logging.ERROR]  # type: ignore
+    assert logged == ["ZeroDivisionError('a bug')", "KeyError(1)", *["ZeroDivisionError('a bug')"] * 2]
+
+
 @pytest.mark.parametrize("part", ["reserve", "idle", "sleep"])
 def test_failing_turns_pause_and_are_logged_once(
     part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
