@@ -38,7 +38,7 @@ class Destination:
         self.endpoint = endpoint
         self.only = only
         self.unexpected: str | None = None  # the last error that nothing expected, until a batch is stored
-        # Guarded by the forwarder's lock.
+        # Guarded by the pool's lock.
         self.fixed = fixed  # never again True once it is False
         self.workers = 0  # without the retiring ones
         self.dropped = False  # no name or option leads here any more: the workers end

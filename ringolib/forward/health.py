@@ -89,10 +89,10 @@ class Health:
                     self._set_up()
 
     def on_late(self) -> None:
-        """Record that the ack of the calling worker's batch is late. This batch is now the probe."""
+        """Record that the ack of the calling worker's batch is late. If there is no prober, this batch is the probe."""
         with self._lock:
-            if self._is_quiet() and self._prober is None:
-                self._prober, self._needs_ack = threading.current_thread(), True
+            if self._is_quiet() and (self._prober is None or not self._needs_ack):
+                self._prober, self._needs_ack = self._prober or threading.current_thread(), True
                 log.warning("link_late", {"consumer": self._consumer})
 
     def on_failure(self, reason: str | None, sent: bool) -> bool:
@@ -100,7 +100,8 @@ class Health:
 
         `sent`: a batch was sent and not acked. If `reason` is None, the error is not the consumer's.
         """
-        self._needs_ack = self._needs_ack or sent
+        if sent:
+            self._needs_ack = True
         with self._lock:
             if self._prober is None:
                 self._prober = threading.current_thread()

@@ -114,6 +114,7 @@ class LinkSink:
         self._acked = 0  # records acked over this link
         self._acked_at = float("-inf")  # monotonic seconds
         self._pinged = False  # a ping was sent, and nothing has arrived since
+        self._unexpected: str | None = None  # the last error that nothing expected, until a block is acked
         # Shared with the threads that call `abort`.
         self._opening: Any = None  # the socket of a link that is in its handshake
         self._aborted = False
@@ -149,7 +150,7 @@ class LinkSink:
             self._sent += len(block.values)
             patience.restart()
             self._await_ack(link, patience)
-            self._pinged, self._acked_at = False, self._monotonic()
+            self._pinged, self._acked_at, self._unexpected = False, self._monotonic(), None
             if link.ending:  # the consumer acked, then said goodbye
                 self.close()
         except BaseException as error:
@@ -244,8 +245,10 @@ class LinkSink:
     def _judge(self, error: BaseException, link: ClientConnection, size: int) -> NotStored | InDoubt:
         """Return what an error means for the last block, of `size` records, which was sent at least in part."""
         if not isinstance(error, (OSError, WireError)):
-            log_unexpected(log, "worker_error", error)
-            return InDoubt(self._describe(repr(error)), link.store)
+            text = repr(error)
+            log_unexpected(log, "worker_error", error, repeated=text == self._unexpected)
+            self._unexpected = text
+            return InDoubt(self._describe(text), link.store)
         if self._cannot_be_stored(link, size):
             return NotStored(self._describe(error))
         return InDoubt(self._describe(error), link.store)

@@ -19,8 +19,7 @@ The thread `resolve` follows the addresses of names (`discovery`).
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from ringbuffer import Batch, Closed, Interrupted, Ring
 from ringolib.forward.destination import Destination
@@ -143,8 +142,10 @@ class Forwarder:
             return True
         except Closed:
             return False
-        with _fatal_if_it_fails():
+        try:
             failure = self._store(worker, batch, in_doubt)
+        except BaseException:  # the batch would stay in flight, and would never be stored
+            fatal(log, "a worker with a batch")
         if failure is not None:
             return self._fail(worker, failure)
         destination.health.on_ack()
@@ -277,12 +278,3 @@ class Forwarder:
             except Exception as error:
                 log_unexpected(log, "worker_error", error, repeated=repr(error) == unexpected)
                 unexpected = repr(error)
-
-
-@contextmanager
-def _fatal_if_it_fails() -> Iterator[None]:
-    """End the process if the block raises: the batch in it would stay in flight, and would never be stored."""
-    try:
-        yield
-    except BaseException:
-        fatal(log, "a worker with a batch")

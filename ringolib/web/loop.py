@@ -564,6 +564,7 @@ class IngestLoop:
     def _forget_records(self, client: Client) -> None:
         """Ack no more records of a client, and drop the records that the intake has not taken."""
         client.marks.clear()
+        self._doubtful.discard(client)
         if client.waiting:
             dropped = [block for owner, block, _ in self._backlog if owner is client]
             self._totals.add_refused(sum(len(block.values) for block in dropped))

@@ -516,6 +516,17 @@ def test_late_batch_holds_back_only_its_own_records(several: bool, caplog: pytes
     assert {"consumer": "late"} in late_lines if several else not late_lines
 
 
+@pytest.mark.parametrize("probed", [False, True])
+def test_consumer_with_late_batch_gets_no_more_even_if_it_was_probed(probed: bool) -> None:
+    """Another link may have failed before, and its worker may still try to connect."""
+    health = Health("a:1")
+    if probed:
+        Blocked(lambda: health.on_failure("refused", sent=False)).result()
+    assert not Blocked(lambda: health.yields(linked=True, several=True)).result()
+    health.on_late()
+    assert Blocked(lambda: health.yields(linked=True, several=True)).result()
+
+
 def test_late_batch_that_is_surely_not_stored_goes_elsewhere() -> None:
     """If the consumer has stopped in order, even a late batch is not in doubt."""
     ring, late, other = Ring(8), Consumer("late", "x"), Consumer("other", "y")

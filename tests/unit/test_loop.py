@@ -451,6 +451,19 @@ def test_clients_that_are_gone_leave_nothing_in_the_loop(world: World, monkeypat
     assert len(world.loop._deadlines._heap) <= 2 + 10 and len(world.loop._clients) == 1
 
 
+def test_client_that_leaves_while_its_record_is_in_doubt_is_forgotten(world: World) -> None:
+    """Its consumer may be away for days."""
+    client = world.connect()
+    client.sendall(plain(1))
+    batch = world.ring.reserve(1, DEADLINE)
+    world.ring.set_aside(batch)
+    eventually(lambda: world.loop._doubtful)
+    client.close()
+    eventually(lambda: world.ended)
+    eventually(lambda: not world.loop._doubtful)
+    world.ring.commit(batch)
+
+
 def test_clients_that_leave_while_the_ring_is_full_are_dropped() -> None:
     with running(capacity=2) as world:
         client = world.connect()

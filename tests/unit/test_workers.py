@@ -4,6 +4,8 @@ import logging
 import random
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from array import array
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 from support.broken import BrokenSocket, raise_instead_of_exit
 from support.fake_consumer import Link, fake_consumer
-from support.harness import Blocked, eventually, free_port, raw_link, rows
+from support.harness import DEADLINE, ROOT, Blocked, eventually, free_port, raw_link, rows
 from support.short_times import short_times  # noqa: F401  (a fixture for every test here)
 
 from ringbuffer import Closed, Ring
@@ -234,6 +236,32 @@ def test_message_broken_off_by_an_error_loses_no_record(caplog: pytest.LogCaptur
     assert [record.args for record in caplog.records if record.msg == "worker_error"] == [{"error": "MemoryError()"}]
 
 
+def test_unexpected_error_of_a_link_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may come up at each retry. It is logged again after another one, or after an ack."""
+    errors: list[Exception] = [ZeroDivisionError("a bug")] * 3 + [KeyError(1)] + [ZeroDivisionError("a bug")] * 2
+
+    def broken(*unused: object) -> int:
+        raise errors.pop(0)
+
+    with fake_consumer(Keeper()) as port:
+        sink = LinkSink("localhost", port)
+
+        def fail(times: int) -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(link_module, "decode_ack", broken)
+                for _ in range(times):
+                    with pytest.raises(InDoubt):
+                        sink.store(a_block(1))
+
+        fail(5)
+        sink.store(a_block(1))
+        fail(1)
+    logged = [record.args["error"] for record in caplog.records if record.levelno >= logging.ERROR]  # type: ignore
+    assert logged == ["ZeroDivisionError('a bug')", "KeyError(1)", *["ZeroDivisionError('a bug')"] * 2]
+
+
 @pytest.mark.parametrize("part", ["reserve", "idle", "sleep"])
 def test_failing_turns_pause_and_are_logged_once(
     part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -285,6 +313,65 @@ def test_error_in_the_ring_ends_the_process(method: str, monkeypatch: pytest.Mon
     assert set(statuses) == {timing.EXIT_FATAL}
     ring.abort()
     assert running.stop(20)
+
+
+WITHOUT_MEMORY = """
+import logging, os, threading
+from array import array
+import _testcapi
+from ringbuffer import Ring
+from ringolib import timing
+from ringolib.forward.destination import Destination
+from ringolib.forward.pool import Worker
+from ringolib.forward.sink import InDoubt, NotStored
+from ringolib.forward.workers import Forwarder
+
+class NoThreads(timing.Runtime):
+    def start_thread(self, target, *args, name):
+        return threading.Thread()
+
+class Sink:
+    ready, identity = True, "store"
+    def connect(self): pass
+    def store(self, block, on_late):
+        if error:
+            raise error
+
+class Ended(BaseException): pass
+
+def end(status):
+    raise Ended
+
+os._exit = end
+logging.disable()
+lost = []
+for error in (None, NotStored("away"), InDoubt("no ack")):
+    for step in range(200):
+        ring, destination = Ring(8), Destination(lambda connected: Sink(), only=False)
+        forwarder = Forwarder(ring, [destination], 1, runtime=NoThreads())
+        ring.put(array("q", [1, 2]), bytes(16), 0)
+        worker = Worker(destination, Sink())
+        _testcapi.set_nomemory(step, step + 1)
+        try:
+            forwarder.turn(worker)
+        except MemoryError:
+            _testcapi.remove_mem_hooks()
+            if ring.stats().in_flight:
+                lost.append((error, step))
+        except Ended:
+            pass
+        finally:
+            _testcapi.remove_mem_hooks()
+print(lost)
+"""
+
+
+def test_no_batch_stays_in_flight_without_worker_if_memory_runs_out() -> None:
+    """Each single allocation of a turn fails once. Then the batch goes on, or the process ends."""
+    pytest.importorskip("_testcapi")
+    command = [sys.executable, "-c", WITHOUT_MEMORY]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_workers_start_up_to_the_maximum_and_retire_when_idle(
