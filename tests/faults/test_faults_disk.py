@@ -23,6 +23,7 @@ from support import strace
 from support.harness import Blocked, RawClient, ServerProcess, eventually, frame, not_ready, request, seeded, server
 
 from ringolib import timing
+from ringolib.client import outbox
 from ringolib.client.producer import Producer
 from ringolib.wire import encode_plain
 from store import Store
@@ -308,6 +309,7 @@ def test_intermittent_io_errors_fail_only_their_commits(
     """
     strace.need_strace()
     monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.05)
+    monkeypatch.setattr(outbox, "CHUNK_RECORDS", 2000)
     seed = seeded()
     rng = random.Random(seed)
     # A commit has fewer than 100 calls, so the first commit of a new connection succeeds.

@@ -195,7 +195,7 @@ def test_incomplete_file_does_not_run(pyz: Path, alone: list[str], tmp_path: Pat
         for info in whole.infolist():
             if not info.filename.startswith(missing):
                 part.writestr(info, whole.read(info))
-    done = run([*alone, sys.executable, "-I", "-S", str(tmp_path / "part.pyz"), "version"], tmp_path)
+    done = run([*alone, sys.executable, "-I", "-S", str(tmp_path / "part.pyz"), "-p", "0", "-T", "0"], tmp_path)
     assert done.returncode == 1 and f"{missing.removesuffix('.py').strip('/').replace('/', '.')}" in done.stderr
     assert "ModuleNotFoundError" in done.stderr or "is missing" in done.stderr
 
