@@ -9,7 +9,7 @@ from uuid import UUID
 from ringolib.decimals import IntegerError, decode_json, decode_text
 from ringolib.net.frames import MAX_MESSAGE
 from ringolib.web.headers import FORM_TYPE, JSON_TYPES, TEXT_TYPE, Refusal
-from ringolib.web.sources import new_source
+from ringolib.web.uuids import new_source
 from ringolib.wire import MAX_SEQUENCE, Buffer, Run, WireError, decode_plain
 
 MAX_INTEGERS = MAX_MESSAGE // 8

@@ -21,7 +21,7 @@ from math import inf
 from struct import Struct
 
 from ringolib.net.protocol import PING, Protocol
-from ringolib.web.sources import new_source
+from ringolib.web.uuids import new_source
 from ringolib.wire import Block, Run, decode_batch_messages, decode_plain_messages, encode_ack
 
 PING_AFTER_SECONDS = 20.0

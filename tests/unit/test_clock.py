@@ -39,7 +39,7 @@ ALLOWED = {
     ("ringolib/storage/reading.py", "strftime("): "a time as text",
     ("ringolib/web/records.py", "time.time_ns"): "a query for records since a time ago",
     ("ringolib/web/records.py", "datetime.datetime.fromisoformat"): "a time from text",
-    ("ringolib/web/sources.py", "time.time_ns"): "the order of new sources in an index; the rest of each is random",
+    ("ringolib/web/uuids.py", "time.time_ns"): "the order of new sources in an index; the rest of each is random",
     ("ringolib/storage/clickhouse/store.py", "time.time_ns"): "received_at_ms, and the order of two writes",
     ("ringolib/status/report.py", "datetime.datetime.now"): "startTime",
     ("ringolib/timing.py", "datetime.datetime.now"): "the time since which a server is not ready",

@@ -3,7 +3,7 @@
 import time
 import uuid
 
-from ringolib.web.sources import new_source
+from ringolib.web.uuids import new_source
 
 
 def test_new_source_is_a_uuid_that_begins_with_the_time() -> None:
