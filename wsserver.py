@@ -29,7 +29,6 @@ from ringolib.web.handler import (
     JSON,
     Routes,
     WebHandler,
-    new_request_id,
     peer_name,
 )
 from ringolib.web.headers import Refusal
@@ -41,6 +40,7 @@ from ringolib.web.post import decode_body, not_stored, parse_numbering
 from ringolib.web.request import BodyEnded
 from ringolib.web.session import LOST, Session
 from ringolib.web.table import Limits
+from ringolib.web.uuids import new_request_id
 from ringolib.wire import INGEST_PATH, READY_PATH, RECORDS_PATH, SUBPROTOCOL, Block
 
 log = logging.getLogger("ringoexp.http")

@@ -7,9 +7,6 @@ nothing about records. `wsserver` builds the server's routes on it, and `status.
 import functools
 import json
 import logging
-import os
-import uuid
-from collections import deque
 from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
@@ -25,6 +22,7 @@ from ringolib.web.connections import Connections
 from ringolib.web.headers import Refusal, offered_subprotocols
 from ringolib.web.names import origin_of
 from ringolib.web.request import Request, RequestReader
+from ringolib.web.uuids import new_request_id
 
 log = logging.getLogger("ringoexp.http")
 
@@ -42,9 +40,6 @@ GET_OR_HEAD = ("GET", "HEAD")
 CHALLENGE = 'Bearer realm="ringoexp"'
 """The WWW-Authenticate header of a response with status 401 (RFC 6750 section 3)."""
 _TOKEN_FLAGS = "(with ringoexp: --token_file or RINGOEXP_TOKEN)"
-RANDOM_UUIDS = 64
-"""UUIDs for which random bytes are read at once."""
-_random: deque[bytes] = deque()  # of any thread: its methods are atomic
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 
 Routes = dict[str, dict[str, Callable[[], None]]]
@@ -275,22 +270,3 @@ def _format_date(seconds: int) -> str:
 def peer_name(address: tuple[Any, ...]) -> str:
     """Return HOST:PORT of a client, `[HOST]:PORT` for IPv6, and `unix` for a client on a Unix socket."""
     return format_address(*address[:2]) if len(address) > 1 else str(address[0])
-
-
-def new_request_id() -> str:
-    """Return a new UUID (version 4) in upper case."""
-    return str(random_uuid()).upper()
-
-
-def random_uuid() -> uuid.UUID:
-    """Return a new UUID (version 4) from the system's random numbers.
-
-    They are read for many UUIDs at once: each read gives Python's lock away, which delays a busy server.
-    """
-    try:
-        data = _random.pop()
-    except IndexError:
-        block = os.urandom(16 * RANDOM_UUIDS)
-        _random.extend([block[at : at + 16] for at in range(16, len(block), 16)])
-        data = block[:16]
-    return uuid.UUID(bytes=data, version=4)
