@@ -5,13 +5,11 @@ outlives a restart of the server. One thread does everything.
 """
 
 import argparse
-import json
 import os
 import re
 import select
 import signal
 import sys
-from contextlib import closing
 from time import sleep
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -19,9 +17,9 @@ from urllib.parse import quote, unquote
 from ringolib.client.command_line import EXIT_USAGE, Parser, parse_uuid
 from ringolib.client.output import own_hints, print_line
 from ringolib.client.url import Target, parse_url
-from ringolib.net.addresses import Endpoint, host_header
+from ringolib.net.addresses import Endpoint
 from ringolib.net.credentials import CredentialError, read_token
-from ringolib.net.http_client import HTTPConnection, HTTPError, open_stream
+from ringolib.net.http_client import HTTPError, get, json_error
 from ringolib.net.sockets import reason_of
 from ringolib.net.tls import CredentialFileError, client_context
 from ringolib.printable import escape_controls
@@ -171,20 +169,10 @@ def _ask(
     values["consumer"] = arguments.consumer
     query = "&".join(f"{name}={quote(value, safe='')}" for name, value in values.items() if value)
     target = server.target
-    headers = {
-        "Host": host_header(target.host, target.port),
-        "Accept-Encoding": "identity",
-        "Connection": "close",
-    }
-    if server.token:
-        headers["Authorization"] = f"Bearer {server.token}"
+    endpoint = Endpoint(target.host, target.port, target.host)
     deadline = deadline_after(ANSWER_SECONDS)
     try:
-        with closing(open_stream(Endpoint(target.host, target.port, target.host), server.context, deadline)) as sock:
-            connection = HTTPConnection(sock)
-            connection.send("GET", f"{target.path}?{query}", headers, deadline)
-            head = connection.read_head(deadline)
-            body = connection.read_body(deadline)
+        head, body = get(endpoint, server.context, server.token, f"{target.path}?{query}", deadline)
     except TimeoutError:
         raise ReadError(f"{arguments.url}: no answer within {ANSWER_SECONDS:.0f} s") from None
     except (OSError, HTTPError) as error:
@@ -198,10 +186,8 @@ def _ask(
 
 def _refusal(url: str, status: int, body: bytes) -> ReadError:
     """Return the error for an answer of another status than 200."""
-    try:
-        reason = escape_controls(str(json.loads(body)["error"]))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        reason = "not a ringoexp server?"
+    error = json_error(body)
+    reason = "not a ringoexp server?" if error is None else escape_controls(str(error))
     retryable = status in (429, 500, 502, 503, 504)
     return ReadError(f"{url}: answered {status}: {reason}", EXIT_USAGE if status == 400 else EXIT_FAILED, retryable)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from ringolib.client.url import Target
 from ringolib.net.addresses import Endpoint
-from ringolib.net.http_client import HTTPError, get_json
+from ringolib.net.http_client import HTTPError, get
 from ringolib.timing import deadline_after
 from ringolib.wire import INGEST_PATH, READY_PATH
 
@@ -27,7 +27,7 @@ def ask_why_not_ready(target: Target, token: str | None, context: "ssl.SSLContex
     endpoint = Endpoint(target.host, target.port, target.host)
     deadline = deadline_after(ANSWER_TIMEOUT_SECONDS)
     try:
-        _, body = get_json(endpoint, context, token, prefix + READY_PATH, deadline)
+        _, body = get(endpoint, context, token, prefix + READY_PATH, deadline, accept="application/json")
         reasons = json.loads(body)["reasons"]
         return "; ".join(f"{reason['code'].replace('_', ' ')}: {reason['detail']}" for reason in reasons)
     except TimeoutError:

@@ -8,6 +8,7 @@ skipped. Each call has one deadline for all that it waits for: an answer that co
 to the caller. An `HTTPConnection` belongs to one thread.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,26 +68,48 @@ def open_stream(
     return sock
 
 
-def get_json(
-    endpoint: Endpoint, context: "ssl.SSLContext | None", token: str | None, path: str, deadline: float
-) -> tuple[int, bytes]:
-    """Request a JSON document, over a connection of its own. Return the status and the body.
+def request_headers(endpoint: Endpoint, token: str | None, accept: str | None = None) -> dict[str, str]:
+    """Return the headers of a request over a connection of its own. `token` is sent as a bearer token.
 
-    `token` is sent as a bearer token. Raises OSError, TimeoutError after the deadline, HTTPError, and ValueError if no
-    host can have this name.
+    Raises ValueError if no host can have the endpoint's name.
     """
     headers = {
         "Host": host_header(endpoint.name, endpoint.port),
-        "Accept": "application/json",
         "Accept-Encoding": "identity",
         "Connection": "close",
     }
+    if accept:
+        headers["Accept"] = accept
     if token:
         headers["Authorization"] = f"Bearer {token}"
+    return headers
+
+
+def get(
+    endpoint: Endpoint,
+    context: "ssl.SSLContext | None",
+    token: str | None,
+    target: str,
+    deadline: float,
+    accept: str | None = None,
+) -> tuple[Head, bytes]:
+    """Send a GET over a connection of its own. Return the head and the body of the answer.
+
+    Raises OSError, TimeoutError after the deadline, HTTPError, and ValueError as `request_headers`.
+    """
+    headers = request_headers(endpoint, token, accept)
     with closing(open_stream(endpoint, context, deadline)) as sock:
         connection = HTTPConnection(sock)
-        connection.send("GET", path, headers, deadline)
-        return connection.read_head(deadline).status, connection.read_body(deadline)
+        connection.send("GET", target, headers, deadline)
+        return connection.read_head(deadline), connection.read_body(deadline)
+
+
+def json_error(body: bytes) -> Any:
+    """Return the `error` of a ringoexp's answer in JSON, or None if the body has none."""
+    try:
+        return json.loads(body)["error"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 class HTTPExchange:

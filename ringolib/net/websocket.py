@@ -6,7 +6,6 @@ message list, its `send` or its compression. The client's is an HTTP request (`h
 Functions for one thread. The server's end waits as long as the socket's timeout, the client's for HANDSHAKE_TIMEOUT.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from types import ModuleType
@@ -16,7 +15,7 @@ from wsproto import ConnectionType
 from wsproto.events import AcceptConnection
 from wsproto.utilities import generate_accept_token, generate_nonce
 
-from ringolib.net.http_client import SWITCHING_PROTOCOLS, Head, HTTPConnection, HTTPError
+from ringolib.net.http_client import SWITCHING_PROTOCOLS, Head, HTTPConnection, HTTPError, json_error
 from ringolib.printable import escape_controls
 from ringolib.timing import deadline_after
 
@@ -119,10 +118,7 @@ def refusal(status: int, body: bytes) -> HandshakeError:
 
 def explain_refusal(status: int, body: bytes) -> str:
     """Return why a server refuses, to append to an error text; or "". A ringoexp says it as `error`, in JSON."""
-    try:
-        reason = json.loads(body)["error"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        reason = None
+    reason = json_error(body)
     if isinstance(reason, str) and reason:
         return f": {escape_controls(reason[:MAX_REASON_CHARACTERS])}"
     if known := _STATUS_REASONS.get(status):

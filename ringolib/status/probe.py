@@ -13,7 +13,7 @@ from time import monotonic
 
 from ringolib.net.addresses import Endpoint
 from ringolib.net.credentials import CredentialSet
-from ringolib.net.http_client import HTTPError, get_json
+from ringolib.net.http_client import HTTPError, get
 from ringolib.net.sockets import reason_of
 from ringolib.net.websocket import explain_refusal
 from ringolib.status.readiness_rules import CONNECTIONS_FULL, Reason
@@ -130,7 +130,9 @@ def check_consumer(endpoint: Endpoint, credentials: CredentialSet, linked: bool)
     """
     try:
         deadline = deadline_after(ANSWER_TIMEOUT_SECONDS)
-        status, body = get_json(endpoint, credentials.client, credentials.token, READY_PATH, deadline)
+        head, body = get(
+            endpoint, credentials.client, credentials.token, READY_PATH, deadline, accept="application/json"
+        )
     except TimeoutError:
         return "consumer_unreachable", f"{endpoint}: {no_answer()}"
     except (OSError, HTTPError, ValueError) as error:  # ValueError: no host can have this name
@@ -140,13 +142,13 @@ def check_consumer(endpoint: Endpoint, credentials: CredentialSet, linked: bool)
         reasons = [(str(reason["code"]), str(reason["detail"])) for reason in response.get("reasons", ())]
         unauthorized = response.get("authorized") is False
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return "consumer_unreachable", f"{endpoint}: answered {status}: not a ringoexp server?"
+        return "consumer_unreachable", f"{endpoint}: answered {head.status}: not a ringoexp server?"
     if unauthorized:
         return (
             "consumer_unreachable",
             f"{endpoint}: access token missing or wrong (--token_file, or RINGOEXP_TOKEN)",
         )
-    if status != 200 and not reasons:
-        return "consumer_unreachable", f"{endpoint}: answered {status}{explain_refusal(status, body)}"
+    if head.status != 200 and not reasons:
+        return "consumer_unreachable", f"{endpoint}: answered {head.status}{explain_refusal(head.status, body)}"
     details = [detail for code, detail in reasons if code != CONNECTIONS_FULL or not linked]
     return ("consumer_not_ready", f"{endpoint}: {'; '.join(details)}") if details else None

@@ -4,16 +4,15 @@ The functions run on the thread of the connection. `RelayedRecords` is shared by
 the answers that last. While a thread waits for a consumer, it looks every LOOK_SECONDS whether the server stops.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from http import HTTPStatus
 from typing import TypeVar
 from urllib.parse import quote, unquote
 
-from ringolib.net.addresses import Endpoint, host_header
+from ringolib.net.addresses import Endpoint
 from ringolib.net.credentials import Credentials
-from ringolib.net.http_client import Head, HTTPConnection, HTTPError, open_stream
+from ringolib.net.http_client import Head, HTTPConnection, HTTPError, json_error, open_stream, request_headers
 from ringolib.net.sockets import reason_of
 from ringolib.timing import deadline_after, remaining
 from ringolib.web.handler import WebHandler
@@ -87,16 +86,8 @@ class RelayedRecords:
         deadline = deadline_after(ANSWER_TIMEOUT_SECONDS)
         credentials = self._credentials.current
         parts = [part for part in connection.parsed.query.split("&") if unquote(part.partition("=")[0]) != "consumer"]
-        headers = {
-            "Host": host_header(endpoint.name, endpoint.port),
-            "Accept-Encoding": "identity",
-            "Connection": "close",
-            "Via": via,
-        }
-        if accept := connection.parsed.headers.get_all("accept"):
-            headers["Accept"] = ",".join(accept)
-        if credentials.token:
-            headers["Authorization"] = f"Bearer {credentials.token}"
+        accept = ",".join(connection.parsed.headers.get_all("accept"))
+        headers = {**request_headers(endpoint, credentials.token, accept), "Via": via}
         try:
             upstream = HTTPConnection(stack.enter_context(closing(open_stream(endpoint, credentials.client, deadline))))
             upstream.send(connection.command, f"{RECORDS_PATH}?{'&'.join(parts)}", headers, deadline)
@@ -217,7 +208,5 @@ def _explain(status: int, body: bytes) -> str:
         return ": it is older than this publisher, and cannot be read from: update it"
     if status == HTTPStatus.UNAUTHORIZED:
         return ": this publisher's token is missing or wrong there (--token_file, or RINGOEXP_TOKEN)"
-    try:
-        return f": {json.loads(body)['error']}"
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return ": not a ringoexp server?"
+    error = json_error(body)
+    return ": not a ringoexp server?" if error is None else f": {error}"
