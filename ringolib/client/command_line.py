@@ -1,4 +1,4 @@
-"""What the command lines of `ringoexp send` and `ringoexp read` share: errors of one line, with a suggestion."""
+"""What the command lines of `ringoexp send` and `ringoexp read` share: flags, and errors of one line."""
 
 import argparse
 import uuid
@@ -16,6 +16,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line, without the usage text, and exit."""
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message} ({self.prog} --help lists the flags)\n")
+
+    def add_credentials(self, scheme: str) -> None:
+        """Add the flags for the access token and for TLS, which URLs with this scheme have."""
+        add = self.add_argument
+        token_help = "file with the server's access token; without the flag: the variable RINGOEXP_TOKEN, if it is set"
+        add("--token_file", metavar="PATH", help=token_help)
+        add("--token-file", dest="token_file", metavar="PATH", help=argparse.SUPPRESS)
+        ca_help = f"{scheme}: certificate authorities for the server's certificate, PEM; without the flag: the system's"
+        add("--ca", metavar="PATH", help=ca_help)
+        add("--cert", metavar="PATH", help=f"{scheme}: client certificate, PEM, if the server requires one")
+        add("--key", metavar="PATH", help=f"{scheme}: private key of --cert, PEM, if it is in another file")
+
+    def check_credentials(self, arguments: argparse.Namespace) -> None:
+        """End the program if there is a key without its certificate."""
+        if arguments.key and not arguments.cert:
+            self.error(f"argument --key: {arguments.key!r} requires --cert")
 
     def refuse_unknown(self, words: Sequence[str]) -> None:
         """End the program if there are words that are neither flags nor values: what `parse_known_args` returns."""

@@ -72,13 +72,7 @@ def make_parser() -> Parser:
     add("--order", choices=("asc", "desc"), default="asc", help="desc: the newest first")
     add("--consumer", metavar="ADDRESS", help="which consumer to ask, if the server is a publisher of several")
     add("--url", default=URL, help=f"the server (default {URL}); https:// for TLS; ws+unix:PATH for a Unix socket")
-    token_help = "file with the server's access token; without the flag: the variable RINGOEXP_TOKEN, if it is set"
-    add("--token_file", metavar="PATH", help=token_help)
-    add("--token-file", dest="token_file", metavar="PATH", help=argparse.SUPPRESS)
-    ca_help = "https: certificate authorities for the server's certificate, PEM; without the flag: the system's"
-    add("--ca", metavar="PATH", help=ca_help)
-    add("--cert", metavar="PATH", help="https: client certificate, PEM, if the server requires one")
-    add("--key", metavar="PATH", help="https: private key of --cert, PEM, if it is in another file")
+    parser.add_credentials("https")
     return parser
 
 
@@ -97,8 +91,7 @@ def main(argv: list[str]) -> int:
     try:
         arguments, unknown = parser.parse_known_args(argv)
         parser.refuse_unknown(unknown)
-        if arguments.key and not arguments.cert:
-            parser.error(f"argument --key: {arguments.key!r} requires --cert")
+        parser.check_credentials(arguments)
         if arguments.follow and arguments.order == "desc":
             parser.error("--follow and --order desc exclude each other: omit one")
         try:

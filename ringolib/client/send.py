@@ -76,8 +76,7 @@ def main(argv: list[str]) -> int:
     with _Signals() as signals:
         try:
             arguments = parse_arguments(parser, argv)
-            if arguments.key and not arguments.cert:
-                parser.error(f"argument --key: {arguments.key!r} requires --cert")
+            parser.check_credentials(arguments)
             return _run(parser, arguments, signals)
         except KeyboardInterrupt as interrupt:  # before the first record
             status, text = _describe_signal(interrupt)

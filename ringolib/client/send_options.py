@@ -48,13 +48,7 @@ def make_parser() -> Parser:
     add("items", nargs="*", default=[], metavar="FILE | INTEGER", help=items_help)
     url_help = f"the server (default {URL}); wss:// for TLS; ws+unix:PATH:/v1.0/ingest for a Unix socket"
     add("--url", default=URL, help=url_help)
-    token_help = "file with the server's access token; without the flag: the variable RINGOEXP_TOKEN, if it is set"
-    add("--token_file", metavar="PATH", help=token_help)
-    add("--token-file", dest="token_file", metavar="PATH", help=argparse.SUPPRESS)
-    ca_help = "wss: certificate authorities for the server's certificate, PEM; without the flag: the system's"
-    add("--ca", metavar="PATH", help=ca_help)
-    add("--cert", metavar="PATH", help="wss: client certificate, PEM, if the server requires one")
-    add("--key", metavar="PATH", help="wss: private key of --cert, PEM, if it is in another file")
+    parser.add_credentials("wss")
     add("--binary", action="store_true", help="integers are 8 bytes each, big-endian, signed; default: one per line")
     add("--source", type=parse_uuid, metavar="UUID", help="source to resume; default: a new one")
     first_help = "number of the input's first integer in its source (default 0)"
