@@ -33,6 +33,18 @@ _NOT_TEXT = re.compile(rb"[^ -~]")
 _OCTETS_HINT = "for integers as bytes, send Content-Type: application/octet-stream"
 
 
+def parse_integer(text: bytes) -> int:
+    """Return a decimal integer of 64 bits. It may have any number of leading zeros, which `int` limits.
+
+    Raises ValueError or OverflowError for other texts.
+    """
+    sign, digits = (text[:1], text[1:]) if text[:1] in (b"-", b"+") else (b"", text)
+    digits = digits.lstrip(b"0") or digits[-1:]
+    if not digits.isdigit() or len(digits) > MAX_DIGITS:
+        raise ValueError
+    return array("q", [int(sign + digits)])[0]
+
+
 class IntegerError(WireError):
     """A body is not a list of integers. `index` is the number of valid integers before the first fault."""
 
@@ -168,13 +180,11 @@ class _Decoder:
     def _convert_each(self, tokens: list[bytes], at: int) -> None:
         for token in tokens:
             at = self._body.index(token, at)
-            digits = token.lstrip(b"+-").lstrip(b"0") or b"0"
-            value = int(digits) if len(digits) <= MAX_DIGITS else 2**64
-            value = -value if token[:1] == b"-" else value
-            if not -(2**63) <= value < 2**63:
+            try:
+                self._values.append(parse_integer(token))
+            except (ValueError, OverflowError):
                 hint = "; curl -d @FILE removes the ends of lines: use --data-binary @FILE" if self._is_form else ""
-                raise self._fault(at, f"does not fit into 64 bits{hint}")
-            self._values.append(value)
+                raise self._fault(at, f"does not fit into 64 bits{hint}") from None
             at += len(token)
 
     def _fault_behind(self, match: "re.Match[bytes]", fault: str = "") -> IntegerError:

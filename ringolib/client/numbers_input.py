@@ -16,19 +16,15 @@ from itertools import chain
 from time import monotonic
 from typing import BinaryIO
 
+from ringolib.decimals import BYTE_ORDER_MARK, UTF_16_MARKS, parse_integer
 from ringolib.wire import decode_plain
 
 READ_BYTES = 64 * 1024
 MAX_LINE = 64 * 1024
 """Bytes of a line, at most. Without a limit, input that is no text would fill the memory."""
-MAX_DIGITS = 19
-"""Digits of a 64-bit integer, without leading zeros."""
 WAIT_MILLISECONDS = 500
 """How long a wait for input may delay a signal."""
 STDIN = "-"
-UTF8_MARK = b"\xef\xbb\xbf"
-"""The byte order mark that some programs write before UTF-8 text."""
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class BadInput(Exception):
@@ -73,9 +69,9 @@ def text_integers(pieces: Iterable[bytes]) -> Iterator["array[int]"]:
 
 def _without_mark(line: bytes) -> bytes:
     """Return the first line of a text without a byte order mark. Raises BadInput if the text is UTF-16."""
-    if line.startswith(UTF16_MARKS):
+    if line.startswith(UTF_16_MARKS):
         raise BadInput("this is UTF-16 text: convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8")
-    return line.removeprefix(UTF8_MARK)
+    return line.removeprefix(BYTE_ORDER_MARK)
 
 
 def _integers_line_by_line(lines: list[bytes], number: int) -> Iterator["array[int]"]:
@@ -92,18 +88,6 @@ def _integers_line_by_line(lines: list[bytes], number: int) -> Iterator["array[i
             yield values
             raise _bad_line(line, number) from None
     yield values
-
-
-def parse_integer(text: bytes) -> int:
-    """Return a decimal integer of 64 bits. It may have any number of leading zeros, which `int` limits.
-
-    Raises ValueError or OverflowError for other texts.
-    """
-    sign, digits = (text[:1], text[1:]) if text[:1] in (b"-", b"+") else (b"", text)
-    digits = digits.lstrip(b"0") or digits[-1:]
-    if not digits.isdigit() or len(digits) > MAX_DIGITS:
-        raise ValueError
-    return array("q", [int(sign + digits)])[0]
 
 
 def _bad_line(line: bytes, number: int) -> BadInput:
