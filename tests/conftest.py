@@ -13,6 +13,7 @@ import pytest
 from support import NOT_PERMITTED
 from support.both_producers import make_producer  # noqa: F401  # a fixture for all tests
 from support.certificates import Authority, Pair
+from support.harness import ServerProcess, server
 
 # A shell or `nohup` may have started the tests with these signals ignored. The servers of the tests would ignore them,
 # too (see ringoexp.py). A handler that does nothing has the same effect here, and is not inherited.
@@ -45,3 +46,12 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def pair(authority: Authority) -> Pair:
     """A certificate for localhost, and its key."""
     return authority.issue()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A complete system for tests that only add records to it."""
+    directory = tmp_path_factory.mktemp("shared")
+    with server(directory, "-p", "0", "-T", "0") as running:
+        running.database = directory / "ringoexp.db"  # type: ignore[attr-defined]
+        yield running

@@ -20,6 +20,7 @@ from support.harness import (
     ROLES,
     ROOT,
     RawClient,
+    ServerProcess,
     connected,
     eventually,
     exchange,
@@ -196,6 +197,17 @@ def test_connection_is_kept_after_a_stream(port: int) -> None:
 
 
 @contextmanager
+def chained_servers(directory: Path) -> Iterator[tuple[ServerProcess, ServerProcess]]:
+    """Run a consumer, and a publisher in front of it."""
+    (directory / "p").mkdir()
+    with (
+        server(directory, *ROLES["consumer"]) as running,
+        server(directory / "p", "-p", "0", "-T", str(running.port)) as front,
+    ):
+        yield running, front
+
+
+@contextmanager
 def follow(port: int, query: str) -> Iterator[tuple[http.client.HTTPResponse, socket.socket]]:
     """Send a request that follows. Yield the answer, and its socket."""
     with connected(port) as sock:
@@ -208,11 +220,7 @@ def follow(port: int, query: str) -> Iterator[tuple[http.client.HTTPResponse, so
 
 @pytest.mark.parametrize("chained", [False, True], ids=["consumer", "publisher"])
 def test_follower_gets_new_records_until_the_server_stops(tmp_path: Path, chained: bool) -> None:
-    (tmp_path / "p").mkdir()
-    with (
-        server(tmp_path, *ROLES["consumer"]) as running,
-        server(tmp_path / "p", "-p", "0", "-T", str(running.port)) as front,
-    ):
+    with chained_servers(tmp_path) as (running, front):
         store_records(running.port, SOURCE, 0, 2)
         with follow(front.port if chained else running.port, "") as (response, _):
             assert [json.loads(response.readline())["value"] for _ in range(2)] == [0, 1]
@@ -249,11 +257,7 @@ def store_many(port: int) -> None:
 @pytest.mark.parametrize("chained", [False, True], ids=["consumer", "publisher"])
 @pytest.mark.parametrize("query", ["follow=1", "limit=1000000"])
 def test_stop_does_not_wait_for_a_client_that_has_paused(tmp_path: Path, chained: bool, query: str) -> None:
-    (tmp_path / "p").mkdir()
-    with (
-        server(tmp_path, *ROLES["consumer"]) as running,
-        server(tmp_path / "p", "-p", "0", "-T", str(running.port)) as front,
-    ):
+    with chained_servers(tmp_path) as (running, front):
         store_many(running.port)
         asked = front if chained else running
         with connected(asked.port) as sock:
@@ -265,11 +269,7 @@ def test_stop_does_not_wait_for_a_client_that_has_paused(tmp_path: Path, chained
 @pytest.mark.parametrize("chained", [False, True], ids=["consumer", "publisher"])
 def test_follower_that_lags_ends_with_the_server(tmp_path: Path, chained: bool) -> None:
     """Its answer ends in order, although records are left."""
-    (tmp_path / "p").mkdir()
-    with (
-        server(tmp_path, *ROLES["consumer"]) as running,
-        server(tmp_path / "p", "-p", "0", "-T", str(running.port)) as front,
-    ):
+    with chained_servers(tmp_path) as (running, front):
         store_many(running.port)
         asked = front if chained else running
         with follow(asked.port, "") as (response, _):
@@ -298,11 +298,7 @@ def test_publisher_stops_although_a_consumer_does_not_answer(tmp_path: Path) -> 
 @pytest.mark.parametrize("chained", [False, True], ids=["consumer", "publisher"])
 def test_request_behind_a_follow_is_not_answered(tmp_path: Path, chained: bool) -> None:
     """The follower's thread reads its first byte, so the rest must not be taken for a request."""
-    (tmp_path / "p").mkdir()
-    with (
-        server(tmp_path, *ROLES["consumer"]) as running,
-        server(tmp_path / "p", "-p", "0", "-T", str(running.port)) as front,
-    ):
+    with chained_servers(tmp_path) as (running, front):
         store_records(running.port, SOURCE, 0, 1)
         with follow((front if chained else running).port, "format=text") as (response, sock):
             assert response.readline() == b"0\n"
@@ -325,11 +321,7 @@ def test_client_that_does_not_read_is_no_silent_consumer(tmp_path: Path) -> None
 
 
 def test_lost_consumer_cuts_the_answer(tmp_path: Path) -> None:
-    (tmp_path / "p").mkdir()
-    with (
-        server(tmp_path, *ROLES["consumer"]) as running,
-        server(tmp_path / "p", "-p", "0", "-T", str(running.port)) as front,
-    ):
+    with chained_servers(tmp_path) as (running, front):
         store_records(running.port, SOURCE, 0, 1)
         with follow(front.port, "format=text") as (response, _):
             assert response.readline() == b"0\n"

@@ -54,15 +54,6 @@ def absent() -> str:
     return f"ws://localhost:{free_port()}/v1.0/ingest"
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A complete system for tests that only add records to it."""
-    directory = tmp_path_factory.mktemp("shared")
-    with server(directory, "-p", "0", "-T", "0") as running:
-        running.database = directory / "ringoexp.db"  # type: ignore[attr-defined]
-        yield running
-
-
 # Integers as arguments.
 
 

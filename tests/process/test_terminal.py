@@ -1,86 +1,42 @@
 """A server on a terminal: its lines are for people. The terminal is a real pseudo-terminal (pty(7))."""
 
 import json
-import os
-import pty
 import re
-import select
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from support.harness import DEADLINE, ROOT, free_port, request, server
+from support.terminal import Terminal
 
 TIME = r"\d\d:\d\d:\d\d"
 
 
-class Terminal:
+class ServerTerminal(Terminal):
     """A server whose stdin, stdout and stderr are a terminal."""
 
-    def __init__(self, directory: Path, *flags: str, env: Mapping[str, str] | None = None, patch: str = "") -> None:
-        self._master, slave = pty.openpty()
-        plain = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "TERM")}
+    def __init__(self, directory: Path, *flags: str, env: Mapping[str, str] | None = None, patch: str = "pass") -> None:
         start = f"import sys; sys.path[0] = {str(ROOT)!r}; import ringoexp; from ringolib import status, app; "
         imports = "import ringolib.status.look, ringolib.status.logs; "
         command = [sys.executable, "-c", f"{start}{imports}{patch}; sys.exit(ringoexp.main())", *flags]
-        self.process = subprocess.Popen(
-            command,
-            cwd=directory,
-            env={**plain, "TERM": "xterm", "PYTHONUTF8": "1", **(env or {})},
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-        )
-        os.close(slave)
-        self.output = ""
+        super().__init__(command, directory, env={"NO_COLOR": "", "PYTHONUTF8": "1", **(env or {})})
 
     def until(self, pattern: str) -> str:
         """Read until the output has this pattern, and return all of it."""
         deadline = time.monotonic() + DEADLINE
         while not re.search(pattern, self.output):
             assert time.monotonic() < deadline, f"no {pattern!r} in {self.output!r}"
-            assert self._read(), f"ended without {pattern!r}: {self.output!r}"
+            assert self.read(0.1), f"ended without {pattern!r}: {self.output!r}"
         return self.output
 
     def stop(self, number: int = signal.SIGINT) -> str:
         """End the server with a signal, and return its output."""
         self.process.send_signal(number)
-        while self._read():
-            pass
-        assert self.process.wait(DEADLINE) == 0
+        assert self.finish() == 0
         return self.output
-
-    def _read(self) -> bool:
-        """Read the bytes that have arrived. False at the end."""
-        if select.select([self._master], [], [], 0.1)[0]:
-            try:
-                data = os.read(self._master, 65536)
-            except OSError:  # EIO: no process has the terminal open
-                return False
-            self.output += data.decode()
-            return bool(data)
-        return True
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._master)
-
-
-@contextmanager
-def terminal(directory: Path, *flags: str, env: Mapping[str, str] | None = None, patch: str = "") -> Iterator[Terminal]:
-    """Run a server on a terminal for the `with` block."""
-    running = Terminal(directory, *flags, env=env, patch=patch or "pass")
-    try:
-        yield running
-    finally:
-        running.close()
 
 
 def lines(output: str) -> list[str]:
@@ -89,7 +45,7 @@ def lines(output: str) -> list[str]:
 
 
 def test_start_is_one_line_with_url_role_path_token_and_tls(tmp_path: Path) -> None:
-    with terminal(tmp_path, "-p", "0", "-T", "0", env={"NO_COLOR": "1", "RINGOEXP_TOKEN": "x"}) as running:
+    with ServerTerminal(tmp_path, "-p", "0", "-T", "0", env={"NO_COLOR": "1", "RINGOEXP_TOKEN": "x"}) as running:
         running.until("TLS off")
         first, last = lines(running.stop())
     assert re.fullmatch(
@@ -101,7 +57,7 @@ def test_start_is_one_line_with_url_role_path_token_and_tls(tmp_path: Path) -> N
 
 
 def test_level_has_a_colour_and_thread_and_logger_are_left_out(tmp_path: Path) -> None:
-    with terminal(tmp_path, "-p", "0", "-T", "0", "-X", "100000") as running:
+    with ServerTerminal(tmp_path, "-p", "0", "-T", "0", "-X", "100000") as running:
         running.until("TLS off")
         output = running.stop()
     assert re.search(rf"\x1b\[2m{TIME}\x1b\[0m \x1b\[33mwarning few_cores\x1b\[0m procs=100000", output)
@@ -110,27 +66,27 @@ def test_level_has_a_colour_and_thread_and_logger_are_left_out(tmp_path: Path) -
 
 @pytest.mark.parametrize("env", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"TERM": ""}])
 def test_colours_can_be_turned_off(tmp_path: Path, env: dict[str, str]) -> None:
-    with terminal(tmp_path, "-p", "0", "-T", "0", "-X", "100000", env=env) as running:
+    with ServerTerminal(tmp_path, "-p", "0", "-T", "0", "-X", "100000", env=env) as running:
         running.until("TLS off")
         output = running.stop()
     assert "\x1b" not in output and re.search(rf"{TIME} warning few_cores procs=100000 ", output)
 
 
 def test_log_json_is_json_on_a_terminal_too(tmp_path: Path) -> None:
-    with terminal(tmp_path, "-p", "0", "-T", "0", "--log_json") as running:
+    with ServerTerminal(tmp_path, "-p", "0", "-T", "0", "--log_json") as running:
         running.until("started")
         events = [json.loads(line)["event"] for line in lines(running.stop())]
     assert events == ["started", "stopped"]
 
 
 def test_control_characters_of_a_path_do_not_reach_the_terminal(tmp_path: Path) -> None:
-    with terminal(tmp_path, "-p", "0", "-T", "0", "-D", "z\xe9ro\x1b[31m.db", env={"NO_COLOR": "1"}) as running:
+    with ServerTerminal(tmp_path, "-p", "0", "-T", "0", "-D", "z\xe9ro\x1b[31m.db", env={"NO_COLOR": "1"}) as running:
         assert r"/z" "\xe9" r"ro\x1b[31m.db, token off" in running.until("TLS off")
 
 
 @pytest.mark.parametrize(("host", "words"), [("0.0.0.0", "all IPv4 addresses"), ("::", "all addresses")])
 def test_url_of_a_server_on_all_addresses_can_be_opened(tmp_path: Path, host: str, words: str) -> None:
-    with terminal(tmp_path, "-H", host, "-p", "0", "-T", "0", env={"NO_COLOR": "1"}) as running:
+    with ServerTerminal(tmp_path, "-H", host, "-p", "0", "-T", "0", env={"NO_COLOR": "1"}) as running:
         output = running.until("TLS off")
         match = re.search(rf" on http://localhost:(\d+)/ \({words}\) storing in ", output)
         assert match and request(int(match[1]), "GET", "/")[0] == 200
@@ -139,7 +95,7 @@ def test_url_of_a_server_on_all_addresses_can_be_opened(tmp_path: Path, host: st
 def test_publisher_says_that_its_consumer_does_not_answer(tmp_path: Path) -> None:
     """The hint has the flags of a complete system."""
     port, unused = free_port(), free_port()
-    with terminal(tmp_path, "-p", str(port), "-T", str(unused), env={"NO_COLOR": "1"}) as running:
+    with ServerTerminal(tmp_path, "-p", str(port), "-T", str(unused), env={"NO_COLOR": "1"}) as running:
         running.until("consumer_away.*\n")
         _, line, _ = lines(running.stop())
     assert f'reason="localhost:{unused}: Connection refused"' in line
@@ -151,7 +107,7 @@ def test_one_of_several_consumers_that_does_not_answer_is_named(tmp_path: Path) 
     unused = free_port()
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db") as consumer:
         both = f"127.0.0.1:{consumer.port},127.0.0.1:{unused}"
-        with terminal(tmp_path, "-p", "0", "-U", both) as running:
+        with ServerTerminal(tmp_path, "-p", "0", "-U", both) as running:
             running.until(rf"(link_down|consumer_away).*127.0.0.1:{unused}: .*refused")
 
 
@@ -159,14 +115,14 @@ def test_publisher_is_silent_if_its_consumer_answers(tmp_path: Path) -> None:
     """`looked` shows that it has asked."""
     patch = "real = status.look.Look._run; status.look.Look._run = lambda self: (real(self), app.log.info('looked'))"
     with server(tmp_path, "-I", "false", "-p", "0", "-D", "c.db") as consumer:
-        with terminal(tmp_path, "-p", "0", "-T", str(consumer.port), patch=patch) as running:
+        with ServerTerminal(tmp_path, "-p", "0", "-T", str(consumer.port), patch=patch) as running:
             running.until("looked")
             assert "consumer_away" not in running.stop()
 
 
 def test_counts_held_back_are_told_before_the_last_line(tmp_path: Path) -> None:
     patch = "status.logs.RATE_LIMIT_SECONDS = 600"
-    with terminal(tmp_path, "-p", "0", "-T", "0", env={"NO_COLOR": "1"}, patch=patch) as running:
+    with ServerTerminal(tmp_path, "-p", "0", "-T", "0", env={"NO_COLOR": "1"}, patch=patch) as running:
         match = re.search(r"http://localhost:(\d+)/", running.until("TLS off"))
         assert match
         for _ in range(3):
@@ -176,6 +132,6 @@ def test_counts_held_back_are_told_before_the_last_line(tmp_path: Path) -> None:
 
 
 def test_line_covers_the_echo_of_ctrl_c(tmp_path: Path) -> None:
-    with terminal(tmp_path, "-p", "0", "-T", "0") as running:
+    with ServerTerminal(tmp_path, "-p", "0", "-T", "0") as running:
         running.until("TLS off")
         assert "\r\x1b[2m" in running.stop()

@@ -4,15 +4,20 @@ A test that uses the fixture `make_producer` runs with each of them.
 """
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
 from ringolib.client.async_producer import AsyncProducer
 from ringolib.client.producer import Producer
+from support.harness import ROOT
 
 Result = TypeVar("Result")
 MakeProducer = Callable[..., Any]
@@ -85,3 +90,12 @@ def make_producer(request: pytest.FixtureRequest) -> Iterator[MakeProducer]:
     """Make producers of either kind."""
     with producers(request.param) as make:
         yield make
+
+
+def run_program(directory: Path, program: str) -> "subprocess.CompletedProcess[str]":
+    """Run a program that imports the producers, from a file, as `multiprocessing` needs it."""
+    path = directory / "parent.py"
+    path.write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", str(path)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)

@@ -1,7 +1,6 @@
 """What only `AsyncProducer` has: cancellation, many tasks, the end of the event loop, forks of it, and no thread."""
 
 import asyncio
-import os
 import re
 import socket
 import subprocess
@@ -15,23 +14,15 @@ from time import monotonic
 from typing import Any
 
 import pytest
+from support.both_producers import run_program
 from support.fake_consumer import Link, fake_consumer
-from support.harness import DEADLINE, ROOT, ServerProcess, free_port, in_order, server
+from support.harness import DEADLINE, ROOT, ServerProcess, free_port, in_order
 from support.short_times import short_times  # noqa: F401  # a fixture for each test
 
 from ringolib.client import async_producer, outbox, producer
 from ringolib.client.async_producer import AsyncProducer
 from ringolib.client.producer import ProducerError
 from ringolib.wire import decode_batch, encode_ack
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A complete system for tests that only add records to it."""
-    directory = tmp_path_factory.mktemp("shared")
-    with server(directory, "-p", "0", "-T", "0") as running:
-        running.database = directory / "ringoexp.db"  # type: ignore[attr-defined]
-        yield running
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -418,10 +409,7 @@ if __name__ == "__main__":
     child.join()
     print(child.exitcode)
 """
-    (tmp_path / "parent.py").write_text(script)
-    command = [sys.executable, "-W", "ignore", str(tmp_path / "parent.py")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = run_program(tmp_path, script)
     assert (done.stdout, done.stderr) == ("0\n", "")
     assert in_order(shared.database, source) == [1, 2]
 

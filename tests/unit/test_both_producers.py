@@ -30,21 +30,19 @@ from support.harness import (
     server,
 )
 from support.scripted_server import ScriptedServer
+from support.short_times import shorten_times
 
-from ringolib import timing
 from ringolib.client import base, outbox, producer
 from ringolib.client.exchange import Exchange
 from ringolib.client.producer import Producer, ProducerError
-from ringolib.net import sockets, websocket
+from ringolib.net import websocket
 from ringolib.net.tls import client_context
 from ringolib.wire import decode_batch, encode_ack
 
 
 @pytest.fixture(autouse=True)
 def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "BACKOFF_FIRST_SECONDS", 0.005)
-    monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.05)
-    monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.2)
+    shorten_times(monkeypatch, 0.005, 0.05)
     monkeypatch.setattr(producer, "EXIT_FLUSH_SECONDS", 0.2)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
+from support.both_producers import run_program
 from support.fake_consumer import Link, fake_consumer
 from support.harness import (
     DEADLINE,
@@ -26,21 +27,18 @@ from support.harness import (
     in_order,
     server,
 )
+from support.short_times import shorten_times
 
-from ringolib import timing
 from ringolib.client import numbers_input, producer
 from ringolib.client import send as command
 from ringolib.client.producer import Producer
 from ringolib.client.url import Target, parse_url
-from ringolib.net import sockets
 from ringolib.wire import encode_ack
 
 
 @pytest.fixture(autouse=True)
 def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "BACKOFF_FIRST_SECONDS", 0.005)
-    monkeypatch.setattr(timing, "BACKOFF_MAX_SECONDS", 0.05)
-    monkeypatch.setattr(sockets, "CLOSE_TIMEOUT", 0.2)
+    shorten_times(monkeypatch, 0.005, 0.05)
     monkeypatch.setattr(producer, "EXIT_FLUSH_SECONDS", 0.2)
 
 
@@ -50,15 +48,6 @@ def send(directory: Path, *flags: str, given: bytes = b"") -> "subprocess.Comple
     done = subprocess.run(command, cwd=directory, input=given, capture_output=True, timeout=60)
     assert b"Traceback" not in done.stderr
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A complete system for tests that only add records to it."""
-    directory = tmp_path_factory.mktemp("shared")
-    with server(directory, "-p", "0", "-T", "0") as running:
-        running.database = directory / "ringoexp.db"  # type: ignore[attr-defined]
-        yield running
 
 
 @contextmanager
@@ -640,9 +629,6 @@ if __name__ == "__main__":
     child.join()
     print(child.exitcode)
 """
-    (tmp_path / "parent.py").write_text(script)
-    command = [sys.executable, "-W", "ignore", str(tmp_path / "parent.py")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = run_program(tmp_path, script)
     assert (done.stdout, done.stderr) == ("0\n", "")
     assert in_order(shared.database, source) == [1, 2, 3]
