@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from ringolib.storage.interface import PAGE_RECORDS, Query, Storage
 from ringolib.wire import Run
 from store import Store
 from support.harness import rows
@@ -39,6 +40,18 @@ def stored_values(path: Path) -> dict[tuple[str, int], int]:
 def append(store: Store, source: bytes, first: int, end: int) -> None:
     """Append the records `first` to `end - 1` of a source; each value equals its sequence."""
     store.append([Run(source, first, end - first)], array("q", range(first, end)))
+
+
+def read_pages(store: Storage, wanted: Query) -> list[bytes]:
+    """Return the lines of all pages of a query."""
+    lines: list[bytes] = []
+    while True:
+        page = store.read(wanted._replace(limit=wanted.limit - len(lines)))
+        assert page.count == page.lines.count(b"\n") <= PAGE_RECORDS
+        lines += page.lines.splitlines()
+        if not page.more or len(lines) == wanted.limit:
+            return lines
+        wanted = wanted._replace(after=page.last)
 
 
 def check_file(path: Path) -> None:

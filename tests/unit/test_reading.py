@@ -12,27 +12,15 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from support.databases import A_TEXT, FAR, A, B, append, query
+from support.databases import A_TEXT, FAR, A, B, append, query, read_pages
 from support.harness import Blocked, seeded
 
 from ringolib.storage import oldest, reading, wal
-from ringolib.storage.interface import FORMS, PAGE_RECORDS, Query, StoreError
+from ringolib.storage.interface import FORMS, Query, StoreError
 from ringolib.wire import Run
 from store import Store
 
 ORDERS = pytest.mark.parametrize("descending", [False, True], ids=["asc", "desc"])
-
-
-def read_all(store: Store, wanted: Query) -> list[bytes]:
-    """Return the lines of all pages of a query."""
-    lines: list[bytes] = []
-    while True:
-        page = store.read(wanted._replace(limit=wanted.limit - len(lines)))
-        assert page.count == page.lines.count(b"\n") <= PAGE_RECORDS
-        lines += page.lines.splitlines()
-        if not page.more or len(lines) == wanted.limit:
-            return lines
-        wanted = wanted._replace(after=page.last)
 
 
 def fill(store: Store, rng: random.Random, blocks: int) -> None:
@@ -65,7 +53,7 @@ def test_pages_have_each_record_of_the_view_once(
         monkeypatch.setattr(reading, "PAGE_RECORDS", size)
         limit = 40 if size == 1 else 10**9
         wanted = Query("ndjson", limit, source=bytes([3]) * 16 if by_source else None, descending=descending)
-        records = [json.loads(line) for line in read_all(opened, wanted)]
+        records = [json.loads(line) for line in read_pages(opened, wanted)]
         assert all(record.pop("received_at").endswith("Z") for record in records)
         assert records == expected[:limit]
 
@@ -74,7 +62,7 @@ def test_forms_show_extreme_values_and_times(opened: Store, path: Path) -> None:
     opened.append([Run(A, 2**63 - 3, 2)], array("q", [2**63 - 1, -(2**63)]))
     with closing(sqlite3.connect(path)) as writer, writer:
         writer.execute("UPDATE batch SET received_at_ms = 1767225599007")
-    lines: dict[str, list[Any]] = {form: read_all(opened, Query(form, 10)) for form in FORMS}
+    lines: dict[str, list[Any]] = {form: read_pages(opened, Query(form, 10)) for form in FORMS}
     assert lines["text"] == [b"9223372036854775807", b"-9223372036854775808"]
     assert lines["csv"][1].decode() == f"2,{A_TEXT},{2**63 - 2},{-(2**63)},2025-12-31T23:59:59.007Z"
     assert json.loads(lines["ndjson"][0]) == {
@@ -104,7 +92,7 @@ def test_since_begins_with_the_first_record_of_that_time(opened: Store, path: Pa
     with closing(sqlite3.connect(path)) as writer, writer:
         writer.execute("UPDATE batch SET received_at_ms = 1000 * (sequence / 20)")
     for since in (-5, 0, 1, 1000, 4999, 5000, 9000, 9001, FAR):
-        lines = read_all(opened, Query("text", 10**6, since_ms=since, descending=descending))
+        lines = read_pages(opened, Query("text", 10**6, since_ms=since, descending=descending))
         expected = query(path, f"SELECT value FROM records WHERE received_at_ms >= {since} ORDER BY id")
         assert [int(line) for line in lines][:: -1 if descending else 1] == [value for (value,) in expected], since
 
@@ -119,7 +107,7 @@ def test_deleted_records_are_left_out(
     append(opened, A, 10, 30)
     opened.expire(FAR, 0, 1e-9)
     for after in (None, "15") if descending else (None, "3", "15"):
-        lines = read_all(opened, Query("text", 100, after, source, descending=descending))
+        lines = read_pages(opened, Query("text", 100, after, source, descending=descending))
         expected = range(15, 30) if after is None or not descending else []
         assert sorted(map(int, lines)) == list(expected)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.clickhouses import ChdbServer, ClickHouseServer, need_chdb, need_clickhouse
-from support.databases import A_TEXT, A, B, block, stored_values
+from support.databases import A_TEXT, A, B, block, read_pages, stored_values
 from support.harness import Blocked, eventually, seeded
 
 from ringolib.storage.clickhouse import store as clickhouse
@@ -227,18 +227,6 @@ def test_stats_do_not_wait_for_commit(kind: Kind, monkeypatch: pytest.MonkeyPatc
 
 
 # Reading.
-
-
-def read_pages(store: Storage, wanted: Query) -> list[bytes]:
-    """Return the lines of all pages of a query."""
-    lines: list[bytes] = []
-    while True:
-        page = store.read(wanted._replace(limit=wanted.limit - len(lines)))
-        assert page.count == page.lines.count(b"\n") <= PAGE_RECORDS
-        lines += page.lines.splitlines()
-        if not page.more or len(lines) == wanted.limit:
-            return lines
-        wanted = wanted._replace(after=page.last, since_ms=wanted.since_ms if wanted.descending else None)
 
 
 @pytest.fixture
